@@ -28,9 +28,12 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "src" / "luthier" / "demo"
-PAGES = sorted((ROOT / "docs" / "guide").glob("*.md"))
+PAGES = sorted(
+    page for part in ("guide", "use-cases") for page in (ROOT / "docs" / part).glob("*.md")
+)
 BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```(sh|python)\n(.*?)^```", re.M | re.S)
 FEW_STEPS = "--set training.max_steps=2"
+FEW_ROWS = "for file in rows/*.jsonl; do sed -i 61q $file; done"
 HOME = luthier_home()
 
 
@@ -38,6 +41,7 @@ def runnable(page: Path) -> list[tuple[str, str]]:
     """Return language and text of each runnable block; none for pages about the service."""
     found = []
     for skipped, language, body in BLOCK.findall(page.read_text()):
+        body = re.sub(r"^luthier examples .*", rf"\g<0>\n{FEW_ROWS}", body, flags=re.M)
         body = re.sub(r"\bluthier (tune|pretrain|distil|search) ", rf"\g<0>{FEW_STEPS} ", body)
         lines = [line for line in body.splitlines() if not line.startswith("pip install")]
         if not skipped and any(lines) and not (language == "python" and "client" in body):

@@ -32,6 +32,7 @@ from luthier.cli.documents import ask, index_app, show_answer
 from luthier.cli.embed import embed, show_embeddings
 from luthier.cli.estimate import estimate, show_estimate
 from luthier.cli.evaluate import evaluate, judge, show_agreement, show_evaluation
+from luthier.cli.examples import examples, show_examples
 from luthier.cli.forgetting import forgetting, show_forgetting
 from luthier.cli.generate import chat, generate, show_replies
 from luthier.cli.images import sample, show_images
@@ -101,6 +102,7 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
     "Manage": (
         models_app,
         Command(demo, show_demo),
+        Command(examples, show_examples),
     ),
     MORE: (
         Command(split, show_split),

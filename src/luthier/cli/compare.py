@@ -16,6 +16,7 @@ from luthier.cli.evaluate import (
     resolve_judge,
 )
 from luthier.cli.terminal.console import (
+    check_figure,
     check_output,
     heavy_imports,
     new_table,
@@ -50,6 +51,7 @@ def compare(
     show: int = 0,
     seeds: int = 0,
     html: Path | None = None,
+    figure: Path | None = None,
     attach: bool = False,
     columns: Mapped = None,
     reporter: Reporter | None = None,
@@ -73,6 +75,7 @@ def compare(
         show: Number of rows to print with the replies.
         seeds: Replies sampled per row, to measure consistency.
         html: Write the comparison as an HTML page.
+        figure: Write bars with 95 % intervals as FILE.svg, light and dark.
         attach: Store the result with the models, for certificates.
         columns: Column of a key, e.g. prompt=question; repeatable.
         reporter: Receives progress; silent if not given.
@@ -84,6 +87,7 @@ def compare(
         RefusedInput: without a tuned model, or if a tenth of the rows are training rows.
     """
     check_output(html, data)
+    check_figure(figure, data)
     with heavy_imports():
         from luthier.chat_models.base import ModelSpec, address_fields
         from luthier.chat_models.endpoint import EndpointModel
@@ -146,6 +150,15 @@ def compare(
         from luthier.workflows.compare import comparison_page
 
         write_page(html, comparison_page(found, str(data)), reporter)
+    if figure is not None:
+        from luthier.workflows.figures import draw_bars
+
+        bars = [
+            (each.name, each.score.value, each.score.interval, each.is_tuned)
+            for each in found.contenders
+        ]
+        draw_bars(figure, found.measure.replace("_", " "), bars)
+        reporter.note(f"figure: {figure}")
     return found
 
 

@@ -11,6 +11,7 @@ import typer
 
 from luthier.cli.terminal.bridge import FromText
 from luthier.cli.terminal.console import (
+    check_figure,
     check_output,
     heavy_imports,
     new_table,
@@ -55,6 +56,7 @@ def evaluate(
     turns: Literal["last", "calls", "all"] = "last",
     slices: Annotated[Sequence[str], typer.Option("--slice", metavar="NAME")] = (),
     html: Path | None = None,
+    figure: Path | None = None,
     attach: bool = False,
     columns: Mapped = None,
     long_rows: Literal["error", "drop", "truncate"] | None = None,
@@ -81,6 +83,7 @@ def evaluate(
         turns: Replies of a conversation to generate.
         slices: Score slices: label, length, language or a column.
         html: Write an HTML report with slices and the worst rows.
+        figure: Write bars with 95 % intervals as FILE.svg, light and dark.
         attach: Store the result with the model, for the certificate.
         columns: Column of a key, e.g. prompt=question; repeatable.
         long_rows: How to handle rows longer than the context.
@@ -98,6 +101,7 @@ def evaluate(
     """
     check_output(output, data)
     check_output(html, data)
+    check_figure(figure, data)
     with heavy_imports():
         from luthier.cli.model import Model
         from luthier.engine.metrics import Reporter
@@ -131,6 +135,15 @@ def evaluate(
         from luthier.evaluation.report_page import page
 
         write_page(html, page(found, str(model), str(data)), reporter)
+    if figure is not None:
+        from luthier.workflows.figures import draw_bars
+
+        bars = [
+            (name.replace("_", " "), found.scores[name], interval, True)
+            for name, interval in found.intervals.items()
+        ]
+        draw_bars(figure, "", bars)
+        reporter.note(f"figure: {figure}")
     if text := found.long_rows_text:
         reporter.note(text)
     if graders and not found.is_graded:

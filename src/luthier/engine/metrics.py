@@ -258,9 +258,15 @@ def curve_pictures(lines: Sequence[Mapping[str, Any]], title: str) -> list[tuple
 
 
 THEMES = {
-    "": {"text": "#222222", "grid": "#d0d0d0", "point": "#2f5d9b", "front": "#c8553d"},
-    "-dark": {"text": "#e6e6e6", "grid": "#4a4a4a", "point": "#8db4e8", "front": "#f0937d"},
-}
+    "": {
+        "text": "#222222", "grid": "#d0d0d0", "point": "#2f5d9b", "front": "#c8553d",
+        "right": "#2e7d4f", "page": "#ffffff",
+    },
+    "-dark": {
+        "text": "#e6e6e6", "grid": "#4a4a4a", "point": "#8db4e8", "front": "#f0937d",
+        "right": "#7fcf9f", "page": "#16181d",
+    },
+}  # fmt: skip
 """Colours by the suffix of a file. The background is transparent."""
 
 

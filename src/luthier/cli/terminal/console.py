@@ -259,3 +259,10 @@ def check_output(target: Path | None, *sources: str | Path | None, overwrite: bo
     from luthier.data.files.writers import check_target
 
     check_target(target, [], [each for each in sources if each is not None], overwrite)
+
+
+def check_figure(target: Path | None, *sources: str | Path | None) -> None:
+    """Reject a path of a figure that is no SVG file or cannot be written."""
+    if target is not None and target.suffix != ".svg":
+        raise RecipeError(f"the figure is SVG. Name the file {target.with_suffix('.svg').name}")
+    check_output(target, *sources)

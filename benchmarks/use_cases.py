@@ -1,0 +1,537 @@
+"""Run the commands of a use-case page, and write its numbers and figures.
+
+    python benchmarks/use_cases.py NAME [--write]
+
+The shell blocks of ``docs/use-cases/NAME.md`` run in an empty folder and a new LUTHIER_HOME with the
+base models of the current one. ``NAME.json`` next to the page keeps scores, intervals, processor
+seconds and sizes. Figures, tables and sentences between markers, the index page and ``index.json``
+are written from that file; ``--write`` writes them without a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from children import table
+from defaults import new_home, rows_of, write_rows
+from luthier.workflows.figures import draw
+
+ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "docs" / "use-cases"
+PACKAGE = ROOT / "src" / "luthier"
+BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```sh\n(.*?)^```", re.M | re.S)
+WRITTEN = "written by benchmarks/use_cases.py"
+MEASURED = ("tune", "compare", "evaluate", "predict")
+"""Commands whose JSON object is stored."""
+Found = dict[str, Any]
+Colours = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Folder and LUTHIER_HOME of a run."""
+
+    folder: Path
+    home: Path
+    steps: list[Found]
+    """Commands that ran."""
+
+    def run(self, command: str) -> Found:
+        """Return processor seconds and result of a command, by its words."""
+        words = shlex.split(command)
+        as_json = words[0] == "luthier" and words[1] in MEASURED and "--output" not in words
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "LUTHIER_HOME": str(self.home), "PATH": path}
+        print("$", command, flush=True)
+        began = time.perf_counter()
+        with tempfile.TemporaryFile("w+") as out:
+            child = subprocess.Popen(
+                ["bash", "-euc", command + " --json" * as_json],
+                cwd=self.folder, env=environment, stdout=out,
+            )  # fmt: skip
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            out.seek(0)
+            text = out.read()
+        if child.returncode:
+            sys.exit(f"{command} failed:\n{text}")
+        found: Found = {
+            "command": command,
+            "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+            "seconds": round(time.perf_counter() - began, 1),
+            "peak_bytes": usage.ru_maxrss * 1024,
+        }
+        if as_json:
+            found["result"] = json.loads(text)
+        self.steps.append(found)
+        return found
+
+
+@dataclass(frozen=True)
+class Use:
+    """A use case: its rows, and how its page shows the results."""
+
+    name: str
+    title: str
+    unit: str
+    """Plural noun of the held-out rows."""
+    measure: str
+    """The compared score in words."""
+    credit: str
+    files: tuple[str, ...]
+    """Paths in the package."""
+    alt: str
+    """Text for readers without the figure."""
+    paint: Callable[[Any, Colours, Found], None]
+    collect: Callable[[Bench], Found]
+    """Measurements beyond the page's commands: rows, a wrong answer, a curve."""
+
+    @property
+    def page(self) -> Path:
+        """Return the page."""
+        return PAGES / f"{self.name}.md"
+
+    @property
+    def commands(self) -> list[str]:
+        """Return the page's commands, without lines that install extras."""
+        blocks = [body for skipped, body in BLOCK.findall(self.page.read_text()) if not skipped]
+        lines = "".join(blocks).splitlines()
+        return [line for line in lines if line and not line.startswith("pip install")]
+
+
+def run(use: Use) -> Found:
+    """Run the commands of the page, and return what they measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder, "work"), new_home(Path(folder)), [])
+        bench.folder.mkdir()
+        for command in use.commands:
+            bench.run(command)
+        steps = [*bench.steps]
+        further = use.collect(bench)
+    return {
+        "name": use.name,
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "versions": {
+            name: version(name) for name in ("luthier", "torch", "transformers", "scikit-learn")
+        }
+        | {"python": platform.python_version()},
+        "steps": steps,
+        **further,
+    }
+
+
+def comparison(found: Found) -> Found:
+    """Return the result of the last `luthier compare`."""
+    results = [step["result"] for step in found["steps"] if "compare" in step["command"]]
+    last: Found = results[-1]
+    return last
+
+
+def ends(contenders: Sequence[Found]) -> tuple[Found, Found]:
+    """Return the best tuned and the best untuned contender."""
+    tuned = next(each for each in contenders if each["technique"].startswith("fine-tuning"))
+    return tuned, next(each for each in contenders if "fine-tuning" not in each["technique"])
+
+
+def percent(score: float) -> str:
+    return f"{100 * score:.1f} %"
+
+
+def sentence(use: Use, found: Found) -> str:
+    """Return the result in one sentence: the loser first if the tuned model does not win."""
+    compared = comparison(found)
+    tuned, rival = ends(compared["contenders"])
+    scores = f"{percent(tuned['score'])} against {percent(rival['score'])} {use.measure}"
+    where = f"on {compared['rows']:,} unseen {use.unit}"
+    name = rival["name"]
+    if compared["worth_it"]:
+        return f"Tuning is worth it: {scores} of the best rival ({name}), {where}."
+    if compared["worth_it"] is False:
+        return (
+            f"**Do not tune for this**: {name} is better than the tuned model ({scores}, {where})."
+        )
+    return f"**A cheap rival is as good**: the tuned model has {scores} of {name}, {where}."
+
+
+def result_table(found: Found) -> str:
+    """Return the table of the contenders, with processor seconds and size of the tuned model."""
+    tuning = [step for step in found["steps"] if " tune " in step["command"]]
+    lines = []
+    for each in comparison(found)["contenders"]:
+        low, high = each["interval"]
+        own = [s for s in tuning if s["result"].get("model_id") == each["name"]]
+        name = f"**{each['name']}** (tuned)" if own else each["name"]
+        lines.append([
+            name, percent(each["score"]), f"{100 * low:.1f} to {100 * high:.1f}",
+            f"{own[0]['processor_seconds']:,.0f}" if own else "",
+            f"{1000 * each['seconds']:,.1f}",
+            f"{each['model_bytes'] / 1e6:,.0f}" if each["model_bytes"] else "",
+        ])  # fmt: skip
+    heads = ["", "score", "95 % interval", "tuning, processor s", "ms an answer", "MB"]
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    total = sum(step["processor_seconds"] for step in found["steps"])
+    return (
+        f"{table(heads, lines)}\n\nAll commands: {total:,.0f} processor seconds on two shared cores, "
+        f"{found['date']}, with {versions}. [All numbers]({found['name']}.json)"
+    )
+
+
+def fill(text: str, name: str, body: str) -> str:
+    """Replace the part between the markers of ``name``; a page may lack the part."""
+    begin, end = f"<!-- {name}: {WRITTEN} -->\n", f"<!-- end of {name} -->"
+    if begin not in text:
+        return text
+    before, rest = text.split(begin)
+    return f"{before}{begin}{body.strip()}\n{end}{rest.split(end)[1]}"
+
+
+def picture(name: str, alt: str, width: int | None = None) -> str:
+    """Return the figure, for light and for dark pages."""
+    size = f' width="{width}"' if width else ""
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{name}-dark.svg">'
+        f'<img src="{name}.svg" alt="{alt}"{size}></picture>'
+    )
+
+
+def write(use: Use, found: Found) -> None:
+    """Write the figure and the generated parts of the page."""
+    draw(PAGES / f"{use.name}.svg", lambda axes, colours: use.paint(axes, colours, found), True)
+    text = use.page.read_text()
+    parts = {
+        "result": f"{sentence(use, found)}\n\n{picture(use.name, use.alt)}",
+        "rows": "```json\n" + "\n".join(found["rows"]) + "\n```",
+        "table": result_table(found),
+        "wrong answer": f"```text\n{found['wrong']}\n```",
+        "verdict": f"`compare` says: {comparison(found)['verdict']}",
+        "source": f"{use.credit} The notice is next to the rows that `luthier examples` writes.",
+    }
+    for name, body in parts.items():
+        text = fill(text, name, body)
+    use.page.write_text(text)
+
+
+def write_index() -> None:
+    """Write ``index.json`` and the cards of the index page, from the stored results."""
+    entries, cards = [], []
+    for use in USES.values():
+        entry: Found = {
+            "name": use.name, "title": use.title, "result": "", "measure": use.measure,
+            "page": f"use-cases/{use.name}.md", "figure": f"use-cases/{use.name}.svg",
+            "data": f"use-cases/{use.name}.json", "credit": use.credit, "commands": use.commands,
+            "files": {path: Path(path).name for path in use.files},
+        }  # fmt: skip
+        stored = PAGES / f"{use.name}.json"
+        if stored.is_file():
+            found = json.loads(stored.read_text())
+            compared = comparison(found)
+            tuned, rival = ends(compared["contenders"])
+            entry |= {
+                "result": f"{percent(tuned['score'])} tuned, {percent(rival['score'])} best rival",
+                "tuned": tuned["score"], "rival": rival["score"], "worth_it": compared["worth_it"],
+                "date": found["date"], "versions": found["versions"],
+            }  # fmt: skip
+            link = picture(use.name, use.alt, 360)
+            cards.append(
+                f"## [{use.title}]({use.name}.md)\n\n[{link}]({use.name}.md)\n\n{sentence(use, found)}"
+            )
+        entries.append(entry)
+    # The package needs the file without a checkout; docs/use-cases/index.json is a link to it.
+    (PACKAGE / "examples" / "index.json").write_text(
+        json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
+    )
+    index = PAGES / "index.md"
+    index.write_text(fill(index.read_text(), "cards", "\n\n".join(cards)))
+
+
+def first_rows(bench: Bench, count: int = 2) -> list[str]:
+    return (bench.folder / "rows" / "train.jsonl").read_text().split("\n")[:count]
+
+
+def wrong_label(bench: Bench) -> str:
+    """Return the most certain wrong label of `evaluate --output`."""
+    answers = rows_of(bench.folder / "answers.jsonl")
+    wrong = [answer for answer in answers if answer["label"] != answer["expected"]]
+    worst = max(wrong, key=lambda answer: max(answer["scores"].values()))
+    certain = max(worst["scores"].values())
+    return (
+        f"{worst['text']}\nanswer:   {worst['label']} ({percent(certain)} certain)\n"
+        f"expected: {worst['expected']}"
+    )
+
+
+INTENTS = 20
+PER_INTENT = (5, 10, 20, 40)
+
+
+def collect_routes(bench: Bench) -> Found:
+    """Measure fewer rows per intent, and TF-IDF with logistic regression."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    train = rows_of(bench.folder / "rows" / "train.jsonl")
+    test = rows_of(bench.folder / "rows" / "test.jsonl")
+    (tune,) = (each for each in USES["route-messages"].commands if " tune " in each)
+    curve = []
+    compared = comparison({"steps": bench.steps})
+    for count in reversed(PER_INTENT):
+        rows = train[: INTENTS * count]
+        if len(rows) < len(train):
+            write_rows(rows, bench.folder / "part.jsonl")
+            bench.run(f"{tune} --name part{count}".replace("rows/train.jsonl", "part.jsonl"))
+            model = f"all-minilm-l6-v2:part{count}"
+            compared = bench.run(f"luthier compare rows/test.jsonl --tuned {model}")["result"]
+        by_name = {each["name"]: each for each in compared["contenders"]}
+        tuned, _ = ends(compared["contenders"])
+        words = make_pipeline(
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10)
+        )
+        words.fit([row["text"] for row in rows], [row["label"] for row in rows])
+        score = words.score([row["text"] for row in test], [row["label"] for row in test])
+        error = 1.96 * (score * (1 - score) / len(test)) ** 0.5
+        probe = by_name["logistic regression on the base model"]
+        curve.append({
+            "rows_per_intent": count,
+            "tuned": [tuned["score"], *tuned["interval"]],
+            "logistic regression on embeddings": [probe["score"], *probe["interval"]],
+            "TF-IDF": [score, score - error, score + error],
+        })  # fmt: skip
+    return {"rows": first_rows(bench), "wrong": wrong_label(bench), "curve": curve[::-1]}
+
+
+def paint_curve(axes: Any, colours: Colours, found: Found) -> None:
+    """Draw accuracy against rows per class, a line for each method."""
+    names = [name for name in found["curve"][0] if not name.startswith("rows")]
+    places = [point["rows_per_intent"] for point in found["curve"]]
+    for name, colour in zip(names, ("front", "point", "right"), strict=True):
+        scores = [point[name] for point in found["curve"]]
+        axes.plot(places, [100 * s[0] for s in scores], "o-", color=colours[colour], label=name)
+        axes.fill_between(
+            places, [100 * s[1] for s in scores], [100 * s[2] for s in scores],
+            color=colours[colour], alpha=0.15,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(places, [str(place) for place in places])
+    axes.minorticks_off()
+    axes.set(xlabel="training rows per intent", ylabel="accuracy on unseen messages, %")
+    axes.legend(frameon=False, labelcolor=colours["text"], loc="lower right")
+
+
+Words = list[tuple[str, str]]
+"""Words of a line with the name of their colour."""
+COLUMNS = 78
+"""Characters of a line in a figure."""
+
+
+def paint_words(axes: Any, colours: Colours, paragraphs: Sequence[Words]) -> None:
+    """Write paragraphs of coloured words, wrapped to the width of the figure."""
+    axes.set_axis_off()
+    place, line = 0, 0
+    lines = list[tuple[int, int, str, str]]()
+    for paragraph in paragraphs:
+        for word, colour in paragraph:
+            if place and place + len(word) > COLUMNS:
+                place, line = 0, line + 1
+            lines.append((place, line, word, colour))
+            place += len(word) + 1
+        place, line = 0, line + 2
+    # At least 16 lines, so that a short text is not stretched over the figure.
+    axes.set(xlim=(0, COLUMNS), ylim=(max(line, 16), -1))
+    for place, line, word, colour in lines:
+        weight = "normal" if colour == "text" else "bold"
+        axes.text(
+            place, line, word.replace("$", r"\$"), family="monospace", fontsize=11.5,
+            color=colours[colour], weight=weight, va="top",
+        )  # fmt: skip
+
+
+DAYS = "monday|tuesday|wednesday|thursday|friday|saturday|sunday|tomorrow|today"
+NUMBERS = (
+    "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|thirty|forty|fifty|"
+    "sixty|ninety|hundred"
+)
+FACT = re.compile(rf"\d|\b({NUMBERS}|{DAYS})\b", re.I)
+
+
+def invented(answer: Found) -> set[str]:
+    """Return numbers and days of a reply that neither the prompt nor the expected reply has."""
+    known = set(re.findall(r"\w+", f"{answer['prompt']} {answer['expected']}".lower()))
+    words = answer["reply"].split()
+    return {
+        word for word in words
+        if FACT.search(word) and not known & set(re.findall(r"\w+", word.lower()))
+    }  # fmt: skip
+
+
+def collect_chats(bench: Bench) -> Found:
+    """Select a right reply, a reply with an invented fact and a wrong reply."""
+    answers = rows_of(bench.folder / "answers.jsonl")
+    right = [each for each in answers if each["scores"]["first_line"] == 1]
+    wrong = next(each for each in answers if each["scores"]["first_line"] == 0)
+    shown = [
+        next(each for each in right if not invented(each)),
+        next(each for each in [*right, *answers] if invented(each)),
+    ]
+    write_rows(
+        [{"prompt": each["prompt"], "completion": each["expected"]} for each in shown],
+        bench.folder / "few.jsonl",
+    )
+    bench.run(
+        "luthier evaluate smollm2-135m-instruct few.jsonl --max-tokens 60 --output before.jsonl"
+    )
+    before = [each["reply"] for each in rows_of(bench.folder / "before.jsonl")]
+    return {
+        "rows": first_rows(bench),
+        "wrong": f"{wrong['prompt']}\n\nanswer:\n{wrong['reply'].strip()}\n\n"
+        f"expected:\n{wrong['expected']}",
+        "shown": [{**each, "before": text} for each, text in zip(shown, before, strict=True)],
+        "replies_with_invented_facts": sum(bool(invented(each)) for each in answers),
+    }
+
+
+def paint_chats(axes: Any, colours: Colours, found: Found) -> None:
+    """Write messages, replies of the base model and tuned replies, with invented facts in red."""
+    paragraphs = list[Words]()
+    for each in found["shown"]:
+        before = " ".join(each["before"].split()[:24])
+        red = invented(each)
+        paragraphs += [
+            [("customer", "point"), *((word, "text") for word in each["prompt"].split())],
+            [("base model", "point"), *((word, "text") for word in [*before.split(), "…"])],
+            [
+                ("tuned", "right"),
+                *((word, "front" if word in red else "text") for word in each["reply"].split()),
+            ],
+        ]
+    paint_words(axes, colours, paragraphs)
+
+
+def spans(tags: Sequence[str]) -> set[tuple[int, int]]:
+    """Return first and last word of each entity of BIO tags."""
+    found, begin = set[tuple[int, int]](), None
+    for place, tag in enumerate([*tags, "O"]):
+        if begin is not None and not tag.startswith("I-"):
+            found.add((begin, place - 1))
+            begin = None
+        if tag != "O" and begin is None:
+            begin = place
+    return found
+
+
+def collect_entities(bench: Bench) -> Found:
+    """Select the sentence with right, missed and invented entities, and a wrong sentence."""
+    rows = rows_of(bench.folder / "rows" / "test.jsonl")
+    answers = rows_of(bench.folder / "answers.jsonl")
+    marked = list[tuple[Found, set[Any], set[Any]]]()
+    for row, answer in zip(rows, answers, strict=True):
+        marked.append((row, spans(row["tags"]), spans(answer["tags"])))
+    kinds = [
+        (bool(true & given) + bool(true - given) + bool(given - true), -len(row["tokens"]), place)
+        for place, (row, true, given) in enumerate(marked)
+    ]
+    row, true, given = marked[max(kinds)[2]]
+    names = lambda chosen, row: [" ".join(row["tokens"][a : b + 1]) for a, b in sorted(chosen)]  # noqa: E731
+    wrong, expected, found = next(each for each in marked if each[1] and not each[1] & each[2])
+    return {
+        "rows": first_rows(bench),
+        "wrong": f"{' '.join(wrong['tokens'])}\nanswer:   {names(found, wrong)}\n"
+        f"expected: {names(expected, wrong)}",
+        "sentence": {
+            "tokens": row["tokens"], "right": sorted(true & given),
+            "missed": sorted(true - given), "invented": sorted(given - true),
+        },
+    }  # fmt: skip
+
+
+ENTITY_COLOURS = {"right": "right", "missed": "point", "invented": "front"}
+
+
+def paint_entities(axes: Any, colours: Colours, found: Found) -> None:
+    """Write a sentence with right, missed and invented entities in colour."""
+    marked = found["sentence"]
+    words = [(word, "text") for word in marked["tokens"]]
+    for kind, colour in ENTITY_COLOURS.items():
+        for first, last in marked[kind]:
+            for place in range(first, last + 1):
+                words[place] = (words[place][0], colour)
+    paint_words(axes, colours, [words, [*ENTITY_COLOURS.items()]])
+
+
+ROWS = ("train.jsonl", "test.jsonl", "NOTICE.md")
+
+USES = {
+    use.name: use
+    for use in (
+        Use(
+            "route-messages",
+            "Route messages by intent",
+            "messages",
+            "accuracy",
+            "Rows: Banking77 (Casanueva et al. 2020, arXiv:2003.04807), CC BY 4.0; a cut of 20 of 77 "
+            "intents.",
+            tuple(f"examples/route-messages/{name}" for name in ROWS),
+            "Accuracy against training rows per intent, for three methods",
+            paint_curve,
+            collect_routes,
+        ),
+        Use(
+            "support-chatbot",
+            "Support chatbot in house style",
+            "messages",
+            "right labels",
+            "Rows: Fernspoke Cycles, written for luthier, Apache-2.0. The company is invented.",
+            tuple(f"demo/{name}" for name in ("validation.jsonl", "README.md", *ROWS[:2])),
+            "Two messages with the replies of the base model and of the tuned model",
+            paint_chats,
+            collect_chats,
+        ),
+        Use(
+            "diseases",
+            "Diseases in medical records",
+            "sentences",
+            "entity F1",
+            "Rows: NCBI disease corpus (Doğan et al. 2014; Crichton et al. 2017), CC BY 4.0; a cut.",
+            tuple(f"examples/diseases/{name}" for name in ROWS),
+            "A sentence with right, missed and invented names of diseases",
+            paint_entities,
+            collect_entities,
+        ),
+    )
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("name", choices=[*USES])
+    parser.add_argument("--write", action="store_true", help="write from the stored results")
+    options = parser.parse_args()
+    use = USES[options.name]
+    stored = PAGES / f"{use.name}.json"
+    if not options.write:
+        write_index()  # `luthier examples` needs the name
+        found = run(use)
+        stored.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write(use, json.loads(stored.read_text()))
+    write_index()
+
+
+if __name__ == "__main__":
+    main()
