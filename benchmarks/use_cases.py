@@ -77,7 +77,10 @@ class Bench:
             "peak_bytes": usage.ru_maxrss * 1024,
         }
         if as_json:
-            found["result"] = json.loads(text)
+            result = json.loads(text)
+            found["result"] = {
+                name: value for name, value in result.items() if str(self.home) not in str(value)
+            }
         self.steps.append(found)
         return found
 
@@ -156,16 +159,14 @@ def sentence(use: Use, found: Found) -> str:
     """Return the result in one sentence: the loser first if the tuned model does not win."""
     compared = comparison(found)
     tuned, rival = ends(compared["contenders"])
-    scores = f"{percent(tuned['score'])} against {percent(rival['score'])} {use.measure}"
+    own = f"{use.measure} {percent(tuned['score'])} of the tuned model"
+    other = f"{percent(rival['score'])} of the best rival, {rival['name']}"
     where = f"on {compared['rows']:,} unseen {use.unit}"
-    name = rival["name"]
     if compared["worth_it"]:
-        return f"Tuning is worth it: {scores} of the best rival ({name}), {where}."
+        return f"Tuning is worth it: {own} against {other}, {where}."
     if compared["worth_it"] is False:
-        return (
-            f"**Do not tune for this**: {name} is better than the tuned model ({scores}, {where})."
-        )
-    return f"**A cheap rival is as good**: the tuned model has {scores} of {name}, {where}."
+        return f"**Do not tune for this**: {own} against {other}, {where}."
+    return f"**A cheap rival is as good**: {own} against {other}, {where}."
 
 
 def result_table(found: Found) -> str:
@@ -230,6 +231,8 @@ def write_index() -> None:
     """Write ``index.json`` and the cards of the index page, from the stored results."""
     entries, cards = [], []
     for use in USES.values():
+        if not use.page.is_file():
+            continue
         entry: Found = {
             "name": use.name, "title": use.title, "result": "", "measure": use.measure,
             "page": f"use-cases/{use.name}.md", "figure": f"use-cases/{use.name}.svg",
