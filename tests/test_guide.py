@@ -163,15 +163,17 @@ def make_media(folder: Path) -> None:
         ]
         write(path / "metadata.jsonl", rows)
         for row in rows:
-            image = Image.new("L", (160, 32), 255)
-            ImageDraw.Draw(image).text((4, 4), row["text"], font=ImageFont.load_default(20), fill=0)
-            image.save(path / row["file_name"])
+            picture = Image.new("L", (160, 32), 255)
+            ImageDraw.Draw(picture).text(
+                (4, 4), row["text"], font=ImageFont.load_default(20), fill=0
+            )
+            picture.save(path / row["file_name"])
     captions = list[dict[str, Any]]()
     for part, count in (("", 8), ("-test", 2)):
         for number in range(1, count + 1):
             for shape in ("bars", "disc", "ring"):
-                image = Image.new("RGB", (64, 48), tuple(random.integers(0, 90, 3).tolist()))
-                draw, left = ImageDraw.Draw(image), int(random.integers(0, 30))
+                picture = Image.new("RGB", (64, 48), tuple(random.integers(0, 90, 3).tolist()))
+                draw, left = ImageDraw.Draw(picture), int(random.integers(0, 30))
                 box = (left, 8, left + 30, 38)
                 if shape == "bars":
                     for y in range(8, 38, 8):
@@ -181,7 +183,7 @@ def make_media(folder: Path) -> None:
                     draw.ellipse(box, fill=fill, outline="yellow", width=4)
                 path = folder / f"photos{part}" / shape / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                image.save(path)
+                picture.save(path)
                 captions.append(
                     {"image": str(path.relative_to(folder)), "caption": f"a yellow {shape}"}
                 )
@@ -195,10 +197,10 @@ def make_media(folder: Path) -> None:
                     file.setparams((1, 2, 8000, 0, "NONE", ""))
                     file.writeframes((wave_T * 32767).astype("<i2").tobytes())
     with (folder / "recordings.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["audio", "label", "speaker"])
+        table = csv.writer(file)
+        table.writerow(["audio", "label", "speaker"])
         for number in range(1, 9):
-            rows.writerows(
+            table.writerows(
                 [f"sounds/{tone}/{number}.wav", tone, number] for tone in ("low", "high")
             )
     write(folder / "captions.jsonl", captions)
