@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
+import luthier
 from luthier.documents import extract
-from luthier.documents.readers import DocumentReader, document_files, main_language
-from luthier.errors import RecipeError
+from luthier.documents.readers import DocumentReader, document_files, load_texts, main_language
+from luthier.errors import DataError, RecipeError, RefusedInput
 
 pytest.importorskip("markitdown", reason="needs the extra documents")
 pytest.importorskip("pypdfium2", reason="needs the extra documents")
@@ -122,3 +124,28 @@ def test_language_of_documents(tmp_path: Path) -> None:
         "Cửa hàng mở cửa từ tám giờ sáng đến chín giờ tối mỗi ngày. " * 5
     )
     assert main_language(document_files([tmp_path])) == "vi"
+
+
+def test_texts_come_from_documents_and_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "handbook"
+    folder.mkdir()
+    pdf_pages(folder / "a.pdf", [[(BODY, 10)], [(BODY, 10)]])
+    (folder / "b.md").write_text("Parking is free.")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "Coffee is free."}\n')
+    assert load_texts([folder, rows]) == [
+        f"{BODY}\n\n{BODY}",
+        "Parking is free.",
+        "Coffee is free.",
+    ]
+    (folder / "c.pdf").write_bytes(b"%PDF-1.7")
+    with pytest.raises(DataError, match=r"c\.pdf"):
+        load_texts([folder])
+
+
+def test_documents_become_rows_of_text(tmp_path: Path) -> None:
+    file = pdf_pages(tmp_path / "a.pdf", [[(BODY, 10)]])
+    luthier.convert(file, tmp_path / "rows.jsonl", to="text")
+    assert json.loads((tmp_path / "rows.jsonl").read_text()) == {"text": BODY, "source": "a.pdf"}
+    with pytest.raises(RefusedInput):
+        luthier.convert(file, tmp_path / "rows.csv", to="text")

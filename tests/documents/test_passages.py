@@ -35,3 +35,11 @@ def test_text_without_spaces_is_cut() -> None:
     passages = [*cut([Page("漢" * 1000)])]
     assert all(count_words(each.text) <= WORDS for each in passages)
     assert "".join(each.text for each in passages) == "漢" * 1000
+
+
+def test_passages_have_all_words_in_order() -> None:
+    text = "\n".join(f"line {n} " + "word " * (n % 40) for n in range(60)) + " long" * 500
+    passages = [*cut([Page(text)])]
+    assert " ".join(each.text for each in passages).split() == text.split()
+    assert max(count_words(each.text) for each in passages) <= WORDS
+    assert [*cut([Page("")])] == []

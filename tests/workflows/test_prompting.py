@@ -14,11 +14,9 @@ from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.errors import RecipeError
 from luthier.types import Message
-from luthier.workflows import prompting
 from luthier.workflows.prompting import (
     Question,
     conversation_of,
-    cut_passages,
     few_shot,
     nearest_examples,
     prompt_variants,
@@ -101,14 +99,6 @@ def test_retrieval_by_meaning_finds_synonyms() -> None:
         "4 nearest examples by words", "4 nearest examples by words and meaning",
         "passages of the documents by words", "passages of the documents by words and meaning",
     ]  # fmt: skip
-
-
-def test_documents_are_cut_at_lines_and_lose_no_word() -> None:
-    document = "\n".join(f"line {n} " + "word " * (n % 40) for n in range(60)) + " long" * 500
-    parts = cut_passages([document])
-    assert " ".join(parts).split() == document.split()
-    assert max(len(part.split()) for part in parts) <= prompting.WORDS
-    assert cut_passages([""]) == []
 
 
 def test_plain_template_prompt_is_a_single_turn(new_tokenizer: Callable[..., Any]) -> None:

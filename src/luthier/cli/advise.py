@@ -33,7 +33,7 @@ def advise(
 
     Args:
         data: Data file, folder, 'pattern*', s3:// or recipe (.toml).
-        documents: Text with the facts for replies; repeatable.
+        documents: Text, document or folder with the facts for replies; repeatable.
         goal: Main goal; knowledge is facts in documents.
         max_minutes: Time limit of training.
         max_seconds: Time limit of a reply.

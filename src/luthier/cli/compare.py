@@ -63,7 +63,7 @@ def compare(
         tuned: Id of a tuned model; repeatable.
         base: Model without tuning; the base of the first by default.
         train: Rows for examples; the training rows by default.
-        documents: Text with the facts for replies; repeatable.
+        documents: Text, document or folder with the facts for replies; repeatable.
         prompt: Instructions, or a template with {column}; repeatable.
         rival: Model at an endpoint, https://host/v1#model; repeatable.
         graders: Grader such as exact, or a TOML file; the first decides.
@@ -93,7 +93,8 @@ def compare(
         from luthier.chat_models.endpoint import EndpointModel
         from luthier.data.files.read import read_records
         from luthier.data.files.sources import files_of
-        from luthier.data.rows import load_documents, load_rows
+        from luthier.data.rows import load_rows
+        from luthier.documents.readers import load_texts
         from luthier.engine.metrics import Reporter
         from luthier.evaluation.evaluate import load_graded
         from luthier.library.models import find
@@ -130,7 +131,7 @@ def compare(
         find(base or models[0].root),
         models,
         load_rows(train, train_columns) if train is not None else (),
-        load_documents(map(str, documents)),
+        load_texts(documents),
         chosen,
         max_tokens,
         read_prices(prices),

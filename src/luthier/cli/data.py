@@ -280,14 +280,33 @@ def convert(
     if corpus is not None or model is not None:
         raise RefusedInput("--corpus and --model need --mine-negatives")
     from luthier.data.convert import convert as run
+    from luthier.documents.readers import has_documents
     from luthier.engine.metrics import Reporter
 
     reporter = reporter or Reporter()
+    if has_documents(source):
+        check_output(target, str(source), overwrite=overwrite)
+        return _convert_documents(Path(source), target, to)
 
     def move(read: int, size: int) -> None:
         reporter.progress(100 * read // max(1, size), 100, "convert (%)")
 
     return run(str(source), Path(target), to, format, columns, drop_extra_keys, overwrite, move)
+
+
+def _convert_documents(source: Path, target: Path, to: str) -> Conversion:
+    """Write a row with the text of each document."""
+    from luthier.data.convert import Conversion
+    from luthier.data.rows import Recognition
+    from luthier.documents.readers import read_texts
+    from luthier.files import json_lines, write_bytes
+
+    if to != "text" or target.suffix != ".jsonl":
+        raise RefusedInput("Documents become rows of text: name a file.jsonl and set `--to text`")
+    rows = [{"text": text, "source": path.name} for path, text in read_texts(source)]
+    write_bytes(target, json_lines(rows).encode())
+    found = Recognition(("documents",), "text", len(rows), len(rows))
+    return Conversion(found, len(rows), "text", "jsonl", (), ())
 
 
 def show_conversion(found: Conversion | MinedNegatives, target: Path, margin: float) -> None:

@@ -6,14 +6,15 @@ import json
 import select
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from luthier.data.languages import detect_languages
-from luthier.errors import RecipeError
+from luthier.data.rows import load_documents
+from luthier.errors import DataError, Location, Problem, RecipeError
 from luthier.files import read_text
 from luthier.processes import python_command
 
@@ -150,6 +151,49 @@ class DocumentReader:
 
 
 _EMPTY = ReadDocument(refused="no text")
+
+
+def has_documents(source: str | Path) -> bool:
+    """Return whether ``source`` is a document, or a folder with documents, in a format besides
+    text."""
+    path = Path(source)
+    inside = path.rglob("*") if path.is_dir() else [path]
+    return any(each.suffix.lower() in FORMATS[len(TEXT_FORMATS) :] for each in inside)
+
+
+def read_texts(source: Path) -> Iterator[tuple[Path, str]]:
+    """Yield path and Markdown of each document in ``source``.
+
+    Raises:
+        DataError: after the last document, with every document that cannot be read.
+    """
+    problems = []
+    with DocumentReader.open() as reader:
+        for path in document_files([source]):
+            read = reader.read(path)
+            if read.refused:
+                advice = "Remove the file, or save it in another format."
+                message = f"The document cannot be read: {read.refused}."
+                problems.append(Problem("file.invalid", message, advice, Location(str(path))))
+            else:
+                yield path, "\n\n".join(page.text for page in read.pages)
+    if problems:
+        raise DataError(problems)
+
+
+def load_texts(sources: Iterable[str | Path]) -> list[str]:
+    """Return the documents of ``sources``: documents, or files with one text per row.
+
+    Raises:
+        DataError: with documents that cannot be read.
+    """
+    texts: list[str] = []
+    for source in sources:
+        if has_documents(source):
+            texts += [text for _, text in read_texts(Path(source))]
+        else:
+            texts += load_documents([str(source)])
+    return texts
 
 
 def main_language(files: Sequence[Path]) -> str:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.texts import LabelledText
+from luthier.documents.passages import cut
+from luthier.documents.readers import Page
 from luthier.errors import RecipeError
 from luthier.evaluation.retrieval import Retriever
 from luthier.graders.base import Embedder
@@ -28,8 +30,6 @@ EXAMPLES = 4
 """Examples in a prompt: further examples help less and cost input tokens in each answer."""
 PASSAGES = 2
 """Passages of documents in a prompt."""
-WORDS = 150
-"""Words of a passage."""
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 Records = Mapping[tuple[str, int], Mapping[str, object]]
@@ -265,26 +265,6 @@ def retrieve_passages(
     embed: Embedder | None = None,
 ) -> list[list[str]]:
     """Return the ``count`` nearest passages for each question, the nearest last."""
-    passages = cut_passages(documents)
+    passages = [each.content for text in documents for each in cut([Page(text)])]
     places = Retriever(passages, embed).nearest([each.text for each in questions], count)
     return [[passages[place] for place in reversed(each)] for each in places]
-
-
-def cut_passages(documents: Sequence[str]) -> list[str]:
-    """Cut documents into passages of about :data:`WORDS` words, at line ends if possible."""
-    return [passage for document in documents for passage in _cut(document)]
-
-
-def _cut(document: str) -> Iterator[str]:
-    passage: list[str] = []
-    for line in document.split("\n"):
-        words = line.split()
-        if passage and len(passage) + len(words) > WORDS:
-            yield " ".join(passage)
-            passage = []
-        passage += words
-        while len(passage) > WORDS:
-            yield " ".join(passage[:WORDS])
-            passage = passage[WORDS:]
-    if passage:
-        yield " ".join(passage)

@@ -39,11 +39,11 @@ def advise(
     Raises:
         RefusedInput: for an invalid recipe or document.
     """
-    from luthier.data.rows import load_documents
+    from luthier.documents.readers import load_texts
     from luthier.workflows.advise.facts import collect
     from luthier.workflows.advise.recommend import recommend
 
-    texts = load_documents(documents)
+    texts = load_texts(documents)
     return recommend(collect(recipe, texts, wishes, seconds, reporter), command)
 
 
