@@ -102,7 +102,8 @@ class Evaluation(Tabular):
         """Return scores, slices, mistakes and the worst rows as a page or fragment."""
         from luthier.evaluation.report_page import page
 
-        return page(self, self.model, f"{len(self.rows):,} rows", layout)
+        file = self.rows[0].file if self.rows else ""
+        return page(self, self.model, file.rpartition("/")[2], layout)
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Return the prompt or text of each row with the reply or prediction."""
