@@ -11,7 +11,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from luthier.engine.metrics import THEMES
 from luthier.evaluation.significance import RowScores
+from luthier.workflows.figures import draw_bars
 from luthier.workflows.study.cells import Outcome
 from luthier.workflows.study.figures import draw_study
 from luthier.workflows.study.grid import Configuration, Dimension
@@ -153,6 +155,13 @@ def test_pictures_are_drawn_in_both_themes_and_shown_on_the_page(tmp_path: Path)
     page = study_page(study_of(rows, key="training.learning_rate", pictures=paths), "<rows>.jsonl")
     assert page.count("data:image/svg+xml;base64,") == len(paths)
     assert "<rows>" not in page
+
+
+def test_bars_reach_the_score_and_intervals_surround_it(tmp_path: Path) -> None:
+    paths = draw_bars(tmp_path / "bars.svg", "accuracy", [("a", 0.5, (0.4, 0.6), True)])
+    assert [Path(path).name for path in paths] == ["bars.svg", "bars-dark.svg"]
+    light, dark = (Path(path).read_text() for path in paths)
+    assert THEMES[""]["front"] in light and THEMES["-dark"]["front"] in dark
 
 
 def test_nothing_measured_has_a_verdict_and_no_choice() -> None:
