@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from written_rows import row_of
 
-from luthier.data.formats import FORMS, forms_of
+from luthier.data.formats import FORMS, TEXT_PAIRS, forms_of
 from luthier.data.rows import Columns, Recognition, RowReader, load_inputs, load_prompts, load_rows
 from luthier.data.rules import RULES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
@@ -176,6 +176,30 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"text": "q", "document": "p", "label": 0.5},
     ),
     ("premise and hypothesis", {"premise": "q", "hypothesis": "p"}, {"text": "q", "positive": "p"}),
+    (
+        "premise, hypothesis and class",
+        {"premise": "q", "hypothesis": "p", "label": 1},
+        {"text": "q\n\np", "label": "1"},
+    ),
+    *(
+        ("labelled pair of texts", {one: "q", other: "p", "label": label}, expected)
+        for one, other in TEXT_PAIRS
+        for label, expected in (
+            (1, {"text": "q", "document": "p", "label": 1.0}),
+            ("0", {"text": "q", "document": "p", "label": 0.0}),
+            ("neutral", {"text": "q\n\np", "label": "neutral"}),
+        )
+    ),
+    (
+        "question and answer",
+        {"question": "q", "answer": [1.5]},
+        {"prompt": "q", "completion": "1.5"},
+    ),
+    (
+        '{"prompt", "completion"}',
+        {"prompt": "q", "completion": ["a"]},
+        {"prompt": "q", "completion": "a"},
+    ),
     # OpenAI's parts and its newer name of the system role need no form of their own.
     (
         '{"messages"}',
@@ -263,6 +287,12 @@ def test_form(tmp_path: Path, form: str, record: dict[str, Any], fields: dict[st
     assert str(recognized) == f"jsonl, {form}, 2 rows"
 
 
+_HISTORY = {"history": ["3", "1"], "item": "2"}
+HISTORY_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ('{"history", "item"}', {"history": [3, 1], "item": 2}, _HISTORY),
+    ("items of a user", {"user": 7, "items": [3, 1, 2]}, _HISTORY),
+    ("history and target", {"user": 7, "history": [3, 1], "target": 2}, _HISTORY),
+]
 MEDIA_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (
         "Bedrock image and caption",
@@ -360,12 +390,14 @@ def test_captions_are_checked(tmp_path: Path, record: dict[str, Any], rule: str)
 
 
 def test_every_form_is_tried_and_the_table_is_sound() -> None:
-    assert {form.name for form in FORMS} <= {name for name, *_ in CASES + MEDIA_CASES}
+    names = {name for name, *_ in CASES + MEDIA_CASES + HISTORY_CASES}
+    assert {form.name for form in FORMS} <= names
     for form in FORMS:
         assert form.keys and not form.keys & form.without and not form.used & form.without
         record: dict[str, Any] = dict.fromkeys(form.keys, "x.png")
         choices = {"choices": ["x"], "answer": 0} if "choices" in form.keys else {}
-        assert forms_of(record | choices) == [form]
+        items = {"items": ["x"]} if "items" in form.keys else {}
+        assert forms_of(record | choices | items) == [form]
 
 
 def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:
@@ -406,7 +438,7 @@ def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:
         {"instruction": "a", "output": "b", "history": [["x"]]},
         {"input": {"messages": []}},
         {"input": 3, "output": []},
-        {"premise": "a", "hypothesis": "b", "label": "neutral"},
+        {"premise": "a", "hypothesis": "b", "label": 0.5},
         {"question": "a", "context": "c", "answers": {"text": ["x"]}},
         {"input": "x", "label": "y"},
         {"input": "x", "expected": "y"},
@@ -489,15 +521,38 @@ def test_column_to_ignore_must_exist(tmp_path: Path, load: Callable[..., object]
     assert problem.rule == "column.missing" and "`data.columns.note=`" in problem.advice
 
 
-def test_rows_with_two_text_columns_are_pairs(tmp_path: Path) -> None:
-    path = write(tmp_path, {"text_a": "x", "text_b": "y", "label": 1})
+@pytest.mark.parametrize(("form", "record", "fields"), HISTORY_CASES)
+def test_item_ids_are_histories(
+    tmp_path: Path, form: str, record: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    rows, recognized = recognize(write(tmp_path, record))
+    assert [row.record() for row in rows] == [fields]
+    assert recognized.form == form
+
+
+def test_pairs_with_numbered_classes(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text_a": "x", "text_b": "y", "label": 2})
     (problem,) = problems_of(path)
-    assert "`data.columns.query=text_a`" in problem.advice
-    assert "data.columns.text=" not in problem.advice
+    assert "`data.columns.premise=COLUMN`" in problem.advice
     (problem,) = problems_of(path, {"text": "text_b"})
     assert problem.rule == "row.ambiguous"
-    (row,) = load_rows(path, {"query": "text_a", "document": "text_b"})
-    assert row.inputs() == ("x", "y")
+    (row,) = load_rows(path, {"premise": "text_a", "hypothesis": "text_b"})
+    assert row.inputs() == ("x\n\ny",) and row.target() == "2"
+
+
+@pytest.mark.parametrize("names", [*TEXT_PAIRS, ("premise", "hypothesis")])
+def test_inputs_of_two_texts(tmp_path: Path, names: tuple[str, str]) -> None:
+    one, other = names
+    path = write(tmp_path, {one: "x", other: "y"}, {one: "x", other: "y", "label": "neutral"})
+    assert [row.plain_text() for _, row in load_inputs(path)] == ["x\n\ny", "x\n\ny"]
+
+
+def test_two_targets_name_the_settings_to_ignore_one(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "x", "label": "a", "rating": 3})
+    (problem,) = problems_of(path)
+    assert "`data.columns.rating=`" in problem.advice and "`data.columns.label=`" in problem.advice
+    (row,) = load_rows(path, {"rating": ""})
+    assert row.target() == "a"
 
 
 def test_missing_mapped_column_is_reported(tmp_path: Path) -> None:

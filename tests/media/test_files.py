@@ -109,7 +109,7 @@ def test_only_hidden_files_and_clutter_are_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cat/2.heic", "notes.txt", "labels.csv", "/cat/2.png", "../2.png"]
+    "name", ["cat/2.heic", "notes.txt", "labels.json", "/cat/2.png", "../2.png"]
 )
 def test_foreign_files_in_archive_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
@@ -119,6 +119,35 @@ def test_foreign_files_in_archive_are_refused(name: str, tmp_path: Path) -> None
     if name == "cat/2.heic":
         assert "NEW.jpg" in problem.advice
         assert rules_of(write(tmp_path / "folder", "cat/1.png", name)) == {"file.directory"}
+
+
+def test_rows_name_members_of_an_archive(tmp_path: Path) -> None:
+    archive = pack(tmp_path / "a.zip", "x/cat.png", "x/dog.png")
+    rows = "".join(f'{{"image": "{name}.png", "caption": "a {name}"}}\n' for name in ("cat", "dog"))
+    for path in (tmp_path / "a.jsonl", tmp_path / "rows.jsonl"):
+        path.write_text(rows)
+        assert [row.media.member for row in load_rows(path)] == ["x/cat.png", "x/dog.png"]
+        path.unlink()
+    with zipfile.ZipFile(archive, "a") as stream:
+        stream.writestr("x/metadata.jsonl", rows)
+    assert [row.target() for row in load_rows(archive)] == ["a cat", "a dog"]
+    (tmp_path / "rows.jsonl").write_text('{"image": "cow.png", "caption": "a cow"}\n')
+    assert rules_of(tmp_path / "rows.jsonl") == {"media.missing"}
+
+
+def test_rows_name_images_of_an_npz_file_by_index(tmp_path: Path) -> None:
+    pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    path = tmp_path / "captions.jsonl"
+    path.write_text('{"index": 1, "caption": "b"}\n{"index": 0, "caption": "a"}\n')
+    for source in (path, tmp_path):
+        rows = load_rows(source, {"image": "index"})
+        assert [row.media.array[0, 0] for row in rows] == [16, 0]
+    with pytest.raises(DataError) as refused:
+        load_rows(path)
+    assert "`data.columns.image=index`" in refused.value.problems[0].advice
+    path.write_text('{"image": 2, "caption": "b"}\n')
+    assert rules_of(path) == {"media.type"}
 
 
 @pytest.mark.parametrize("name", ["a.heic", "a.M4A"])

@@ -33,6 +33,7 @@ from luthier.data.inputs import (
     MediaKind,
     object_name,
 )
+from luthier.data.packed_media import packed_media
 from luthier.errors import Location, Problem, RowRefused
 from luthier.formatting import list_some
 from luthier.types import Message, Tool, ToolCall
@@ -300,6 +301,8 @@ class FieldChecker:
             value = value.get("path")
         if isinstance(value, bytes):
             return Media(kind, name, data=value)
+        if type(value) is int and (packed := packed_media(kind, Path(self.file), value)):
+            return packed
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             key = quote(self.names.get(kind) or kind)
             what = SINGULAR[kind]
@@ -331,6 +334,8 @@ class FieldChecker:
             message = f"{quote(value)} is not below the folder of this file."
             self.report("media.outside", message, fix)
             return None
+        if not exists and (packed := packed_media(kind, Path(self.file), value)):
+            return packed
         if not exists:
             fix = f"Correct the path (relative to {folder}), or remove the row."
             self.report("media.missing", f"the file {quote(value)} does not exist.", fix)
@@ -369,8 +374,8 @@ class FieldChecker:
             one, other = sorted(near)
             return (
                 f"The row has two texts. For pairs with a relevance from 0 to 1, set "
-                f"`data.columns.query={one}` and `data.columns.document={other}`; otherwise join "
-                f'both texts under "{key}".'
+                f"`data.columns.query={one}` and `data.columns.document={other}`. For classes, set "
+                f"`data.columns.premise={one}` and `data.columns.hypothesis={other}`."
             )
         return column_fix(key, near[0]) if near else ""
 

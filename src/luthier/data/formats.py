@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from luthier.data.conversations.row_context import TOOL_KEYS, context_keys, is_blank
@@ -33,6 +34,14 @@ from luthier.errors import RowRefused
 from luthier.types import Row
 
 Converted = tuple[Record, Names]
+TEXT_PAIRS = (
+    ("text_a", "text_b"),
+    ("text1", "text2"),
+    ("sentence1", "sentence2"),
+    ("sentence_a", "sentence_b"),
+    ("question1", "question2"),
+)
+"""Names of two compared texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +92,7 @@ def _question_answer(
 
     def convert(record: Record) -> Converted:
         below = [record[key] for key in context if not is_blank(record.get(key))]
-        converted: Record = {"completion": _only_item(record[answer])} if answer in record else {}
+        converted: Record = {"completion": record[answer]} if answer in record else {}
         if question in record:
             converted["prompt"] = _above(record[question], below)
         return _with_further_keys(record, converted), {"prompt": question, "completion": answer}
@@ -222,6 +231,37 @@ def _pair(name: str, anchor: str, positive: str) -> Form:
     return replace(_renamed(name, anchor=anchor, positive=positive), used=NEGATIVE_KEYS)
 
 
+def _labelled_pair(first: str, second: str) -> Form:
+    """Return the form of two texts with a relevance, if the label is a number, or else a class."""
+
+    def convert(record: Record) -> Converted:
+        label = record["label"]
+        with suppress(TypeError, ValueError):
+            float(label)
+            converted = {"query": record[first], "document": record[second], "label": label}
+            return _with_further_keys(record, converted), {"query": first, "document": second}
+        return _classified_pair(record, first, second)
+
+    return Form("labelled pair of texts", frozenset((first, second, "label")), convert)
+
+
+def _classified_pair(record: Record, first: str, second: str) -> Converted:
+    """Convert two texts with a class to one text."""
+    text = _above(record[first], [record[second]])
+    return _with_further_keys(record, {"text": text, "label": record["label"]}), {"text": first}
+
+
+def _item_list(record: Record) -> Converted:
+    """Convert the items of a user: the last item is the one to predict."""
+    *history, item = record["items"]
+    return _with_further_keys(record, {"history": history, "item": item}), {"history": "items"}
+
+
+def _is_item_list(record: Record) -> bool:
+    items = record["items"]
+    return isinstance(items, list) and bool(items) and all(type(i) in (str, int) for i in items)
+
+
 def _flag_embedding(record: Record) -> Converted:
     """Convert a row of FlagEmbedding with an array of one positive."""
     converted = {"anchor": record["query"], "positive": _only_item(record["pos"])}
@@ -285,6 +325,15 @@ FORMS: tuple[Form, ...] = (
     _pair("sentence pairs", "sentence1", "sentence2"),
     _renamed("sentence pairs with scores", query="sentence1", document="sentence2", label="score"),
     _pair("premise and hypothesis", "premise", "hypothesis"),
+    # Numbers are classes, because NLI data sets number their three classes.
+    _form(
+        "premise, hypothesis and class",
+        "premise hypothesis label",
+        partial(_classified_pair, first="premise", second="hypothesis"),
+    ),
+    *(_labelled_pair(*names) for names in TEXT_PAIRS),
+    Form("items of a user", frozenset(("items",)), _item_list, _OWN, applies=_is_item_list),
+    _renamed("history and target", "instruction question query", history="history", item="target"),
     _renamed(
         "Bedrock raw text",
         f"{_ELSE} system system_prompt output answer response target expected {_NO_TEXT}",

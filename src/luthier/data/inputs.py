@@ -120,7 +120,7 @@ class Media:
         try:
             if self.member:
                 status = os.stat(self.path)
-                return self._unpack(_archive(self.path, status.st_mtime_ns, status.st_size))
+                return self._unpack(open_archive(self.path, status.st_mtime_ns, status.st_size))
             if (size := os.stat(self.path).st_size) > MOST_MEDIA_BYTES:
                 raise _too_large(size)
             return Path(self.path).read_bytes()
@@ -226,7 +226,7 @@ def _file_digest(path: str, member: str, modified: int, size: int) -> str:
 
 
 @lru_cache(maxsize=4)
-def _archive(path: str, modified: int, size: int) -> zipfile.ZipFile:
+def open_archive(path: str, modified: int, size: int) -> zipfile.ZipFile:
     """Return an open zip archive, cached so the directory is read once for all members."""
     return zipfile.ZipFile(path)
 

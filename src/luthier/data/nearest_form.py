@@ -52,11 +52,6 @@ def _search_fix(record: Record) -> str:
     """Return the fix for two compared texts; empty for other rows."""
     if "hypothesis" in record and "premise" not in record:
         return 'Add the text of "premise": a hypothesis alone has no label.'
-    if {"premise", "hypothesis", "label"} <= record.keys():
-        return (
-            "Set `data.columns.query=premise` and `data.columns.document=hypothesis` for a label from "
-            '0 to 1, or join both texts into "text" for classes.'
-        )
     if "query" not in record:
         return ""
     for key in _POSITIVES:
@@ -77,6 +72,9 @@ def _media_fix(record: Record) -> str:
     for key, value in record.items():
         if isinstance(value, str) and "\n" not in value and (kind := media_kind(value)):
             return f"Set `data.columns.{kind}={key}`."
+    number = next((key for key in ("index", "image_id", "id") if type(record.get(key)) is int), "")
+    if "caption" in record and number:
+        return f"For images of an .npz file in the same folder, set `data.columns.image={number}`."
     return ""
 
 

@@ -27,7 +27,7 @@ from luthier.data.field_checks import (
 from luthier.data.files.parsing import Record, quote
 from luthier.data.files.read import find_container, read_records, source_size
 from luthier.data.files.sources import Source, files_of, media_below
-from luthier.data.formats import Form, extra_keys, forms_of
+from luthier.data.formats import TEXT_PAIRS, Form, extra_keys, forms_of
 from luthier.data.inputs import Media, media_kind
 from luthier.data.nearest_form import nearest_form
 from luthier.data.shapes import SHAPES
@@ -38,7 +38,6 @@ from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage, Med
 from luthier.data.shapes.preferences import (
     THUMB_KEYS,
     JudgedAnswers,
-    Preference,
     ThumbedReply,
 )
 from luthier.data.shapes.questions import AnsweredQuestion
@@ -58,11 +57,6 @@ SPEAKER_COLUMNS = frozenset(
 ROWS_CHECKED = 1000
 """Rows whose values are checked for ignored columns; of later rows, each set of keys is checked."""
 
-_ALL_SHAPES = ", ".join(
-    title
-    for kind in SHAPES.values()
-    for title in ([kind.title, kind.openai_title] if kind is Preference else [kind.title])
-)
 _ASKED = (PromptCompletion, PromptOnly, Conversation)
 _REPLY_KEYS = ("completion", "expected", "reference_answer")
 _VALUES_TELL = frozenset((*THUMB_KEYS, "rating", "score"))
@@ -311,7 +305,7 @@ class Checker(FieldChecker):
         if len(shapes) > 1:
             keys = list_keys(key for kind in shapes for key in kind.keys if key in record)
             message = f"The row mixes {len(shapes)} shapes: it has the keys {keys}."
-            fix = f"Keep the keys of one shape: {_ALL_SHAPES}."
+            fix = " ".join(_ignore_fix(kind, shapes, record) for kind in shapes)
             self.report("row.ambiguous", message, fix)
             return None
         kind = shapes[0]
@@ -342,6 +336,14 @@ class Checker(FieldChecker):
     def _column_fix(self, record: Record, key: str) -> str:
         likely = super()._column_fix(record, key)
         return likely or (nearest_form(record) if key == "text" else "")
+
+
+def _ignore_fix(kind: type[Shape], shapes: Sequence[type[Shape]], record: Record) -> str:
+    """Return the advice to read a record of several shapes as ``kind``."""
+    present = {key for shape in shapes for key in shape.keys if key in record}
+    others = sorted(present - kind.source_keys())
+    settings = " and ".join(f"`data.columns.{key}=`" for key in others)
+    return f"For {kind.noun}, set {settings}."
 
 
 class PromptChecker(Checker):
@@ -479,6 +481,9 @@ class InputChecker(Checker):
                     return CaptionedImage(self.file, line, media.media, other)
                 return media
         text, reply = own.get("text"), own.get("completion")
+        for query, document in (*TEXT_PAIRS, ("premise", "hypothesis")):
+            if query in own and document in own:
+                own = {"query": own[query], "document": own[document]}
         if "document" in own and "query" in own:
             row = QueryDocument.read({**own, "label": 0}, self)
             return row and row.bare()

@@ -2,8 +2,8 @@
 
 Formats are JSON Lines, a JSON array or object, CSV, TSV, Parquet, plain text and annotated lines
 (:mod:`luthier.data.files.line_forms`). All but Parquet may be compressed with gzip or zstd, or be
-the only data file of a zip archive. Images and audio are a folder or zip archive of files, or arrays
-in an ``.npz`` file.
+the only data file of a zip archive, next to the images and audio that the rows name. Images and
+audio alone are a folder or zip archive of files, or arrays in an ``.npz`` file.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _holds_arrays(path: Path) -> bool:
 
 
 def _data_member(path: Path) -> str:
-    """Return the only data file of a zip archive; empty for an archive of images or audio.
+    """Return the only data file of a zip archive; empty for an archive of images or audio alone.
 
     Raises:
         RowRefused: for several data files, and for an encrypted file.
@@ -205,12 +205,14 @@ def _data_member(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [*filter(_is_listed, archive.namelist())]
-            rows = [name for name in names if name.lower().endswith(_ROW_ENDINGS)]
+            has_media = any(map(is_media, names))
+            endings = (*JSON_LINES, *TABLES) if has_media else _ROW_ENDINGS
+            rows = [name for name in names if name.lower().endswith(endings)]
             data = rows or [name for name in names if name.lower().endswith(".txt")]
             is_encrypted = any(archive.getinfo(name).flag_bits & 1 for name in data)
     except (zipfile.BadZipFile, RuntimeError, ValueError):
         return ""  # the reader reports the damage
-    if not data or any(map(is_media, names)):
+    if not data or (has_media and not rows):
         return ""
     if len(data) > 1 or is_encrypted:
         what = "is encrypted" if is_encrypted else f"has {len(data):,} data files"

@@ -3,7 +3,7 @@
 A folder stands for the data files inside at any depth, ordered by name. Hidden files and known
 clutter are ignored (:func:`is_clutter`). A folder with additional files is rejected: rows next to
 plain text, or training next to test files. A pattern selects files in such a folder. Media files
-next to rows are inputs of the rows. A folder of media files alone is one source
+and archives next to rows are inputs of the rows. A folder of media files alone is one source
 (:mod:`luthier.media.files`).
 """
 
@@ -18,7 +18,14 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from luthier.data.disk_sequence import spool
-from luthier.data.files.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT, unpacked_name
+from luthier.data.files.containers import (
+    DATA_ENDINGS,
+    JSON_LINES,
+    PACKED,
+    PLAIN_TEXT,
+    TABLES,
+    unpacked_name,
+)
 from luthier.data.inputs import conversion_fix, is_media
 from luthier.errors import DataError, Location, Problem
 from luthier.files import names_below, sha256_of
@@ -27,6 +34,9 @@ from luthier.formatting import list_some
 Source = str | Path
 
 _SHOWN = 8
+ARCHIVES = (".zip", ".npz")
+"""File endings of media next to rows; the rows name the media."""
+TABLE_ENDINGS = (*JSON_LINES, *TABLES, ".parquet")
 SPLIT_NAME = re.compile(
     r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)(?:[^a-z]|$)", re.I
 )
@@ -157,6 +167,8 @@ def choose_data_files(candidates: Iterable[tuple[str, Path]], where: str) -> lis
         DataError: if no data file exists, or files of several kinds.
     """
     files = [(name, path) for name, path in candidates if not is_clutter(name)]
+    if any(unpacked_name(name).endswith(TABLE_ENDINGS) for name, _ in files):
+        files = [(name, path) for name, path in files if not name.lower().endswith(ARCHIVES)]
     data = [(name, path) for name, path in files if is_data(name)]
     if not data:
         others = list_some((name for name, _ in files), _SHOWN)

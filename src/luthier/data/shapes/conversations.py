@@ -48,6 +48,13 @@ class PromptCompletion(Shape):
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         prompt = fields.text(record, "prompt")
+        reply = record.get("completion")
+        if isinstance(reply, list) and len(reply) == 1:
+            reply = reply[0]
+        if type(reply) in (int, float):
+            reply = str(reply)
+        if isinstance(reply, str):
+            record = {**record, "completion": reply}
         completion = fields.text(record, "completion", target=True)
         if prompt is None or completion is None:
             return None

@@ -26,7 +26,8 @@ _SECOND_TEXT = dict.fromkeys(
         *("text_b", "sentence1", "sentence2", "sentence_a", "sentence_b", "premise", "hypothesis"),
     ),
     "For pairs with a relevance from 0 to 1, name both texts: `data.columns.query=COLUMN` and "
-    '`data.columns.document=COLUMN`. Otherwise join both texts into one "text".',
+    "`data.columns.document=COLUMN`. For classes, `data.columns.premise=COLUMN` and "
+    "`data.columns.hypothesis=COLUMN`.",
 )
 _ENTITIES = dict.fromkeys(
     ("entities", "spans", "ner_tags"), f"Write {TAGGED_EXAMPLE} for named entities."
@@ -341,8 +342,8 @@ def _read_relevance(value: object, key: str) -> float:
     raise RowRefused(
         "pair.label",
         f'"{key}" must be a number from 0 to 1, but is {found}.',
-        "Write 1 for a relevant document, 0 for any other, or a number between. Divide scores of "
-        "another scale by their maximum.",
+        "Write 1 for a relevant document, 0 for any other, or a number between. For classes, set "
+        "`data.columns.premise=COLUMN` and `data.columns.hypothesis=COLUMN`.",
     )
 
 
@@ -374,7 +375,10 @@ class History(TextPair):
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        items, item = record["history"], fields.text(record, "item")
+        items, item = record["history"], record["item"]
+        if isinstance(items, list):
+            items = [str(each) if type(each) is int else each for each in items]
+        item = str(item) if type(item) is int else fields.text(record, "item")
         if not isinstance(items, list) or not 1 <= len(items) <= MOST_ITEMS:
             count = f"has {len(items):,}" if isinstance(items, list) else f"is {json_kind(items)}"
             raise RowRefused(
