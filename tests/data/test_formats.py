@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +273,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def recognize(source: Path, columns: Columns | None = None) -> tuple[list[Row], Recognition]:
+def recognize(source: Path, columns: Columns | None = None) -> tuple[Sequence[Row], Recognition]:
     reader = RowReader(source, columns)
     return reader.read_all(), reader.recognition
 
@@ -461,7 +461,7 @@ def test_a_form_may_have_a_system_prompt_in_some_rows_only(tmp_path: Path) -> No
 
 def test_rating_next_to_a_form_is_read(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "a", "answer": "b", "rating": 3})
-    assert load_rows(path)[0].rating == 3.0
+    assert load_rows(path)[0].record()["rating"] == 3.0
 
 
 # --- names of columns ------------------------------------------------------------------------------
@@ -473,9 +473,9 @@ def test_columns_are_renamed_before_anything_is_recognized(tmp_path: Path) -> No
     (row,) = load_rows(path, columns)
     assert row == PromptCompletion(str(path), 1, "x", "y")
     (row,) = load_rows(path, {"text": "q"})
-    assert row.text == "x"
+    assert row.record() == {"text": "x"}
     (row,) = load_prompts(path, columns)
-    assert (row.prompt, row.expected) == ("x", "y")
+    assert row.record() == {"prompt": "x", "expected": "y"}
 
 
 def test_a_mapping_replaces_the_form(tmp_path: Path) -> None:
@@ -485,8 +485,8 @@ def test_a_mapping_replaces_the_form(tmp_path: Path) -> None:
     columns = {"prompt": "instruction", "completion": "output"}
     (problem,) = problems_of(path, columns)
     assert problem.rule == "row.ambiguous"
-    assert load_rows(path, {**columns, "input": ""})[0].prompt == "add"
-    assert load_rows(path, {"prompt": "input", "completion": "output"})[0].prompt == "1 and 2"
+    assert load_rows(path, {**columns, "input": ""})[0].inputs() == ("add",)
+    assert load_rows(path, {"prompt": "input", "completion": "output"})[0].inputs() == ("1 and 2",)
 
 
 def test_unmapped_columns_are_reported(tmp_path: Path) -> None:
@@ -498,7 +498,7 @@ def test_unmapped_columns_are_reported(tmp_path: Path) -> None:
 def test_mapping_may_swap_columns_or_accept_standard_names(tmp_path: Path) -> None:
     path = write(tmp_path, {"prompt": "x", "completion": "y"})
     (row,) = load_rows(path, {"prompt": "completion", "completion": "prompt"})
-    assert (row.prompt, row.completion) == ("y", "x")
+    assert row.record() == {"prompt": "y", "completion": "x"}
     mapped = {"prompt": "question", "completion": "answer"}
     assert load_rows(path, mapped, accepts_own_keys=True) == load_rows(path)
     assert {each.rule for each in problems_of(path, mapped)} == {"column.missing"}
@@ -583,7 +583,7 @@ def test_files_of_source_share_a_form(tmp_path: Path) -> None:
     write(tmp_path, {"question": "c", "answer": "d", "id": 1}, name="b.jsonl")
     (tmp_path / "c.csv").write_text("question,answer\ne,f\n")
     rows, recognized = recognize(tmp_path)
-    assert [row.prompt for row in rows] == ["a", "c", "e"]
+    assert [row.inputs() for row in rows] == [("a",), ("c",), ("e",)]
     assert str(recognized) == "jsonl; csv, question and answer, 3 rows in 3 files"
     write(tmp_path, {"prompt": "a", "completion": "b"}, name="b.jsonl")
     (problem,) = problems_of(tmp_path)
@@ -595,7 +595,7 @@ def test_plain_text_files_are_a_row_each(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"{name} \u2028\n")
     rows, recognized = recognize(tmp_path)
-    assert [row.text for row in rows] == ["a.txt \u2028\n", "b.txt \u2028\n"]
+    assert [row.plain_text() for row in rows] == ["a.txt \u2028\n", "b.txt \u2028\n"]
     assert str(recognized) == 'text, {"text"}, 2 rows in 2 files'
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ from PIL import Image
 
 from luthier.data.files.sources import files_of, hash_of
 from luthier.data.inputs import Media
-from luthier.data.rows import input_row, load_rows
+from luthier.data.rows import Columns, input_row, load_rows
 from luthier.data.shapes.media import BareAudio, BareImage, LabelledAudio, LabelledImage, MediaRow
 from luthier.data.shapes.texts import RawText
 from luthier.errors import DataError
 from luthier.media.decoding import read_pixels
-from luthier.types import Row
 
 
 def png(level: int = 0) -> bytes:
@@ -44,8 +44,8 @@ def pack(path: Path, *names: str) -> Path:
     return path
 
 
-def rows_of(source: Path) -> list[Row]:
-    return load_rows(source)
+def rows_of(source: Path, columns: Columns | None = None) -> Sequence[Any]:
+    return load_rows(source, columns)
 
 
 def labels_of(source: Path) -> dict[str, str | tuple[str, ...]]:
@@ -126,7 +126,7 @@ def test_rows_name_members_of_an_archive(tmp_path: Path) -> None:
     rows = "".join(f'{{"image": "{name}.png", "caption": "a {name}"}}\n' for name in ("cat", "dog"))
     for path in (tmp_path / "a.jsonl", tmp_path / "rows.jsonl"):
         path.write_text(rows)
-        assert [row.media.member for row in load_rows(path)] == ["x/cat.png", "x/dog.png"]
+        assert [row.media.member for row in rows_of(path)] == ["x/cat.png", "x/dog.png"]
         path.unlink()
     with zipfile.ZipFile(archive, "a") as stream:
         stream.writestr("x/metadata.jsonl", rows)
@@ -141,7 +141,7 @@ def test_rows_name_images_of_an_npz_file_by_index(tmp_path: Path) -> None:
     path = tmp_path / "captions.jsonl"
     path.write_text('{"index": 1, "caption": "b"}\n{"index": 0, "caption": "a"}\n')
     for source in (path, tmp_path):
-        rows = load_rows(source, {"image": "index"})
+        rows = rows_of(source, {"image": "index"})
         assert [row.media.array[0, 0] for row in rows] == [16, 0]
     with pytest.raises(DataError) as refused:
         load_rows(path)
@@ -250,7 +250,7 @@ def test_arrays_are_scaled_by_type_or_file_range(type_: str, tmp_path: Path) -> 
     images = np.array([[[0, 0, 0.2]], [[0, 0.4, 1]]])
     scaled = {"uint16": 65535, "int64": 255}.get(type_, 1) * images
     np.savez(tmp_path / "a.npz", images=scaled.astype(type_))
-    levels = [read_pixels(row.media)[0, :, 0].tolist() for row in rows_of(tmp_path / "a.npz")]  # type: ignore
+    levels = [read_pixels(row.media)[0, :, 0].tolist() for row in rows_of(tmp_path / "a.npz")]
     assert levels == (
         [[0, 0, 255], [0, 255, 255]] if type_ == "bool" else [[0, 0, 51], [0, 102, 255]]
     )

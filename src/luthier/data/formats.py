@@ -235,7 +235,7 @@ def _labelled_pair(first: str, second: str) -> Form:
     """Return the form of two texts with a relevance, if the label is a number, or else a class."""
 
     def convert(record: Record) -> Converted:
-        label = record["label"]
+        label: Any = record["label"]
         with suppress(TypeError, ValueError):
             float(label)
             converted = {"query": record[first], "document": record[second], "label": label}
@@ -253,8 +253,9 @@ def _classified_pair(record: Record, first: str, second: str) -> Converted:
 
 def _item_list(record: Record) -> Converted:
     """Convert the items of a user: the last item is the one to predict."""
-    *history, item = record["items"]
-    return _with_further_keys(record, {"history": history, "item": item}), {"history": "items"}
+    items: Any = record["items"]
+    converted = {"history": items[:-1], "item": items[-1]}
+    return _with_further_keys(record, converted), {"history": "items"}
 
 
 def _is_item_list(record: Record) -> bool:
