@@ -102,6 +102,8 @@ def print_result(result: Result) -> None:
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and {state}")
     if withheld:
         out.print(f"  {withheld}", markup=False)
+    if result.comparison is not None and result.comparison.loses:
+        out.print(f"  {result.comparison.verdict}", style="bold yellow", markup=False)
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
     if result.verdict is not None and result.verdict.stopped_early:
         steps += " (stopped early)"
@@ -164,7 +166,8 @@ def validation_result(
 
 
 def print_comparison(found: Comparison | None, is_refit: bool = False) -> None:
-    """Print the model compared with simple baselines, best first, and the verdict.
+    """Print the model compared with simple baselines, best first, and the verdict, except that a
+    better baseline is the first line of the result.
 
     ``is_refit`` marks a measurement of weights before the refit.
     """
@@ -184,7 +187,7 @@ def print_comparison(found: Comparison | None, is_refit: bool = False) -> None:
         out.print(f"    {render(found.measure, score):24} {name}{spent}", style=style, markup=False)
     for name in found.left_out:
         out.print(f"    not measured (time limit): {name}", markup=False)
-    if found.verdict:
+    if found.verdict and not found.loses:
         out.print(f"  {found.verdict}", style="bold yellow", markup=False, soft_wrap=True)
 
 

@@ -99,6 +99,14 @@ class Comparison:
         gains = [self.gain(each) - chance * each.error for each in self.baselines if each.constant]
         return self.tuned is not None and bool(gains) and min(gains) <= 0
 
+    @property
+    def loses(self) -> bool:
+        """True if a baseline is better beyond chance."""
+        best = self.best
+        return (
+            best is not None and self.tuned is not None and self.gain(best) < -CHANCE * best.error
+        )
+
     def judge(self) -> str:
         """Return the :attr:`verdict`; empty if the tuned model beats all baselines beyond chance."""
         best = self.best
@@ -110,8 +118,7 @@ class Comparison:
                 "out rows of each label"
             )
         gain = self.gain(best)
-        behind = gain < -CHANCE * best.error
-        does = "is better" if behind else "was better here" if gain < 0 else "may be as good"
+        does = "is better" if self.loses else "was better here" if gain < 0 else "may be as good"
         does = does if gain else "is as good"
         text = (
             f"a simple baseline {does}: {best.name} has {render(self.measure, best.score)}, the tuned "
@@ -119,7 +126,7 @@ class Comparison:
         )
         if does == "was better here":
             text += "; the difference is not significant"
-        elif does == "may be as good" or (not behind and self.rows < FEW_ROWS):
+        elif does == "may be as good" or (not self.loses and self.rows < FEW_ROWS):
             text += "; more rows are necessary for a significant difference"
         return text
 
