@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +65,7 @@ class FoundPassages:
 
 
 def index_documents(
-    sources: list[Path],
+    sources: Sequence[str | Path],
     *,
     name: str,
     model: str | None = None,
@@ -99,7 +99,8 @@ def index_documents(
         from luthier.library.models import find
 
     reporter = reporter or Reporter()
-    files = document_files(sources)
+    paths = [Path(source) for source in sources]
+    files = document_files(paths)
     language = ""
     if name in DocumentIndex.names():
         with DocumentIndex.open(name) as index:
@@ -114,7 +115,7 @@ def index_documents(
     embed = Predictor.open(stored).embed
     with DocumentIndex.update(name, stored, language) as index:
         update = index.synchronize(
-            files, sources, embed, lambda done, total: reporter.progress(done, total, "index")
+            files, paths, embed, lambda done, total: reporter.progress(done, total, "index")
         )
         summary = IndexSummary(name, stored.id, index.documents(), None, update)
         if not summary.passages:
