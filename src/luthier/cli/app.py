@@ -77,7 +77,6 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(tune, print_result, shares_work=True),
         Command(pretrain, show_pretraining, shares_work=True),
         Command(distil, show_distillation),
-        Command(pipeline, show_stages),
     ),
     "Decide": (
         Command(estimate, show_estimate),
@@ -101,11 +100,12 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
     "Serve": (Command(serve, has_json=False), admin_app),
     "Manage": (
         models_app,
-        Command(demo, show_demo),
         Command(examples, show_examples),
     ),
     MORE: (
         Command(split, show_split),
+        Command(pipeline, show_stages),
+        Command(demo, show_demo),
         import_app,
         Command(judge, show_agreement),
         Command(safety, show_safety),

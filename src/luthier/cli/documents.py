@@ -307,10 +307,11 @@ def show_summary(found: IndexSummary | list[IndexSummary]) -> None:
             f"{update.added:,} documents added, {update.changed:,} changed, {update.removed:,} "
             f"removed, {update.unchanged:,} unchanged"
         )
-    listed = found.documents if update is None else update.problems
-    for each in listed:
-        state = f"left out: {each.refused}" if each.refused else f"{each.passages:,} passages"
-        print_text(f"  {each.path}: {state}{f' ({each.note})' if each.note else ''}")
+    for document in found.documents if update is None else update.problems:
+        state = f"left out: {document.refused}"
+        if not document.refused:
+            state = f"{document.passages:,} passages" + f" ({document.note})" * bool(document.note)
+        print_text(f"  {document.path}: {state}")
     print_text(
         f"{found.name}: {found.passages:,} passages of {len(found.documents):,} documents, embedded by "
         f"{found.model}"

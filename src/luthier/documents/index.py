@@ -249,7 +249,7 @@ class DocumentIndex:
     ) -> None:
         """Replace the passages of a document, in one transaction."""
         passages = [*cut(read.pages)]
-        vector_NH = embed([each.content for each in passages]) if passages else []
+        vectors = [*embed([each.content for each in passages])] if passages else []
         insert = self._connection.execute
         with self._connection:
             self._delete(str(path))
@@ -258,7 +258,7 @@ class DocumentIndex:
                 "VALUES (?, ?, ?, ?, ?, ?)",
                 (str(path), *about, read.note, read.refused),
             )
-            for passage, vector_H in zip(passages, vector_NH, strict=True):
+            for passage, vector_H in zip(passages, vectors, strict=True):
                 text = (passage.heading, passage.text)
                 added = insert(
                     "INSERT INTO passages (document, heading, text, page) VALUES (?, ?, ?, ?)",
@@ -333,9 +333,10 @@ class DocumentIndex:
         if self._vectors is None or self._vectors[0] != version:
             rows = self._connection.execute("SELECT * FROM vectors ORDER BY passage").fetchall()
             joined = np.frombuffer(b"".join(vector for _, vector in rows), np.float16)
-            vector_NH = joined.reshape(len(rows), -1).astype(np.float32) if rows else joined[:0]
+            vector_NH = joined.astype(np.float32).reshape(len(rows), -1 if rows else 0)
             self._vectors = version, [number for number, _ in rows], vector_NH
-        return self._vectors[1:]
+        _, numbers, vector_NH = self._vectors
+        return numbers, vector_NH
 
     def _passage(
         self, number: int, query_H: NDArray[np.float32], cosine: float | None
