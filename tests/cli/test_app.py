@@ -18,7 +18,7 @@ def test_version_and_help() -> None:
 
     assert Answer("--version").good().out == f"{luthier.__version__}\n"
     text = Answer("--help").good().out
-    for command in ("tune", "inspect", "generate", "chat", "evaluate", "demo", "models"):
+    for command in ("tune", "inspect", "generate", "chat", "evaluate", "examples", "models"):
         assert f"\n  {command} " in text
     text = Answer("models", "--help").good().out
     for command in ("list", "show", "pull", "export", "remove"):
