@@ -235,7 +235,11 @@ def import_openai(
     export: str | Path, folder: str | Path = "imported", *, judge: str | None = None
 ) -> Import: ...
 def index_documents(
-    sources: list[Path], *, name: str, model: str | None = None, reporter: Reporter | None = None
+    sources: Sequence[str | Path],
+    *,
+    name: str,
+    model: str | None = None,
+    reporter: Reporter | None = None,
 ) -> IndexSummary: ...
 def inspect(
     data: str | Path | Rows,
