@@ -149,3 +149,23 @@ def test_documents_become_rows_of_text(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "rows.jsonl").read_text()) == {"text": BODY, "source": "a.pdf"}
     with pytest.raises(RefusedInput):
         luthier.convert(file, tmp_path / "rows.csv", to="text")
+
+
+def test_lines_of_content_stay_on_similar_pages(tmp_path: Path) -> None:
+    pages = [
+        [(f"Invoice {1000 + 7 * n}", 10), (BODY, 10), (f"Total {n * n} EUR", 10)] for n in range(4)
+    ]
+    with DocumentReader.open() as reader:
+        read = reader.read(pdf_pages(tmp_path / "invoices.pdf", pages))
+    assert all("Invoice" in page.text and "Total" in page.text for page in read.pages)
+
+
+def test_hidden_folders_and_rows_are_no_documents(tmp_path: Path) -> None:
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "LICENSE.txt").write_text("licence")
+    (tmp_path / "a.md").write_text(BODY)
+    assert document_files([tmp_path]) == [tmp_path / "a.md"]
+    (tmp_path / "page.html").write_text(BODY)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(RecipeError, match=r"rows\.jsonl"):
+        load_texts([tmp_path])

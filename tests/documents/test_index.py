@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +156,25 @@ def test_broken_file_is_named(folder: Path) -> None:
     file.write_bytes(b"no database" * 100)
     with pytest.raises(CorruptFile, match=r"\.sqlite"):
         search("holiday")
+    DocumentIndex.remove("handbook")
+    assert build(folder).added == 2
+
+
+def test_refused_document_is_read_again(folder: Path) -> None:
+    (folder / "late.md").write_bytes(b" ")
+    assert [each.refused for each in build(folder).problems] == ["no text"]
+    status = (folder / "late.md").stat()
+    (folder / "late.md").write_bytes(b"x")
+    os.utime(folder / "late.md", (status.st_atime, status.st_mtime))
+    assert build(folder).problems == []
+
+
+def test_composed_and_decomposed_letters_are_equal(folder: Path) -> None:
+    (folder / "menu.md").write_text(unicodedata.normalize("NFD", "Ph\u1edf b\u00f2"))
+    build(folder, language="vi")
+    with DocumentIndex.open("handbook") as index:
+        for form in ("NFC", "NFD"):
+            assert index._by_words(unicodedata.normalize(form, "ph\u1edf"))  # type: ignore[arg-type]
 
 
 def test_removed_index_is_unknown(folder: Path) -> None:

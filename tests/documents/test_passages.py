@@ -43,3 +43,9 @@ def test_passages_have_all_words_in_order() -> None:
     assert " ".join(each.text for each in passages).split() == text.split()
     assert max(count_words(each.text) for each in passages) <= WORDS
     assert [*cut([Page("")])] == []
+
+
+def test_comment_in_code_is_no_heading() -> None:
+    text = "# Setup of C#\n\n```sh\n# create a folder\nmkdir a\n```\n\nDone."
+    (passage,) = cut([Page(text)])
+    assert passage.heading == "Setup of C#" and "# create a folder" in passage.text

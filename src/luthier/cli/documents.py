@@ -112,6 +112,11 @@ def index_documents(
         reporter.note(f"embedding model {model}: {reason}")
     stored = find(model)
     check_embeds(stored, stored.objective)
+    if name in DocumentIndex.names():
+        with DocumentIndex.open(name) as index:
+            if index.fingerprint != stored.content_hash:  # documents of other folders stay
+                listed = {Path(each.path) for each in index.documents()}
+                files = sorted({*files, *(path for path in listed if path.is_file())})
     embed = Predictor.open(stored).embed
     with DocumentIndex.update(name, stored, language) as index:
         update = index.synchronize(
@@ -216,8 +221,9 @@ def ask(
         raise RecipeError(f"{stored.id} neither generates text nor answers questions.")
     with _opened(index) as (opened, embed):
         passages = tuple(opened.search(question, top or PASSAGES, embed))
+        nearest = opened.best_cosines(embed([question]))[0]
         threshold = opened.threshold or 0.0
-    if max((each.cosine for each in passages), default=-1.0) < threshold:
+    if nearest < threshold:
         return Answer(question, DECLINED, passages, declined=True)
     if stored.objective.task.head == "question_answering":
         return _read_answer(Predictor.open(stored), question, passages)
@@ -237,8 +243,10 @@ def _generate(
     generator = Generator.open(stored)
     sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
     turns = prompt(question, passages, stored.chat.supports_system_prompt)
-    while passages and generator.refusal(turns, sampling):  # the context is too small
+    while refusal := generator.refusal(turns, sampling):  # the context is too small
         passages = passages[:-1]
+        if not passages:
+            raise RecipeError(f"No passage fits in the prompt of {stored.id}: {refusal}")
         turns = prompt(question, passages, stored.chat.supports_system_prompt)
     (reply,) = generator.answers([turns], sampling)
     return Answer(question, without_unknown_citations(reply.text, len(passages)).strip(), passages)

@@ -141,26 +141,30 @@ def _lines(page: Any) -> Iterator[Line]:
 
 
 def _without_running_lines(pages: list[list[Line]]) -> list[list[Line]]:
-    """Remove headers and footers: first and last lines that repeat, with other numbers, on half of
-    the pages."""
-    if len(pages) < 3:
-        return pages
+    """Remove headers and footers: first and last lines with equal text and height on most pages.
 
-    def pattern(line: Line) -> str:
-        return re.sub(r"\d+", "0", line.text)
+    The number of the page may differ.
+    """
 
-    repeated = Counter[str]()
-    for lines in pages:
-        repeated.update({pattern(line) for line in (*lines[:1], *lines[-1:])})
-    running = {each for each, count in repeated.items() if 2 * count > len(pages)}
-    return [
-        [
+    def pattern(number: int, line: Line) -> tuple[str, float, float]:
+        text = re.sub(r"\d{1,4}", lambda found: f"{int(found[0]) - number:+}", line.text, count=1)
+        return text, line.height, round(line.top, -1)
+
+    ends = [[*dict.fromkeys((*lines[:1], *lines[-1:]))] for lines in pages]
+    repeated = Counter(
+        pattern(number, line) for number, lines in enumerate(ends) for line in lines
+    ) + Counter((line.text, line.height, round(line.top, -1)) for lines in ends for line in lines)
+    running = {each for each, count in repeated.items() if 2 * count > max(3, len(pages))}
+    kept = []
+    for number, (lines, outer) in enumerate(zip(pages, ends, strict=True)):
+        removed = [
             line
-            for place, line in enumerate(lines)
-            if place not in (0, len(lines) - 1) or pattern(line) not in running
+            for line in outer
+            if {pattern(number, line), (line.text, line.height, round(line.top, -1))} & running
         ]
-        for lines in pages
-    ]
+        body = [line for line in lines if not any(line is each for each in removed)]
+        kept.append(body or lines)
+    return kept
 
 
 def _page_text(lines: list[Line], body: float, larger: list[float]) -> str:
@@ -198,7 +202,9 @@ def _answer(path: str) -> dict[str, Any]:
 
 def main() -> None:
     """Answer the paths of standard input until it ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(hard, MEMORY_BYTES)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), file=answers, flush=True)

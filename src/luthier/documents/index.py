@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.documents.passages import Passage, cut
-from luthier.documents.readers import DocumentReader, ReadDocument
+from luthier.documents.readers import DocumentReader, ReadDocument, normalize
 from luthier.errors import CorruptFile, RecipeError
 from luthier.evaluation.retrieval import DEPTH, nearest, reciprocal_rank_fusion
-from luthier.files import lock, luthier_home, read_json, write_json
+from luthier.files import lock, luthier_home, read_json, sha256_of, write_json
 from luthier.gate.checks.language import UNSPACED
 from luthier.recipe import check_name
 
@@ -119,7 +119,10 @@ class DocumentIndex:
         self.name, self.file, self._connection = name, file, connection
         about = dict(connection.execute("SELECT key, value FROM about"))
         if about.get("form") != str(FORM):
-            raise CorruptFile(f"{file} was written by another version. Build the index again.")
+            raise CorruptFile(
+                f"{file} was written by another version. Remove the index with `luthier index remove` "
+                "and add the documents again."
+            )
         self.model, self.fingerprint = about["model"], about["fingerprint"]
         self.language = about["language"]
         self._vectors: tuple[int, list[int], NDArray[np.float32]] | None = None
@@ -130,7 +133,7 @@ class DocumentIndex:
         try:
             return luthier_home() / "indexes" / check_name(name)
         except ValueError as error:
-            raise RecipeError(f"{name!r} is no name of an index: {error}") from error
+            raise RecipeError(f'"{name}" is not a name of an index: {error}') from error
 
     @staticmethod
     def names() -> list[str]:
@@ -148,11 +151,7 @@ class DocumentIndex:
         """
         folder = DocumentIndex.folder(name)
         if not (folder / "current.json").is_file():
-            known = ", ".join(DocumentIndex.names()) or "none"
-            raise RecipeError(
-                f"There is no index {name!r}. Known indexes: {known}. `luthier index add FOLDER "
-                f"--name {name}` creates it."
-            )
+            raise _unknown(name)
         file = folder / read_json(folder / "current.json")["file"]
         with _open_database(file) as connection:
             yield DocumentIndex(name, file, connection)
@@ -164,10 +163,11 @@ class DocumentIndex:
         Raises:
             RecipeError: for an unknown name, or while another process writes.
         """
-        with DocumentIndex.open(name):
-            pass
-        with _writing(DocumentIndex.folder(name)):
-            shutil.rmtree(DocumentIndex.folder(name))
+        folder = DocumentIndex.folder(name)
+        if name not in DocumentIndex.names():
+            raise _unknown(name)
+        with _writing(folder):
+            shutil.rmtree(folder)
 
     @staticmethod
     @contextmanager
@@ -203,33 +203,38 @@ class DocumentIndex:
         """Read the new and changed ``files``, and remove documents of ``sources`` that are gone."""
         known = {
             path: (digest, size, modified)
-            for path, digest, size, modified in self._connection.execute(
-                "SELECT path, sha256, bytes, modified FROM documents"
+            for path, digest, size, modified, refused in self._connection.execute(
+                "SELECT path, sha256, bytes, modified, refused FROM documents"
             )
+            if not refused  # the reason may be gone
         }
         added = changed = unchanged = 0
         with DocumentReader.open() as reader:
             for done, path in enumerate(files, 1):
-                status = path.stat()
                 before = known.get(str(path))
-                if before is not None and before[1:] == (status.st_size, status.st_mtime):
-                    unchanged += 1
+                try:
+                    status = path.stat()
+                    same = before is not None and before[1:] == (status.st_size, status.st_mtime)
+                    digest = before[0] if before is not None and same else sha256_of(path)
+                except OSError as error:  # without permission, or gone since the list was made
+                    refused = ReadDocument(refused=str(error))
+                    self._store(path, ("", 0, 0.0), refused, embed)
+                    continue
+                about = (digest, status.st_size, status.st_mtime)
+                if before is None or before[0] != digest:
+                    self._store(path, about, reader.read(path), embed)
+                    added, changed = added + (before is None), changed + (before is not None)
                 else:
-                    with path.open("rb") as opened:
-                        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-                    if before is not None and before[0] == digest:
-                        unchanged += 1
+                    unchanged += 1
+                    if not same:
                         self._touch(path, status.st_mtime)
-                    else:
-                        about = (digest, status.st_size, status.st_mtime)
-                        self._store(path, about, reader.read(path), embed)
-                        added, changed = added + (before is None), changed + (before is not None)
                 on_progress(done, len(files))
+        self._vectors = None
         present = {str(each) for each in files}
         roots = [source.resolve() for source in sources]
         gone = [
             path
-            for path in known
+            for (path,) in self._connection.execute("SELECT path FROM documents").fetchall()
             if path not in present and any(Path(path).is_relative_to(root) for root in roots)
         ]
         with self._connection:
@@ -308,7 +313,7 @@ class DocumentIndex:
 
     def _by_words(self, question: str) -> list[int]:
         """Return the passages with words of the question, the best first."""
-        words = _WORD.findall(question)
+        words = _WORD.findall(normalize(question))
         if self.language in UNSPACED:
             words = [word[n : n + 3] for word in words for n in range(max(1, len(word) - 2))]
         if not words:
@@ -373,21 +378,34 @@ def _tokenizer(language: str) -> str:
     return f"porter {words}" if language == "en" else words
 
 
+def _unknown(name: str) -> RecipeError:
+    known = ", ".join(DocumentIndex.names()) or "none"
+    return RecipeError(
+        f'There is no index "{name}". Known indexes: {known}. `luthier index add FOLDER --name {name}` '
+        "creates it."
+    )
+
+
 @contextmanager
 def _open_database(file: Path) -> Iterator[sqlite3.Connection]:
     try:
         with closing(sqlite3.connect(file, timeout=30, check_same_thread=False)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
             yield connection
+    except sqlite3.OperationalError as error:  # locked, full disk, read-only
+        raise RecipeError(f"The index {file} cannot be used: {error}.") from error
     except sqlite3.DatabaseError as error:
-        raise CorruptFile(f"{file} is not readable: {error}. Build the index again.") from error
+        raise CorruptFile(
+            f"{file} is damaged: {error}. Remove the index with `luthier index remove` and add the "
+            "documents again."
+        ) from error
 
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    with lock(folder.with_suffix(".lock")) as free:
+    with lock(folder.with_name(f"{folder.name}.lock")) as free:
         if not free:
-            raise RecipeError(f"Another process writes the index {folder.name}. Wait for its end.")
+            raise RecipeError(f"Another process writes {folder.name}. Wait until it finishes.")
         yield
 
 

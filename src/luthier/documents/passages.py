@@ -10,7 +10,7 @@ from luthier.documents.readers import Page
 
 WORDS = 150
 """Maximum number of words of a passage, for encoders with a context of 256 tokens."""
-_HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*")
+_HEADING = re.compile(r"(#{1,6})\s+(.*?)(?:\s+#+)?")
 _SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|(?<=[。！？])")
 _WIDE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]")
 """Characters of languages without spaces between words."""
@@ -59,8 +59,10 @@ def count_words(text: str) -> int:
 def _blocks(text: str) -> Iterator[str]:
     """Yield headings, paragraphs and tables."""
     lines: list[str] = []
+    in_code = False
     for line in [*text.splitlines(), ""]:
-        alone = _HEADING.fullmatch(line.strip()) is not None
+        in_code ^= line.lstrip().startswith("```")
+        alone = not in_code and _HEADING.fullmatch(line.strip()) is not None
         if lines and (alone or not line.strip()):
             yield "\n".join(lines)
             lines = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import select
 import subprocess
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from luthier.processes import python_command
 TEXT_FORMATS = (".md", ".txt", ".rst")
 FORMATS = (*TEXT_FORMATS, ".pdf", ".docx", ".pptx", ".xlsx", ".html", ".htm", ".epub")
 """Extensions of the supported formats."""
+ROW_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SECONDS = 120.0
 """Time limit of a document."""
 MOST_BYTES = 512 << 20
@@ -50,6 +52,14 @@ class ReadDocument:
     """Reason; empty for a document that was read."""
 
 
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Yield the files below ``folder`` without hidden files and folders."""
+    for each in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in each.relative_to(folder).parts)
+        if not hidden and each.is_file():
+            yield each
+
+
 def document_files(sources: Sequence[Path]) -> list[Path]:
     """Return the documents in ``sources``, files or folders, sorted by path.
 
@@ -61,8 +71,8 @@ def document_files(sources: Sequence[Path]) -> list[Path]:
         if source.is_dir():
             inside = {
                 each
-                for each in source.rglob("*")
-                if each.suffix.lower() in FORMATS and each.is_file() and each.name[0] not in ".~"
+                for each in visible_files(source)
+                if each.suffix.lower() in FORMATS and each.name[0] != "~"
             }
             if not inside:
                 raise RecipeError(f'"{source}" has no documents. Supported: {", ".join(FORMATS)}')
@@ -111,21 +121,20 @@ class DocumentReader:
             size = path.stat().st_size
             if size > MOST_BYTES:
                 return ReadDocument(refused=f"{size:,} bytes; the limit is {MOST_BYTES:,}")
-            if path.suffix.lower() in TEXT_FORMATS:
-                whole = Page(read_text(path))
-                return ReadDocument((whole,)) if whole.text.strip() else _EMPTY
+            text = path.suffix.lower() in TEXT_FORMATS
+            answer = {"pages": [[None, read_text(path)]], "note": ""} if text else self._ask(path)
         except (OSError, RecipeError) as error:
             return ReadDocument(refused=str(error))
-        answer = self._ask(path)
         if "missing" in answer:
             raise RecipeError(
                 f"\"{path}\" needs libraries for documents. Run pip install 'luthier[documents]'"
             )
         if "error" in answer:
             return ReadDocument(refused=str(answer["error"]))
-        pages = tuple(Page(text, number) for number, text in answer["pages"] if text.strip())
+        pages = tuple(Page(normalize(text), number) for number, text in answer["pages"])
+        pages = tuple(page for page in pages if page.text.strip())
         note = str(answer["note"])
-        return ReadDocument(pages, note) if pages else ReadDocument(refused=note or _EMPTY.refused)
+        return ReadDocument(pages, note) if pages else ReadDocument(refused=note or "no text")
 
     def _ask(self, path: Path) -> dict[str, Any]:
         if self._child is None:
@@ -138,10 +147,13 @@ class DocumentReader:
             )
         child = self._child
         assert child.stdin is not None and child.stdout is not None
-        child.stdin.write(json.dumps(str(path)) + "\n")
-        child.stdin.flush()
-        ready, _, _ = select.select([child.stdout], [], [], self._seconds)
-        line = child.stdout.readline() if ready else ""
+        try:
+            child.stdin.write(json.dumps(str(path)) + "\n")
+            child.stdin.flush()
+            ready, _, _ = select.select([child.stdout], [], [], self._seconds)
+            line = child.stdout.readline() if ready else ""
+        except BrokenPipeError:
+            ready, line = [child.stdout], ""
         if line:
             answer: dict[str, Any] = json.loads(line)
             return answer
@@ -150,14 +162,17 @@ class DocumentReader:
         return {"error": reason}
 
 
-_EMPTY = ReadDocument(refused="no text")
+def normalize(text: str) -> str:
+    """Return ``text`` with composed characters (NFC), so that equal words are equal, in valid
+    Unicode."""
+    return unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
 
 
 def has_documents(source: str | Path) -> bool:
     """Return whether ``source`` is a document, or a folder with documents, in a format besides
     text."""
     path = Path(source)
-    inside = path.rglob("*") if path.is_dir() else [path]
+    inside = visible_files(path) if path.is_dir() else [path] if path.is_file() else []
     return any(each.suffix.lower() in FORMATS[len(TEXT_FORMATS) :] for each in inside)
 
 
@@ -165,8 +180,15 @@ def read_texts(source: Path) -> Iterator[tuple[Path, str]]:
     """Yield path and Markdown of each document in ``source``.
 
     Raises:
+        RecipeError: for a folder with files of rows next to documents.
         DataError: after the last document, with every document that cannot be read.
     """
+    rows = [each for each in visible_files(source) if each.suffix.lower() in ROW_FORMATS]
+    if rows:
+        raise RecipeError(
+            f'"{source}" has documents and files of rows, such as {rows[0].name}. Move them to '
+            "different folders."
+        )
     problems = []
     with DocumentReader.open() as reader:
         for path in document_files([source]):
