@@ -30,7 +30,7 @@ def examples(name: str | None = None, folder: Path | None = None) -> Examples:
 
     Args:
         name: Use case; all are listed by default.
-        folder: New folder for the rows; the name by default.
+        folder: New folder for the rows; "rows" by default.
 
     Raises:
         RecipeError: for an unknown use case or an existing folder.
@@ -41,8 +41,8 @@ def examples(name: str | None = None, folder: Path | None = None) -> Examples:
     chosen = [use for use in uses if use["name"] == name]
     if not chosen:
         known = ", ".join(use["name"] for use in uses)
-        raise RecipeError(f"unknown use case {name!r}. Use cases: {known}")
-    target = folder or Path(name)
+        raise RecipeError(f"unknown use case "{name}". Use cases: {known}")
+    target = folder or Path("rows")
     if target.exists():
         raise RecipeError(f"{target} exists. Name a new folder: luthier examples {name} FOLDER")
     for source, path in chosen[0]["files"].items():
@@ -58,7 +58,7 @@ def show_examples(found: Examples) -> None:
         (use,) = found.uses
         print_text(f"{len(use['files']):,} files written to {found.folder}. {use['credit']}")
         for command in use["commands"]:
-            print_text(f"  {command}")
+            print_text(f"  {command.replace('rows/', f'{found.folder}/')}")
         return
     table = new_table("use case", "result", "task")
     for use in found.uses:
