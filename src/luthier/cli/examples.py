@@ -41,7 +41,7 @@ def examples(name: str | None = None, folder: Path | None = None) -> Examples:
     chosen = [use for use in uses if use["name"] == name]
     if not chosen:
         known = ", ".join(use["name"] for use in uses)
-        raise RecipeError(f"unknown use case "{name}". Use cases: {known}")
+        raise RecipeError(f'unknown use case "{name}". Use cases: {known}')
     target = folder or Path("rows")
     if target.exists():
         raise RecipeError(f"{target} exists. Name a new folder: luthier examples {name} FOLDER")
