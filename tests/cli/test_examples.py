@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.cli.examples import ROOT, examples
+from luthier.cli.examples import INDEX, examples
 from luthier.data.rows import load_rows
 from luthier.errors import RecipeError
 
@@ -27,6 +27,8 @@ def test_rows_of_use_case_are_readable_and_have_a_notice(
 
 
 def test_rows_are_small_and_unknown_use_case_is_refused(tmp_path: Path) -> None:
-    assert sum(each.stat().st_size for each in ROOT.rglob("*") if each.is_file()) < 2_500_000
+    assert (
+        sum(each.stat().st_size for each in INDEX.parent.rglob("*") if each.is_file()) < 2_500_000
+    )
     with pytest.raises(RecipeError, match=str(USES[0]["name"])):
         examples("nothing", tmp_path / "rows")

@@ -122,7 +122,8 @@ class DocumentReader:
             if size > MOST_BYTES:
                 return ReadDocument(refused=f"{size:,} bytes; the limit is {MOST_BYTES:,}")
             text = path.suffix.lower() in TEXT_FORMATS
-            answer = {"pages": [[None, read_text(path)]], "note": ""} if text else self._ask(path)
+            whole = {"pages": [[None, read_text(path)]], "note": ""} if text else {}
+            answer: dict[str, Any] = whole or self._ask(path)
         except (OSError, RecipeError) as error:
             return ReadDocument(refused=str(error))
         if "missing" in answer:
