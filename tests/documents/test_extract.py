@@ -169,3 +169,13 @@ def test_hidden_folders_and_rows_are_no_documents(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
     with pytest.raises(RecipeError, match=r"rows\.jsonl"):
         load_texts([tmp_path])
+
+
+def test_linked_images_and_footnotes_leave_no_marks(tmp_path: Path) -> None:
+    file = tmp_path / "duck.html"
+    file.write_text(
+        "<p>Ducks<a href='/a'><img src='/b_(1).png'></a> eat grass.<a href='#c'>[23]</a></p>"
+    )
+    with DocumentReader.open() as reader:
+        (page,) = reader.read(file).pages
+    assert page.text.strip() == "Ducks eat grass."

@@ -16,8 +16,9 @@ from luthier.cli.terminal.console import (
     print_table,
     print_text,
 )
-from luthier.cli.terminal.options import AtLeastOne
+from luthier.cli.terminal.options import AtLeastOne, OptionalAtLeastOne
 from luthier.errors import RecipeError
+from luthier.pages import Displayed
 
 if TYPE_CHECKING:
     from luthier.documents.answers import Answer
@@ -35,8 +36,8 @@ SHOWN = 300
 """Maximum number of printed characters of a passage."""
 
 
-@dataclass(frozen=True)
-class IndexSummary:
+@dataclass(frozen=True, repr=False)
+class IndexSummary(Displayed):
     """An index and its documents."""
 
     name: str
@@ -52,12 +53,23 @@ class IndexSummary:
         """Number of passages."""
         return sum(each.passages for each in self.documents)
 
+    def summary(self) -> list[str]:
+        """Return the name and the size."""
+        read = sum(not each.refused for each in self.documents)
+        return [
+            f"index {self.name}: {self.passages:,} passages of {read:,} documents ({self.model})"
+        ]
 
-@dataclass(frozen=True)
-class FoundPassages:
+
+@dataclass(frozen=True, repr=False)
+class FoundPassages(Displayed):
     """Passages of a search."""
 
     passages: list[FoundPassage] = field(default_factory=list)
+
+    def summary(self) -> list[str]:
+        """Return the best passages."""
+        return [f"{each.place}: {each.excerpt(100)}" for each in self.passages[:5]]
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -188,7 +200,7 @@ def ask(
     question: str,
     *,
     index: str,
-    top: AtLeastOne | None = None,
+    top: OptionalAtLeastOne = None,
     max_tokens: AtLeastOne = 256,
 ) -> Answer:
     """Answer a question from the documents of an index, with citations.
@@ -320,29 +332,26 @@ def show_summary(found: IndexSummary | list[IndexSummary]) -> None:
         if not document.refused:
             state = f"{document.passages:,} passages" + f" ({document.note})" * bool(document.note)
         print_text(f"  {document.path}: {state}")
-    print_text(
-        f"{found.name}: {found.passages:,} passages of {len(found.documents):,} documents, embedded by "
-        f"{found.model}"
-    )
+    print_text(found.summary()[0])
     if update is not None:
         note(f'next: luthier ask MODEL "a question" --index {found.name}')
 
 
 def show_passages(found: FoundPassages) -> None:
-    """Print each passage with its place."""
+    """Print each passage with its place and its cosine with the question."""
     for each in found.passages:
-        text = " ".join(each.passage.text.split())
-        print_text(f"{each.cosine:.3f}  {each.place}\n       {text[:SHOWN]}")
+        print_text(f"{each.place} (cosine {each.cosine:.3f})\n  {each.excerpt(SHOWN)}")
 
 
 def show_answer(found: Answer) -> None:
     """Print the answer, then its sources: the cited passages, or the nearest without citations."""
     print_text(found.text)
-    shown = found.cited or range(1, len(found.passages) + 1)
+    if found.declined:
+        return
     print_text("" if found.cited else "\nNo passage is cited. The nearest passages:")
-    for n in shown:
+    for n in found.cited or range(1, len(found.passages) + 1):
         each = found.passages[n - 1]
-        print_text(f"[{n}] {each.place}: {' '.join(each.passage.text.split())[:SHOWN]}")
+        print_text(f"[{n}] {each.place}: {each.excerpt(SHOWN)}")
 
 
 index_app = CommandGroup("Search in documents.")

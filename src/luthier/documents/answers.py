@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from luthier.documents.index import DocumentIndex, Embed, FoundPassage
+from luthier.pages import Displayed
 from luthier.types import Message
 
 PASSAGES = 4
@@ -74,8 +75,8 @@ FOREIGN_QUESTIONS = {
 """Questions about everyday topics, which few collections of documents answer, by language."""
 
 
-@dataclass(frozen=True)
-class Answer:
+@dataclass(frozen=True, repr=False)
+class Answer(Displayed):
     """An answer with its sources."""
 
     question: str
@@ -90,6 +91,11 @@ class Answer:
         """Numbers of the cited passages, from 1, in the order of their first citation."""
         numbers = (int(each) for each in _CITATION.findall(self.text))
         return tuple(dict.fromkeys(n for n in numbers if 1 <= n <= len(self.passages)))
+
+    def summary(self) -> list[str]:
+        """Return the answer and the places of the cited passages."""
+        places = [f"[{n}] {self.passages[n - 1].place}" for n in self.cited[:4]]
+        return [self.text, *places]
 
     def plain(self) -> dict[str, object]:
         """Return JSON values."""

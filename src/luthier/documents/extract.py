@@ -28,6 +28,10 @@ HEADING_RATIO = 1.15
 HEADING_CHARACTERS = 120
 PARAGRAPH_GAP = 1.7
 """Distance of two lines that begins a paragraph, relative to the height of a line."""
+_ADDRESS = r"(?:[^()\s]|\([^()\s]*\))*"
+_LINK = re.compile(rf"!?\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\({_ADDRESS}(?:\s\"[^\"]*\")?\)")
+_FOOTNOTE = re.compile(r"\[\w{1,3}\]")
+"""Text of a link to a footnote, which would look like a citation."""
 ZIPPED = (".docx", ".pptx", ".xlsx", ".epub")
 
 
@@ -80,7 +84,9 @@ def _read_with_markitdown(path: Path, ending: str) -> str:
     content = io.BytesIO(path.read_bytes())
     found = converter.convert_stream(content, stream_info=StreamInfo(extension=ending))
     # Addresses of links and base64 text of images are noise for search.
-    text = re.sub(r"!?\[([^\[\]]*)\]\([^()\s]*(?:\s\"[^\"]*\")?\)", r"\1", str(found.text_content))
+    text = str(found.text_content)
+    for _ in range(2):  # an image inside a link
+        text = _LINK.sub(lambda link: "" if _FOOTNOTE.fullmatch(link[1]) else link[1], text)
     return re.sub(r"\\([\\`*_{}\[\]()#+.!>|-])", r"\1", text)
 
 

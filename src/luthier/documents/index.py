@@ -76,6 +76,11 @@ class FoundPassage:
             return f"{name}, page {self.passage.page}"
         return f"{name}, {self.passage.heading}" if self.passage.heading else name
 
+    def excerpt(self, characters: int) -> str:
+        """Return the beginning of the passage in one line."""
+        text = " ".join(self.passage.text.split())
+        return text if len(text) <= characters else f"{text[:characters]}…"
+
     def plain(self) -> dict[str, str | int | float | None]:
         """Return JSON values."""
         found = self.passage

@@ -27,7 +27,7 @@ SECONDS = 120.0
 """Time limit of a document."""
 MOST_BYTES = 512 << 20
 """Largest document."""
-LANGUAGE_DOCUMENTS, LANGUAGE_CHARACTERS = 5, 5_000
+LANGUAGE_DOCUMENTS, LANGUAGE_CHARACTERS = 10, 5_000
 """Number of documents, and of characters of each, from which the language is detected."""
 
 
@@ -220,10 +220,11 @@ def load_texts(sources: Iterable[str | Path]) -> list[str]:
 
 
 def main_language(files: Sequence[Path]) -> str:
-    """Return the ISO 639 code of most of the first documents; empty if unknown."""
+    """Return the ISO 639 code of most documents of a sample; empty if unknown."""
     codes = Counter[str]()
     with DocumentReader.open() as reader:
-        for path in files[:LANGUAGE_DOCUMENTS]:
+        step = -(-len(files) // LANGUAGE_DOCUMENTS)
+        for path in files[::step]:
             text = " ".join(page.text for page in reader.read(path).pages[:5])
             codes.update(detect_languages([text[:LANGUAGE_CHARACTERS]]))
     return codes.most_common(1)[0][0] if codes else ""
