@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from luthier.cluster.ray_cluster import RayCluster, RayNode
-from luthier.cluster.ray_commands import RayInferenceRunner, RayTrialRunner
+from luthier.cluster.ray_commands import RayCellRunner, RayInferenceRunner
 from luthier.cluster.ray_jobs import RayRunner
 from luthier.errors import RefusedInput
 from luthier.recipe import Recipe
@@ -85,7 +85,7 @@ def test_invalid_ray_address_is_rejected(address: str) -> None:
 
 def test_unreachable_ray_cluster_is_rejected(database: Any) -> None:
     with pytest.raises(RefusedInput):
-        RayTrialRunner("127.0.0.1:1")
+        RayCellRunner("127.0.0.1:1")
     with pytest.raises(RefusedInput):
         open_runner("ray", "127.0.0.1:1", 0.0).check(database)
 
@@ -131,7 +131,7 @@ def test_trial_round_fits_free_resources_of_nodes(
     shares: tuple[int, int],
 ) -> None:
     monkeypatch.setattr("luthier.cluster.ray_commands.memory_of", lambda command, fields: memory)
-    runner = RayTrialRunner("10.0.0.1:6379")
+    runner = RayCellRunner("10.0.0.1:6379")
     assert runner.shares(with_threads(recipe, threads), parallel) == shares
 
 
@@ -156,7 +156,7 @@ def test_processes_of_inference_share_the_cores(
 def test_ray_process_reserves_resources_and_lists_files(
     two_nodes: None, recipe: Recipe, tmp_path: Path
 ) -> None:
-    runner = RayTrialRunner("10.0.0.1:6379")
+    runner = RayCellRunner("10.0.0.1:6379")
     needs = runner.resources(with_threads(recipe, 3))
     assert (needs.cores, needs.paths) == (3, (recipe.base, recipe.data.train))
     for resources, memory in ((needs, "8000"), (Resources(3, 9, needs.paths), "9")):

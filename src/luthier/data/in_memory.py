@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import BaseModel
+
 from luthier.data.inputs import is_media
 from luthier.errors import RefusedInput, location_text
 from luthier.files import disk_errors, luthier_home, new_file
@@ -41,7 +43,8 @@ def is_rows(value: object) -> bool:
     """Return whether ``value`` holds rows; a list of strings holds file names."""
     if isinstance(value, list | tuple):
         return not value or isinstance(value[0], Mapping)
-    if isinstance(value, str | bytes | os.PathLike | Mapping):
+    # A recipe iterates over its fields.
+    if isinstance(value, str | bytes | os.PathLike | Mapping | BaseModel):
         return False
     kinds = ("collect_schema", "to_pylist")  # a lazy frame of polars, a table of pyarrow
     return isinstance(value, Iterable) or any(hasattr(value, name) for name in kinds)

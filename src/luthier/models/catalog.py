@@ -389,7 +389,7 @@ _ENTRIES = (
         ),
         kind="encoder",
         languages=tuple(_XLM_R.split()),
-        parameters=117_505_920,
+        parameters=117_653_760,
         context=512,
         licence="MIT",
         download_bytes=91_165_692,
