@@ -152,23 +152,24 @@ def _without_running_lines(pages: list[list[Line]]) -> list[list[Line]]:
     The number of the page may differ.
     """
 
-    def pattern(number: int, line: Line) -> tuple[str, float, float]:
-        text = re.sub(r"\d{1,4}", lambda found: f"{int(found[0]) - number:+}", line.text, count=1)
-        return text, line.height, round(line.top, -1)
+    def keys(number: int, line: Line) -> set[tuple[str, float, float]]:
+        """Return the line as it is, and relative to the number of the page."""
+        relative = re.sub(r"\d{1,4}", lambda each: f"{int(each[0]) - number:+}", line.text, count=1)
+        return {(text, line.height, round(line.top, -1)) for text in (line.text, relative)}
 
-    ends = [[*dict.fromkeys((*lines[:1], *lines[-1:]))] for lines in pages]
-    repeated = Counter(
-        pattern(number, line) for number, lines in enumerate(ends) for line in lines
-    ) + Counter((line.text, line.height, round(line.top, -1)) for lines in ends for line in lines)
+    repeated = Counter[tuple[str, float, float]]()
+    for number, lines in enumerate(pages):
+        for line in {*lines[:1], *lines[-1:]}:
+            repeated.update(keys(number, line))
     running = {each for each, count in repeated.items() if 2 * count > max(3, len(pages))}
     kept = []
-    for number, (lines, outer) in enumerate(zip(pages, ends, strict=True)):
-        removed = [
+    for number, lines in enumerate(pages):
+        ends = (0, len(lines) - 1)
+        body = [
             line
-            for line in outer
-            if {pattern(number, line), (line.text, line.height, round(line.top, -1))} & running
+            for place, line in enumerate(lines)
+            if place not in ends or not keys(number, line) & running
         ]
-        body = [line for line in lines if not any(line is each for each in removed)]
         kept.append(body or lines)
     return kept
 
