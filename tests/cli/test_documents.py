@@ -64,7 +64,7 @@ def test_reading_model_answers_with_a_span(
             return [{"answer": "thirty days", "score": 0.9} for _ in rows]
 
     with DocumentIndex.open(indexed) as index:
-        passages = tuple(index.search("How many?", 1, documents._embedder(index)))
+        passages = tuple(index.search("How many?", documents._embedder(index)(["How many?"])[0], 1))
     answer = documents._read_answer(Reader(), "How many?", passages)
     assert answer.text == "thirty days [1]" and answer.cited == (1,)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from luthier.documents.answers import Answer, calibrate, prompt, without_unknown_citations
+from luthier.documents.answers import DocumentAnswer, calibrate, prompt, without_unknown_citations
 from luthier.documents.index import DocumentIndex, FoundPassage
 from luthier.documents.passages import Passage
 from luthier.documents.readers import document_files
@@ -51,7 +51,7 @@ def build(folder: Path, model: Any = MODEL, language: str = "en") -> Any:
 
 def search(question: str) -> list[FoundPassage]:
     with DocumentIndex.open("handbook") as index:
-        return index.search(question, 2, embed)
+        return index.search(question, embed([question])[0], 2)
 
 
 def test_search_finds_passage_with_its_place(folder: Path) -> None:
@@ -190,7 +190,7 @@ def test_citations_name_passages_of_the_prompt() -> None:
     passages = tuple(FoundPassage("a.md", Passage(text, "", None), 0.9) for text in "ab")
     text = without_unknown_citations("Yes [2], no [3], see [1] and [2].", 2)
     assert text == "Yes [2], no , see [1] and [2]."
-    assert Answer("q", text, passages).cited == (2, 1)
+    assert DocumentAnswer("q", text, passages).cited == (2, 1)
     system, user = prompt("q?", passages)
     assert (system.role, user.content) == ("system", "[1] a\n\n[2] b\n\nQuestion: q?")
     assert len(prompt("q?", passages, takes_system=False)) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,19 +21,16 @@ from luthier.errors import RecipeError
 from luthier.pages import Displayed
 
 if TYPE_CHECKING:
-    from luthier.documents.answers import Answer
+    from luthier.documents.answers import DocumentAnswer
     from luthier.documents.index import (
         DocumentIndex,
-        Embed,
         FoundPassage,
         IndexedDocument,
         IndexUpdate,
     )
     from luthier.engine.metrics import Reporter
+    from luthier.graders.base import Embedder
     from luthier.library.models import StoredModel
-
-SHOWN = 300
-"""Maximum number of printed characters of a passage."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +43,7 @@ class IndexSummary(Displayed):
     documents: list[IndexedDocument]
     threshold: float | None
     update: IndexUpdate | None = None
-    """What ``index add`` changed."""
+    """Changes by ``index add``."""
 
     @property
     def passages(self) -> int:
@@ -113,22 +110,19 @@ def index_documents(
     reporter = reporter or Reporter()
     paths = [Path(source) for source in sources]
     files = document_files(paths)
-    language = ""
-    if name in DocumentIndex.names():
-        with DocumentIndex.open(name) as index:
-            model, language = model or index.model, index.language
-    else:
-        language = main_language(files)
-    if model is None:
-        model, reason = encoder_of_language(language, "an encoder of sentences")
-        reporter.note(f"embedding model {model}: {reason}")
-    stored = find(model)
-    check_embeds(stored, stored.objective)
-    if name in DocumentIndex.names():
-        with DocumentIndex.open(name) as index:
-            if index.fingerprint != stored.content_hash:  # documents of other folders stay
-                listed = {Path(each.path) for each in index.documents()}
-                files = sorted({*files, *(path for path in listed if path.is_file())})
+    with DocumentIndex.open(name) if name in DocumentIndex.names() else nullcontext() as before:
+        language = main_language(files) if before is None else before.language
+        if model is None and before is not None:
+            model = before.model
+        if model is None:
+            model, reason = encoder_of_language(language, "an encoder of sentences")
+            reporter.note(f"embedding model {model}: {reason}")
+        stored = find(model)
+        check_embeds(stored, stored.objective)
+        if before is not None and before.fingerprint != stored.content_hash:
+            # Documents of other folders stay.
+            listed = [Path(each.path) for each in before.documents()]
+            files = sorted({*files, *(path for path in listed if path.is_file())})
     embed = Predictor.open(stored).embed
     with DocumentIndex.update(name, stored, language) as index:
         update = index.synchronize(
@@ -178,7 +172,8 @@ def search_documents(name: str, question: str, *, top: AtLeastOne = 5) -> FoundP
         RefusedInput: for an unknown index, or without its embedding model.
     """
     with _opened(name) as (index, embed):
-        return FoundPassages(index.search(_checked(question), top, embed))
+        question = _checked(question)
+        return FoundPassages(index.search(question, embed([question])[0], top))
 
 
 def remove_index(name: str) -> None:
@@ -202,7 +197,7 @@ def ask(
     index: str,
     top: OptionalAtLeastOne = None,
     max_tokens: AtLeastOne = 256,
-) -> Answer:
+) -> DocumentAnswer:
     """Answer a question from the documents of an index, with citations.
 
     Args:
@@ -219,7 +214,7 @@ def ask(
         RefusedInput: for an unknown index or model.
     """
     with heavy_imports():
-        from luthier.documents.answers import DECLINED, PASSAGES, Answer
+        from luthier.documents.answers import DECLINED, PASSAGES, DocumentAnswer
         from luthier.inference.generation import Generator
         from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find
@@ -230,13 +225,17 @@ def ask(
     question = _checked(question)
     stored = check_active(find(model, is_able=is_able))
     if not is_able(stored.objective):
-        raise RecipeError(f"{stored.id} neither generates text nor answers questions.")
+        raise RecipeError(
+            f"{stored.id} neither generates text nor answers questions. Use a chat model or a model of "
+            "objective question_answering."
+        )
     with _opened(index) as (opened, embed):
-        passages = tuple(opened.search(question, top or PASSAGES, embed))
-        nearest = opened.best_cosines(embed([question]))[0]
+        query_1H = embed([question])
+        passages = tuple(opened.search(question, query_1H[0], top or PASSAGES))
+        nearest = opened.best_cosines(query_1H)[0]
         threshold = opened.threshold or 0.0
     if nearest < threshold:
-        return Answer(question, DECLINED, passages, declined=True)
+        return DocumentAnswer(question, DECLINED, passages, declined=True)
     if stored.objective.task.head == "question_answering":
         return _read_answer(Predictor.open(stored), question, passages)
     return _generate(stored, question, passages, max_tokens)
@@ -247,8 +246,8 @@ def _generate(
     question: str,
     passages: tuple[FoundPassage, ...],
     max_tokens: int,
-) -> Answer:
-    from luthier.documents.answers import Answer, prompt, without_unknown_citations
+) -> DocumentAnswer:
+    from luthier.documents.answers import DocumentAnswer, prompt, without_unknown_citations
     from luthier.inference.generation import Generator
     from luthier.models.decoding.sampling import Sampling
 
@@ -261,13 +260,15 @@ def _generate(
             raise RecipeError(f"No passage fits in the prompt of {stored.id}: {refusal}")
         turns = prompt(question, passages, stored.chat.supports_system_prompt)
     (reply,) = generator.answers([turns], sampling)
-    return Answer(question, without_unknown_citations(reply.text, len(passages)).strip(), passages)
+    return DocumentAnswer(
+        question, without_unknown_citations(reply.text, len(passages)).strip(), passages
+    )
 
 
-def _read_answer(reader: Any, question: str, passages: tuple[FoundPassage, ...]) -> Answer:
+def _read_answer(reader: Any, question: str, passages: tuple[FoundPassage, ...]) -> DocumentAnswer:
     """Return the likeliest span of the passages."""
     from luthier.data.shapes.questions import AnsweredQuestion
-    from luthier.documents.answers import DECLINED, Answer
+    from luthier.documents.answers import DECLINED, DocumentAnswer
 
     rows = [
         AnsweredQuestion("index", n, question, each.passage.content, ())
@@ -276,13 +277,13 @@ def _read_answer(reader: Any, question: str, passages: tuple[FoundPassage, ...])
     spans = reader.answers(rows)
     found = [(each["score"], n) for n, each in enumerate(spans) if each["answer"]]
     if not found:
-        return Answer(question, DECLINED, passages, declined=True)
+        return DocumentAnswer(question, DECLINED, passages, declined=True)
     _, best = max(found)
-    return Answer(question, f"{spans[best]['answer']} [{best + 1}]", passages)
+    return DocumentAnswer(question, f"{spans[best]['answer']} [{best + 1}]", passages)
 
 
 @contextmanager
-def _opened(name: str) -> Iterator[tuple[DocumentIndex, Embed]]:
+def _opened(name: str) -> Iterator[tuple[DocumentIndex, Embedder]]:
     """Yield an index and its embedding model."""
     with heavy_imports():
         from luthier.documents.index import DocumentIndex
@@ -291,7 +292,7 @@ def _opened(name: str) -> Iterator[tuple[DocumentIndex, Embed]]:
         yield index, _embedder(index)
 
 
-def _embedder(index: DocumentIndex) -> Embed:
+def _embedder(index: DocumentIndex) -> Embedder:
     """Return the embedding function of the index's model; reject changed weights."""
     from luthier.inference.prediction import Predictor
     from luthier.library.models import find
@@ -340,10 +341,10 @@ def show_summary(found: IndexSummary | list[IndexSummary]) -> None:
 def show_passages(found: FoundPassages) -> None:
     """Print each passage with its place and its cosine with the question."""
     for each in found.passages:
-        print_text(f"{each.place} (cosine {each.cosine:.3f})\n  {each.excerpt(SHOWN)}")
+        print_text(f"{each.place} (cosine {each.cosine:.3f})\n  {each.excerpt()}")
 
 
-def show_answer(found: Answer) -> None:
+def show_answer(found: DocumentAnswer) -> None:
     """Print the answer, then its sources: the cited passages, or the nearest without citations."""
     print_text(found.text)
     if found.declined:
@@ -351,7 +352,7 @@ def show_answer(found: Answer) -> None:
     print_text("" if found.cited else "\nNo passage is cited. The nearest passages:")
     for n in found.cited or range(1, len(found.passages) + 1):
         each = found.passages[n - 1]
-        print_text(f"[{n}] {each.place}: {each.excerpt(SHOWN)}")
+        print_text(f"[{n}] {each.place}: {each.excerpt()}")
 
 
 index_app = CommandGroup("Search in documents.")

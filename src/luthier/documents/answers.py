@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from luthier.documents.index import DocumentIndex, Embed, FoundPassage
+from luthier.documents.index import DocumentIndex, FoundPassage
+from luthier.graders.base import Embedder
 from luthier.pages import Displayed
 from luthier.types import Message
 
@@ -76,7 +77,7 @@ FOREIGN_QUESTIONS = {
 
 
 @dataclass(frozen=True, repr=False)
-class Answer(Displayed):
+class DocumentAnswer(Displayed):
     """An answer with its sources."""
 
     question: str
@@ -84,7 +85,7 @@ class Answer(Displayed):
     passages: tuple[FoundPassage, ...]
     """The passages of the prompt, in the order of their numbers."""
     declined: bool = False
-    """True if no passage was near enough, and no model was asked."""
+    """True if the passages do not answer the question."""
 
     @property
     def cited(self) -> tuple[int, ...]:
@@ -113,7 +114,7 @@ def prompt(
 ) -> list[Message]:
     """Return the turns that ask for an answer from ``passages``.
 
-    Without ``takes_system``, the instructions stand before the question.
+    Without ``takes_system``, the instructions precede the passages.
     """
     numbered = [f"[{n}] {each.passage.content}" for n, each in enumerate(passages, 1)]
     asked = "\n\n".join([*numbered, f"Question: {question}"])
@@ -131,7 +132,7 @@ def without_unknown_citations(text: str, passages: int) -> str:
     return _CITATION.sub(known, text)
 
 
-def calibrate(index: DocumentIndex, embed: Embed) -> float:
+def calibrate(index: DocumentIndex, embed: Embedder) -> float:
     """Return the cosine that :data:`ACCEPTED` of the foreign questions exceed.
 
     Cosines of unrelated texts differ between embedding models and collections (0.0 to 0.3 for

@@ -1,16 +1,15 @@
 """Index of documents: passages, their words and their embeddings, in one SQLite file.
 
 Words are searched with FTS5 (BM25), embeddings with one exact matrix product, and reciprocal rank
-fusion combines both orders. Each document is one transaction: a killed process loses the document
-under way, and the same command continues. One process writes; readers continue meanwhile.
+fusion combines both orders. Each document is one transaction: a killed process loses the current
+document, and the same command continues. One process writes, and readers continue.
 
 ``LUTHIER_HOME/indexes/NAME/`` has a file for each embedding model, and ``current.json`` names the file
-in use: another embedding model is built beside the old one, then replaces it.
+in use. An index of another embedding model is built next to the old index, then replaces it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import sqlite3
@@ -30,13 +29,13 @@ from luthier.errors import CorruptFile, RecipeError
 from luthier.evaluation.retrieval import DEPTH, nearest, reciprocal_rank_fusion
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_json
 from luthier.gate.checks.language import UNSPACED
+from luthier.pages import MOST_TEXT, shorten
 from luthier.recipe import check_name
 
 if TYPE_CHECKING:
+    from luthier.graders.base import Embedder
     from luthier.library.models import StoredModel
 
-Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Returns embeddings ``[N, H]`` of length 1."""
 FORM = 1
 """Version of the file's tables."""
 _SCHEMA = """
@@ -76,10 +75,9 @@ class FoundPassage:
             return f"{name}, page {self.passage.page}"
         return f"{name}, {self.passage.heading}" if self.passage.heading else name
 
-    def excerpt(self, characters: int) -> str:
+    def excerpt(self, characters: int = MOST_TEXT) -> str:
         """Return the beginning of the passage in one line."""
-        text = " ".join(self.passage.text.split())
-        return text if len(text) <= characters else f"{text[:characters]}…"
+        return shorten(" ".join(self.passage.text.split()), characters)
 
     def plain(self) -> dict[str, str | int | float | None]:
         """Return JSON values."""
@@ -100,14 +98,14 @@ class IndexedDocument:
     path: str
     passages: int
     note: str
-    """What was left out."""
+    """Omitted parts, such as pages without text."""
     refused: str
-    """Why the document was not read; empty for a document that was read."""
+    """Reason for a document without passages; empty for a document that was read."""
 
 
 @dataclass(frozen=True)
 class IndexUpdate:
-    """What an update changed."""
+    """Changes of an index, in documents."""
 
     added: int = 0
     changed: int = 0
@@ -188,7 +186,7 @@ class DocumentIndex:
         folder = DocumentIndex.folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         fingerprint = stored.content_hash
-        file = folder / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.sqlite"
+        file = folder / f"{fingerprint[:16]}.sqlite"
         with _writing(folder):
             with _open_database(file) as connection:
                 _create(connection, stored.id, fingerprint, language)
@@ -202,7 +200,7 @@ class DocumentIndex:
         self,
         files: Sequence[Path],
         sources: Sequence[Path],
-        embed: Embed,
+        embed: Embedder,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> IndexUpdate:
         """Read the new and changed ``files``, and remove documents of ``sources`` that are gone."""
@@ -222,17 +220,16 @@ class DocumentIndex:
                     same = before is not None and before[1:] == (status.st_size, status.st_mtime)
                     digest = before[0] if before is not None and same else sha256_of(path)
                 except OSError as error:  # without permission, or gone since the list was made
-                    refused = ReadDocument(refused=str(error))
-                    self._store(path, ("", 0, 0.0), refused, embed)
-                    continue
-                about = (digest, status.st_size, status.st_mtime)
-                if before is None or before[0] != digest:
-                    self._store(path, about, reader.read(path), embed)
-                    added, changed = added + (before is None), changed + (before is not None)
+                    self._store(path, ("", 0, 0.0), ReadDocument(refused=str(error)), embed)
                 else:
-                    unchanged += 1
-                    if not same:
-                        self._touch(path, status.st_mtime)
+                    about = (digest, status.st_size, status.st_mtime)
+                    if before is None or before[0] != digest:
+                        self._store(path, about, reader.read(path), embed)
+                        added, changed = added + (before is None), changed + (before is not None)
+                    else:
+                        unchanged += 1
+                        if not same:
+                            self._touch(path, status.st_mtime)
                 on_progress(done, len(files))
         self._vectors = None
         present = {str(each) for each in files}
@@ -255,7 +252,7 @@ class DocumentIndex:
             )
 
     def _store(
-        self, path: Path, about: tuple[str, int, float], read: ReadDocument, embed: Embed
+        self, path: Path, about: tuple[str, int, float], read: ReadDocument, embed: Embedder
     ) -> None:
         """Replace the passages of a document, in one transaction."""
         passages = [*cut(read.pages)]
@@ -303,9 +300,11 @@ class DocumentIndex:
             )
         ]
 
-    def search(self, question: str, count: int, embed: Embed) -> list[FoundPassage]:
-        """Return the ``count`` best passages, the best first, by words and by meaning."""
-        query_H = embed([question])[0]
+    def search(self, question: str, query_H: NDArray[np.float32], count: int) -> list[FoundPassage]:
+        """Return the ``count`` best passages, the best first, by words and by meaning.
+
+        ``query_H`` is the embedding of the question.
+        """
         places, scores = self._by_meaning(query_H)
         best = reciprocal_rank_fusion([self._by_words(question), places])[:count]
         return [self._passage(number, query_H, scores.get(number)) for number in best]

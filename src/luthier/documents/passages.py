@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from luthier.documents.readers import Page
+from luthier.documents.readers import DocumentPage
 
 WORDS = 150
 """Maximum number of words of a passage, for encoders with a context of 256 tokens."""
@@ -24,7 +24,7 @@ class Passage:
     heading: str
     """Headings from the outermost, joined by `` > ``; empty without headings."""
     page: int | None
-    """Page of its beginning."""
+    """DocumentPage of its beginning."""
 
     @property
     def content(self) -> str:
@@ -32,7 +32,7 @@ class Passage:
         return f"{self.heading}\n{self.text}" if self.heading else self.text
 
 
-def cut(pages: Iterable[Page]) -> Iterator[Passage]:
+def cut(pages: Iterable[DocumentPage]) -> Iterator[Passage]:
     """Yield the passages of a document. A passage ends before a heading; headings continue over
     pages."""
     path: list[tuple[int, str]] = []

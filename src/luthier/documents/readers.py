@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.data.files.sources import TABLE_ENDINGS
 from luthier.data.languages import detect_languages
 from luthier.data.rows import load_documents
 from luthier.errors import DataError, Location, Problem, RecipeError
@@ -20,9 +21,10 @@ from luthier.files import read_text
 from luthier.processes import python_command
 
 TEXT_FORMATS = (".md", ".txt", ".rst")
-FORMATS = (*TEXT_FORMATS, ".pdf", ".docx", ".pptx", ".xlsx", ".html", ".htm", ".epub")
-"""Extensions of the supported formats."""
-ROW_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+LIBRARY_FORMATS = (".pdf", ".docx", ".pptx", ".xlsx", ".html", ".htm", ".epub")
+FORMATS = (*TEXT_FORMATS, *LIBRARY_FORMATS)
+"""Extensions of the supported formats; :data:`LIBRARY_FORMATS` need the extra ``documents``."""
+ROW_FORMATS = (*TABLE_ENDINGS, ".json")
 SECONDS = 120.0
 """Time limit of a document."""
 MOST_BYTES = 512 << 20
@@ -32,7 +34,7 @@ LANGUAGE_DOCUMENTS, LANGUAGE_CHARACTERS = 10, 5_000
 
 
 @dataclass(frozen=True)
-class Page:
+class DocumentPage:
     """A page of a document, or a whole document without pages."""
 
     text: str
@@ -45,9 +47,9 @@ class Page:
 class ReadDocument:
     """Content of a document, or the reason why it was refused."""
 
-    pages: tuple[Page, ...] = ()
+    pages: tuple[DocumentPage, ...] = ()
     note: str = ""
-    """What was left out."""
+    """Omitted parts, such as pages without text."""
     refused: str = ""
     """Reason; empty for a document that was read."""
 
@@ -80,7 +82,7 @@ def document_files(sources: Sequence[Path]) -> list[Path]:
         elif not source.is_file():
             raise RecipeError(f'"{source}" does not exist.')
         elif source.suffix.lower() not in FORMATS:
-            raise RecipeError(f'"{source}" is no document. Supported: {", ".join(FORMATS)}')
+            raise RecipeError(f'"{source}" is not a document. Supported: {", ".join(FORMATS)}')
         else:
             files.add(source)
     return sorted(each.resolve() for each in files)
@@ -132,7 +134,7 @@ class DocumentReader:
             )
         if "error" in answer:
             return ReadDocument(refused=str(answer["error"]))
-        pages = tuple(Page(normalize(text), number) for number, text in answer["pages"])
+        pages = tuple(DocumentPage(normalize(text), number) for number, text in answer["pages"])
         pages = tuple(page for page in pages if page.text.strip())
         note = str(answer["note"])
         return ReadDocument(pages, note) if pages else ReadDocument(refused=note or "no text")
@@ -174,7 +176,7 @@ def has_documents(source: str | Path) -> bool:
     text."""
     path = Path(source)
     inside = visible_files(path) if path.is_dir() else [path] if path.is_file() else []
-    return any(each.suffix.lower() in FORMATS[len(TEXT_FORMATS) :] for each in inside)
+    return any(each.suffix.lower() in LIBRARY_FORMATS for each in inside)
 
 
 def read_texts(source: Path) -> Iterator[tuple[Path, str]]:

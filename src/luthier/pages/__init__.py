@@ -56,10 +56,10 @@ def interval_text(interval: tuple[float, float]) -> str:
     return f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
-def shorten(value: Any) -> str:
-    """Return text, or another value as JSON, truncated to :data:`MOST_TEXT` characters."""
+def shorten(value: Any, characters: int = MOST_TEXT) -> str:
+    """Return text, or another value as JSON, truncated to a number of characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"
+    return text if len(text) <= characters else f"{text[:characters]}…"
 
 
 class Displayed:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.texts import LabelledText
 from luthier.documents.passages import cut
-from luthier.documents.readers import Page
+from luthier.documents.readers import DocumentPage
 from luthier.errors import RecipeError
 from luthier.evaluation.retrieval import Retriever
 from luthier.graders.base import Embedder
@@ -265,6 +265,6 @@ def retrieve_passages(
     embed: Embedder | None = None,
 ) -> list[list[str]]:
     """Return the ``count`` nearest passages for each question, the nearest last."""
-    passages = [each.content for text in documents for each in cut([Page(text)])]
+    passages = [each.content for text in documents for each in cut([DocumentPage(text)])]
     places = Retriever(passages, embed).nearest([each.text for each in questions], count)
     return [[passages[place] for place in reversed(each)] for each in places]
