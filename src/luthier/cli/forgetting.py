@@ -56,7 +56,7 @@ def forgetting(
     check_output(html)
     with heavy_imports():
         from luthier.engine.metrics import Reporter
-        from luthier.library.models import find
+        from luthier.library.models import find, model_before
         from luthier.library.reports import check_attachable
         from luthier.workflows.earlier_task import MetricChanges, measure_earlier_task
         from luthier.workflows.evaluate import attach_report
@@ -66,12 +66,7 @@ def forgetting(
     stored = find(model)
     if attach:
         check_attachable(stored)
-    before = base or stored.manifest.parent
-    if before is None:
-        raise RecipeError(
-            f"{stored.id} has no recorded parent model. Name a tuned model, or set `base`"
-        )
-    parent = find(before)
+    parent = model_before(stored, base)
     if not stored.writes and (rows is None or probes):
         raise RecipeError(
             f"{stored.id} generates no text, so drift and probes do not apply. Measure its earlier "

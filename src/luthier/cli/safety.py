@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from luthier.cli.terminal.console import heavy_imports, new_table, print_table, print_text
 from luthier.cli.terminal.options import Mapped, RowSource
-from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -43,7 +42,7 @@ def safety(
     with heavy_imports():
         from luthier.data.rows import load_rows
         from luthier.engine.metrics import Reporter
-        from luthier.library.models import find
+        from luthier.library.models import find, model_before
         from luthier.library.reports import check_attachable
         from luthier.workflows.evaluate import attach_report
         from luthier.workflows.safety import measure_safety
@@ -52,15 +51,13 @@ def safety(
     stored = find(model)
     if attach:
         check_attachable(stored)
-    before = base or stored.manifest.parent
-    if before is None:
-        raise RecipeError(f"{stored.id} has no recorded parent model. Set `base`.", setting="base")
+    before = model_before(stored, base)
     known = (stored.manifest.recipe or {}).get("data", {})
     learned = known.get("train")
     if train is None and isinstance(learned, str) and Path(learned).is_file():
         train, columns = learned, known.get("columns")
     rows = [] if train is None else load_rows(Path(train), columns)
-    found = measure_safety(stored, find(before), rows, reporter.note)
+    found = measure_safety(stored, before, rows, reporter.note)
     if attach:
         data = [] if train is None else [train]
         attach_report([stored], "safety", data, found.plain(), reporter.note)

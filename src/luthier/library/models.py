@@ -227,6 +227,21 @@ def find(
     )
 
 
+def model_before(model: StoredModel, base: str | None) -> StoredModel:
+    """Return the model ``base``, by default the parent of ``model``.
+
+    Raises:
+        RecipeError: without both.
+        UnknownModel: for an unknown id.
+    """
+    before = base or model.manifest.parent
+    if before is None:
+        raise RecipeError(
+            f"{model.id} has no recorded parent model. Name a tuned model, or set `base`"
+        )
+    return find(before)
+
+
 def check_active(model: StoredModel) -> StoredModel:
     """Return ``model`` if it may be used.
 

@@ -88,8 +88,9 @@ class Safety:
     @cached_property
     def differences(self) -> dict[str, Difference]:
         """Paired differences of the tuned model from the base, by measure."""
-        pairs = {each.name: (each.base, each.tuned) for each in self.measures if each.base}
-        return paired_differences({name: (b, tuned) for name, (b, tuned) in pairs.items() if b})
+        return paired_differences(
+            {each.name: (each.base, each.tuned) for each in self.measures if each.base is not None}
+        )
 
     def verdict(self) -> str:
         """Return the measures in which tuning made the model significantly worse."""
