@@ -11,53 +11,6 @@ __version__ = "0.1.0"
 # instead of 1 s; 0.1 ms costs nothing. torch reads the variable once, on import.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-__all__ = [
-    "DataError",
-    "Diverged",
-    "DoesNotFit",
-    "DownloadError",
-    "GradingFailed",
-    "Interrupted",
-    "LuthierError",
-    "Model",
-    "OutOfMemory",
-    "Recipe",
-    "RecipeError",
-    "RefusedInput",
-    "RunConflict",
-    "UnknownModel",
-    "__version__",
-    "advise",
-    "ask",
-    "certificate",
-    "clean",
-    "compare",
-    "convert",
-    "distil",
-    "estimate",
-    "evaluate",
-    "export",
-    "forgetting",
-    "import_openai",
-    "index_documents",
-    "inspect",
-    "judge",
-    "launch",
-    "load",
-    "pipeline",
-    "predict",
-    "pretrain",
-    "push",
-    "safety",
-    "samples",
-    "search_documents",
-    "split",
-    "student",
-    "study",
-    "tune",
-    "verify",
-]
-
 _HOMES = {
     name: f"luthier.{module}"
     for module, names in {
@@ -99,6 +52,8 @@ _HOMES = {
     }.items()
     for name in names
 }
+
+__all__ = sorted(["__version__", *_HOMES])  # noqa: PLE0605 - type checkers read __init__.pyi
 
 
 def __getattr__(name: str) -> Any:

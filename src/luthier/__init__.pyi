@@ -12,7 +12,7 @@ from luthier.cli.pipeline import PipelineResult
 from luthier.cli.predict import Predictions
 from luthier.data.convert import Conversion
 from luthier.data.in_memory import Rows
-from luthier.documents.answers import Answer
+from luthier.documents.answers import DocumentAnswer
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result
 from luthier.errors import DataError as DataError
@@ -80,7 +80,7 @@ def advise(
 ) -> Advice: ...
 def ask(
     model: str, question: str, *, index: str, top: int | None = None, max_tokens: int = 256
-) -> Answer: ...
+) -> DocumentAnswer: ...
 def certificate(
     model: str | Model | StoredModel,
     *,

@@ -69,10 +69,10 @@ def _store_sources(
             given |= _splits(name, source, given, parameters, settings)
     for source in [each for each in _SOURCES if each in given]:
         rows = given[source]
-        if source == "input":  # texts, not names of files
-            rows = values_of(rows) if hasattr(rows, "tolist") or hasattr(rows, "to_list") else rows
-            is_texts = isinstance(rows, list | tuple)
-        if is_rows(rows) or (source == "input" and is_texts):
+        if source == "input" and (hasattr(rows, "tolist") or hasattr(rows, "to_list")):
+            rows = values_of(rows)
+        # A list of `input` has texts, other lists have names of files.
+        if is_rows(rows) or (source == "input" and isinstance(rows, list | tuple)):
             path = store_rows(rows, "prompt" if source == "prompts" else "text")
             given[source] = path if source in parameters and source != "input" else str(path)
 
