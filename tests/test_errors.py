@@ -17,6 +17,7 @@ from luthier.errors import (
     Problem,
     RecipeError,
     RefusedInput,
+    RowNumber,
     RowRefused,
     UnknownModel,
     report_error,
@@ -40,6 +41,8 @@ def test_rows_with_equal_cause_share_a_line() -> None:
     ]
     assert str(DataError([problem(1), problem(9)])).endswith("(also line 9)")
     assert DataError([problem(1), problem(1)]).problems == (problem(1),)
+    numbered = str(DataError([problem(RowNumber(n)) for n in (1, 8, 9)]))
+    assert numbered.endswith("a.jsonl row 1: [json.invalid] m. Fix: x. (also rows 8, 9)")
     graded = GradingFailed([problem(3), problem(3)])
     assert str(graded).splitlines()[1:] == ["  a.jsonl:3: [json.invalid] m. Fix: x."]
 
@@ -69,6 +72,7 @@ def test_error_message_format(error: LuthierError, text: str) -> None:
 
 ERRORS = [
     DataError([problem(1), problem(2)]),
+    DataError([problem(RowNumber(1)), problem(RowNumber(2))]),
     GradingFailed([problem(1)]),
     RecipeError("m", setting="training.epochs", value=object),
     RowRefused("a.b", "m.", "x.", Location("a.jsonl", 3)),

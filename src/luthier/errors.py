@@ -42,11 +42,35 @@ from typing import Any, ClassVar, Self
 _IN_MEMORY = re.compile(r"rows-[0-9a-f]{16}\.jsonl$")
 
 
+class RowNumber(int):
+    """Number of a row, from 1, in a file whose rows are no lines.
+
+    Examples are an array on one line, rows inside an object, Parquet and a folder of images.
+    """
+
+
 def location_text(file: str, line: int) -> str:
-    """Return ``file:line``, or ``rows[index]`` for a row that a program passed."""
+    """Return ``file:line``, ``file row N``, or ``rows[index]`` for a row that a program passed."""
     if not line:
         return file
-    return f"rows[{line - 1}]" if _IN_MEMORY.search(file) else f"{file}:{line}"
+    if _IN_MEMORY.search(file):
+        return f"rows[{line - 1}]"
+    return f"{file} {line_text(line)}" if isinstance(line, RowNumber) else f"{file}:{line}"
+
+
+def line_text(line: int) -> str:
+    """Return ``line N`` or ``row N``."""
+    return f"{'row' if isinstance(line, RowNumber) else 'line'} {line}"
+
+
+def line_field(line: int) -> dict[str, int]:
+    """Return the number as the field ``line`` or ``row`` of a JSON record."""
+    return {"row" if isinstance(line, RowNumber) else "line": line}
+
+
+def read_line_field(record: Mapping[str, Any]) -> int:
+    """Return the number that :func:`line_field` wrote."""
+    return RowNumber(record["row"]) if "row" in record else int(record["line"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +79,7 @@ class Location:
 
     file: str = ""
     line: int = 0
-    """1-based line in ``file``; 0 for the whole file."""
+    """1-based line in ``file``, or :class:`RowNumber`; 0 for the whole file."""
     field: str = ""
     """Field of a request, such as ``messages[2].content``."""
 
@@ -107,18 +131,24 @@ class Problem:
         return replace(self, location=Location(file, line))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the problem in JSON types, with the location's fields next to the others."""
+        """Return the problem in JSON types, with the location's fields next to the others.
+
+        A :class:`RowNumber` has the key ``row`` instead of ``line``.
+        """
         fields = asdict(self)
         # A recipe value may be any object.
         fields["value"] = json.loads(json.dumps(self.value, default=str))
-        return {**fields.pop("location"), **fields}
+        location = fields.pop("location")
+        return {**line_field(location.pop("line")), **location, **fields}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Problem:
         """Return the problem of :meth:`to_dict`."""
-        place = {"file", "line", "field"}
+        place = {"file", "line", "row", "field"}
         rest = {name: value for name, value in fields.items() if name not in place}
-        return cls(**rest, location=Location(fields["file"], fields["line"], fields["field"]))
+        return cls(
+            **rest, location=Location(fields["file"], read_line_field(fields), fields["field"])
+        )
 
 
 class LuthierError(Exception):
@@ -240,8 +270,9 @@ def _list_problems(title: str, problems: Sequence[Problem], most: int, capped: b
         line_numbers = lines_of_cause[cause]
         first, *others = line_numbers
         start = 1 if _IN_MEMORY.search(cause.location.file) else 0
+        unit = "row" if start or isinstance(first, RowNumber) else "line"
         numbers = ", ".join(str(each - start) for each in others[:3])
-        also = f" (also {('line', 'row')[start]}{'s' * (len(others) > 1)} {numbers}"
+        also = f" (also {unit}{'s' * (len(others) > 1)} {numbers}"
         more = f" and {least}{len(others) - 3} more)" if len(others) > 3 else ")"
         where = cause.at(cause.location.file, first)
         text.append(f"  {where}{also + more if others else ''}")

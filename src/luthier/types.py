@@ -215,7 +215,7 @@ class Row:
 
     file: str
     line: int
-    """1-based line in ``file``; 1 for a plain-text file."""
+    """1-based line in ``file``, or :class:`~luthier.errors.RowNumber`; 1 for a plain-text file."""
 
     @property
     def location(self) -> Location:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
+from luthier.errors import RowNumber
 from luthier.gate.checks import all_rules
 from luthier.gate.clean_plan import CleaningPlan
 from luthier.gate.histogram import Histogram
@@ -213,9 +214,12 @@ def test_no_part_of_a_report_shows_personal_data(
     tmp_path: Path, family_folder: Callable[[str], Path], family: str
 ) -> None:
     private = "Call +44 20 7946 0958 or write to Bob.Miller@gmail.com now"
+    rows: list[dict[str, Any]]
     rows = [{"text": f"{private} {'x' * n}", "label": "ab"[n % 2]} for n in (1, 2, 3, 3)]
     words = [*["Call", "+44", "20", "7946", "0958", "or", "write", "to", "Bob.Miller@gmail.com"]]
-    tagged = [{"tokens": words, "tags": ["B-A", *["O"] * (len(words) - 1)]}] * 2
+    tagged: list[dict[str, Any]] = [
+        {"tokens": words, "tags": ["B-A", *["O"] * (len(words) - 1)]}
+    ] * 2
     for number, each in enumerate((rows, tagged)):
         source = written(tmp_path / f"{number}.jsonl", *each)
         report = luthier.inspect(source, base=str(family_folder(family)))
@@ -287,6 +291,16 @@ def test_token_runs_merge_neighbours_and_shorten_long_rows() -> None:
 def test_places_name_their_file_once() -> None:
     places = [Place("x/a", 1), Place("x/a", 2), Place("b", 3), Place("b", 4)]
     assert list_places(places, 3) == "a:1, 2, b:3 and 1 more"
+    assert list_places([Place("a", RowNumber(n)) for n in (1, 2)], 3) == "a row 1, 2"
+
+
+def test_findings_name_rows_of_a_one_line_file(tmp_path: Path) -> None:
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps([{"text": text, "label": "a"} for text in ("x y", "x z", "x y")]))
+    report = luthier.inspect(data, base=None)
+    found = next(each for each in report.plain()["rules"] if each["rule"] == "duplicate.exact")
+    assert [(each["row"], each["others"][0]["row"]) for each in found["places"]] == [(1, 3)]
+    assert f"{data} row 1 " in str(report.summary())
 
 
 def test_names_of_files_cannot_leave_their_attributes(tmp_path: Path) -> None:

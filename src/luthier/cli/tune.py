@@ -198,6 +198,7 @@ MOST_SHOWN = 5
 def print_label_issues(result: Result) -> None:
     """Print the number of possible label errors, the first errors, and the file with all errors."""
     from luthier.engine.runs import LABEL_ISSUES
+    from luthier.errors import location_text, read_line_field
     from luthier.formatting import one_line
 
     path = Path(result.run_dir) / LABEL_ISSUES
@@ -210,7 +211,8 @@ def print_label_issues(result: Result) -> None:
     out.print(f"  {what} in {rows:,} rows{shown}", style="bold yellow")
     for line in path.read_text(encoding="utf-8").split("\n")[: min(count, MOST_SHOWN)]:
         each = json.loads(line)
-        text = f'{Path(each["file"]).name}:{each["line"]}  "{each["label"]}" looks like '
+        where = location_text(Path(each["file"]).name, read_line_field(each))
+        text = f'{where}  "{each["label"]}" looks like '
         text += f'"{each["likely_label"]}": {each["text"]}'
         out.print(f"    {one_line(text)}")
     out.print(f"  {'label issue ' if count == 1 else 'label issues'} {path}")

@@ -34,7 +34,7 @@ from luthier.data.inputs import (
     object_name,
 )
 from luthier.data.packed_media import packed_media
-from luthier.errors import Location, Problem, RowRefused
+from luthier.errors import Location, Problem, RowRefused, location_text
 from luthier.formatting import list_some
 from luthier.types import Message, Tool, ToolCall
 
@@ -294,7 +294,7 @@ class FieldChecker:
             return value
         if kind == "window":
             return self._window(value)
-        name = f"{self.file}:{self.line}"
+        name = location_text(self.file, self.line)
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
             return Media(kind, str(value.get("path") or name), data=value["bytes"])
         if isinstance(value, dict):
@@ -349,7 +349,7 @@ class FieldChecker:
             type(each) in (int, float) and abs(each) <= LARGEST_VALUE for each in numbers
         ):
             array = np.array(numbers[-LONGEST_WINDOW:], np.float64)
-            return Media("window", f"{self.file}:{self.line}", array=array)
+            return Media("window", location_text(self.file, self.line), array=array)
         message = f'"window" must be an array of finite numbers up to {LARGEST_VALUE:.0e}.'
         self.report("media.type", message, "Write the values in order, the newest last.")
         return None

@@ -43,7 +43,7 @@ from luthier.data.shapes.preferences import (
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import QueryDocument, RawText, TaggedWords, TextPair
 from luthier.data.unread import UnreadColumns
-from luthier.errors import DataError, Location, Problem, RowRefused
+from luthier.errors import DataError, Location, Problem, RowRefused, line_text, location_text
 from luthier.formatting import list_some, nearest_name
 from luthier.types import Row
 
@@ -258,7 +258,8 @@ class Checker(FieldChecker):
         assert self.first is not None
         first = self.form.name if self.form else self.first[0]
         line = self.first[1]
-        where = f"line {line}" if self.first_file == self.file else f"{self.first_file}:{line}"
+        same = self.first_file == self.file
+        where = line_text(line) if same else location_text(self.first_file, line)
         message = f"The row is {what}, but the first row ({where}) is {first}."
         fix = f"Rewrite the row as {first}, or move the row to another file."
         self.report("row.mixed_shapes", message, fix)
@@ -273,7 +274,7 @@ class Checker(FieldChecker):
         first = self.line_of_id.setdefault(value, self.line)
         if first != self.line:
             name = quote(str(value))
-            message = f"The id {name} is already used on line {first}."
+            message = f"The id {name} is already used on {line_text(first)}."
             self.report("id.duplicate", message, "Use unique ids, or remove the copy.")
 
     def shape_of(self, record: Record) -> type[Shape] | None:
@@ -367,7 +368,7 @@ class PromptChecker(Checker):
         key = "prompt" if "prompt" in record else "messages"
         self.first = self.first or (key, line)
         if self.form is None and self.first[0] != key:
-            message = f'The row has "{key}", unlike the first row (line {self.first[1]}).'
+            message = f'The row has "{key}", unlike the first row ({line_text(self.first[1])}).'
             self.report("prompt.mixed", message, "Move the row to another file.")
             return None
         try:

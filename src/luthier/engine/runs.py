@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from luthier.data.files.containers import Container, container_of
 from luthier.data.files.sources import Source, stem_of
 from luthier.engine.verdict import Refit, RunVerdict
-from luthier.errors import RunConflict
+from luthier.errors import RunConflict, line_field
 from luthier.evaluation.baselines import Comparison, render
 from luthier.evaluation.label_issues import LabelIssue, LabelIssueCounts
 from luthier.files import (
@@ -266,7 +266,7 @@ class Run:
         records = [
             {
                 "file": each.row.file,
-                "line": each.row.line,
+                **line_field(each.row.line),
                 "label": each.row.labels[0],
                 "likely_label": each.likely_label,
                 "probability": round(each.probability, 4),

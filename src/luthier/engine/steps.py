@@ -24,6 +24,7 @@ from luthier.engine.machine import available_memory, return_freed_memory
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import ACTIVATIONS, LABEL_ISSUES, METRICS, PRECOMPUTED, REFIT, Run
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
+from luthier.errors import read_line_field
 from luthier.evaluation.label_issues import LEAST_ROWS
 from luthier.files import need_disk
 from luthier.gate.checks.language import UNTRAINED
@@ -177,7 +178,7 @@ class LabelIssueRows(TrainingStep):
         # Only the first process has the file.
         records = trainer.group.first(
             [
-                [r["file"], r["line"], r["likely_label"]]
+                [r["file"], read_line_field(r), r["likely_label"]]
                 for r in trainer.run_folder.read_label_issues()
             ]
         )

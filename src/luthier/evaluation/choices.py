@@ -17,7 +17,7 @@ import numpy as np
 
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.shapes.choices import MultipleChoice
-from luthier.errors import RowRefused
+from luthier.errors import RowRefused, line_field
 from luthier.evaluation.significance import RowScores, Score, Statistic, perplexity_of
 from luthier.types import Example
 
@@ -90,7 +90,7 @@ def choice_scores(
             right[name].append(each[0].is_greedy if is_cloze else place == row.answer)
         records.append(
             {
-                "line": row.line,
+                **line_field(row.line),
                 "prompt": row.plain_text(),
                 "expected": row.choices[row.answer],
                 "reply": "" if is_cloze else row.pairs[picks(row, each)[0]][1],

@@ -49,11 +49,13 @@ class BatchLines:
     lines_N: IntArray
     first: int
     """Number of the first row among all rows of all splits, from 0; -1 if unknown."""
+    unit: type[int] = int
+    """Type of a line: ``int`` or :class:`~luthier.errors.RowNumber`."""
 
     def place(self, index: int) -> Place:
         """Place of the row at ``index`` of the batch."""
         number = self.first + index if self.first >= 0 else -1
-        return Place(self.file, int(self.lines_N[index]), number)
+        return Place(self.file, self.unit(self.lines_N[index]), number)
 
 
 @dataclass(frozen=True)
@@ -147,17 +149,17 @@ class Places:
 
     def __init__(self) -> None:
         self._firsts: list[int] = []
-        self._batches: list[tuple[Split, str]] = []
+        self._batches: list[tuple[Split, str, type[int]]] = []
         self._sizes: list[int] = []
         self._lines: list[IntArray | int] = []
         """Line numbers of each batch; only the first line number if the lines are consecutive."""
         self.total = 0
 
-    def add(self, split: Split, file: str, lines_N: IntArray) -> BatchLines:
+    def add(self, split: Split, file: str, lines_N: IntArray, unit: type[int] = int) -> BatchLines:
         """Number the rows of a batch."""
-        where = BatchLines(split, file, lines_N, self.total)
+        where = BatchLines(split, file, lines_N, self.total, unit)
         self._firsts.append(self.total)
-        self._batches.append((split, file))
+        self._batches.append((split, file, unit))
         follow = len(lines_N) > 0 and bool(np.all(np.diff(lines_N) == 1))
         self._lines.append(int(lines_N[0]) if follow else lines_N)
         self._sizes.append(len(lines_N))
@@ -173,7 +175,8 @@ class Places:
         batch, index = self._at(number)
         lines = self._lines[batch]
         line = lines + index if isinstance(lines, int) else int(lines[index])
-        return Place(self._batches[batch][1], line, number)
+        _, file, unit = self._batches[batch]
+        return Place(file, unit(line), number)
 
     def split(self, number: int) -> Split:
         """Split of row ``number``."""
@@ -182,12 +185,12 @@ class Places:
     def splits_N(self) -> Any:
         """``[N]`` number of each row's split in the order of :meth:`names`."""
         names = self.names()
-        of_batches = np.array([names.index(split) for split, _ in self._batches], np.int8)
+        of_batches = np.array([names.index(split) for split, _, _ in self._batches], np.int8)
         return np.repeat(of_batches, self._sizes)
 
     def names(self) -> list[Split]:
         """Return the splits that have rows, in order of appearance."""
-        return list(dict.fromkeys(split for split, _ in self._batches))
+        return list(dict.fromkeys(split for split, _, _ in self._batches))
 
 
 NAMED = 100

@@ -36,6 +36,7 @@ from luthier.errors import (
     Problem,
     RecipeError,
     RowRefused,
+    line_field,
 )
 from luthier.files import new_file, write_json
 from luthier.gate.check import CheckContext, Split
@@ -291,7 +292,8 @@ class _ChangeLog:
 
     def _line(self, file: str, line: int, action: str, rule: str, detail: str) -> None:
         if self.log is not None:
-            entry = {"file": file, "line": line, "action": action, "rule": rule, "detail": detail}
+            entry = {"file": file, **line_field(line), "action": action}
+            entry |= {"rule": rule, "detail": detail}
             self.log.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
 
 

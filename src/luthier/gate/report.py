@@ -11,7 +11,7 @@ from typing import Any
 
 from luthier.data.files.sources import stem_of
 from luthier.data.unread import UNREAD
-from luthier.errors import Location, Problem
+from luthier.errors import Location, Problem, line_text
 from luthier.formatting import column_options, printable
 from luthier.gate.check import Split
 from luthier.gate.checks import all_rules
@@ -190,8 +190,8 @@ class TokenRun:
 
 def shown_place(report: Report, split: Split, row: Mapping[str, Any]) -> str:
     """Format the line of a shown row, with the file name if the split has several files."""
-    place = Place(row["file"], row["line"])
-    return short_place(place) if len(report.files[split]) > 1 else f"line {row['line']}"
+    place = Place.of(row)
+    return short_place(place) if len(report.files[split]) > 1 else line_text(place.line)
 
 
 def token_runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[TokenRun]:

@@ -168,7 +168,7 @@ def _longest_rows(report: Report) -> Table | None:
     longest.sort(key=lambda row: -row["tokens"])
     rows = [
         [
-            Place(row["file"], row["line"]),
+            Place.of(row),
             f"{row['tokens']:,}",
             f"{row['learned']:,}",
             row["begins"],

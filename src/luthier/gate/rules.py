@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
 from luthier.data.unread import CATEGORY, IGNORED, SEVERITY_OF_RULE, UNREAD
-from luthier.errors import location_text
+from luthier.errors import line_field, location_text, read_line_field
 
 Severity = Literal["note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
@@ -47,7 +47,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """File and 1-based line of a row. Line 0 means the whole file."""
+    """File and 1-based line or row number of a row. Line 0 means the whole file."""
 
     file: str
     line: int
@@ -56,6 +56,11 @@ class Place:
 
     def __str__(self) -> str:
         return location_text(self.file, self.line)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Place:
+        """Return the place of a JSON record."""
+        return cls(record["file"], read_line_field(record))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +89,14 @@ class Finding:
             "rule": self.rule.id,
             "severity": self.rule.severity,
             "file": self.place.file,
-            "line": self.place.line,
+            **line_field(self.place.line),
             "message": self.message,
             "fix": self.closest_fix,
         }
         if self.excerpt:
             found["excerpt"] = self.excerpt
         if self.others:
-            found["others"] = [{"file": each.file, "line": each.line} for each in self.others]
+            found["others"] = [{"file": each.file, **line_field(each.line)} for each in self.others]
         return found
 
 

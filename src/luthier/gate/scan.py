@@ -223,7 +223,8 @@ class Gate:
 
     def _collect(self, batch: RowBatch, measured: Sequence[Any]) -> None:
         lines_N = np.fromiter((row.line for row in batch.rows), np.int64, len(batch))
-        where = self.places.add(batch.split, batch.file, lines_N)
+        unit = type(batch.rows[0].line)
+        where = self.places.add(batch.split, batch.file, lines_N, unit)
         self.files[batch.split].add(batch.file)
         self.rows[batch.split] += len(batch)
         self.has_texts = self.has_texts or any(any(row.texts()) for row in batch.rows)

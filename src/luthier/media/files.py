@@ -28,7 +28,7 @@ from luthier.data.inputs import (
     is_media,
     media_kind,
 )
-from luthier.errors import RowRefused
+from luthier.errors import RowNumber, RowRefused
 from luthier.formatting import list_some
 from luthier.media.decoding import scale_pixels, white_of
 
@@ -49,7 +49,7 @@ def read_folder(
     for number, name in enumerate(names, 1):
         media = Media(kind, f"{folder.name}/{name}", f"{folder}/{name}")
         on_record(number, len(names))
-        yield number, _record(media, name, labelled)
+        yield RowNumber(number), _record(media, name, labelled)
 
 
 def read_zip(
@@ -81,7 +81,7 @@ def read_zip(
     for number, (name, below) in enumerate(zip(names, inside, strict=True), 1):
         media = Media(kind, f"{path.name}/{name}", archive_path, name)
         on_record(number, len(names))
-        yield number, _record(media, below, labelled)
+        yield RowNumber(number), _record(media, below, labelled)
 
 
 def _members(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -180,4 +180,4 @@ def read_npz(
         if labels is not None:
             record["label"] = str(labels[index])
         on_record(index + 1, len(images))
-        yield index + 1, record
+        yield RowNumber(index + 1), record

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from luthier.errors import line_field
 from luthier.evaluation.preferences import ranking_scores
 from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task
@@ -26,7 +27,7 @@ class RewardTask(Task):
         first, second = sides
         pairs = [(c["reward"], r["reward"]) for c, r in zip(first, second, strict=True)]
         records = [
-            {"line": row.line, "chosen": c, "rejected": r}
+            {**line_field(row.line), "chosen": c, "rejected": r}
             for row, (c, r) in zip(rows.rows, pairs, strict=True)
         ]
         return rows.evaluation(ranking_scores(pairs, "reward"), records)

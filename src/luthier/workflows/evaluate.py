@@ -32,7 +32,7 @@ from luthier.data.shapes.choices import MultipleChoice
 from luthier.data.shapes.preferences import JudgedAnswers, ThumbedReply
 from luthier.data.shapes.texts import RawText
 from luthier.data.tree import READING_BUDGET
-from luthier.errors import DataError, Problem, RecipeError, RowRefused
+from luthier.errors import DataError, Problem, RecipeError, RowRefused, line_field
 from luthier.evaluation.breakdown import length_keys, slice_scores
 from luthier.evaluation.choices import ChoiceLikelihood, choice_scores, encode_choices, keep_end
 from luthier.evaluation.evaluate import (
@@ -333,11 +333,11 @@ def preference_scores(
     records: list[dict[str, Any]]
     if thumbed := of_shape(ThumbedReply, rows):
         scores = thumb_scores(answers, [row.desirable for row in thumbed])
-        records = [{"line": r.line, **a.plain()} for r, a in zip(rows, answers, strict=True)]
+        records = [{**line_field(r.line), **a.plain()} for r, a in zip(rows, answers, strict=True)]
         return fitting.evaluation(scores, records)
     pairs = list(zip(answers[::2], answers[1::2], strict=True))
     records = [
-        {"line": row.line, "chosen": chosen.plain(), "rejected": rejected.plain()}
+        {**line_field(row.line), "chosen": chosen.plain(), "rejected": rejected.plain()}
         for row, (chosen, rejected) in zip(rows, pairs, strict=True)
     ]
     return fitting.evaluation(pair_scores(pairs), records)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from luthier.data.files import parsing
 from luthier.data.files.read import read_records
-from luthier.errors import Problem
+from luthier.errors import Problem, line_text
 
 Records = list[tuple[int, dict[str, object]]]
 
@@ -91,9 +91,23 @@ def test_a_long_element_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [p.rule for p in problems] == ["line.too_long"] and len(records) == 1
 
 
-def test_array_on_single_line_numbers_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ('[{"text": "a"}, {"text": "b"}, 3, {"text": "c"}]\n', "row 1, row 2, row 3, row 4"),
+        ('\n[\n{"text": "a"}, {"text": "b"}\n]', "row 1, row 2"),
+        ('[3, {"text": "b"}]', "row 1, row 2"),
+        ('{"text": "a"} {"text": "b"}\n', "row 1, row 2"),
+        ('{"data": [\n{"text": "a"},\n{"text": "b"}\n]}', "row 1, row 2"),
+        ('[{"text": "a"},\n 3,\n{"text": "c"}]', "line 1, line 2, line 3"),
+        ('[\n{"text":\n"a"}, {"text": "b"}]', "line 2, line 3"),
+        ('{"text": "a"}\n', "line 1"),
+    ],
+)
+def test_rows_on_one_line_have_row_numbers(tmp_path: Path, text: str, numbers: str) -> None:
     path = tmp_path / "rows.json"
-    path.write_text('[{"text": "a"}, {"text": "b"}, 3, {"text": "c"}]\n')
+    path.write_text(text)
     problems: list[Problem] = []
-    assert [line for line, _ in read_records(path, problems)] == [1, 2, 4]
-    assert [each.line for each in problems] == [3]
+    found = [line for line, _ in read_records(path, problems)]
+    found += [each.line for each in problems]
+    assert ", ".join(line_text(line) for line in sorted(found)) == numbers

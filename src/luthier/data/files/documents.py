@@ -6,6 +6,7 @@ The file is read as a whole and decoded row by row.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -13,9 +14,10 @@ from luthier.data.files import parsing
 from luthier.data.files.containers import empty_file_error
 from luthier.data.files.nested import rows_inside, unfold
 from luthier.data.files.parsing import DECODER, Record, decode, json_kind
-from luthier.errors import Location, Problem, RowRefused
+from luthier.errors import Location, Problem, RowNumber, RowRefused
 
 _WHITE = " \t\r\n"
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
 
 
 def read_document(
@@ -23,16 +25,15 @@ def read_document(
 ) -> Iterator[tuple[int, Record]]:
     """Yield ``(line, record)`` for the elements of an array, or for the objects of a file.
 
-    The rows of a file of one line, and the rows inside of a file's only object
-    (:mod:`luthier.data.files.nested`), have the lines 1, 2, ….
+    If the first two rows share a line, or are inside of a file's only object
+    (:mod:`luthier.data.files.nested`), rows have a :class:`~luthier.errors.RowNumber` instead.
 
     Text after invalid JSON cannot be read; other mistakes cost one element.
     """
     text = _Text(decode(stream.read(), 1).removeprefix("\ufeff"))
     array = text.next_character() == "["
     text.place += array
-    one_line = "\n" not in text.text.strip()
-    count = 0
+    count, share_line = 0, False
     while (start := text.next_character()) not in ("", "]"):
         if count and array:
             if start != ",":
@@ -40,17 +41,27 @@ def read_document(
             text.place += 1
             text.next_character()
         count += 1
-        line = count if one_line else text.line
+        begin, line = text.place, text.line
+        bad: RowRefused | None = None
         try:
             record = text.record()
-        except RowRefused as bad:
-            if bad.problem.line:
+        except RowRefused as error:
+            if error.problem.line:
                 raise
+            bad = error
+        if count == 1:
+            share_line = not text.line_ends_after(begin)
+        if share_line:
+            line = RowNumber(count)
+        if bad is not None:
             problems.append(bad.at(file, line))
             continue
         is_only = not array and count == 1 and not text.next_character()
         rows = unfold(record, file, warnings) if is_only else None
-        yield from enumerate(rows, 1) if rows is not None else ((line, record),)
+        if rows is None:
+            yield line, record
+        else:
+            yield from ((RowNumber(number), row) for number, row in enumerate(rows, 1))
     if start != ("]" if array else ""):
         raise text.invalid(
             "the array is not closed" if array else "unexpected closing bracket", text.place
@@ -77,6 +88,11 @@ class _Text:
         self.line += self.text.count("\n", self._counted, self.place)
         self._counted = self.place
         return self.text[self.place : self.place + 1]
+
+    def line_ends_after(self, start: int) -> bool:
+        """Return whether a line ends between ``start`` and the element after the current place."""
+        white = _BETWEEN.match(self.text, self.place)
+        return "\n" in self.text[start : white.end() if white else self.place]
 
     def record(self) -> Record:
         """Decode the object at the current place. Errors with a line cannot be read past."""

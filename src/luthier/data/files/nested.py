@@ -1,8 +1,8 @@
 """JSON objects with many rows: SQuAD's own file, splits in one file, and data frames.
 
 :data:`NESTED` is the table of forms. To add a form, write a function that returns the rows of an
-object, or ``None`` for any other object, and add the function to the table. The rows have the
-numbers 1, 2, … in place of lines.
+object, or ``None`` for any other object, and add the function to the table. The rows have a
+:class:`~luthier.errors.RowNumber`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def read_records(
 ) -> Iterator[tuple[int, Record]]:
     """Yield ``(line, record)`` for each readable record; append problems to ``problems``.
 
-    Lines count from 1; in a Parquet file, rows do. A plain-text file is one record at line 1.
+    Lines count from 1; a file whose rows are no lines has a :class:`~luthier.errors.RowNumber` for
+    each row. A plain-text file is one record at line 1.
     Without ``whole``, a plain-text file is a sequence of records of about 64 KiB. Memory is
     constant, except for plain text with ``whole``. The contents of a file never raise an error.
     ``problems`` is complete when the iterator is exhausted.

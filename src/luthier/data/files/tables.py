@@ -21,7 +21,7 @@ from luthier.data.files.containers import SEPARATOR, empty_file_error, needs
 from luthier.data.files.headers import missing_header
 from luthier.data.files.parsing import Record, decode, loads, quote
 from luthier.data.shapes import SHAPES
-from luthier.errors import Problem, RowRefused
+from luthier.errors import Problem, RowNumber, RowRefused
 
 JSON_COLUMNS = frozenset(("conversations",)).union(*(kind.json_keys for kind in SHAPES.values()))
 NUMBER_COLUMNS = frozenset[str]().union(*(kind.number_keys for kind in SHAPES.values()))
@@ -224,7 +224,7 @@ def _not_csv(error: csv.Error, has_header: bool) -> RowRefused:
 
 
 def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
-    """Yield ``(row, record)`` with 1-based rows; memory is one row group."""
+    """Yield ``(number, record)`` for each row; memory is one row group."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -239,7 +239,7 @@ def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
                 number += 1
                 for name, each in convert.items():
                     record[name] = each(record[name])
-                yield number, _present(record)
+                yield RowNumber(number), _present(record)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).split("\n", 1)[0].rstrip(".")
         raise RowRefused(

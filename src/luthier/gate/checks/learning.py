@@ -31,7 +31,7 @@ from luthier.data.shapes.texts import (
     TaggedWords,
     TextRow,
 )
-from luthier.errors import DataError, Problem, RecipeError, RowRefused
+from luthier.errors import DataError, Problem, RecipeError, RowRefused, line_field
 from luthier.gate.batch_text import Spot, SpotCheck, excerpt_of, mask_pieces, private_items
 from luthier.gate.check import BatchLines, CheckContext, Places, RowBatch
 from luthier.gate.encode import RowEncoder, single_row_error
@@ -223,7 +223,7 @@ class Learning(SpotCheck):
             tuple(
                 {
                     "file": batch.file,
-                    "line": batch.rows[i].line,
+                    **line_field(batch.rows[i].line),
                     "tokens": int(tokens_N[i]),
                     "learned": int(learned_N[i]),
                     "begins": excerpt_of(batch.rows[i]),
@@ -265,7 +265,7 @@ class Learning(SpotCheck):
         source = [] if first.source_T is None else self.chat.pieces(first.source_T.tolist())
         return {
             "file": row.file,
-            "line": row.line,
+            **line_field(row.line),
             "source": list(mask_pieces(source, private)),
             "tokens": list(mask_pieces(self.chat.pieces(first.ids_T.tolist()), private)),
             "learned": [bool(weight) and whole for weight in first.weight_T.tolist()],
@@ -303,7 +303,8 @@ class Learning(SpotCheck):
                 continue
             lines_N = np.array([row.line for row in pairs], np.int64)
             measured = self.measure(RowBatch(split, file, pairs))
-            self.collect(BatchLines(split, file, lines_N, -1), measured, findings)
+            where = BatchLines(split, file, lines_N, -1, type(rows[0].line))
+            self.collect(where, measured, findings)
         for finding, count in self.fitting.judge(self.objective, self.chat):
             findings.add(finding, count)
         truncated = findings.counts[TRUNCATED.id]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, line_field
 from luthier.graders import Answer, AnyGrader, Exact, Grader, OnError, grade_answers
 from luthier.objectives.base import (
     PreparedRows,
@@ -61,7 +61,7 @@ def graded_answer(example: Example, reply: str) -> Answer:
 def sample_record(row: Row, reply: DecodedReply, tokens: int, stopped: bool) -> dict[str, Any]:
     """Return the record of a generated text for ``samples.jsonl``."""
     return {
-        "line": row.line,
+        **line_field(row.line),
         "prompt": row.prompt_turns()[-1].content,
         "expected": row.expected_reply(),
         **({"reasoning": reply.reasoning} if reply.reasoning else {}),

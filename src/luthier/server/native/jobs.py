@@ -132,7 +132,10 @@ class LabelIssueView(View):
 
     file: str
     """Address of the file."""
-    line: int
+    line: int | None = None
+    """Line of the row in a file of lines."""
+    row: int | None = None
+    """Number of the row, from 1, in any other file."""
     label: str
     likely_label: str
     """Label of similar rows."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from luthier.chat_models.base import Failure, Reply
 from luthier.data.shapes.conversations import PromptOnly
-from luthier.errors import GradingFailed
+from luthier.errors import GradingFailed, line_field, line_text
 from luthier.graders import Answer, Grader, check_rows, grade_answers
 from luthier.types import Row
 from luthier.workflows.distil.recipe import InsightSpec
@@ -70,7 +70,7 @@ class Insight:
         if isinstance(self.row, PromptOnly):
             prompt = self.row.prompt
         return {
-            "line": self.row.line, "accepted": self.rule is None, "rule": self.rule,
+            **line_field(self.row.line), "accepted": self.rule is None, "rule": self.rule,
             "reason": self.reason or None, "score": self.score, "prompt": prompt, "answer": self.answer,
         }  # fmt: skip
 
@@ -106,7 +106,9 @@ def reject_prompts(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]
         first = line_of.setdefault(tuple((t.role, t.content.strip()) for t in turns), row.line)
         size = sum(len(turn.content) for turn in turns)
         if first != row.line:
-            rejected[index] = Insight(row, None, "prompt.duplicate", f"same prompt as line {first}")
+            rejected[index] = Insight(
+                row, None, "prompt.duplicate", f"same prompt as {line_text(first)}"
+            )
         elif spec.longest_prompt is not None and size > spec.longest_prompt:
             rejected[index] = Insight(row, None, "prompt.too_long", f"{size:,} characters")
     return rejected

@@ -140,7 +140,7 @@ class _Responses:
         rows = load_prompts(path, self.recipe.data.columns)
         if row := next((row for row in rows if row.tools), None):
             raise RecipeError(
-                f"{row.file}:{row.line} has tools, which teachers do not support. Remove rows with "
+                f"{row.location} has tools, which teachers do not support. Remove rows with "
                 "tools, or tune on rows with tool calls."
             )
         check_grader(rows, spec)

@@ -1,6 +1,7 @@
 // Names of uploaded files. Jobs store the addresses of files.
 
 import { call } from "./api.js";
+import { shortName } from "./format.js";
 
 const ADDRESS = /s3:\/\/luthier-files\/(file-[A-Za-z0-9]+)/g;
 const names = new Map();
@@ -34,3 +35,9 @@ export async function learnNames(texts, signal) {
 
 /** Return a text with the known names of files instead of their addresses. */
 export const withNames = (text) => text.replace(ADDRESS, (address, id) => names.get(id) ?? address);
+
+/** Return the name of a file with the line, or with the number of a row that is no line. */
+export function placeOf({ file, line, row }) {
+  const name = shortName(withNames(file ?? ""));
+  return row ? `${name} row ${row}` : line ? `${name}:${line}` : name;
+}

@@ -1,7 +1,7 @@
 // Results before a job: the report of the data checks, and the estimate.
 
-import { withNames } from "./files.js";
-import { bytes, duration, number, shortName, words } from "./format.js";
+import { placeOf, withNames } from "./files.js";
+import { bytes, duration, number, words } from "./format.js";
 import { Chip, Facts, Table, html } from "./ui.js";
 
 const VERDICTS = {
@@ -75,11 +75,6 @@ function Rule({ rule }) {
       </div>
     </details>
   `;
-}
-
-function placeOf({ file, line }) {
-  const name = shortName(withNames(file ?? ""));
-  return line ? `${name}:${line}` : name;
 }
 
 function Rows({ split, rows }) {

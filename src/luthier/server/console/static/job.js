@@ -2,8 +2,8 @@
 
 import { call, events, may } from "./api.js";
 import { LineChart } from "./charts.js";
-import { learnNames, withNames } from "./files.js";
-import { dateOf, duration, number, percent, shortName, time, words } from "./format.js";
+import { learnNames, placeOf, withNames } from "./files.js";
+import { dateOf, duration, number, percent, time, words } from "./format.js";
 import { ModelName, Progress, StateChip, customizationOf, hasEnded, modelNames, queuePlace, timeTaken } from "./jobs.js";
 import {
   ErrorBox, Facts, Heading, Pending, Table, announce, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
@@ -256,9 +256,9 @@ function LabelIssues({ job }) {
         right. Read the rows, correct wrong labels in your file, and train again.
       </p>
       <${Table} caption="Rows with label issues, largest difference first"
-        columns=${["Line", "Label", "Similar rows", { name: "Probability", kind: "number" }, "Text"]}
+        columns=${["Location", "Label", "Similar rows", { name: "Probability", kind: "number" }, "Text"]}
         rows=${found.value.map((each) => [
-          `${shortName(withNames(each.file))}:${each.line}`,
+          placeOf(each),
           html`<bdi>${each.label}</bdi>`,
           html`<bdi>${each.likely_label}</bdi>`,
           percent(each.probability),
