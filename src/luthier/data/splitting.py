@@ -79,8 +79,10 @@ class _Units:
                 self.part_U[unit] = part
                 missing -= int(self.size_U[unit])
         left = np.flatnonzero(self.free_U & (self.part_U == 0))
-        if missing == goal and len(left):  # all are too large; use the smallest
-            self.part_U[left[np.argmin(self.size_U[left])]] = part
+        if len(left):  # the smallest, if the part is empty or the goal is nearer with the unit
+            smallest = left[np.argmin(self.size_U[left])]
+            if missing == goal or self.size_U[smallest] < 2 * missing:
+                self.part_U[smallest] = part
 
 
 def _quotas(wanted_S: np.ndarray, goal: int) -> IntArray:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from luthier.data.inputs import PLURAL
 from luthier.engine import defaults
 from luthier.engine.steps import TrainingStep
 from luthier.media.objectives.generative import MOST_COMPARED, Generative
@@ -59,8 +60,9 @@ class GenerativeVerdict(TrainingStep):
             verdict = replace(verdict, text=f"{verdict.text}. {copied}")
         steps = trainer.progress.step
         if usual := advised_steps(trainer.job, steps):
+            noun = PLURAL[trainer.job.chat.reads]
             advice = (
-                f"{steps:,} steps from random weights are few for images: try "
+                f"{steps:,} steps from random weights are few for {noun}: try "
                 f"`training.max_steps={usual}` or more"
             )
             verdict = replace(verdict, cause="few_steps", advice=advice)
