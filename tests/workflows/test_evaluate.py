@@ -143,6 +143,32 @@ def test_pairs_longer_than_context_are_refused(base: str, tmp_path: Path) -> Non
     assert cut.steps > 0
 
 
+def test_masked_language_model_is_scored_on_raw_text(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    text = "the quick brown fox jumps over the lazy dog"
+    data = write(tmp_path / "text.jsonl", [{"text": text}])
+    folder, fields = family_folder("bert"), FIELDS | {"training__epochs": 1}
+    result = luthier.tune(data, base=str(folder), name="m", objective="masked_lm", **fields)
+    found = luthier.evaluate(result.model_id, data)
+    assert found.scores.keys() == {"loss", "pseudo_perplexity"}
+
+    exported = luthier.export(result.model_id, tmp_path / "exported", merged=True).folder
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    model = AutoModelForMaskedLM.from_pretrained(exported, dtype=torch.float32).eval()
+    (ids,) = tokenizer(text, return_tensors="pt")["input_ids"]
+    inner = range(1, len(ids) - 1)
+    hidden = ids.repeat(len(inner), 1)
+    hidden[range(len(inner)), inner] = tokenizer.mask_token_id
+    with torch.no_grad():
+        logp = model(hidden).logits.log_softmax(-1)
+    loss = -logp[range(len(inner)), inner, ids[inner]].mean()
+    assert found.scores["pseudo_perplexity"] == pytest.approx(float(loss.exp()), rel=1e-3)
+
+
 def test_dpo_on_encoder_is_refused(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
     data = write(tmp_path / "pairs.jsonl", PAIRS)
     with pytest.raises(RecipeError):

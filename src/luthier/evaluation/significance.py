@@ -25,7 +25,15 @@ MOST_DRAWN = 40_000_000
 """Maximum number of rows drawn for one error. The minimum is 50 resamples."""
 
 LESS_IS_BETTER = frozenset(
-    {"mean_absolute_error", "cer", "perplexity", "loss", "gap in nats", "share of hostile endings"}
+    {
+        "mean_absolute_error",
+        "cer",
+        "perplexity",
+        "pseudo_perplexity",
+        "loss",
+        "gap in nats",
+        "share of hostile endings",
+    }
 )
 """Measures where lower is better."""
 

@@ -89,9 +89,11 @@ class MaskedLM(Objective):
         """Select and hide tokens; the selected tokens become the targets."""
         # Drawn first: torch's generator is equal in all processes only at the start of a step.
         seed = draw_seed() if network.model.training else 0
-        return [self._hide(batch, seed) for batch in super().annotate(network, examples, budget)]
+        return [self.hide(batch, seed) for batch in super().annotate(network, examples, budget)]
 
-    def _hide(self, batch: TreeBatch, seed: int) -> TreeBatch:
+    def hide(self, batch: TreeBatch, seed: int = 0, masked: float = HIDDEN) -> TreeBatch:
+        """Select tokens of each row, which alone have a weight, and put the mask in a share
+        ``masked`` of their places."""
         import torch
 
         rows = batch.tree.examples
@@ -111,12 +113,16 @@ class MaskedLM(Objective):
         # Encoders share no prefixes, so a hidden token belongs to a single row.
         ids_N = batch.ids_N.clone()
         target_K = ids_N[node_K.to(ids_N.device)]
-        hidden = node_K[fate_K < HIDDEN].to(ids_N.device)
-        swapped = (fate_K >= HIDDEN) & (fate_K < HIDDEN + RANDOM)
+        hidden = node_K[fate_K < masked].to(ids_N.device)
+        swapped = (fate_K >= masked) & (fate_K < masked + RANDOM)
         ids_N[hidden] = int(self.mask_id or 0)
         ids_N[node_K[swapped].to(ids_N.device)] = random_K[swapped].to(ids_N.device)
+        weighted = zip(rows, chosen, strict=True)
+        examples = tuple(replace(row, weight_T=hit.astype(np.float32)) for row, hit in weighted)
         return replace(
             batch,
+            tree=replace(batch.tree, examples=examples),
+            child_E=node_K.numpy(),
             ids_N=ids_N,
             source_S=node_K.to(ids_N.device),
             edge_source_E=torch.arange(len(node_K), device=ids_N.device),
@@ -126,6 +132,16 @@ class MaskedLM(Objective):
             # Cached states of frozen layers belong to the original tokens.
             is_unchanged=False,
         )
+
+    def alone(self, piece: Example) -> list[Example]:
+        """Return a copy of a piece for each token, in which only that token can be selected."""
+        words = piece.target
+        assert words is not None
+        places_T = np.arange(len(words))
+        return [
+            replace(piece, target=np.where(places_T == place, words, -1))
+            for place in np.flatnonzero(words >= 0)
+        ]
 
     def _choose(
         self, word_T: IntArray, generator: np.random.Generator

@@ -3,7 +3,8 @@
 The kind of rows decides the measure:
 
 * prompts with replies: greedy replies, scored by graders;
-* raw text: perplexity;
+* raw text: perplexity; of masked language models, pseudo-perplexity (Salazar et al. 2020,
+  section 2);
 * choices: the likelihood of each choice (:mod:`luthier.evaluation.choices`);
 * judged answers: how often the better answer is the likelier answer. The log-probability and DPO's
   implicit reward are compared: the log-probability minus the parent model's (Rafailov et al. 2023,
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -62,8 +63,9 @@ from luthier.inference.reply_log import log_verdicts
 from luthier.library import models as library
 from luthier.library.reports import check_attachable, hashes_of_data, write_report
 from luthier.models.decoding.sampling import Sampling
-from luthier.objectives import DPO, KTO, CausalLM
+from luthier.objectives import DPO, KTO, CausalLM, MaskedLM
 from luthier.objectives.base import cut_end, predicts
+from luthier.objectives.masked_lm import HIDDEN
 from luthier.types import Example, LongRows, Row
 from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.evaluate_search import evaluate_search
@@ -77,6 +79,8 @@ if TYPE_CHECKING:
     from luthier.media.image_generation import ImageGenerator
     from luthier.models.networks.network import Network, TreeBatch
 
+PSEUDO_TOKENS = 2_000
+"""Number of tokens for the pseudo-perplexity, which costs a pass per token."""
 AnyGrader = TypeVar("AnyGrader", bound="Grader")
 Done = Callable[[int], None]
 """Called with the number of finished rows."""
@@ -146,6 +150,8 @@ def evaluate(
         evaluation = _with_inputs(score_predictions(predictor, rows, done, long_rows))
     elif of_shape(JudgedAnswers, rows):
         evaluation = preference_scores(stored, rows, done, objective.long_rows(long_rows))
+    elif isinstance(objective, MaskedLM):
+        evaluation = masked_scores(stored, objective, rows, on_progress)
     elif of_shape(RawText, rows):
         evaluation = perplexity(stored, rows)
     elif choices := of_shape(MultipleChoice, rows):
@@ -289,17 +295,68 @@ def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Evaluation:
     tokens = float(weight_S.sum())
     bits = tokens / math.log(2) / max(1, sum(len(row.plain_text()) for row in rows))
 
-    def of_loss(change: Callable[[float], float]) -> Statistic:
-        return Statistic.of(
-            lambda row_K: change(loss.subset(row_K).value), len(loss), is_share=False
-        )
-
     scores: dict[str, Score] = {
-        "perplexity": of_loss(perplexity_of),
+        "perplexity": _of_loss(loss, perplexity_of),
         "loss": loss,
-        "bits_per_character": of_loss(lambda nats: nats * bits),
+        "bits_per_character": _of_loss(loss, lambda nats: nats * bits),
     }
     return Evaluation(scores, list(rows), tokens=int(tokens))
+
+
+def _of_loss(loss: RowScores, change: Callable[[float], float]) -> Statistic:
+    return Statistic.of(lambda row_K: change(loss.subset(row_K).value), len(loss), is_share=False)
+
+
+def masked_scores(
+    stored: StoredModel,
+    objective: MaskedLM,
+    rows: Sequence[Row],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Score how well a masked language model fills in raw text.
+
+    ``loss`` is in nats per selected token, with the masks of validation rows.
+    ``pseudo_perplexity`` hides each token alone, in random pieces of :data:`PSEUDO_TOKENS` tokens.
+    """
+    import torch
+
+    from luthier.engine.machine import open_network
+    from luthier.objectives.logprobs import row_logps
+
+    encoded = [objective.encode(row, index, stored.chat) for index, row in enumerate(rows)]
+    pieces = list(objective.pack(encoded, stored.room))
+    order = np.random.default_rng(0).permutation(len(pieces))
+    before = np.cumsum([pieces[place].weight for place in order]) - pieces[order[0]].weight
+    chosen = [objective.alone(pieces[place]) for place in order[before < PSEUDO_TOKENS]]
+    network = open_network(stored, precise=True)
+    total, done = len(pieces) + sum(map(len, chosen)), 0
+
+    def read(examples: Sequence[Example], masked: float) -> list[tuple[float, float]]:
+        """Return loss and number of the selected tokens of each example."""
+
+        def of_batch(batch: TreeBatch) -> Iterator[tuple[float, float]]:
+            nonlocal done
+            hidden = objective.hide(batch, masked=masked)
+            logps = row_logps(network, hidden).tolist()
+            done += len(logps)
+            on_progress(done, total)
+            return (
+                (-logp, row.weight) for logp, row in zip(logps, hidden.tree.examples, strict=True)
+            )
+
+        return network.read_rows(examples, READING_BUDGET, of_batch)
+
+    def mean(losses: Iterable[tuple[float, float]]) -> RowScores:
+        loss_S, weight_S = np.array([*losses]).T
+        return RowScores.of(loss_S, weight_S, is_share=False)
+
+    with torch.no_grad():
+        loss = mean(read(pieces, HIDDEN))
+        single = iter(read([*chain(*chosen)], 1.0))
+    network.close()
+    alone = mean((sum(next(single)[0] for _ in piece), len(piece)) for piece in chosen)
+    scores: dict[str, Score] = {"loss": loss, "pseudo_perplexity": _of_loss(alone, perplexity_of)}
+    return Evaluation(scores, list(rows), tokens=int(sum(piece.weight for piece in pieces)))
 
 
 def preference_scores(
