@@ -19,13 +19,13 @@ import luthier
 from luthier.cli.app import app
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.data.shapes.texts import LabelledText
+from luthier.documents import passages
 from luthier.errors import DataError, RecipeError
 from luthier.evaluation.significance import RowScores, differences
 from luthier.graders import Exact
 from luthier.library.models import StoredModel, find
 from luthier.library.reports import reports_of
 from luthier.types import Message
-from luthier.workflows import prompting
 from luthier.workflows.compare import (
     Contender,
     HeadToHead,
@@ -172,9 +172,13 @@ def test_compare_decoder_with_prompts_and_documents(
     for way, model in (("fine-tuning", tuned.model_id), ("zero-shot", str(tiny_model_folder))):
         alone = luthier.evaluate(model, held, max_tokens=4)
         assert by_way[way].score.value == alone.scores["exact"]
+    # The training rows choose the grader, not the held-out rows.
+    replies = [{**row, "completion": f"{row['completion']} is a word " * 4} for row in rows]
+    wordy = write(tmp_path / "wordy.jsonl", replies)
+    assert luthier.compare(held, [tuned.model_id], train=wordy, max_tokens=4).measure == "rouge_l"
     # Contenders longer than the context are left out.
     room = find(tuned.model_id).room
-    monkeypatch.setattr(prompting, "WORDS", room)
+    monkeypatch.setattr(passages, "WORDS", room)
     notes.write_text("a fox " * room)
     long = luthier.compare(held, [tuned.model_id], documents=[notes], max_tokens=4)
     assert len(long.contenders) == 8

@@ -346,7 +346,8 @@ def compare(
         # A base model without tuning writes labels with capitals and full stops.
         graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
     elif graders is None:
-        graders = default_graders(rows, note if writes else lambda text: None)
+        # From the training rows if known, so that more held-out rows do not change the measure.
+        graders = default_graders(train or rows, note if writes else lambda text: None)
     generated = len(generators) * len(variants) + len(rivals) * (1 + len(own))
     replies = len(rows) * (generated + 2 * bool(train_questions))
     opened = open_graders(graders, replies, note) if writes else {}
