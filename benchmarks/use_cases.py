@@ -220,6 +220,7 @@ def write(use: Use, found: Found) -> None:
         "table": result_table(found),
         "wrong answer": f"```text\n{found['wrong']}\n```",
         "verdict": f"`compare` says: {comparison(found)['verdict']}",
+        "facts": found.get("facts", ""),
         "source": f"{use.credit} The notice is next to the rows that `luthier examples` writes.",
     }
     for name, body in parts.items():
@@ -404,7 +405,8 @@ def collect_chats(bench: Bench) -> Found:
         "wrong": f"{wrong['prompt']}\n\nanswer:\n{wrong['reply'].strip()}\n\n"
         f"expected:\n{wrong['expected']}",
         "shown": [{**each, "before": text} for each, text in zip(shown, before, strict=True)],
-        "replies_with_invented_facts": sum(bool(invented(each)) for each in answers),
+        "facts": f"{sum(bool(invented(each)) for each in answers)} of {len(answers)} replies have a "
+        "number or a day that neither the message nor the expected reply contains.",
     }
 
 
@@ -499,7 +501,10 @@ USES = {
             "messages",
             "right labels",
             "Rows: Fernspoke Cycles, written for luthier, Apache-2.0. The company is invented.",
-            tuple(f"demo/{name}" for name in ("validation.jsonl", "README.md", *ROWS[:2])),
+            (
+                *(f"demo/{name}" for name in ("validation.jsonl", "README.md", *ROWS[:2])),
+                "examples/support-chatbot/instructions.txt",
+            ),
             "Two messages with the replies of the base model and of the tuned model",
             paint_chats,
             collect_chats,
