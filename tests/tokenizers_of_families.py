@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
+
+from luthier.data.conversations.chat import ChatFormat
+from luthier.types import TemplateKwargs
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
 _CORPUS = (
@@ -107,3 +111,8 @@ def sentencepiece(prepend: str, template: str | None, first: bool = True) -> Any
     )
     made.chat_template = template
     return made
+
+
+def with_kwargs(chat: ChatFormat, kwargs: TemplateKwargs) -> ChatFormat:
+    """Return a format with other defaults for variables of the chat template."""
+    return replace(chat, template=chat.template.with_kwargs(kwargs))

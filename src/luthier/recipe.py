@@ -11,6 +11,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from reprlib import Repr
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
@@ -28,7 +29,7 @@ from pydantic import (
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
-from luthier.data.conversations.chat_templates import CHATML
+from luthier.data.conversations.chat_template import CHATML
 from luthier.data.conversations.template_kwargs import TemplateSettings
 from luthier.data.files.sources import absolute, files_of
 from luthier.errors import Problem, RecipeError
@@ -127,8 +128,8 @@ class DataSpec(StrictModel):
         Raises:
             RecipeError: for an invalid template or setting.
         """
-        kwargs = self.chat_template_kwargs or {}
-        return chat.with_chat_template(self.chat_template).with_template_kwargs(kwargs)
+        chat = chat.with_chat_template(self.chat_template)
+        return replace(chat, template=chat.template.with_kwargs(self.chat_template_kwargs or {}))
 
     @model_validator(mode="after")
     def _groups_are_split(self) -> Self:

@@ -187,7 +187,7 @@ def test_answers_see_the_prefix_as_training_does(model: Any, tokenizer: Any) -> 
 def text_of(chat: Any, ids: list[int]) -> str:
     """The whole characters before the first stop token."""
     stops = [place for place, token in enumerate(ids) if token in chat.stop_ids]
-    return str(chat.decode(ids[: stops[0]] if stops else ids)).rstrip("\ufffd")
+    return str(chat.replies.decode(ids[: stops[0]] if stops else ids)).rstrip("\ufffd")
 
 
 def plain_of(model: Any) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from luthier.data.conversations import chat as chats
+from luthier.data.conversations import chat_template as templates
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.conversations.template_kwargs import DATE
 from luthier.engine.checkpoints import Checkpoints
@@ -24,6 +25,7 @@ from luthier.models.stored_tokenizer import StoredTokenizer
 from luthier.models.tokenizer import load_tokenizer
 from luthier.recipe import Recipe
 from luthier.types import Message
+from tokenizers_of_families import with_kwargs
 
 DAILY = (
     "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n"
@@ -49,7 +51,7 @@ def set_day(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
                 return datetime.fromisoformat(f"{day}T12:34:56")
 
-        monkeypatch.setattr(chats, "date", Day)
+        monkeypatch.setattr(templates, "date", Day)
         monkeypatch.setattr(chat_template_utils, "datetime", Moment)
 
     return set_to
@@ -87,21 +89,21 @@ def test_template_prints_given_date(
 ) -> None:
     chat = ChatFormat.of(new_tokenizer(DAILY))
     set_day("2020-01-31")
-    fixed = chat.with_date()
+    fixed = replace(chat, template=chat.template.with_date())
     set_day("2020-02-01")
-    assert chat.prints_date and "01 Feb 2020" in chat.prompt_text(ASK)
-    assert fixed.date == "2020-01-31" and "31 Jan 2020" in fixed.prompt_text(ASK)
+    assert chat.template.prints_date and "01 Feb 2020" in chat.prompt_text(ASK)
+    assert fixed.template.date == "2020-01-31" and "31 Jan 2020" in fixed.prompt_text(ASK)
     assert "05 Mar 2021" in fixed.prompt_text(ASK, kwargs={DATE: "2021-03-05"})
-    assert "05 Mar 2021" in chat.with_template_kwargs({DATE: "2021-03-05"}).prompt_text(ASK)
+    assert "05 Mar 2021" in with_kwargs(chat, {DATE: "2021-03-05"}).prompt_text(ASK)
     with pytest.raises(RecipeError):
-        chat.with_template_kwargs({DATE: "5 March"})
+        with_kwargs(chat, {DATE: "5 March"})
     with pytest.raises(RecipeError):
         chat.prompt_text(ASK, kwargs={DATE: 5})
     other = ChatFormat.of(new_tokenizer())
-    assert not other.prints_date and other.with_date() is other
-    assert not chat.with_template("plain").prints_date
+    assert not other.template.prints_date and other.template.with_date() is other.template
+    assert not chat.with_template("plain").template.prints_date
     with pytest.raises(RecipeError):
-        other.with_template_kwargs({DATE: "2021-03-05"})
+        with_kwargs(other, {DATE: "2021-03-05"})
 
 
 @pytest.mark.parametrize(
@@ -126,8 +128,9 @@ def test_dates_equal_strftime(
         made.chat_template = {"default": template, "tool_use": "{{ strftime_now('%Y') }}"}
     chat = ChatFormat.of(made)
     for day in ("2026-03-05", "2024-12-30"):
+        dated = replace(chat, template=chat.template.with_date(day))
         expected = f"system {datetime.fromisoformat(day).strftime(form)}"
-        assert chat.with_date(day).prompt_text(ASK) == expected
+        assert dated.prompt_text(ASK) == expected
 
 
 def test_a_model_of_yesterday_is_served_today(

@@ -363,7 +363,7 @@ def test_template_chosen_in_training_is_stored(recipe: Callable[..., Recipe]) ->
     """A model tuned on plain text is served with plain text, and models tuned from it too."""
     result = train.train(recipe(objective={"method": "sft", "template": "plain"}))
     chat = find(result.model_id).chat
-    assert chat.template == "plain"
+    assert chat.template.kind == "plain"
     assert not (Path(result.model_dir) / "chat_template.jinja").exists()
     further = train.train(recipe(name="y", base=result.model_id))
     assert manifest_of(further)["format"]["template"] == "plain"
@@ -388,7 +388,7 @@ def test_a_chosen_template_is_stored_with_the_model(
     assert all("data.chat_template=chatml" in each.message for each in failed.value.problems)
     result = train.train(recipe(base=str(base), data={**data, "chat_template": "chatml"}))
     chosen, stored = find(str(base)).chat.with_chat_template("chatml"), find(result.model_id)
-    assert stored.chat.template == "chat" and stored.chat.stop_ids == chosen.stop_ids
+    assert stored.chat.template.kind == "chat" and stored.chat.stop_ids == chosen.stop_ids
     assert stored.chat.prompt_text(turns[:3]) == chosen.prompt_text(turns[:3])
     for merged in (False, True):
         luthier.export(result.model_id, tmp_path / f"{merged}", merged=merged)

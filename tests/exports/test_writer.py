@@ -106,7 +106,7 @@ def text(folder: Path, ids: list[int]) -> str:
 def text_of(generator: Generator, ids: list[int]) -> str:
     """The whole characters before the first stop token."""
     stops = [place for place, token in enumerate(ids) if token in generator.chat.stop_ids]
-    return generator.chat.decode(ids[: stops[0]] if stops else ids).rstrip("\ufffd")
+    return generator.chat.replies.decode(ids[: stops[0]] if stops else ids).rstrip("\ufffd")
 
 
 @pytest.mark.parametrize("name", ["adapter", "stacked", "whole", "plain"])

@@ -92,7 +92,7 @@ def test_seed_gives_same_text_in_server_stream_and_batch(
         for pair, two in zip(drawn, several, strict=True):
             for completion, each in zip(pair, two, strict=True):
                 ids = completion.ids_T[: len(completion.ids_T) - completion.stopped].tolist()
-                assert generator.chat.decode(ids).rstrip("\ufffd") == each.text
+                assert generator.chat.replies.decode(ids).rstrip("\ufffd") == each.text
 
 
 def test_seeds(opened: Decoder) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +53,8 @@ def stopping(generator: Generator, *stops: int) -> Generator:
     """Return the same network with additional stop tokens."""
     chat = generator.chat
     return Generator(
-        generator.network, ChatFormat(chat.tokenizer, chat.template, (*chat.stop_ids, *stops))
+        generator.network,
+        replace(chat, template=replace(chat.template, stop_ids=(*chat.stop_ids, *stops))),
     )
 
 
@@ -106,7 +108,7 @@ def first_tokens(generator: Generator, prompt: str, count: int) -> list[int]:
 
 def text_of(generator: Generator, ids: list[int]) -> str:
     """Whole characters only."""
-    return generator.chat.decode(ids).rstrip("\ufffd")
+    return generator.chat.replies.decode(ids).rstrip("\ufffd")
 
 
 def test_stop_tokens_end_a_reply_and_are_never_shown(generator: Generator) -> None:
@@ -305,7 +307,7 @@ def test_tool_prompt_matches_training_prompt(generator: Generator) -> None:
     tools = (Tool("weather", "Tells it."),)
     asked = (Message("user", "Rome?"),)
     called = Message("assistant", calls=(ToolCall("a", "weather", {"city": "Rome"}),))
-    learned = generator.chat.encode_reply((*asked, called), tools=tools)
+    learned = generator.chat.replies.encode_last((*asked, called), tools=tools)
     size = int(np.flatnonzero(learned.learned_T)[0])
     ids_T = generator._prompt_ids(Chat(asked, tools))
     assert ids_T.tolist() == learned.ids_T[:size].tolist()
@@ -316,13 +318,13 @@ def test_tool_prompt_matches_training_prompt(generator: Generator) -> None:
 def test_completion_of_raw_prompt_keeps_first_space(prepend: str) -> None:
     tokenizer = sentencepiece(prepend, None)
     chat = ChatFormat.of(tokenizer)
-    prompt_T, reply_T = chat.continued_tokens("the door", " is open 日")
+    prompt_T, reply_T = chat.text_encoder.continued_tokens("the door", " is open 日")
     ids = reply_T.tolist()
     written = [*ids, tokenizer.eos_token_id, *ids]
     streamed, whole = (ScriptedGenerator(Scripted(written, len(tokenizer)), chat) for _ in range(2))
     assert "".join(streamed.stream("the door", Sampling(max_tokens=40))) == " is open 日"
     assert whole.replies(["the door"], Sampling(max_tokens=40)) == [" is open 日"]
-    assert chat.decode_reply(prompt_T, ids).text == " is open 日"
+    assert chat.replies.decode_reply(prompt_T, ids).text == " is open 日"
     assert "".join(chat.pieces([*prompt_T, *ids])).removeprefix("<s>").lstrip() == (
         "the door is open 日"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def test_gguf_with_different_template_or_tokenizer_is_refused(
     with pytest.raises(RecipeError):
         compare_gguf(path, model, chat, "f32")
     monkeypatch.setattr(gguf, "_pre_tokenizer", lambda spec: "smollm")
-    write_gguf(model, replace(chat, template="plain"), path, "f32")
+    write_gguf(model, chat.with_template("plain"), path, "f32")
     joined = new_tokenizer()
     joined.add_tokens(["123"])
     with pytest.raises(RecipeError):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.chat_template import ChatTemplate
+from luthier.data.conversations.tokenization import TextEncoder
 from luthier.data.conversations.tools import calls_as_text
 from luthier.inference import prompt_limits as prompts
 from luthier.inference.decoder import Decoder
@@ -104,13 +106,13 @@ def texts(seed: int) -> list[str]:
 
 
 def limit_of(chat: ChatFormat, context: int, **limits: Any) -> PromptLimit:
-    return PromptLimit(chat, context, ModelLimits(**limits))
+    return PromptLimit(chat.text_encoder, context, ModelLimits(**limits))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_fitting_text_is_accepted(chat: ChatFormat, seed: int) -> None:
     for text in texts(seed):
-        tokens = len(chat.tokens(text, first=False))
+        tokens = len(chat.text_encoder.tokens(text, first=False))
         limit_of(chat, max(1, tokens)).check_text(text)
 
 
@@ -120,8 +122,8 @@ def test_pieces_have_hardly_more_tokens_than_the_whole(chat: ChatFormat, seed: i
     for text in texts(seed):
         pieces = list(limit._pieces(text))
         assert "".join(pieces) == text
-        whole = len(chat.tokens(text, first=False))
-        apart = sum(len(chat.tokens(piece, first=False)) for piece in pieces)
+        whole = len(chat.text_encoder.tokens(text, first=False))
+        apart = sum(len(chat.text_encoder.tokens(piece, first=False)) for piece in pieces)
         assert apart <= 1.1 * whole + prompts.CUT * len(pieces)
 
 
@@ -131,26 +133,26 @@ def test_longest_token_bounds_bytes_per_token(chat: ChatFormat) -> None:
     for text in texts(7):
         if text.isspace() or any(each in text for each in "🎻世"):
             continue  # some tokenizers drop the text or use an unknown token
-        size, whole = len(text.encode()), len(chat.tokens(text, first=False))
-        if chat.tokenizer.unk_token_id not in chat.tokens(text, first=False):
-            assert size <= (whole + 1) * chat.longest_token
+        size, whole = len(text.encode()), len(chat.text_encoder.tokens(text, first=False))
+        if chat.tokenizer.unk_token_id not in chat.text_encoder.tokens(text, first=False):
+            assert size <= (whole + 1) * chat.text_encoder.longest_token
 
 
 class Counted:
-    """Counts the tokenized characters of a format."""
+    """Counts the tokenized characters of a text encoder."""
 
-    def __init__(self, chat: ChatFormat) -> None:
-        self.chat, self.characters = chat, 0
-        self.longest_token = chat.longest_token
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder, self.characters = encoder, 0
+        self.longest_token = encoder.longest_token
 
     def tokens(self, text: str, *, first: bool) -> IntArray:
         self.characters += len(text)
-        return self.chat.tokens(text, first=first)
+        return self.encoder.tokens(text, first=first)
 
 
 @pytest.mark.parametrize("unit", ["0123456789", "word ", "世界", "🎻", "a b "])
 def test_tokenizing_cost_of_long_text_is_bounded(tokenizer: Any, unit: str) -> None:
-    counted: Any = Counted(ChatFormat.of(tokenizer, "plain"))
+    counted: Any = Counted(ChatFormat.of(tokenizer, "plain").text_encoder)
     limit = PromptLimit(counted, 100, ModelLimits())
     with pytest.raises(TooLong):
         limit.check_text(unit * (200_000 // len(unit)))
@@ -163,13 +165,13 @@ def test_tokenizing_cost_of_long_text_is_bounded(tokenizer: Any, unit: str) -> N
 
 def test_time_has_a_limit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = limit_of(ChatFormat.of(tokenizer, "plain"), 1 << 20, prompt_seconds=0.01)
-    honest = ChatFormat.tokens
+    honest = TextEncoder.tokens
 
-    def slow(self: ChatFormat, text: str, *, first: bool) -> IntArray:
+    def slow(self: TextEncoder, text: str, *, first: bool) -> IntArray:
         time.sleep(0.02)
         return honest(self, text, first=first)
 
-    monkeypatch.setattr(ChatFormat, "tokens", slow)
+    monkeypatch.setattr(TextEncoder, "tokens", slow)
     with pytest.raises(InferenceRefused):
         limit.check_text("word " * 600_000)
 
@@ -178,10 +180,10 @@ class TestConversations:
     def test_oversized_conversations_are_not_rendered(
         self, opened: Decoder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def never(self: ChatFormat, *arguments: Any, **further: Any) -> str:
+        def never(self: ChatTemplate, *arguments: Any, **further: Any) -> str:
             raise AssertionError("it was rendered")
 
-        monkeypatch.setattr(ChatFormat, "render", never)
+        monkeypatch.setattr(ChatTemplate, "render", never)
         large, call = "a" * 3_000_000, ToolCall("1", "f", {"x": "a" * 3_000_000})
         said = Message("user", "Hi")
         for conversation in (
@@ -209,7 +211,7 @@ class TestConversations:
         text = " ".join(SENTENCES * 12)
         assert len(text) > PIECE
         assert 200 < len(opened.encode(text)) <= opened.context
-        expected = opened.chat.tokens(text, first=True)
+        expected = opened.chat.text_encoder.tokens(text, first=True)
         np.testing.assert_array_equal(opened.encode(text), expected)
 
     def test_long_call_history_renders_in_linear_time(self, opened: Decoder) -> None:

@@ -51,9 +51,11 @@ def test_tuned_model_generates_reasoning_before_text(thinker: Decoder) -> None:
     for question, said in SAID.items():
         found = answer(thinker, asked(chat(question)))
         assert (found.reasoning, found.text, found.reason) == (THOUGHT, said, "stop")
-        written = len(thinker.chat.tokens(THOUGHT, first=False))
+        written = len(thinker.chat.text_encoder.tokens(THOUGHT, first=False))
         assert written < found.reasoning_tokens
-        assert found.tokens == found.reasoning_tokens + len(thinker.chat.tokens(said, first=False))
+        assert found.tokens == found.reasoning_tokens + len(
+            thinker.chat.text_encoder.tokens(said, first=False)
+        )
 
 
 def test_stream_has_reasoning_before_text_in_whole_characters(thinker: Decoder) -> None:
@@ -70,7 +72,7 @@ def test_stream_has_reasoning_before_text_in_whole_characters(thinker: Decoder) 
 def test_cli_and_sdk_replies_match(
     thinking_folder: Callable[[str], Path], thinker: Decoder
 ) -> None:
-    kind = next(kind for kind in TEMPLATES if thinker.chat.template_text == TEMPLATES[kind])
+    kind = next(kind for kind in TEMPLATES if thinker.chat.template.text == TEMPLATES[kind])
     generator = Generator.open(find(str(thinking_folder(kind))))
     sampling = Sampling(max_tokens=120)
     served = [answer(thinker, asked(chat(question))) for question in SAID]
@@ -176,7 +178,7 @@ def test_earlier_reasoning_is_the_turn_s_own(thinker: Decoder) -> None:
     before = Message("assistant", "blue", reasoning="Some other thought")
     turns = (Message("user", "sky?"), before, Message("user", "how many?"))
     with_it = thinker.encode(Chat(turns))
-    assert "Some other thought" in thinker.chat.decode(with_it.tolist())
+    assert "Some other thought" in thinker.chat.replies.decode(with_it.tolist())
 
 
 def test_result_is_assembled_from_chunks() -> None:

@@ -42,7 +42,7 @@ def text(chat: ChatFormat, asked: Chat) -> str:
 
 def test_template_with_tools_renders_tool_list(new_tokenizer: Callable[..., Any]) -> None:
     chat = ChatFormat.of(new_tokenizer(HERMES, SPECIAL, "<|im_end|>"))
-    assert supports_tools(chat.template_text) and form_of_calls(chat).startswith("<tool_call>")
+    assert supports_tools(chat.template.text) and form_of_calls(chat).startswith("<tool_call>")
     found = text(chat, Chat(TALK, (WEATHER,)))
     listed = found[len("<tools>") : found.index("</tools>")]
     function = json.loads(listed)[0]["function"]
@@ -55,7 +55,7 @@ def test_template_with_tools_renders_tool_list(new_tokenizer: Callable[..., Any]
 
 def test_template_without_tools_gets_tools_as_text(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
-    assert not supports_tools(chat.template_text)
+    assert not supports_tools(chat.template.text)
     found = text(chat, Chat(TALK, (WEATHER,)))
     assert found.count("<|im_start|>system\n") == 1
     assert (

@@ -140,7 +140,7 @@ def test_targets_match_transformers(
     network = _open(folder)
     assert network.chat is not None
     check_decoder_input(network)
-    row = network.chat.encode_reply([Message("user", PROMPT), Message("assistant", REPLY)])
+    row = network.chat.replies.encode_last([Message("user", PROMPT), Message("assistant", REPLY)])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     labels = tokenizer(text_target=REPLY).input_ids
     assert row.ids_T[1:].tolist() == labels
@@ -170,7 +170,7 @@ def test_replies_begin_where_training_begins(
     backend = ForwardBackend(network, 64)
     state = backend.open(prompt_T)
     (given_V,) = backend.prefill([state])
-    opening = network.chat.decoder_opening.tolist()
+    opening = network.chat.decoder.opening.tolist()
     target = "ro_RO" if family == "mbart" else "__ro__"
     names = network.chat.tokenizer.convert_ids_to_tokens(opening)
     assert names == {"bart": ["</s>", "<s>"], "mbart": [target]}.get(family, ["</s>", target])
@@ -195,11 +195,11 @@ def test_unknown_language_is_refused(family: str, new_folder: Callable[..., Path
     """transformers would assume English, or the source language, without a warning."""
     chat = load_chat_format(new_folder(family, target=None))
     turns = [Message("user", PROMPT), Message("assistant", REPLY)]
-    for call in (lambda: chat.encode_reply(turns), lambda: chat.encode_prompt(turns[:1])):
+    for call in (lambda: chat.replies.encode_last(turns), lambda: chat.encode_prompt(turns[:1])):
         with pytest.raises(RecipeError) as refused:
             call()
         assert refused.value.rule == "tokenizer.language"
-    assert len(chat.encode_whole(PROMPT))  # an encoder alone needs no target
+    assert len(chat.text_encoder.encode_whole(PROMPT))  # an encoder alone needs no target
 
 
 def test_unknown_source_language_is_refused(new_folder: Callable[..., Path]) -> None:
@@ -220,8 +220,8 @@ def test_language_comes_from_generation_config(new_folder: Callable[..., Path]) 
     language = load_chat_format(folder).tokenizer.convert_tokens_to_ids("ro_RO")
     path.write_text(json.dumps({**fields, "forced_bos_token_id": language}))
     chat = load_chat_format(folder)
-    chat.check_decoder()
-    assert chat.opening_ids == (language,)
+    chat.decoder.check()
+    assert chat.decoder.opening_ids == (language,)
 
 
 def test_different_label_shift_is_refused(

@@ -108,7 +108,9 @@ def test_stored_tokenizer_matches_transformers(folder: Path) -> None:
     assert first(["Hello", "you"]).input_ids == own(["Hello", "you"]).input_ids
     names = [
         [known.decode_bytes([index]) for index in range(len(own))]
-        for known in (ChatFormat.of(each).grammar_tokens(len(own)) for each in (first, own))
+        for known in (
+            ChatFormat.of(each).text_encoder.grammar_tokens(len(own)) for each in (first, own)
+        )
     ]
     assert names[0] == names[1] and b"e" in names[0]
 
@@ -227,7 +229,8 @@ def test_tokens_need_no_torch(folder: Path) -> None:
         "from luthier.models.tokenizer import load_chat_format\n"
         "from luthier.types import Message\n"
         f"chat = load_chat_format(Path({str(folder)!r}))\n"
-        "chat.encode_whole('Hello'), chat.grammar_tokens(len(chat.tokenizer)), chat.decode([5])\n"
+        "chat.text_encoder.encode_whole('Hello'), chat.replies.decode([5])\n"
+        "chat.text_encoder.grammar_tokens(len(chat.tokenizer))\n"
         "print('transformers' in sys.modules)\n"
         "chat.encode_prompt([Message('user', 'Hello')])\n"
         "print('torch' in sys.modules)"
@@ -242,6 +245,6 @@ def test_prompts_match_transformers(folder: Path) -> None:
     own = ChatFormat.of(load_with_transformers(folder), "auto", stored.stop_ids)
     turns = [Message("system", "Be short."), Message("user", "Hello"), Message("assistant", "Hi")]
     assert stored.prompt_text(turns[:2]) == own.prompt_text(turns[:2])
-    ours, theirs = (each.encode_reply(turns) for each in (stored, own))
+    ours, theirs = (each.replies.encode_last(turns) for each in (stored, own))
     assert ours.ids_T.tolist() == theirs.ids_T.tolist()
     assert ours.learned_T.tolist() == theirs.learned_T.tolist()

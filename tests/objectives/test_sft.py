@@ -89,7 +89,7 @@ def test_rewritten_turns_are_sequences_of_same_row(
     example = objective.encode(row, 3, chat)
     views = objective.views([example])
     assert [view.row for view in views] == [3, 3]
-    own = [chat.encode_reply(turns[:size], context=size - 1) for size in (4, 2)]
+    own = [chat.replies.encode_last(turns[:size], context=size - 1) for size in (4, 2)]
     assert [view.ids_T.tolist() for view in views] == [each.ids_T.tolist() for each in own]
     tree = build_tree(views)
     assert tree.weight == sum(int(each.learned_T.sum()) for each in own)
@@ -109,9 +109,9 @@ def test_rewritten_turns_are_sequences_of_same_row(
 
 def test_the_template_can_be_chosen(chat: ChatFormat) -> None:
     assert SFT().format(chat) is chat
-    assert SFT(template="chat").format(chat).template == "chat"
+    assert SFT(template="chat").format(chat).template.kind == "chat"
     plain = SFT(template="plain").format(chat)
-    assert plain.template == "plain" and plain.stop_ids == chat.stop_ids
+    assert plain.template.kind == "plain" and plain.stop_ids == chat.stop_ids
     example = SFT().encode(PromptCompletion("f", 1, prompt="a b", completion=" c"), 0, plain)
     assert chat.tokenizer.decode(example.ids_T) == "a b c<|im_end|>"
 

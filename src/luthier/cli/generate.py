@@ -252,7 +252,7 @@ def chat(
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
         stored = check_active(find(model, is_able=Generator.is_able))
         generator = Generator.open(stored)
-    several = generator.chat.template == "chat"
+    several = generator.chat.template.kind == "chat"
     print_text(f"{model} is ready. {CHAT_HELP}")
     if generator.backend.device.type == "cpu" and chosen_backend().id == "torch":
         with suppress(RefusedInput):

@@ -149,7 +149,7 @@ class TrainingJob:
         return {
             "recipe": self.original_recipe.plain(),
             "data": self.data.hashes,
-            **({"template": self.chat.template_sha256} if chosen is not None else {}),
+            **({"template": self.chat.template.sha256} if chosen is not None else {}),
             "luthier": __version__,
             **self.fixed_values(),
         }
@@ -158,7 +158,7 @@ class TrainingJob:
         """Return the values chosen at the start of a run and fixed on resume."""
         return {
             "micro_batch_tokens": self.recipe.training.micro_batch_tokens,
-            "template_date": self.chat.date,
+            "template_date": self.chat.template.date,
         }
 
 
@@ -239,19 +239,24 @@ def prepare_job(
     kwargs, chat = recipe.data.chat_template_kwargs or {}, recipe.data.format(base.chat)
     if recipe.data.chat_template is not None:
         end = ", ".join(chat.text_encoder.stop_names)
-        own = "in place of the base's own" if base.chat.template == "chat" else "the base has none"
+        own = (
+            "in place of the base's own"
+            if base.chat.template.kind == "chat"
+            else "the base has none"
+        )
         reason = f"{own}; replies end with {end}"
         reporter.settings([("data.chat_template", recipe.data.chat_template, reason)])
     original = recipe
-    if chat.prints_date and chat.date is None:
+    if chat.template.prints_date and chat.template.date is None:
         # Training rows, the parity check and a resumed run must have the same tokens on every day.
-        chat = chat.with_date(fixed_values.get("template_date"))
-        kwargs = {**kwargs, DATE: str(chat.date)}
+        printed = fixed_values.get("template_date")
+        chat = replace(chat, template=chat.template.with_date(printed))
+        kwargs = {**kwargs, DATE: str(chat.template.date)}
         recipe = recipe.model_copy(
             update={"data": recipe.data.model_copy(update={"chat_template_kwargs": kwargs})}
         )
         reason = "the chat template prints a date; a server prints the current date"
-        reporter.settings([(f"data.chat_template_kwargs.{DATE}", chat.date, reason)])
+        reporter.settings([(f"data.chat_template_kwargs.{DATE}", chat.template.date, reason)])
     chat = chat.with_media_settings(
         image_size=recipe.data.image_size,
         sampling_rate=recipe.data.sampling_rate,

@@ -280,7 +280,7 @@ class ModelWriter:
         chat = self.job.chat
         check_parity(
             parity,
-            (lambda token: chat.decode([token])) if chat.has_tokenizer else None,
+            (lambda token: chat.replies.decode([token])) if chat.has_tokenizer else None,
             self._base_rounding,
         )
         if stored.chat.stop_ids != chat.stop_ids:

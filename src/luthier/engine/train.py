@@ -233,7 +233,7 @@ def _train_other_process(recipe: Recipe, machine: Machine, group: ProcessGroup) 
     job = prepare_job(recipe, base, machine, Reporter(), processes=group.size)
 
     def prepare(fixed_values: Mapping[str, Any]) -> TrainingJob:
-        if fixed_values["template_date"] == job.chat.date:
+        if fixed_values["template_date"] == job.chat.template.date:
             return job
         # The run began on another day, and its rows contain the date of that day.
         return prepare_job(recipe, base, machine, Reporter(), fixed_values, processes=group.size)

@@ -47,11 +47,11 @@ def encode_choices(row: MultipleChoice, chat: ChatFormat) -> list[Example]:
         stem = prompt.rstrip()
         rest = (prompt[len(stem) :] or " ") + choice
         source_T = None
-        if chat.start_id is None:
-            before_T, choice_T = chat.continued_tokens(stem, rest)
+        if chat.decoder is None:
+            before_T, choice_T = chat.text_encoder.continued_tokens(stem, rest)
         else:
-            source_T = chat.encode_whole(stem)
-            before_T, choice_T = chat.decoder_opening, chat.target_tokens(rest)
+            source_T = chat.text_encoder.encode_whole(stem)
+            before_T, choice_T = chat.decoder.opening, chat.text_encoder.target_tokens(rest)
         if not len(choice_T):
             raise RowRefused(
                 "choices.type",

@@ -48,7 +48,7 @@ def ollama_template(chat: ChatFormat) -> str | None:
     The text between the messages of a rendered conversation is generalized to all conversations,
     and verified with a longer conversation.
     """
-    if chat.template == "plain":
+    if chat.template.kind == "plain":
         return "{{ .Prompt }}"
     pieces = _pieces(chat, ("user", "assistant", "user"))
     if pieces is None:

@@ -424,7 +424,7 @@ def _readme(name: str, answer: OnnxOutput, chat: ChatFormat) -> str:
     if chat.media is not None:
         lines += ["", "Images and sounds are read as `preprocessor_config.json` says."]
         return "\n".join(lines) + "\n"
-    if answer.takes_conversations and chat.template == "chat":
+    if answer.takes_conversations and chat.template.kind == "chat":
         lines.append("Conversations are written by the chat template of the tokenizer first.")
     texts = '[["Anna", "lives", "here"], ["Yes"]]' if tags else '["One text.", "Another one"]'
     encoded = "texts, is_pretokenized=True" if tags else "texts"

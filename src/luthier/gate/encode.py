@@ -128,8 +128,8 @@ class RowEncoder:
                 if len(odd):
                     raise RowRefused(
                         UNKNOWN_TOKEN.id,
-                        f"the token {self.chat.decode([int(odd[0])])!r} has the id {odd[0]:,}, but "
-                        f"the network has {self.vocabulary:,} embeddings.",
+                        f"the token {self.chat.replies.decode([int(odd[0])])!r} has the id {odd[0]:,}, "
+                        f"but the network has {self.vocabulary:,} embeddings.",
                         "Remove the token from the tokenizer, so that its text becomes known "
                         "tokens, or resize and train the embeddings of the base model.",
                     )

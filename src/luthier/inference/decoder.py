@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from luthier.data.conversations.reasoning import reasoning_after
 from luthier.errors import RecipeError
 from luthier.inference.inference import (
     Chat,
@@ -134,8 +134,8 @@ class RunningAnswer:
         self._matcher = matcher
         prompt = request.prompt
         form = chat if isinstance(prompt, Chat) else chat.with_template("plain")
-        before = form.decoding_context(job.ids_T[-job.prompt_tokens :])
-        self._text = AnswerText(chat.decode, request, reasoning, before)
+        before = form.replies.decoding_context(job.ids_T[-job.prompt_tokens :])
+        self._text = AnswerText(chat.replies.decode, request, reasoning, before)
         self._splitter: CallSplitter | None = None
         if isinstance(prompt, Chat) and prompt.tools and prompt.tool_choice != "none":
             self._splitter = CallSplitter(
@@ -252,7 +252,7 @@ class Decoder:
         self.constraints = Constraints(chat, self.vocabulary, limits.schema_characters)
         most = min(limits.answers, self._backend.sequences)
         self.limits = limits.model_copy(update={"answers": most})
-        self._limit = PromptLimit(chat, self.context, self.limits)
+        self._limit = PromptLimit(chat.text_encoder, self.context, self.limits)
         backend = opened.backend
         self._rows = 1 if deterministic else backend.rows
         """Maximum number of sequences in a step."""
@@ -320,7 +320,9 @@ class Decoder:
         if isinstance(prompt, Chat):
             self._limit.check_conversation(prompt)
             try:
-                self.chat = self.chat.approved()
+                if self.chat.template.check is not None:
+                    approved = self.chat.template.approved()
+                    self.chat = replace(self.chat, template=approved)
             except RecipeError as error:
                 raise InferenceRefused(f"{error}.", "model") from error
             ids_T = encode(self.chat, prompt, self._limit.check_text)
@@ -387,12 +389,13 @@ class Decoder:
         # took 725 MiB.
         matcher = self._matcher(request)
         ids_T = self.encode(request.prompt)
-        reasoning = reasoning_after(self.chat, ids_T) if isinstance(request.prompt, Chat) else None
+        is_chat = isinstance(request.prompt, Chat)
+        reasoning = self.chat.replies.reasoning_after(ids_T) if is_chat else None
         if matcher is not None and reasoning is not None:
             # The end of the prompt decides whether the reply starts within reasoning, so the
             # grammar is compiled twice.
             matcher = self._matcher(request, reasoning)
-        room = completion_limit(len(ids_T), self.context, beside=self.chat.start_id is not None)
+        room = completion_limit(len(ids_T), self.context, beside=self.chat.decoder is not None)
         if room < 1:
             raise self._limit.too_long()
         if any(not 0 <= token < self.vocabulary for token in request.logit_bias):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luthier.data.conversations.reasoning import reasoning_after
 from luthier.errors import RecipeError
 from luthier.inference.constraints import Constraints
 from luthier.inference.inference import Chat
@@ -190,9 +189,9 @@ class Generator:
         yield text.end()
 
     def _answer_text(self, ids_T: IntArray, sampling: Sampling) -> AnswerText:
-        before = self.chat.decoding_context(ids_T[len(self.prompt_ids) :])
-        reasoning = reasoning_after(self.chat, ids_T)
-        return AnswerText(self.chat.decode, sampling, reasoning, before)
+        before = self.chat.replies.decoding_context(ids_T[len(self.prompt_ids) :])
+        reasoning = self.chat.replies.reasoning_after(ids_T)
+        return AnswerText(self.chat.replies.decode, sampling, reasoning, before)
 
     def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
         ids_T = self._prompt_ids(prompt)
@@ -213,7 +212,7 @@ class Generator:
 
     def _refusal(self, ids_T: IntArray, sampling: Sampling) -> str | None:
         reply = self.max_tokens(sampling)
-        if reply <= completion_limit(len(ids_T), self.context, self.chat.start_id is not None):
+        if reply <= completion_limit(len(ids_T), self.context, self.chat.decoder is not None):
             return None
         return (
             f"has {len(ids_T)} tokens, and {reply} more for the reply exceed the model's context of "
@@ -257,7 +256,7 @@ class Generator:
     def _decoding(self, prompts: Sequence[IntArray], sampling: Sampling) -> Iterator[Decoding]:
         masks = None
         if sampling.constraint is not None:
-            reasonings = [reasoning_after(self.chat, ids_T) for ids_T in prompts]
+            reasonings = [self.chat.replies.reasoning_after(ids_T) for ids_T in prompts]
             # Compiled once for each kind of prompt, then copied: compiling takes 2 to 40 ms.
             matchers = {
                 reasoning: self._constraints.matcher(sampling.constraint, reasoning)

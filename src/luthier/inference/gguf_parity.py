@@ -207,7 +207,7 @@ def compare_gguf(
     if not rounded.mean_kl <= limit:
         raise RecipeError(
             f"llama.cpp differs from the model with the same weights: {rounded.describe()}, limit "
-            f"{limit:g}{rounded.difference_text(lambda token: chat.decode([token]))}",
+            f"{limit:g}{rounded.difference_text(lambda token: chat.replies.decode([token]))}",
             rule="export.differs",
         )
     return GgufParity(**as_it_is.model_dump(), rounded_kl=rounded.mean_kl)
@@ -245,8 +245,8 @@ def _compare(
 def _same_prompt(opened: LlamaCpp, chat: ChatFormat, messages: Sequence[Message]) -> IntArray:
     """Return the token ids of a prompt, equal in llama.cpp and here."""
     # For templates of Llama 3, llama.cpp inserts today's date, transformers the template's default.
-    kwargs = chat.read_kwargs({"date_string": "26 Jul 2024"})
-    text, is_plain = chat.prompt_text(messages, kwargs=kwargs), chat.template == "plain"
+    kwargs = chat.template.read_kwargs({"date_string": "26 Jul 2024"})
+    text, is_plain = chat.prompt_text(messages, kwargs=kwargs), chat.template.kind == "plain"
     if not is_plain and (other := opened.prompt_text(messages, kwargs)) != text:
         bare = text.removeprefix(str(chat.tokenizer.bos_token))  # added during tokenization
         if other != bare:

@@ -17,7 +17,7 @@ from luthier.errors import RecipeError
 from luthier.inference.inference import Chat, InferenceRefused, TooLong
 
 if TYPE_CHECKING:
-    from luthier.data.conversations.chat import ChatFormat
+    from luthier.data.conversations.tokenization import TextEncoder
     from luthier.limits import ModelLimits
 
 SLACK, CUT = 2, 128
@@ -43,15 +43,15 @@ class PromptLimit:
 
     def __init__(
         self,
-        chat: ChatFormat,
+        encoder: TextEncoder,
         context: int,
         limits: ModelLimits,
         parameter: str = "messages",
     ) -> None:
         """``context`` is the most tokens of the model, ``parameter`` the field of errors."""
-        self._chat, self._context, self._seconds = chat, context, limits.prompt_seconds
+        self._encoder, self._context, self._seconds = encoder, context, limits.prompt_seconds
         self._parameter = parameter
-        longest = chat.longest_token
+        longest = encoder.longest_token
         # A tokenizer may skip white space or map a long word to one token, so texts of up to
         # ``prompt_bytes`` are not refused by size.
         self.bytes = max(limits.prompt_bytes, context * longest)
@@ -94,7 +94,7 @@ class PromptLimit:
         until = time.monotonic() + self._seconds
         tokens = 0
         for piece in self._pieces(text):
-            tokens += len(self._chat.tokens(piece, first=False)) - CUT
+            tokens += len(self._encoder.tokens(piece, first=False)) - CUT
             if tokens > most:
                 raise self.too_long()
             if time.monotonic() > until:

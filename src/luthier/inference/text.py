@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from luthier.data.conversations.chat import BROKEN
 from luthier.data.conversations.reasoning import ReasoningFormat, ReasoningSplitter, overlap
+from luthier.data.conversations.tokenization import BROKEN
 from luthier.inference.inference import Score
 from luthier.models.decoding.sampling import Sampling
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from luthier.data.conversations.call_formats import OPENS, call_form, find_open
-from luthier.data.conversations.chat import images_of
+from luthier.data.conversations.chat_template import images_of
 from luthier.data.conversations.reasoning import overlap
 from luthier.data.conversations.tokenization import special_tokens
 from luthier.data.conversations.tools import split_calls, split_cut_calls, supports_tools
@@ -33,7 +33,7 @@ def new_call_id() -> str:
 
 def form_of_calls(chat: ChatFormat) -> str:
     """Return the form of the model's tool calls (``data/conversations/call_formats.py``)."""
-    template = chat.template_text
+    template = chat.template.text
     return call_form(template, special_tokens(chat.tokenizer) if supports_tools(template) else ())
 
 
@@ -65,13 +65,13 @@ def encode(
 
 def _check_images(chat: ChatFormat, images: Sequence[Media]) -> None:
     """Reject images that the model cannot take, before the decoder's thread decodes them."""
-    if images and chat.images is None:
+    if images and chat.template.images is None:
         text = "This model doesn't support the image field. Remove image and try again."
         raise InferenceRefused(text, "messages")
     for media in images:
-        assert chat.images is not None
+        assert chat.template.images is not None
         try:
-            chat.images.check(media)
+            chat.template.images.check(media)
         except RowRefused as error:
             raise InferenceRefused(f"{media.name}: {error.problem.message}", media.name) from error
 

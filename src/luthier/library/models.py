@@ -143,8 +143,8 @@ class StoredModel:
         chat = _read_format(self)
         if self.tokenizer_from is None or self.manifest.template_approved:
             return chat
-        check = partial(_check_template, self.id, self.folder, chat.template_sha256)
-        return replace(chat, check_template=check)
+        check = partial(_check_template, self.id, self.folder, chat.template.sha256)
+        return replace(chat, template=replace(chat.template, check=check))
 
     def shared_chat(self, parent: ChatFormat) -> ChatFormat:
         """Return ``parent``, the parent's format, if this model has the same format.
@@ -463,7 +463,7 @@ def load(
         attach_adapter(network, model)
         model.adaptation.merge(network)
     if head.kind == "causal_lm" and decoder_of(network) is not None:
-        form = model.manifest.format or model.chat
+        form = model.manifest.format or text_format(model.chat)
         if form.start_id is not None:
             set_decoder_opening(network, (form.start_id, *form.opening_ids))
     if head.kind == "embedding":
@@ -678,22 +678,24 @@ def _is_format_of(chat: ChatFormat, model: StoredModel) -> bool:
 
 def _read_format(model: StoredModel) -> ChatFormat:
     from luthier.data.conversations.chat import ChatFormat
+    from luthier.data.conversations.replies import DecoderFrame
     from luthier.data.inputs import read_processor
     from luthier.models.tokenizer import is_causal, load_chat_format, load_tokenizer
 
     stored = model.manifest.format
     if stored is None or stored.template == "none":
         return load_chat_format(model.folder, model.network)
+    decoder = None
+    if stored.start_id is not None:
+        decoder = DecoderFrame(stored.start_id, stored.opening_ids, stored.closing_ids)
     return ChatFormat.of(
         load_tokenizer(model.folder),
         stored.template,
         stored.stop_ids,
-        stored.start_id,
+        decoder,
         read_processor(model.folder),
-        stored.opening_ids,
-        stored.closing_ids,
-        is_causal=is_causal(model.network.fields),
-        sentence=stored.sentence,
+        is_causal(model.network.fields),
+        stored.sentence,
     )
 
 
@@ -701,12 +703,13 @@ def text_format(chat: ChatFormat) -> TextFormat:
     """Return the manifest's description of a chat format."""
     if not chat.has_tokenizer:
         return TextFormat(template="none", stop_ids=())
+    frame = chat.decoder
     return TextFormat(
-        template=chat.template,
+        template=chat.template.kind,
         stop_ids=chat.stop_ids,
-        start_id=chat.start_id,
-        opening_ids=chat.opening_ids,
-        closing_ids=chat.closing_ids,
+        start_id=frame.start_id if frame else None,
+        opening_ids=frame.opening_ids if frame else (),
+        closing_ids=frame.closing_ids if frame else (),
         sentence=chat.sentence,
     )
 

@@ -283,11 +283,15 @@ def check_decoder_input(network: Network) -> None:
     """
     model, chat = network.model, network.chat
     writes = decoder_of(model) is not None and head_kind(model) == "causal_lm"
-    if chat is None or chat.start_id is None or not writes:
+    if chat is None or chat.decoder is None or not writes:
         return
-    chat.check_decoder()
-    ids_1T = torch.from_numpy(chat.decoder_ids("a reply"))[None].to(network.device)
-    source_1S = torch.from_numpy(chat.encode_whole("a prompt"))[None].to(network.device)
+    chat.decoder.check()
+    ids_1T = torch.from_numpy(chat.decoder.ids("a reply", chat.text_encoder))[None].to(
+        network.device
+    )
+    source_1S = torch.from_numpy(chat.text_encoder.encode_whole("a prompt"))[None].to(
+        network.device
+    )
     kind = model.config.model_type
     with reject_configuration(UnknownModel, DOES_NOT_RUN.format(kind)):
         expected = model(input_ids=source_1S, labels=ids_1T[:, 1:]).logits.float()
@@ -295,7 +299,7 @@ def check_decoder_input(network: Network) -> None:
     if relative_error(given, expected) > 1e-3:
         raise RecipeError(
             f"Networks of type {kind} are not supported yet: transformers shifts the labels "
-            f"differently, so the decoder does not start with token {chat.start_id}. Use a "
+            f"differently, so the decoder does not start with token {chat.decoder.start_id}. Use a "
             "T5, BART or M2M-100.",
             rule="network.unsupported",
         )

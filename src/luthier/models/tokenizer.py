@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.replies import DecoderFrame
 from luthier.data.conversations.tokenization import tokenizer_errors
 from luthier.data.inputs import Processor, read_processor
 from luthier.data.sentence import read_sentence_pipeline
@@ -217,7 +218,7 @@ def load_chat_format(folder: Path, network: ModelFolder | None = None) -> ChatFo
     stops = generation.get("eos_token_id")
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
     chat = ChatFormat.of(
-        tokenizer, "auto", listed, _start_id(config), processor, is_causal=is_causal(config)
+        tokenizer, "auto", listed, _decoder_frame(config), processor, is_causal(config)
     )
     if processor is not None:  # TrOCR's pretraining uses no special tokens of the tokenizer
         return chat
@@ -225,7 +226,9 @@ def load_chat_format(folder: Path, network: ModelFolder | None = None) -> ChatFo
         chat = replace(chat, sentence=read_sentence_pipeline(folder))
     except RecipeError as error:  # only embeddings need the pipeline
         chat = replace(chat, sentence_problem=str(error))
-    return chat if chat.start_id is None else _with_frame(chat, folder, config, generation)
+    if chat.decoder is None:
+        return chat
+    return replace(chat, decoder=_full_frame(chat, chat.decoder, folder, config, generation))
 
 
 def reads_texts(folder: Path, processor: Processor | None) -> bool:
@@ -258,37 +261,41 @@ def is_causal(config: Mapping[str, Any]) -> bool:
     return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in named)
 
 
-def _start_id(config: Mapping[str, Any]) -> int | None:
-    """Return the first token of the decoder of an encoder-decoder; ``None`` for other networks."""
+def _decoder_frame(config: Mapping[str, Any]) -> DecoderFrame | None:
+    """Return the decoder's first token in an encoder-decoder; ``None`` for other networks."""
     if not config.get("is_encoder_decoder"):
         return None
     if config.get("model_type") in _STARTS_FROM_BOS:
-        return int(text_fields(config).get("bos_token_id", 2))
+        return DecoderFrame(int(text_fields(config).get("bos_token_id", 2)))
     for fields in (config, text_fields(config)):
         for name in ("decoder_start_token_id", "pad_token_id"):
             if isinstance(start := fields.get(name), int):
-                return start
+                return DecoderFrame(start)
     return None
 
 
-def _with_frame(
-    chat: ChatFormat, folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
-) -> ChatFormat:
-    """Return ``chat`` with the tokenizer's special tokens around target texts."""
+def _full_frame(
+    chat: ChatFormat,
+    frame: DecoderFrame,
+    folder: Path,
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+) -> DecoderFrame:
+    """Return ``frame`` with the tokenizer's special tokens around target texts."""
     forced_id = generation.get("forced_bos_token_id", config.get("forced_bos_token_id"))
     if problem := _language_problem(chat.tokenizer, folder, forced_id):
-        return replace(chat, decoder_problem=problem)
+        return replace(frame, problem=problem)
     # Special tokens around this trial text also surround every other target text.
     text = "a"
     switches = hasattr(chat.tokenizer, "_switch_to_target_mode")
     encoded = chat.tokenizer(text_target=text) if switches else chat.tokenizer(text)
-    whole, inner = [*encoded["input_ids"]], chat.target_tokens(text).tolist()
+    whole, inner = [*encoded["input_ids"]], chat.text_encoder.target_tokens(text).tolist()
     starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
     if not inner or not starts:
         problem = f"{folder}: the tokenizer adds unknown special tokens to target texts."
-        return replace(chat, decoder_problem=f"{problem} Use a T5, BART or M2M-100.")
+        return replace(frame, problem=f"{problem} Use a T5, BART or M2M-100.")
     opening, closing = whole[: starts[0]], whole[starts[0] + len(inner) :]
-    start_id, kind = chat.start_id, config.get("model_type")
+    start_id, kind = frame.start_id, config.get("model_type")
     if kind in _STARTS_FROM_LAST:
         start_id = whole[-1]
     elif kind in _STARTS_FROM_BOS and opening[:1] == [start_id]:
@@ -296,7 +303,7 @@ def _with_frame(
     # A network learns to stop only from targets that end with a stop token.
     if not {*closing} & {*chat.stop_ids}:
         closing = [*closing, *chat.stop_ids[:1]]
-    return replace(chat, start_id=start_id, opening_ids=tuple(opening), closing_ids=tuple(closing))
+    return DecoderFrame(start_id, tuple(opening), tuple(closing))
 
 
 def _language_problem(tokenizer: Any, folder: Path, forced_id: int | None) -> str:

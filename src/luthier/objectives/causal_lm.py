@@ -41,7 +41,7 @@ class CausalLM(Objective):
     def bind(self, models: RunModels) -> Self:
         """Reject encoder-decoders, because the encoder would have no input."""
         chat = models.chat
-        if chat.start_id is not None:
+        if chat.decoder is not None:
             raise RecipeError(
                 "causal_lm requires a decoder, and the base model is an encoder-decoder. Use "
                 "span_corruption for raw text, or sft for prompts with replies.",
@@ -52,7 +52,7 @@ class CausalLM(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the document with the end-of-text token. All tokens but the first have weight 1."""
-        ids_T = chat.encode_text(row.plain_text())
+        ids_T = chat.text_encoder.encode_text(row.plain_text())
         return Example(ids_T, _all_but_first(len(ids_T)), index)
 
     def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:

@@ -164,7 +164,7 @@ class Contrastive(Objective):
                 "Add rows of at least one other class, or leave the labels out.",
             )
         captions = of_shape(CaptionedImage, rows)
-        if captions and (not chat.has_tokenizer or chat.start_id is not None):
+        if captions and (not chat.has_tokenizer or chat.decoder is not None):
             raise RecipeError(
                 "images with captions require a CLIP model. Name a CLIP by folder or hub id, "
                 "such as `base=openai/clip-vit-base-patch32`",

@@ -62,6 +62,6 @@ def encode_replies(row: Row, index: int, chat: ChatFormat) -> Example:
             source_T=each.source_T,
             images=each.images,
         )
-        for each in chat.encode_replies(row.turns(), prompt_turns, row.tools)
+        for each in chat.replies.encode(row.turns(), prompt_turns, row.tools)
     ]
     return Example.from_sides(sequences[::-1])

@@ -57,7 +57,7 @@ class SpanCorruption(Objective):
     def bind(self, models: RunModels) -> Self:
         """Reject networks without an encoder and tokenizers without sentinels."""
         chat = models.chat
-        if chat.start_id is None:
+        if chat.decoder is None:
             raise RecipeError(
                 "span_corruption requires an encoder-decoder such as T5. Use causal_lm for "
                 "decoders, or masked_lm for encoders.",
@@ -72,16 +72,17 @@ class SpanCorruption(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the sentinels from the tokenizer."""
+        assert chat.decoder is not None
         settings = {
             "sentinels": self.sentinels or _sentinels(chat),
-            "start_id": chat.start_id,
-            "end_id": chat.end_id,
+            "start_id": chat.decoder.start_id,
+            "end_id": chat.text_encoder.end_id,
         }
         return self.model_copy(update=settings)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the document with the end-of-text token."""
-        ids_T = chat.encode_text(row.plain_text())
+        ids_T = chat.text_encoder.encode_text(row.plain_text())
         if len(ids_T) < 2:
             raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
         return Example(ids_T, np.ones(len(ids_T), dtype=np.float32), index)

@@ -20,11 +20,12 @@ class GenerationTask(Task):
 
     def check(self, chat: ChatFormat) -> None:
         """Reject an encoder-decoder without the first token of a reply."""
-        chat.check_decoder()
+        if chat.decoder is not None:
+            chat.decoder.check()
 
     def command(self, model_id: str, chat: ChatFormat) -> str:
         """Chat, or describe an image."""
-        if chat.images is not None:
+        if chat.template.images is not None:
             return f'generate {model_id} "some text" --image photo.png'
         return f"chat {model_id}"
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.chat_template import ChatTemplate
+from luthier.data.conversations.replies import DecoderFrame
 from luthier.data.inputs import PROCESSORS
 from luthier.engine.defaults import SMALLEST_BUDGET
 from luthier.engine.machine import available_memory, choose_machine
@@ -153,14 +155,13 @@ def family_table(family: str) -> list[Capability]:
 def format_of(config: Any) -> ChatFormat:
     """Return the format of a network, with a minimal tokenizer for the checks of objectives."""
     is_encoder_decoder = config.is_encoder_decoder
+    decoder = DecoderFrame(0) if is_encoder_decoder else None
     if media_config(config) is not None:
         shape = input_shape(config)
         if text_config(config) is not None:
             tokenizer = SimpleNamespace(mask_token_id=None, get_vocab=dict)
             processor = PROCESSORS["image"].for_shape(shape)
-            return ChatFormat(
-                tokenizer, "plain", (1,), 0 if is_encoder_decoder else None, processor
-            )
+            return ChatFormat(ChatTemplate(tokenizer, "plain", (1,)), decoder, processor)
         audio = shape[1] > 1 or reads_sound(config)
         kind = "image" if shape[0] == 3 else "audio" if audio else "window"
         return ChatFormat.reading(PROCESSORS[kind].for_shape(shape))
@@ -168,4 +169,4 @@ def format_of(config: Any) -> ChatFormat:
     if config.model_type == "elmo":
         vocabulary = character_tokenizer().get_vocab()
     tokenizer = SimpleNamespace(mask_token_id=0, get_vocab=lambda: vocabulary)
-    return ChatFormat(tokenizer, "plain", (1,), 0 if is_encoder_decoder else None)
+    return ChatFormat(ChatTemplate(tokenizer, "plain", (1,)), decoder)

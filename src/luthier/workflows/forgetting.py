@@ -201,7 +201,7 @@ def _answers(generator: Generator) -> list[Example]:
             weight_T[len(ids_T) - len(reply_T) :] = 1.0
             examples.append(Example(ids_T, weight_T, len(examples)))
         elif reply.text.strip():
-            encoded = chat.encode_reply([*prompt, Message("assistant", reply.text)])
+            encoded = chat.replies.encode_last([*prompt, Message("assistant", reply.text)])
             weight_T = encoded.learned_T.astype(np.float32)
             if not reply.finished:
                 weight_T[np.flatnonzero(weight_T)[-1]] = 0.0  # the end token was not sampled

@@ -185,7 +185,7 @@ def _make_parts(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> _Parts:
     statistics = _survey(recipe, run, reporter)
     recipe, choices = plan(recipe, statistics)
     start = _start(recipe, run, statistics, reporter)
-    chat = start.chat.with_date()
+    chat = replace(start.chat, template=start.chat.template.with_date())
     context = room = start.room - recipe.adaptation.added_tokens
     if recipe.network.base is not None:
         CausalLM().bind(RunModels(chat))
@@ -391,7 +391,7 @@ def _encode(
         encoded = bpe.encode(chat.tokenizer, [piece.text for piece, _ in batch])
         for (piece, is_validation), ids in zip(batch, encoded, strict=True):
             (validation if is_validation else train).append(
-                [*ids, chat.end_id] if piece.ends else ids
+                [*ids, chat.text_encoder.end_id] if piece.ends else ids
             )
 
 

@@ -213,7 +213,7 @@ def conversation_of(
     passages = [each for each in context if isinstance(each, str)]
     examples = [each for each in context if isinstance(each, Question)]
     system = [turn.content for turn in question.asked if turn.role == "system"]
-    if chat is not None and chat.template == "plain":
+    if chat is not None and chat.template.kind == "plain":
         example_texts = (f"{each.text}\n{each.answer}" for each in examples)
         return (Message("user", "\n\n".join([*system, *example_texts, *passages, question.text])),)
     for each in examples:

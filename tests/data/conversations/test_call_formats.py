@@ -131,7 +131,7 @@ def test_forced_call_in_form_of_family(name: str, new_tokenizer: Callable[..., A
             assert matcher.allowed_mask(len(tokenizer))[token]
             matcher.accept_token(token)
         splitter = CallSplitter([TOOLS[0], cities], forced=True)
-        assert splitter.feed(chat.decode(ids)) == ""
+        assert splitter.feed(chat.replies.decode(ids)) == ""
         left, (call,) = splitter.end()
         assert (left.strip(), call.name, call.arguments) == ("", tool.name, {"city": "Oslo"})
 
@@ -142,6 +142,6 @@ def test_marks_stay_in_decoded_replies(name: str, new_tokenizer: Callable[..., A
     template = "{{ tools }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
     chat = ChatFormat.of(new_tokenizer(template, special, "<|end|>"))
     ids = chat.tokenizer.encode(REPLIES[name] + "<|end|>", add_special_tokens=False)
-    assert chat.decode(ids) == REPLIES[name]
+    assert chat.replies.decode(ids) == REPLIES[name]
     plain = ChatFormat.of(new_tokenizer(template.replace("tools", "x"), special, "<|end|>"))
-    assert not any(mark in plain.decode(ids) for mark in special)
+    assert not any(mark in plain.replies.decode(ids) for mark in special)

@@ -14,8 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from luthier.data.conversations.chat import ChatFormat, EncodedReply
-from luthier.data.conversations.replies import SYSTEM_FIX
+from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.chat_template import SYSTEM_FIX
+from luthier.data.conversations.replies import DecoderFrame, EncodedReply
 from luthier.data.conversations.template_kwargs import (
     TEMPLATE_PARAMETERS,
     TemplateSettings,
@@ -26,6 +27,7 @@ from luthier.data.shapes.base import InputKind
 from luthier.errors import RecipeError, RowRefused
 from luthier.media.processors import AudioProcessor, ImageProcessor
 from luthier.types import Message
+from tokenizers_of_families import with_kwargs
 
 PROPERTY = settings(max_examples=80, deadline=None, database=None)
 
@@ -77,7 +79,9 @@ def shown(encoded: EncodedReply, tokenizer: Any) -> str:
 
 
 def test_chatml_reply(tokenizer: Any) -> None:
-    encoded = ChatFormat.of(tokenizer).encode_reply(conversation("What is it?", "A lazy dog ."))
+    encoded = ChatFormat.of(tokenizer).replies.encode_last(
+        conversation("What is it?", "A lazy dog .")
+    )
     assert shown(encoded, tokenizer) == (
         "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n«A lazy dog .<|im_end|>»"
     )
@@ -85,7 +89,7 @@ def test_chatml_reply(tokenizer: Any) -> None:
 
 def test_chatml_learns_every_assistant_turn(tokenizer: Any) -> None:
     messages = conversation("Q1", "A1", "Q2", "A2", system="Be brief.")
-    encoded = ChatFormat.of(tokenizer).encode_reply(messages)
+    encoded = ChatFormat.of(tokenizer).replies.encode_last(messages)
     assert shown(encoded, tokenizer) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nQ1<|im_end|>\n"
@@ -100,7 +104,9 @@ def test_llama3_headers(new_tokenizer: Callable[..., Any]) -> None:
     stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
     chat = ChatFormat.of(tokenizer, stop_ids=stops)
     assert chat.stop_ids == tuple(stops)
-    encoded = chat.encode_reply(conversation("Hi", " Paris \n", "Why?", "Because.", system="S"))
+    encoded = chat.replies.encode_last(
+        conversation("Hi", " Paris \n", "Why?", "Because.", system="S")
+    )
     assert shown(encoded, tokenizer) == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
@@ -113,13 +119,13 @@ def test_llama3_headers(new_tokenizer: Callable[..., Any]) -> None:
 def test_llama3_template_without_eot_token_is_refused(new_tokenizer: Callable[..., Any]) -> None:
     tokenizer = new_tokenizer(LLAMA3, LLAMA3_SPECIAL, eos="<|end_of_text|>")
     with pytest.raises(RecipeError) as refused:
-        ChatFormat.of(tokenizer).encode_reply(conversation("Hi", "Paris"))
+        ChatFormat.of(tokenizer).replies.encode_last(conversation("Hi", "Paris"))
     assert refused.value.rule == "template.no_stop"
 
 
 def test_mistral_instructions(new_tokenizer: Callable[..., Any]) -> None:
     tokenizer = new_tokenizer(MISTRAL, ("<s>", "</s>"), eos="</s>")
-    encoded = ChatFormat.of(tokenizer).encode_reply(conversation("Q1", "A1", "Q2", "A2"))
+    encoded = ChatFormat.of(tokenizer).replies.encode_last(conversation("Q1", "A1", "Q2", "A2"))
     assert shown(encoded, tokenizer) == ("<s>[INST] Q1 [/INST]« A1</s>»[INST] Q2 [/INST]« A2</s>»")
 
 
@@ -128,21 +134,21 @@ def test_role_refused_by_template_is_refused(
 ) -> None:
     tokenizer = new_tokenizer(MISTRAL, ("<s>", "</s>"), eos="</s>")
     with pytest.raises(RecipeError) as refused:
-        ChatFormat.of(tokenizer).encode_reply(conversation("Q", "A", system="Be brief."))
+        ChatFormat.of(tokenizer).replies.encode_last(conversation("Q", "A", system="Be brief."))
     assert refused.value.rule == "template.refused"
 
 
 def test_plain_template_learns_completion_and_end_token(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer, "plain")
-    encoded = chat.encode_reply(conversation("The capital of France is", " Paris."))
+    encoded = chat.replies.encode_last(conversation("The capital of France is", " Paris."))
     assert shown(encoded, tokenizer) == "The capital of France is« Paris.<|im_end|>»"
 
 
 def test_the_format_follows_the_tokenizer(
     tokenizer: Any, new_tokenizer: Callable[..., Any]
 ) -> None:
-    assert ChatFormat.of(tokenizer).template == "chat"
-    assert ChatFormat.of(new_tokenizer(template=None)).template == "plain"
+    assert ChatFormat.of(tokenizer).template.kind == "chat"
+    assert ChatFormat.of(new_tokenizer(template=None)).template.kind == "plain"
     with pytest.raises(RecipeError) as refused:
         ChatFormat.of(new_tokenizer(template=None), "chat")
     assert refused.value.rule == "template.missing"
@@ -158,12 +164,12 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(new_tokenizer: Callable[.
     tokenizer.eos_token = None
     chat = ChatFormat.of(tokenizer, "plain")
     assert chat.stop_ids == ()
-    assert len(chat.encode_whole("yes"))  # encoders need none
+    assert len(chat.text_encoder.encode_whole("yes"))  # encoders need none
     with pytest.raises(RecipeError) as refused:
-        chat.encode_text("yes")
+        chat.text_encoder.encode_text("yes")
     assert refused.value.rule == "tokenizer.no_end_of_text"
     with pytest.raises(RecipeError) as refused:
-        chat.encode_reply(conversation("Q", "A"))
+        chat.replies.encode_last(conversation("Q", "A"))
     assert refused.value.rule == "tokenizer.no_end_of_text"
 
 
@@ -176,10 +182,10 @@ def test_turn_rewritten_by_template_becomes_separate_sequence(
     chat = ChatFormat.of(new_tokenizer(FORGETS_THOUGHTS))
 
     def all_shown(*texts: str) -> list[str]:
-        return [shown(each, chat.tokenizer) for each in chat.encode_replies(conversation(*texts))]
+        return [shown(each, chat.tokenizer) for each in chat.replies.encode(conversation(*texts))]
 
     thought = "<think>hm</think>A1"
-    single = chat.encode_reply(conversation("Q1", thought))
+    single = chat.replies.encode_last(conversation("Q1", thought))
     assert shown(single, chat.tokenizer).endswith(f"«{thought}<|im_end|>»")
     first, both = all_shown("Q1", thought, "Q2", "A2")
     assert first == shown(single, chat.tokenizer)
@@ -189,7 +195,7 @@ def test_turn_rewritten_by_template_becomes_separate_sequence(
     assert "«A1<|im_end|>»" in two and two.endswith(f"«{thought}<|im_end|>»")
     assert three.count("«") == 1 and three.endswith("«A3<|im_end|>»")
     other = ChatFormat.of(new_tokenizer(BEGINS_WITH_THOUGHTS))
-    text = shown(other.encode_reply(conversation("Q1", "A1")), other.tokenizer)
+    text = shown(other.replies.encode_last(conversation("Q1", "A1")), other.tokenizer)
     assert text.endswith("<think>\n«\n</think>\n\nA1<|im_end|>»")
 
 
@@ -197,7 +203,7 @@ def test_template_without_stop_token_uses_eos(
     new_tokenizer: Callable[..., Any],
 ) -> None:
     chat = ChatFormat.of(new_tokenizer(NEVER_STOPS))
-    replies = chat.encode_replies(conversation("Q1", "A1", "Q2", "A2"))
+    replies = chat.replies.encode(conversation("Q1", "A1", "Q2", "A2"))
     assert [shown(each, chat.tokenizer) for each in replies] == [
         "user: Q1\n«assistant: A1<|im_end|>»",
         "user: Q1\nassistant: A1\nuser: Q2\n«assistant: A2<|im_end|>»",
@@ -207,7 +213,7 @@ def test_template_without_stop_token_uses_eos(
 def test_plain_text_takes_no_conversation(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer, "plain")
     with pytest.raises(RecipeError) as refused:
-        chat.encode_reply(conversation("Q1", "A1", "Q2", "A2"))
+        chat.replies.encode_last(conversation("Q1", "A1", "Q2", "A2"))
     assert refused.value.rule == "template.plain"
     with pytest.raises(RecipeError) as refused:
         chat.encode_prompt(conversation("Q1", "A1", "Q2"))
@@ -223,13 +229,13 @@ def test_encoded_row_begins_with_encoded_prompt(
 ) -> None:
     chat = ChatFormat.of(tokenizer, template)
     asked = chat.encode_prompt(conversation(prompt)).tolist()
-    encoded = chat.encode_reply(conversation(prompt, reply))
+    encoded = chat.replies.encode_last(conversation(prompt, reply))
     assert encoded.ids_T[: len(asked)].tolist() == asked
     assert encoded.learned_T.tolist() == [False] * len(asked) + [True] * (
         len(encoded.ids_T) - len(asked)
     )
     assert encoded.ids_T[-1] == tokenizer.eos_token_id
-    assert chat.decode(encoded.ids_T[len(asked) :]) == reply
+    assert chat.replies.decode(encoded.ids_T[len(asked) :]) == reply
 
 
 SWITCHED = "{% if loud %}LOUD {{ who }}{% endif %}{{ messages[0].content }}{{ level + 1 }}"
@@ -271,9 +277,9 @@ def test_unsupported_system_prompt_is_refused_with_fix(
     chat = ChatFormat.of(new_tokenizer(template))
     messages = conversation("Hi", "Paris", system="Be brief.")
     with pytest.raises((RowRefused, RecipeError)) as refused:
-        chat.encode_reply(messages)
+        chat.replies.encode_last(messages)
     assert SYSTEM_FIX in str(refused.value)
-    assert len(chat.encode_reply(messages[1:]).ids_T)
+    assert len(chat.replies.encode_last(messages[1:]).ids_T)
 
 
 def test_system_prompt_fix_needs_template_without_system_role(
@@ -288,8 +294,8 @@ def test_system_prompt_fix_needs_template_without_system_role(
 
 def test_template_variables_get_stored_defaults(new_tokenizer: Callable[..., Any]) -> None:
     made = new_tokenizer(SWITCHED)
-    chat = ChatFormat.of(made).with_template_kwargs(
-        {"loud": True, "who": 'Zoë "%}{{ 1 }}" \\ \n😀', "level": 1.5}
+    chat = with_kwargs(
+        ChatFormat.of(made), {"loud": True, "who": 'Zoë "%}{{ 1 }}" \\ \n😀', "level": 1.5}
     )
     asked = [Message("user", "Hi")]
     assert chat.prompt_text(asked) == 'LOUD Zoë "%}{{ 1 }}" \\ \n😀Hi2.5'
@@ -300,11 +306,11 @@ def test_template_variables_get_stored_defaults(new_tokenizer: Callable[..., Any
     assert refused.value.rule == "template.refused"
     for name in ("quiet", "loud or 1", "messages", "chat_template", "add_generation_prompt"):
         with pytest.raises(RecipeError) as refused:
-            chat.with_template_kwargs({name: True})
+            with_kwargs(chat, {name: True})
         assert refused.value.setting == f"data.chat_template_kwargs.{name}"
         assert chat.prompt_text(asked, (), {name: True}) == chat.prompt_text(asked)
     with pytest.raises(RecipeError) as refused:
-        ChatFormat.of(made, "plain").with_template_kwargs({"loud": True})
+        with_kwargs(ChatFormat.of(made, "plain"), {"loud": True})
     assert refused.value.setting == "data.chat_template_kwargs.loud"
 
 
@@ -328,12 +334,12 @@ def test_variables_assigned_by_template_are_not_settings(
 ) -> None:
     chat = ChatFormat.of(new_tokenizer(template))
     if read:
-        again = chat.with_template_kwargs({"x": True}).with_template_kwargs({"x": False})
+        again = with_kwargs(with_kwargs(chat, {"x": True}), {"x": False})
         assert again.tokenizer.chat_template.count("is not defined") >= 2
         return
     for name in ("x", "raise_exception", "strftime_now", "range"):
         with pytest.raises(RecipeError) as refused:
-            chat.with_template_kwargs({name: True})
+            with_kwargs(chat, {name: True})
         assert refused.value.setting == f"data.chat_template_kwargs.{name}"
 
 
@@ -363,7 +369,7 @@ def test_parameters_of_apply_chat_template_are_reserved() -> None:
 
 
 def test_raw_text_is_closed_once(tokenizer: Any) -> None:
-    ids = ChatFormat.of(tokenizer).encode_text("The dog.")
+    ids = ChatFormat.of(tokenizer).text_encoder.encode_text("The dog.")
     assert tokenizer.decode(ids) == "The dog.<|im_end|>"
 
 
@@ -379,8 +385,8 @@ def test_prompt_leaves_out_end_token_of_post_processor(
     chat = ChatFormat.of(tokenizer)
     assert tokenizer.decode(tokenizer.encode("Dog")) == "<|im_start|>Dog<|im_end|>"
     assert tokenizer.decode(chat.encode_prompt(conversation("Dog"))) == "<|im_start|>Dog"
-    assert tokenizer.decode(chat.encode_text("Dog")) == "<|im_start|>Dog<|im_end|>"
-    encoded = chat.encode_reply(conversation("Dog", " bites"))
+    assert tokenizer.decode(chat.text_encoder.encode_text("Dog")) == "<|im_start|>Dog<|im_end|>"
+    encoded = chat.replies.encode_last(conversation("Dog", " bites"))
     assert shown(encoded, tokenizer) == "<|im_start|>Dog« bites<|im_end|>»"
 
 
@@ -389,7 +395,7 @@ def test_pieces_join_to_the_text(family: str, family_folder: Callable[[str], Any
     from luthier.models.tokenizer import load_chat_format
 
     chat = load_chat_format(family_folder(family))
-    ids = chat.encode_whole("the quick brown dog jumps")
+    ids = chat.text_encoder.encode_whole("the quick brown dog jumps")
     assert (
         "".join(chat.pieces(ids))
         .strip()
@@ -430,7 +436,7 @@ def test_turn_with_weight_0_is_not_learned(tokenizer: Any, tmp_path: Path) -> No
     path.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
     (row,) = load_rows(path)
     assert row.messages is not None
-    encoded = chat.encode_reply(row.messages)
+    encoded = chat.replies.encode_last(row.messages)
     learned = tokenizer.decode(encoded.ids_T[encoded.learned_T])
     assert learned == "Second.<|im_end|>"
     assert "First." in tokenizer.decode(encoded.ids_T)
@@ -448,10 +454,10 @@ def test_tokenizer_panic_is_a_recipe_error(tokenizer: Any) -> None:
     chat = ChatFormat.of(hostile, "plain")
     text = "a" * 40 + "b"
     with pytest.raises(RecipeError) as refused:
-        chat.encode_text(text)
+        chat.text_encoder.encode_text(text)
     assert refused.value.rule == "tokenizer.failed"
     with pytest.raises(RecipeError) as refused:
-        chat.encode_whole(text)
+        chat.text_encoder.encode_whole(text)
     assert refused.value.rule == "tokenizer.failed"
 
 
@@ -461,7 +467,7 @@ def test_input_kind_unsupported_by_base_is_refused(wanted: InputKind, tokenizer:
     for chat, reads in (
         (ChatFormat.of(tokenizer), ("text",)),
         (ChatFormat.of(tokenizer, media=images), ("image", "text")),
-        (ChatFormat.of(tokenizer, start_id=1, media=images), ("image",)),
+        (ChatFormat.of(tokenizer, decoder=DecoderFrame(1), media=images), ("image",)),
         (ChatFormat.reading(sounds), ("audio",)),
     ):
         assert chat.reads == reads[0]

@@ -19,10 +19,10 @@ from luthier.data.conversations.reasoning import (
     ReasoningFormat,
     ReasoningMarks,
     ReasoningSplitter,
-    reasoning_after,
     split_reply,
 )
 from luthier.types import Message
+from tokenizers_of_families import with_kwargs
 
 THINK = ReasoningMarks("<think>", "</think>")
 ASK = [Message("user", "Why? <think> </think>")]
@@ -64,7 +64,7 @@ def format_of(new_tokenizer: Callable[..., Any], template: str) -> ChatFormat:
 def test_reasoning_marks_come_from_template(
     template: str, opening: str, close: str, new_tokenizer: Callable[..., Any]
 ) -> None:
-    marks = format_of(new_tokenizer, template).reasoning_marks
+    marks = format_of(new_tokenizer, template).replies.reasoning_marks
     assert marks is not None
     assert (marks.open, marks.close) == (opening, close)
 
@@ -86,29 +86,33 @@ def test_reasoning_marks_come_from_template(
 def test_template_without_reasoning_has_no_marks(
     template: str, new_tokenizer: Callable[..., Any]
 ) -> None:
-    assert format_of(new_tokenizer, template).reasoning_marks is None
+    assert format_of(new_tokenizer, template).replies.reasoning_marks is None
 
 
 def test_only_chat_templates_have_marks(new_tokenizer: Callable[..., Any]) -> None:
     chat = format_of(new_tokenizer, ASKS_ITSELF)
-    assert chat.with_template("plain").reasoning_marks is None
+    assert chat.with_template("plain").replies.reasoning_marks is None
     many = "".join(f"</x{n}>" for n in range(2 * CANDIDATES))
-    assert format_of(new_tokenizer, f"{{# {many} #}}{CUTS}").reasoning_marks is None
+    assert format_of(new_tokenizer, f"{{# {many} #}}{CUTS}").replies.reasoning_marks is None
 
 
 def test_prompt_decides_if_reasoning_is_open(new_tokenizer: Callable[..., Any]) -> None:
     opens, asks = format_of(new_tokenizer, IS_OPENED), format_of(new_tokenizer, ASKS_ITSELF)
-    assert reasoning_after(asks, asks.encode_prompt(ASK)) == ReasoningFormat(THINK, is_open=False)
-    assert reasoning_after(opens, opens.encode_prompt(ASK)) == ReasoningFormat(THINK, is_open=True)
+    assert asks.replies.reasoning_after(asks.encode_prompt(ASK)) == ReasoningFormat(
+        THINK, is_open=False
+    )
+    assert opens.replies.reasoning_after(opens.encode_prompt(ASK)) == ReasoningFormat(
+        THINK, is_open=True
+    )
     for chat in (opens, asks):
         quiet = chat.encode_prompt(ASK, (), {"enable_thinking": False})
-        assert reasoning_after(chat, quiet) is None
-        stored = chat.with_template_kwargs({"enable_thinking": False})
-        assert reasoning_after(stored, stored.encode_prompt(ASK)) is None
+        assert chat.replies.reasoning_after(quiet) is None
+        stored = with_kwargs(chat, {"enable_thinking": False})
+        assert stored.replies.reasoning_after(stored.encode_prompt(ASK)) is None
     switched = format_of(new_tokenizer, SWITCH)
-    assert reasoning_after(switched, switched.encode_prompt(ASK)) is None
+    assert switched.replies.reasoning_after(switched.encode_prompt(ASK)) is None
     thinking = switched.encode_prompt(ASK, (), {"thinking": True})
-    assert reasoning_after(switched, thinking) == ReasoningFormat(THINK, is_open=True)
+    assert switched.replies.reasoning_after(thinking) == ReasoningFormat(THINK, is_open=True)
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -118,18 +122,18 @@ def test_reasoning_mark_tokens_survive_decoding(
     tokenizer = new_tokenizer(ASKS_ITSELF)
     tokenizer.add_tokens([AddedToken(m, special=special) for m in ("<think>", "</think>")], special)
     chat = ChatFormat.of(tokenizer)
-    marks = chat.reasoning_marks
+    marks = chat.replies.reasoning_marks
     assert marks is not None
     assert [marks.open_id, marks.close_id] == tokenizer.convert_tokens_to_ids(
         ["<think>", "</think>"]
     )
     assert len(marks.special) == (2 if special else 0)
     text = "<think>\nhm 日本\n</think>\n\nblue"
-    ids = chat.tokens(text + "<|im_end|>", first=False).tolist()
-    assert chat.decode(ids) == text
+    ids = chat.text_encoder.tokens(text + "<|im_end|>", first=False).tolist()
+    assert chat.replies.decode(ids) == text
     prompt_T = chat.encode_prompt(ASK)
-    assert chat.decode_reply(prompt_T, ids) == DecodedReply("hm 日本", "blue")
-    assert chat.decode_reply(np.array([], dtype=np.int64), ids).text == "blue"
+    assert chat.replies.decode_reply(prompt_T, ids) == DecodedReply("hm 日本", "blue")
+    assert chat.replies.decode_reply(np.array([], dtype=np.int64), ids).text == "blue"
 
 
 @pytest.mark.parametrize(

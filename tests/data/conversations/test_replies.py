@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from luthier.data.conversations.chat import ChatFormat
-from luthier.data.conversations.reasoning import DecodedReply, ReasoningSplitter, reasoning_after
+from luthier.data.conversations.reasoning import DecodedReply, ReasoningSplitter
 from luthier.data.conversations.replies import CALL_FIX
 from luthier.data.conversations.tools import describe_tool, parse_calls, template_turns
 from luthier.errors import RowRefused
@@ -22,6 +22,7 @@ from luthier.inference.tool_calls import form_of_calls
 from luthier.models.decoding.sampling import Constraint
 from luthier.objectives.preferences.pairs import encode_answer
 from luthier.types import Message, Tool, ToolCall
+from tokenizers_of_families import with_kwargs
 
 _SYSTEM = "{% if messages[0].role == 'system' %}"
 _LAST_USER = (
@@ -214,7 +215,7 @@ def learned(
 ) -> list[tuple[list[int], list[int]]]:
     """Return the ids before each learned part, and the learned ids."""
     parts: list[tuple[list[int], list[int]]] = []
-    for encoded in chat.encode_replies(messages, tools=tools):
+    for encoded in chat.replies.encode(messages, tools=tools):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.learned_T, [0]])))
         ids = encoded.ids_T.tolist()
         parts += [(ids[:a], ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
@@ -254,7 +255,7 @@ def test_each_reply_is_learned_after_served_prompt(
         assert not {*reply[:-1]} & {*chat.stop_ids}
         for part in (message.content, message.reasoning, *(call.name for call in message.calls)):
             assert part in text
-        decoded = chat.decode_reply(chat.encode_prompt(messages[:index], tools), reply)
+        decoded = chat.replies.decode_reply(chat.encode_prompt(messages[:index], tools), reply)
         assert decoded.reasoning == message.reasoning
         if message.calls and family != "GLM 4":
             (call,) = parse_calls(decoded.text, tools)
@@ -262,15 +263,15 @@ def test_each_reply_is_learned_after_served_prompt(
         elif not message.calls:
             assert decoded.text.strip() == message.content
     if conversation == "several turns":
-        assert (len(chat.encode_replies(messages)) == 1) == kind.one
+        assert (len(chat.replies.encode(messages)) == 1) == kind.one
 
 
 def test_reasoning_in_row_with_disabled_thinking_is_refused(chats: dict[str, ChatFormat]) -> None:
     messages = CONVERSATIONS["reasoning"][0]
     for family in ("Gemma 4", "Qwen 3", "GLM 4.5"):
-        chat = chats[family].with_template_kwargs({"enable_thinking": False})
+        chat = with_kwargs(chats[family], {"enable_thinking": False})
         with pytest.raises(RowRefused) as refused:
-            chat.encode_replies(messages)
+            chat.replies.encode(messages)
         assert refused.value.rule == "row.template"
         parts = learned(chat, turns("What?", "A dog .", "Why?", "It is open ."))
         assert [before for before, _ in parts] == [
@@ -286,19 +287,19 @@ def test_forced_replies_of_channels(thought: str, chats: dict[str, ChatFormat]) 
     size = len(chat.tokenizer)
     constraints = Constraints(chat, size)
     prompt = chat.encode_prompt(turns("What?")[:1], TOOLS)
-    reasoning = reasoning_after(chat, prompt)
+    reasoning = chat.replies.reasoning_after(prompt)
     call = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}'
     schema = Constraint("schema", {"type": "object", "additionalProperties": False})
     for matcher, answer in (
         (constraints.calls(TOOLS, form_of_calls(chat), reasoning), call),
         (constraints.matcher(schema, reasoning), "<|channel|>final<|message|>{}"),
     ):
-        ids = chat.tokens(thought + answer, first=False).tolist()
+        ids = chat.text_encoder.tokens(thought + answer, first=False).tolist()
         for token in ids:
             assert matcher.allowed_mask(size)[token], chat.tokenizer.decode(token)
             matcher.accept_token(token)
         assert matcher.is_finished
-        decoded = chat.decode_reply(prompt, ids)
+        decoded = chat.replies.decode_reply(prompt, ids)
         assert decoded.reasoning == ("I see" if thought else "")
         assert decoded.text.endswith(answer.rpartition("<|message|>")[2])
 
@@ -321,9 +322,9 @@ def test_fix_for_rows_without_reasoning_names_switch_of_template(
     chat = ChatFormat.of(new_tokenizer(template, _IM, _IM[0]))
     messages = SYSTEM + turns("What?", "A dog .")
     with pytest.raises(RowRefused) as refused:
-        chat.encode_replies(messages)
+        chat.replies.encode(messages)
     assert f"chat_template_kwargs.{switch}=false" in refused.value.problem.advice
-    off = chat.with_template_kwargs({switch: False})
+    off = with_kwargs(chat, {switch: False})
     ((before, reply),) = learned(off, messages)
     assert off.tokenizer.decode(before).endswith("assistant\n<think></think>")
     assert off.tokenizer.decode(reply) == "A dog .<|im_end|>"
@@ -346,7 +347,7 @@ def test_call_dropped_by_template_is_refused(
     call = replace(CALL, content="I look .", learned=is_learned or is_last)
     messages = (*turns("Rome?"), call, RESULT, *turns("", "Sun.")[1:])
     with pytest.raises(RowRefused) as refused:
-        chat.encode_replies(messages[: 2 if is_last else 4], tools=TOOLS)
+        chat.replies.encode(messages[: 2 if is_last else 4], tools=TOOLS)
     assert (refused.value.rule, refused.value.problem.advice) == ("row.template", CALL_FIX)
     assert learned(chat, (messages[0], messages[3]), TOOLS)
 
@@ -364,7 +365,7 @@ def test_reply_closes_reasoning_opened_by_prompt(family: str, chats: dict[str, C
         thought = "I see" if "I see" in content + reasoning else ""
         assert chat.tokenizer.decode(reply).replace(stop, "") == f"{thought}\n</think>\n\nYes."
         prompt_T = chat.encode_prompt((Message("user", "Sure?"),))
-        decoded = chat.decode_reply(prompt_T, reply)
+        decoded = chat.replies.decode_reply(prompt_T, reply)
         assert (decoded.reasoning, decoded.text) == (thought, "Yes.")
 
 
@@ -384,7 +385,7 @@ def test_generation_blocks_decide_the_learned_text(
     template = template.replace("d%}", f"{dash}%}}").replace("{%d", f"{{%{dash}")
     chat = ChatFormat.of(new_tokenizer(template, _IM, "<|im_end|>"))
     messages = turns("What?", "A dog .", "Why?", "It is open .")
-    (encoded,) = chat.encode_replies(messages)
+    (encoded,) = chat.replies.encode(messages)
     theirs = chat.tokenizer.apply_chat_template(
         template_turns(messages), return_assistant_tokens_mask=True, return_dict=True
     )
@@ -402,18 +403,20 @@ def test_channels_of_replies_are_not_in_their_text(chats: dict[str, ChatFormat])
     ((_, with_thought),) = learned(chat, CONVERSATIONS["reasoning"][0][:2])
     ((_, without),) = learned(chat, turns("What?", "A dog ."))
     prompt_T = chat.encode_prompt(turns("What?"))
-    reasoning = reasoning_after(chat, prompt_T)
+    reasoning = chat.replies.reasoning_after(prompt_T)
     for ids, expected in ((with_thought, "I see A dog ."), (without, "")):
-        text = chat.decode(ids)
+        text = chat.replies.decode(ids)
         for size in range(1, len(text) + 1):  # streamed in two pieces
             splitter = ReasoningSplitter(reasoning)
             parts = [splitter.feed(text[:size]), splitter.feed(text[size:]), splitter.end()]
             assert ["".join(side) for side in zip(*parts, strict=True)] == [expected, "A dog ."]
             assert splitter.answer_start == len(text) - len("A dog .")
-    thinking = chats["Gemma 4"].with_template_kwargs({"enable_thinking": True})
+    thinking = with_kwargs(chats["Gemma 4"], {"enable_thinking": True})
     prompt_T = thinking.encode_prompt(turns("What?"))
-    ids = thinking.tokens("<|channel>thought\nI see\n<channel|>Yes.<turn|>", first=False)
-    assert thinking.decode_reply(prompt_T, ids.tolist()) == DecodedReply("I see", "Yes.")
+    ids = thinking.text_encoder.tokens(
+        "<|channel>thought\nI see\n<channel|>Yes.<turn|>", first=False
+    )
+    assert thinking.replies.decode_reply(prompt_T, ids.tolist()) == DecodedReply("I see", "Yes.")
     messages = (*turns("What?"), Message("assistant", "Yes.", reasoning="I see"))
     assert learned(thinking, messages) == [(prompt_T.tolist(), ids.tolist())]
 
@@ -431,7 +434,7 @@ def test_preferred_answers_follow_the_served_prompt(
         block = chat.tokenizer.decode(example.ids_T[len(served) : start].tolist())
         assert example.ids_T[: len(served)].tolist() == served
         assert block.split() in ([], ["<think>", "</think>"])
-        decoded = chat.decode_reply(example.ids_T[:start], example.ids_T[start:].tolist())
+        decoded = chat.replies.decode_reply(example.ids_T[:start], example.ids_T[start:].tolist())
         assert decoded.text.strip() == answer
 
 

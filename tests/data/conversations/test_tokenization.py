@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from luthier.data.conversations.chat import ChatFormat
-from luthier.data.conversations.replies import training_sequences
 from luthier.data.conversations.tokenization import SENTINEL
 from luthier.types import Message, Tool, ToolCall
 from tokenizers_of_families import GLM, PHI_3, PREPENDS, TEMPLATES, sentencepiece
@@ -67,13 +66,13 @@ def test_row_begins_with_served_prompt(family: str, prepend: str, first: bool) -
     chat = chat_of(tokenizer)
     for texts in ROWS:
         messages = conversation(*texts)
-        one = chat.encode_reply(messages[:2])
+        one = chat.replies.encode_last(messages[:2])
         asked, again = chat.encode_prompt(messages[:1]), chat.encode_prompt(messages[:3])
         assert one.ids_T[: len(asked)].tolist() == asked.tolist()
         assert one.learned_T.tolist() == [n >= len(asked) for n in range(len(one.ids_T))]
         reply = tokenizer.decode(one.ids_T[len(asked) :].tolist(), skip_special_tokens=True)
         assert reply.strip() == texts[1].strip()
-        *first, last = chat.encode_replies(messages)
+        *first, last = chat.replies.encode(messages)
         assert last.ids_T[: len(again)].tolist() == again.tolist()
         assert last.learned_T[len(again) :].all()
         # The white space of the reply is a part of <|assistant|> in the next prompt.
@@ -90,7 +89,7 @@ def test_row_begins_with_served_prompt(family: str, prepend: str, first: bool) -
 
 def test_leading_white_space_of_reply_is_learned() -> None:
     chat = chat_of(sentencepiece("first", PHI_3))
-    encoded = chat.encode_reply(conversation("a", "  code"))
+    encoded = chat.replies.encode_last(conversation("a", "  code"))
     learned = chat.tokenizer.decode(encoded.ids_T[encoded.learned_T].tolist())
     assert learned.endswith(" code<|end|>") and encoded.learned_T.sum() > 3
 
@@ -99,8 +98,8 @@ def encoded_in_parts(chat: ChatFormat, messages: Any) -> tuple[list[int], list[b
     """Each part of the conversation tokenized by itself, as byte-level tokenizers may be."""
     ids: list[int] = []
     learned: list[bool] = []
-    for text, learns in training_sequences(chat, messages, 0, ())[0]:
-        part = chat.tokens(text, first=False).tolist()
+    for text, learns in chat.replies.sequences(messages, 0, ())[0]:
+        part = chat.text_encoder.tokens(text, first=False).tolist()
         stop = max((n for n, token in enumerate(part) if token in chat.stop_ids), default=-1)
         ids += part
         learned += [learns and n <= stop for n in range(len(part))]
@@ -130,7 +129,7 @@ def test_byte_level_rows_have_the_tokens_of_their_parts(
         messages = conversation(*texts)
         if not messages[-1].content.strip():
             return
-        encoded = chat.encode_reply(messages)
+        encoded = chat.replies.encode_last(messages)
         ids, learned = encoded_in_parts(chat, messages)
         assert encoded.ids_T.tolist() == ids and encoded.learned_T.tolist() == learned
 
@@ -154,7 +153,7 @@ class InPython:
 def test_slow_tokenizer_encodes_like_fast_tokenizer(family: str, prepend: str) -> None:
     made = sentencepiece(prepend, TEMPLATES[family])
     messages = conversation(*ROWS[0])
-    fast, slow = (chat_of(each).encode_reply(messages) for each in (made, InPython(made)))
+    fast, slow = (chat_of(each).replies.encode_last(messages) for each in (made, InPython(made)))
     assert fast.ids_T.tolist() == slow.ids_T.tolist()
     assert fast.learned_T.tolist() == slow.learned_T.tolist()
 
@@ -165,7 +164,7 @@ def test_prompt_and_completion_decode_to_joined_text(prepend: str, prompt: str, 
     made = sentencepiece(prepend, None)
     chat = ChatFormat.of(made)
     asked = chat.encode_prompt(conversation(prompt))
-    ids_T = chat.encode_reply(conversation(prompt, reply)).ids_T
+    ids_T = chat.replies.encode_last(conversation(prompt, reply)).ids_T
     assert ids_T[: len(asked)].tolist() == asked.tolist() and ids_T[-1] == made.eos_token_id
     assert made.decode(ids_T.tolist(), skip_special_tokens=True).lstrip(" ") == prompt + reply
 
@@ -174,7 +173,7 @@ def test_role_token_as_stop_token_ends_replies() -> None:
     made = sentencepiece("never", GLM)
     user = made.convert_tokens_to_ids("<|user|>")
     chat = ChatFormat.of(made, stop_ids=[user])
-    encoded = chat.encode_reply(conversation("a", "b", "c", "d"))
+    encoded = chat.replies.encode_last(conversation("a", "b", "c", "d"))
     tokens = made.convert_ids_to_tokens(encoded.ids_T.tolist())
     users = [n for n, token in enumerate(tokens) if token == "<|user|>"]
     assert len(users) == 3 and users[-1] == len(tokens) - 1
@@ -184,7 +183,7 @@ def test_role_token_as_stop_token_ends_replies() -> None:
     again = chat.encode_prompt(conversation("a", "b", "c"))
     assert encoded.ids_T[: len(again)].tolist() == again.tolist()
     chat = ChatFormat.of(made)  # without the stop token <|user|>
-    replies = chat.encode_replies(conversation("a", "b", "c", "d"))
+    replies = chat.replies.encode(conversation("a", "b", "c", "d"))
     assert [int(each.ids_T[-1]) for each in replies] == [made.eos_token_id] * 2
 
 
@@ -226,7 +225,7 @@ def test_special_tokens_in_user_text_are_plain_text(
         text if not place.startswith("tool") else json.dumps(text)[1:-1]
     ) in read or text in read
     assert SENTINEL not in read
-    row = chat.encode_reply([*turns, Message("assistant", "yes")], len(turns), tools)
+    row = chat.replies.encode_last([*turns, Message("assistant", "yes")], len(turns), tools)
     assert row.ids_T[: len(ids)].tolist() == ids and row.learned_T.tolist().index(True) == len(ids)
 
 
@@ -255,4 +254,4 @@ def test_raw_prompts_and_texts_are_literal(tokenizer: Any) -> None:
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     chat = ChatFormat.of(tokenizer, "plain")
     assert end in chat.encode_prompt(conversation("a<|im_end|>b"))
-    assert chat.encode_text("a<|im_end|>b").tolist().count(end) == 2
+    assert chat.text_encoder.encode_text("a<|im_end|>b").tolist().count(end) == 2

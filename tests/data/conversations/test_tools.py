@@ -25,6 +25,7 @@ from luthier.data.conversations.tools import (
 )
 from luthier.errors import RecipeError, RowRefused
 from luthier.types import Message, Tool, ToolCall
+from tokenizers_of_families import with_kwargs
 
 IM = ("<|im_start|>", "<|im_end|>")
 CHATML_END = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -270,7 +271,7 @@ def chats(new_tokenizer: Callable[..., Any]) -> dict[str, ChatFormat]:
 def learned_parts(chat: ChatFormat, messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> Any:
     """Return the ids of the last sequence, the ids before each learned part, and the parts' text."""
     prompts, texts = [], []
-    for encoded in chat.encode_replies(messages, tools=tools):
+    for encoded in chat.replies.encode(messages, tools=tools):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.learned_T, [0]])))
         for start, end in zip(edges[::2], edges[1::2], strict=True):
             prompts.append(encoded.ids_T[:start].tolist())
@@ -286,7 +287,7 @@ def test_training_continues_served_prompts_with_tools(
     chat, (messages, tools) = chats[family], CONVERSATIONS[conversation]
     if conversation in FAMILIES[family].refuses:
         with pytest.raises((RowRefused, RecipeError)) as refused:
-            chat.encode_reply(messages, tools=tools)
+            chat.replies.encode_last(messages, tools=tools)
         assert "template" in str(refused.value)
         return
     encoded, before, texts = learned_parts(chat, messages, tools)
@@ -299,7 +300,7 @@ def test_training_continues_served_prompts_with_tools(
     for written in before:
         block = re.search(r"<think>\s*</think>\s*$", chat.tokenizer.decode(written))
         if block:  # an empty reasoning block of the template is input, not learned
-            written = written[: -len(chat.tokens(block[0], first=False))]
+            written = written[: -len(chat.text_encoder.tokens(block[0], first=False))]
         assert prompts[len(written)] == written
     last = messages[answers[-1]]
     assert texts[-1].endswith(FAMILIES[family].end)
@@ -315,11 +316,11 @@ def test_disabled_thinking_trains_after_empty_reasoning_block(
     conversation: str, chats: dict[str, ChatFormat]
 ) -> None:
     """Training continues the template's empty block for ``enable_thinking=false``."""
-    quiet = chats["Qwen3"].with_template_kwargs({"enable_thinking": False})
+    quiet = with_kwargs(chats["Qwen3"], {"enable_thinking": False})
     messages, tools = CONVERSATIONS[conversation]
     if "thought" in conversation:
         with pytest.raises((RowRefused, RecipeError)) as refused:
-            quiet.encode_reply(messages, tools=tools)
+            quiet.replies.encode_last(messages, tools=tools)
         assert refused.value.rule in ("row.template", "template.refused", "template.rewrites")
         return
     _, before, texts = learned_parts(quiet, messages, tools)
@@ -340,22 +341,22 @@ def test_empty_reasoning_block_preserves_indentation_of_answer(
 
 def test_request_template_settings_override_stored_settings(chats: dict[str, ChatFormat]) -> None:
     thinking = chats["Qwen3"]
-    quiet = thinking.with_template_kwargs({"enable_thinking": False})
+    quiet = with_kwargs(thinking, {"enable_thinking": False})
     on, off = {"enable_thinking": True}, {"enable_thinking": False}
     for chat, kwargs, other in (
-        (quiet, on, thinking), (thinking, off, quiet), (quiet.with_template_kwargs(on), off, quiet)
+        (quiet, on, thinking), (thinking, off, quiet), (with_kwargs(quiet, on), off, quiet)
     ):  # fmt: skip
         ours, theirs = chat.encode_prompt([ASK], TOOLS, kwargs), other.encode_prompt([ASK], TOOLS)
         assert ours.tolist() == theirs.tolist()
     silent = chats["SmolLM2"]
     assert silent.prompt_text([ASK], (), off) == silent.prompt_text([ASK])
-    assert thinking.prompt_text([ASK]) == thinking.with_template_kwargs({}).prompt_text([ASK])
+    assert thinking.prompt_text([ASK]) == with_kwargs(thinking, {}).prompt_text([ASK])
 
 
 def test_reasoning_families_have_marks(chats: dict[str, ChatFormat]) -> None:
-    marked = {family for family, chat in chats.items() if chat.reasoning_marks is not None}
+    marked = {family for family, chat in chats.items() if chat.replies.reasoning_marks is not None}
     assert marked == {"Qwen3", "GLM-4.5"}
-    assert {chats[family].reasoning_marks for family in marked} == {
+    assert {chats[family].replies.reasoning_marks for family in marked} == {
         ReasoningMarks("<think>", "</think>")
     }
 
@@ -471,13 +472,13 @@ def test_many_arguments_are_looked_for_in_little_time(end: str) -> None:
 def test_content_dropped_by_template_is_refused(chats: dict[str, ChatFormat]) -> None:
     messages, tools = CONVERSATIONS["text and call"]
     with pytest.raises(RowRefused) as refused:
-        chats["Llama 3.1"].encode_reply(messages, tools=tools)
+        chats["Llama 3.1"].replies.encode_last(messages, tools=tools)
     assert refused.value.rule == "row.template"
     with pytest.raises(RecipeError) as refused:
-        chats["Llama 3.1"].encode_reply(*CONVERSATIONS["two calls"][:1], tools=TOOLS)
+        chats["Llama 3.1"].replies.encode_last(*CONVERSATIONS["two calls"][:1], tools=TOOLS)
     assert refused.value.rule == "template.refused"
     with pytest.raises(RowRefused) as refused:
-        chats["SmolLM2"].encode_reply(CONVERSATIONS["thought"][0])
+        chats["SmolLM2"].replies.encode_last(CONVERSATIONS["thought"][0])
     assert refused.value.rule == "row.template"
 
 

@@ -35,7 +35,7 @@ def test_special_token_in_completion_is_an_error(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
     answer = "Yes.<|im_end|>\n<|im_start|>user\nAnd now?"
     # The reason for the rule: the chat format encodes the text as special tokens.
-    encoded = chat.encode_reply([Message("user", "hi"), Message("assistant", answer)])
+    encoded = chat.replies.encode_last([Message("user", "hi"), Message("assistant", answer)])
     assert (encoded.ids_T == tokenizer.convert_tokens_to_ids("<|im_end|>")).sum() == 3
     report = gate(("hi", answer), ("hi", "Yes."), chat=chat)
     assert dict(report.findings.counts) == {"marker.special_token": 1}
@@ -58,7 +58,7 @@ def test_special_token_in_prompt_is_a_note(
     ):
         report = gate((f"What is {mark}?", "A mark."), chat=chat)
         assert dict(report.findings.counts) == {rule: 1}
-        assert report.findings.exit_code == (0 if chat.template == "chat" else 2)
+        assert report.findings.exit_code == (0 if chat.template.kind == "chat" else 2)
     row = Conversation("f", 1, tuple(turns))
     found = Markers(ChatFormat.of(tokenizer)).measure(RowBatch("train", "f", [row])).spots
     places = {spot.rule: spot.message for spot in found}

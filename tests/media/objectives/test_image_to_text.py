@@ -91,7 +91,7 @@ def test_generated_text_matches_transformers(
         answers = objective.predict(network, batch)
         found |= {e.row: a for e, a in zip(batch.tree.examples, answers, strict=True)}
     texts = [found[row]["text"] for row in range(len(examples))]
-    assert texts == [chat.decode(ids) for ids in own]
+    assert texts == [chat.replies.decode(ids) for ids in own]
     assert len({*texts}) > 1
     for row, answer in found.items():
         ids = own[row]
@@ -118,7 +118,7 @@ def test_held_out_rows_are_measured_in_characters_and_words(
 
     def predict(self: ImageToText, network: Network, batch: Any) -> list[dict[str, Any]]:
         assert network.chat is not None
-        texts = [network.chat.decode(row.ids_T[1:]) for row in batch.tree.examples]
+        texts = [network.chat.replies.decode(row.ids_T[1:]) for row in batch.tree.examples]
         return [{"text": written[text]} for text in texts]
 
     monkeypatch.setattr(ImageToText, "predict", predict)

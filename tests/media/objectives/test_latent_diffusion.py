@@ -16,6 +16,7 @@ import torch
 
 from luthier.adaptations.lora import LoRA
 from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.chat_template import ChatTemplate
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledImage
 from luthier.engine.memory import estimate_memory, preparation_bytes
@@ -263,7 +264,7 @@ def test_caption_cut_inside_word_is_decoded(
     family_folder: Callable[[str], Path],
 ) -> None:
     chat = load_chat_format(family_folder("stable_diffusion"))
-    merged = dataclasses.replace(chat, tokenizer=CutWords(chat.tokenizer))
+    merged = ChatFormat(ChatTemplate(CutWords(chat.tokenizer), "plain", ()))
     ids_T = np.array(merged.tokenizer("a" * 60).input_ids)
     row = CaptionedImage("f", 1, image(1), "a" * 60)
     example = dataclasses.replace(chat.encode_input(row, 0), target=ids_T[:48])

@@ -81,7 +81,7 @@ def test_llama_gguf_has_settings_tokenizer_and_interleaved_heads(
     assert known["tokenizer.ggml.pre"] == "gpt-2"
     assert known["tokenizer.ggml.eos_token_id"] == chat.stop_ids[0]
     assert known["tokenizer.ggml.add_bos_token"] is False
-    assert known["tokenizer.chat_template"] == chat.template_text
+    assert known["tokenizer.chat_template"] == chat.template.text
     vocabulary = chat.tokenizer.get_vocab()
     tokens = known["tokenizer.ggml.tokens"]
     assert [tokens[number] for number in vocabulary.values()] == list(vocabulary)

@@ -236,7 +236,7 @@ def test_a_text_model_refuses_rows_with_images(tiny_model_folder: Path, data: Pa
 def test_imported_model_keeps_image_processor(base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(base, tmp_path / "imported")
     assert accept_network(folder, "imported", trusted=True).manifest.kind == "causal_lm"
-    assert find(str(folder)).chat.images == find(str(base)).chat.images
+    assert find(str(folder)).chat.template.images == find(str(base)).chat.template.images
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from luthier.adaptations import Prompt
 from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.replies import DecoderFrame
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
@@ -254,11 +255,9 @@ def test_unusable_teacher_is_refused_before_training(
     with pytest.raises(RecipeError) as refused:
         train(recipe(tiny_model_folder, data, teacher=str(swapped)), reporter=Silent())
     assert refused.value.rule == "teacher.tokenizer"
-    teacher = OtherModel(SFT(), 8, ChatFormat.of(tokens, start_id=0))
+    teacher = OtherModel(SFT(), 8, ChatFormat.of(tokens, decoder=DecoderFrame(0)))
     with pytest.raises(RecipeError) as refused:
-        objective().bind(
-            RunModels(ChatFormat.of(tokens, start_id=None), others={"teacher": teacher})
-        )
+        objective().bind(RunModels(ChatFormat.of(tokens), others={"teacher": teacher}))
     assert refused.value.rule == "teacher.network"
     plain = ChatFormat.of(tokens, "plain")
     with pytest.raises(RecipeError) as refused:

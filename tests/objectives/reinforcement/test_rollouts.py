@@ -174,7 +174,10 @@ def test_grader_sees_text_without_reasoning(thinking_folder: Callable[[str], Pat
     examples = [objective.encode(row, 0, network.chat)]
     (rollout, other) = objective.roll_out(network, examples, 2, fixed_generator()).each
     assert (rollout.reply, rollout.score) == (DecodedReply(THOUGHT, "blue"), 1.0)
-    assert len(rollout) > len(network.chat.tokens("blue", first=False)) and other.score == 1.0
+    assert (
+        len(rollout) > len(network.chat.text_encoder.tokens("blue", first=False))
+        and other.score == 1.0
+    )
     record = sample_record(row, rollout.reply, len(rollout), True)
     assert (record["completion"], record["reasoning"]) == ("blue", THOUGHT)
     sampling = SamplingSpec(max_tokens=120, temperature=0)

@@ -200,4 +200,4 @@ def test_template_of_untrusted_model_does_not_run(tiny_model_folder: Path, tmp_p
 def test_templates_of_the_fixtures_are_known(template: str, tokenizer: Any) -> None:
     made = copy.copy(tokenizer)
     made.chat_template = template
-    assert ChatFormat.of(made).template_sha256 in KNOWN_TEMPLATES
+    assert ChatFormat.of(made).template.sha256 in KNOWN_TEMPLATES

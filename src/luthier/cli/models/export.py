@@ -166,7 +166,7 @@ def _token_text(model: str) -> Callable[[int], str]:
     """Return a function from token ids of ``model`` to text. The model is on this machine."""
     from luthier.library.models import find
 
-    return lambda token: find(model).chat.decode([token])
+    return lambda token: find(model).chat.replies.decode([token])
 
 
 def _print_cost(cost: QuantizationCost) -> None:

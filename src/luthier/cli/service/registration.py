@@ -133,7 +133,7 @@ def trust(model: str, *, database: ServiceDatabase = None) -> Record:
     stored = find(model)
     if stored.tokenizer_from is None:
         raise RecipeError(f"{model} has no imported chat template, so no approval is necessary")
-    sha256 = stored.chat.template_sha256
+    sha256 = stored.chat.template.sha256
     with open_database(database) as service, service.read() as session:
         found = session.scalar(select(CustomModel).where(CustomModel.stored_id == model))
     account, name = ("", model) if found is None else (found.account, found.name)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
+from luthier.data.conversations.chat_template import ChatTemplate
 from luthier.data.conversations.tokenization import special_tokens
 from luthier.errors import RecipeError
 from luthier.types import Message
 
 if TYPE_CHECKING:
-    from luthier.data.conversations.chat import ChatFormat
-    from luthier.types import IntArray, TemplateKwargs
+    from luthier.types import TemplateKwargs
 
 _CLOSE = re.compile(r"<[|｜]?/[\w:.-]{1,40}[|｜]?>|\[/[\w:.-]{1,40}\]")
 """Pattern of closing marks; the opening mark is the closing mark without the slash."""
@@ -73,43 +73,43 @@ class DecodedReply:
     text: str
 
 
-def find_marks(chat: ChatFormat) -> ReasoningMarks | None:
+def find_marks(template: ChatTemplate) -> ReasoningMarks | None:
     """Return the reasoning marks of a chat template; ``None`` without marks.
 
     Tried are all known kinds of templates. They render the reasoning of a turn, render an empty
     block, open or close a block in the prompt (also with a switch), or cut the reasoning from
     earlier turns.
     """
-    closes = list(dict.fromkeys(_CLOSE.findall(chat.template_text)))[:CANDIDATES]
+    closes = list(dict.fromkeys(_CLOSE.findall(template.text)))[:CANDIDATES]
     if not closes:
-        return _channel_marks(chat)
+        return _channel_marks(template)
     pairs = [(close.replace("/", "", 1), close) for close in closes]
-    renderings = _renderings(chat)
+    renderings = _renderings(template)
     thoughtful, plain = next(renderings), next(renderings)
     # Marks around whole answers, <assistant>…</assistant>, are not reasoning.
     pairs = [p for p in pairs if not re.search(rf"{re.escape(p[0])}\s*{_ANSWER}", plain)]
     for text in chain((thoughtful, plain), renderings):
         for opening, close in pairs:
             if _has_marks(text, opening, close):
-                return _known_marks(chat, opening, close)
-    for opening, close in _cut_from_history(chat, pairs):
-        return _known_marks(chat, opening, close)
-    return _channel_marks(chat)
+                return _known_marks(template, opening, close)
+    for opening, close in _cut_from_history(template, pairs):
+        return _known_marks(template, opening, close)
+    return _channel_marks(template)
 
 
-def _channel_marks(chat: ChatFormat) -> ReasoningMarks | None:
+def _channel_marks(template: ChatTemplate) -> ReasoningMarks | None:
     """Return the marks of a template with channels: of prompts (Gemma 4) or of replies (gpt-oss)."""
-    if "channel" not in chat.template_text:  # rendering imports transformers, which takes seconds
+    if "channel" not in template.text:  # rendering imports transformers, which takes seconds
         return None
-    specials = tuple(special_tokens(chat.tokenizer))
-    thoughtful, plain, *prompts = _renderings(chat)
+    specials = tuple(special_tokens(template.tokenizer))
+    thoughtful, plain, *prompts = _renderings(template)
     turn = plain.partition(_ANSWER)[0]
     for block in (each.removeprefix(turn) for each in prompts if each.startswith(turn)):
         close = next((name for name in specials if block.endswith(name) and block != name), "")
         if close and block.startswith(specials):
-            return _known_marks(chat, block.removesuffix(close), close)
+            return _known_marks(template, block.removesuffix(close), close)
     prompt = prompts[0]
-    header = prompt[len(_render(chat, (Message("user", _USER),), reply=False)) :]
+    header = prompt[len(_render(template, (Message("user", _USER),), reply=False)) :]
     channel = plain.removeprefix(prompt).partition(_ANSWER)[0]
     if not (plain.startswith(prompt) and any(name in channel for name in specials)):
         return None
@@ -118,33 +118,34 @@ def _channel_marks(chat: ChatFormat) -> ReasoningMarks | None:
     close = between.removesuffix(header + channel)
     if not thought or close in ("", between):
         return None
-    return _known_marks(chat, opening, close, (channel, header + channel))
+    return _known_marks(template, opening, close, (channel, header + channel))
 
 
 def _known_marks(
-    chat: ChatFormat, opening: str, close: str, answer: tuple[str, ...] = ()
+    template: ChatTemplate, opening: str, close: str, answer: tuple[str, ...] = ()
 ) -> ReasoningMarks:
-    ids = {mark: chat.tokens(mark, first=False).tolist() for mark in (opening, close, *answer)}
+    encoder = template.text_encoder
+    ids = {mark: encoder.ids(mark) for mark in (opening, close, *answer)}
     single = {mark: tokens[0] for mark, tokens in ids.items() if len(tokens) == 1}
     special: dict[int, str] = {}
     for token in chain.from_iterable(ids.values()):
-        if (name := chat.tokenizer.decode([token])) not in chat.decode_tokens([token]):
+        if (name := encoder.tokenizer.decode([token])) not in encoder.decode([token]):
             special[token] = name
     return ReasoningMarks(opening, close, single.get(opening), single.get(close), special, answer)
 
 
-def _renderings(chat: ChatFormat) -> Iterator[str]:
+def _renderings(template: ChatTemplate) -> Iterator[str]:
     """Yield a turn with and without reasoning, then prompts with each switch of the template."""
     question = Message("user", _USER)
     for answer in (
         Message("assistant", _ANSWER, reasoning=_THOUGHT),
         Message("assistant", _ANSWER),
     ):
-        yield _render(chat, (question, answer), reply=False)
+        yield _render(template, (question, answer), reply=False)
     switched: list[TemplateKwargs] = [{name: value} for name in SWITCHES for value in (True, False)]
     for kwargs in [{}, *switched]:
-        if chat.read_kwargs(kwargs) == kwargs:
-            yield _render(chat, (question,), kwargs=kwargs)
+        if template.read_kwargs(kwargs) == kwargs:
+            yield _render(template, (question,), kwargs=kwargs)
 
 
 def _has_marks(text: str, opening: str, close: str) -> bool:
@@ -154,42 +155,31 @@ def _has_marks(text: str, opening: str, close: str) -> bool:
 
 
 def _cut_from_history(
-    chat: ChatFormat, pairs: Sequence[tuple[str, str]]
+    template: ChatTemplate, pairs: Sequence[tuple[str, str]]
 ) -> Iterator[tuple[str, str]]:
     """Yield the pairs whose reasoning the template cuts from the content of earlier turns."""
     turns: list[Message] = []
     for number, (_, close) in enumerate(pairs):
         reply = f"{_THOUGHT} {number}.{close}{_ANSWER} {number}."
         turns += [Message("user", _USER), Message("assistant", reply)]
-    text = _render(chat, (*turns, Message("user", _USER)))
+    text = _render(template, (*turns, Message("user", _USER)))
     for number, pair in enumerate(pairs):
         if f"{_ANSWER} {number}." in text and f"{_THOUGHT} {number}." not in text:
             yield pair
 
 
 def _render(
-    chat: ChatFormat,
+    template: ChatTemplate,
     turns: Sequence[Message],
     reply: bool = True,
     kwargs: TemplateKwargs | None = None,
 ) -> str:
     """Return a rendered conversation; empty if the template rejects it or renders too much text."""
     try:
-        text = chat.render_turns(turns, (), reply=reply, kwargs=kwargs)
+        text = template.render_messages(turns, (), reply=reply, kwargs=kwargs)
     except RecipeError:
         return ""
     return text if len(text) <= CHARACTERS else ""
-
-
-def reasoning_after(chat: ChatFormat, prompt_T: IntArray) -> ReasoningFormat | None:
-    """Return the reasoning format of a reply; ``None`` without reasoning or after a closed block."""
-    marks = chat.reasoning_marks
-    if marks is None:
-        return None
-    end = "".join(chat.pieces(prompt_T[-TAIL:].tolist())).rstrip()
-    if end.endswith(marks.close):
-        return None
-    return ReasoningFormat(marks, end.endswith(marks.open))
 
 
 def overlap(text: str, marks: Sequence[str]) -> int:

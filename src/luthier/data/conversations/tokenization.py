@@ -10,11 +10,15 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
+
 from luthier.errors import RecipeError
+from luthier.types import IntArray
 
 Span = tuple[int, int, int]
 """Token id, first character, and the character after the last character."""
@@ -26,6 +30,8 @@ _LEADS = (".", "a", "0", "\n")
 _CACHED, _MOST_CACHED = 64, 64
 """Longest cached prompt end in characters, and number of cached ends."""
 _FIRST = itemgetter(1)
+BROKEN, MOST_SHARING = "\ufffd", 8
+"""Replacement character of decoders for part of a character, and most tokens of one character."""
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
@@ -74,6 +80,19 @@ def tokenizer_errors() -> Iterator[None]:
             f"the model's tokenizer cannot encode this text: {str(error)[:300]}",
             rule="tokenizer.failed",
         ) from None
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Tokens of two texts in one row."""
+
+    ids_T: IntArray
+    segment_T: IntArray | None
+    """Segment of each token; ``None`` for networks without ``token_type_ids``."""
+    second: slice
+    """Tokens of the second text."""
+    offsets: Sequence[tuple[int, int]]
+    """First and last character (exclusive) of each token in the token's text."""
 
 
 class TextEncoder:
@@ -133,6 +152,148 @@ class TextEncoder:
         if not self.is_fast:
             return self.ids(text)
         return [token for token, _, _ in self._behind(text, 0)]
+
+    def tokens(self, text: str, *, first: bool) -> IntArray:
+        """Return the token ids ``[T]`` of ``text``, without sentinels.
+
+        ``first`` adds the model's beginning-of-text tokens.
+        """
+        if not first:
+            return np.asarray(self.ids(text), dtype=np.int64)
+        with tokenizer_errors():
+            ids = self.tokenizer.encode(text, add_special_tokens=True)
+        if len(ids) > 1 and ids[-1] in self.stop_ids:
+            # Some tokenizers append an end token to every text; a prompt must stay open.
+            ids = ids[:-1]
+        return np.asarray(ids, dtype=np.int64)
+
+    def continued_tokens(self, prompt: str, text: str) -> tuple[IntArray, IntArray]:
+        """Return the token ids of a raw prompt, and of the ``text`` that continues the prompt.
+
+        Both are tokenized as one text, unless that changes the prompt's tokens.
+        """
+        prompt_T, whole_T = (self.tokens(each, first=True) for each in (prompt, prompt + text))
+        size = len(prompt_T)
+        if np.array_equal(whole_T[:size], prompt_T):
+            return prompt_T, whole_T[size:]
+        return prompt_T, np.array(self.behind(text), dtype=np.int64)
+
+    def encode_text(self, text: str) -> IntArray:
+        """Raw text followed by the end-of-text token, for language modelling."""
+        return np.append(self.tokens(text, first=True), self.end_id)
+
+    def encode_whole(self, text: str) -> IntArray:
+        """Return the token ids of a text with the model's special tokens around the text."""
+        with tokenizer_errors():
+            encoded = self.tokenizer(text, add_special_tokens=True, truncation=False)
+        return np.asarray(encoded["input_ids"], dtype=np.int64)
+
+    def encode_pair(self, text: str, other: str) -> EncodedPair:
+        """Return the tokens of two texts in one row; the tokenizer defines the separators."""
+        with tokenizer_errors():
+            encoded = self.tokenizer(
+                text, other, add_special_tokens=True, return_offsets_mapping=True
+            )
+        segment_T = None
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            segment_T = np.asarray(encoded["token_type_ids"], dtype=np.int64)
+        second = [place for place, side in enumerate(encoded.sequence_ids()) if side == 1]
+        return EncodedPair(
+            np.asarray(encoded["input_ids"], dtype=np.int64),
+            segment_T,
+            slice(second[0], second[-1] + 1) if second else slice(0, 0),
+            encoded["offset_mapping"],
+        )
+
+    @property
+    def end_id(self) -> int:
+        """Id of the token after texts and plain replies."""
+        if not self.stop_ids:
+            raise RecipeError(
+                "the model's tokenizer has no end-of-text token (eos_token)",
+                rule="tokenizer.no_end_of_text",
+            )
+        return self.stop_ids[0]
+
+    def target_tokens(self, text: str) -> IntArray:
+        """Return the token ids of ``text`` as decoder output, without special tokens."""
+        if not hasattr(self.tokenizer, "spm_target"):
+            return self.tokens(text, first=False)
+        with tokenizer_errors():  # Marian has a second SentencePiece model for targets
+            encoded = self.tokenizer(text_target=text, add_special_tokens=False)
+        return np.asarray(encoded["input_ids"], dtype=np.int64)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, without special tokens."""
+        with tokenizer_errors():
+            text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each token, for token-by-token display.
+
+        The first token of a multi-token character gets the whole character; the next tokens are
+        empty.
+        """
+        names: list[str] = self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        # Checked by type, because a byte-level vocabulary may also have a token "##".
+        if backend is not None and type(backend.model).__name__ == "WordPiece":
+            # WordPiece tokens have no spaces; "##" marks the continuation of a word.
+            return [name[2:] if name.startswith("##") else f" {name}" for name in names]
+        with tokenizer_errors():
+            texts = [self._piece([i]) for i in ids]
+            for start, text in enumerate(texts):
+                if BROKEN not in text:
+                    continue
+                for stop in range(start + 2, min(start + MOST_SHARING, len(ids)) + 1):
+                    whole = self._piece(ids[start:stop])
+                    if BROKEN not in whole:
+                        texts[start:stop] = [whole, *[""] * (stop - start - 1)]
+                        break
+        return texts
+
+    def _piece(self, ids: Sequence[int]) -> str:
+        before = self._piece_context
+        text: str = self.tokenizer.decode([*before, *map(int, ids)])
+        return text[len(self.tokenizer.decode(before)) :] if before else text
+
+    @cached_property
+    def _piece_context(self) -> list[int]:
+        """A context token for decoding; empty if single tokens keep their spaces."""
+        ids = [int(i) for i in self.tokenizer.encode("a b", add_special_tokens=False)]
+        apart = "".join(self.tokenizer.decode([i]) for i in ids)
+        return [] if apart.strip() == self.tokenizer.decode(ids).strip() else ids[:1]
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Most UTF-8 bytes of text per token, computed from the token names.
+
+        The tokenizer may drop more text: white space or the rest of an unknown word.
+        """
+        names = self.tokenizer.get_vocab()
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None and type(backend.decoder).__name__ == "ByteLevel":
+            # In a byte-level vocabulary one character is one byte, except for added tokens.
+            added = (str(token) for token in self.tokenizer.added_tokens_decoder.values())
+            return max(map(len, (*names, *(name.encode() for name in added))), default=1)
+        longest = max((len(name.encode()) for name in names), default=1)
+        # A normalizer that composes characters shrinks text by a factor of at most three.
+        composes = backend is None or backend.normalizer is not None
+        return longest * (3 if composes else 1)
+
+    def grammar_tokens(self, vocabulary: int) -> Any:
+        """Return the first ``vocabulary`` tokens for the library llguidance.
+
+        Raises:
+            ValueError: if the tokenizer does not expose the bytes of its tokens.
+        """
+        from llguidance import LLTokenizer
+
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError("tokenizers written in Python do not expose the bytes of a token")
+        return LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=list(self.stop_ids))
 
     def divide(
         self, text: str, parts: Sequence[tuple[int, int]]

@@ -149,7 +149,7 @@ class Markers(SpotCheck):
         super().__init__()
         self.tokenizer = None if chat is None else chat.tokenizer
         self.special = {} if chat is None else special_tokens(chat.tokenizer)
-        self.breaks = chat is not None and chat.template == "chat" and chat.start_id is None
+        self.breaks = chat is not None and chat.template.kind == "chat" and chat.decoder is None
         names = sorted(self.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
 

@@ -58,7 +58,7 @@ class WhiteSpace(SpotCheck):
     def measure(self, batch: RowBatch) -> Spots:
         """Compare the white space around each reply with the rendered reply."""
         spots: list[Spot] = []
-        if not self.chat.template_text or self.chat.start_id is not None:
+        if not self.chat.template.text or self.chat.decoder is not None:
             return Spots(spots)
         kept: dict[tuple[str, str], bool] = {}
         for index, row in enumerate(batch.rows):
@@ -99,6 +99,6 @@ class WhiteSpace(SpotCheck):
     def _render(self, reply: str) -> str:
         turns = (Message("user", "a"), Message("assistant", reply))
         try:
-            return self.chat.render_turns(turns, (), reply=False)
+            return self.chat.template.render_messages(turns, (), reply=False)
         except RecipeError:  # the learning check reports rows that the template rejects
             return ""

@@ -75,7 +75,7 @@ class ImageToText(Objective):
     def bind(self, models: RunModels) -> Self:
         """Reject networks without a text decoder, and choose the weight of CTC for the encoder."""
         chat = models.chat
-        if chat.start_id is None or chat.media is None:
+        if chat.decoder is None or chat.media is None:
             raise RecipeError(
                 "image_to_text needs an image encoder with a text decoder. Use base=small-ocr, or a "
                 "VisionEncoderDecoder of transformers such as TrOCR",
@@ -92,7 +92,7 @@ class ImageToText(Objective):
         if self.max_tokens is not None:
             return self
         texts = (row.caption for row in rows if isinstance(row, CaptionedImage))
-        longest = max(len(chat.tokens(text, first=False)) for text in texts)
+        longest = max(len(chat.text_encoder.tokens(text, first=False)) for text in texts)
         return self.model_copy(update={"max_tokens": int(LENGTH_MARGIN * longest) + 1})
 
     def attach(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -111,11 +111,11 @@ class ImageToText(Objective):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Encode the image and the tokens of the text; without a text, the start of decoding."""
         chat.check_input_kind(SHAPES[row.shape].reads)
-        assert isinstance(row, MediaRow)
+        assert isinstance(row, MediaRow) and chat.decoder is not None
         media = chat.media_input(row)
-        ids_T = chat.decoder_opening
+        ids_T = chat.decoder.opening
         if isinstance(row, CaptionedImage):
-            ids_T = chat.decoder_ids(row.caption)
+            ids_T = chat.decoder.ids(row.caption, chat.text_encoder)
         weight_T = (np.arange(len(ids_T)) > 0).astype(np.float32)
         return Example(ids_T, weight_T, index, media=media)
 
@@ -165,7 +165,8 @@ class ImageToText(Objective):
         for batch in network.batches(examples, budget):
             replies += [answer["text"] for answer in self.predict(network, batch)]
             references += [
-                chat_of(network).decode(row.ids_T[1:].tolist()) for row in batch.tree.examples
+                chat_of(network).replies.decode(row.ids_T[1:].tolist())
+                for row in batch.tree.examples
             ]
         pairs = [*zip(replies, references, strict=True)]
         scores = {"cer": character_errors(pairs), "wer": word_errors(pairs)}
@@ -198,7 +199,7 @@ class ImageToText(Objective):
         )
         answers: list[dict[str, Any]] = []
         for (completion,) in samples:
-            text = chat.decode(completion.ids_T.tolist())
+            text = chat.replies.decode(completion.ids_T.tolist())
             answers.append({"text": text, "probability": float(np.exp(completion.logp_T.sum()))})
             if not completion.stopped:
                 answers[-1]["cut"] = True

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from luthier.data.conversations.chat_templates import CHATML_SHA256
+from luthier.data.conversations.chat_template import CHATML_SHA256
 from luthier.data.inputs import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG
 from luthier.data.sentence import MODULES, PROMPTS, SETTINGS
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel

@@ -401,8 +401,8 @@ def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -
         writer.add_add_space_prefix(bool(prefix))
     else:
         writer.add_token_merges([" ".join(pair) for pair in merges])
-    if chat.template == "chat":
-        writer.add_chat_template(chat.template_text)
+    if chat.template.kind == "chat":
+        writer.add_chat_template(chat.template.text)
     tokenizer = chat.tokenizer
     ids = {
         "bos": tokenizer.bos_token_id,
@@ -459,7 +459,7 @@ def _space_prefix(chat: ChatFormat, spec: Mapping[str, Any]) -> bool | None:
     if scheme != "first":
         return {"always": True, "never": False}.get(str(scheme))
     # "first": before the first text only; prompts that start with a special token have no such text.
-    if chat.template == "plain":
+    if chat.template.kind == "plain":
         return True
     ids_T = chat.encode_prompt((Message("user", "a"),))
     return False if int(ids_T[0]) in chat.tokenizer.all_special_ids else None
@@ -467,7 +467,7 @@ def _space_prefix(chat: ChatFormat, spec: Mapping[str, Any]) -> bool | None:
 
 def adds_bos(chat: ChatFormat) -> bool:
     """Return True if the tokenizer prepends the start token."""
-    ids_T = chat.tokens("a", first=True)
+    ids_T = chat.text_encoder.tokens("a", first=True)
     return len(ids_T) > 0 and int(ids_T[0]) == chat.tokenizer.bos_token_id
 
 

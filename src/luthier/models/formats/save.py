@@ -154,11 +154,11 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
         model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = stops[0]
-        if chat.start_id is not None and chat.media is None:
-            model.generation_config.decoder_start_token_id = chat.start_id
+        if chat.decoder is not None and chat.media is None:
+            model.generation_config.decoder_start_token_id = chat.decoder.start_id
             # generate() can force a single token after the start token.
-            if len(chat.opening_ids) == 1:
-                model.generation_config.forced_bos_token_id = chat.opening_ids[0]
+            if len(chat.decoder.opening_ids) == 1:
+                model.generation_config.forced_bos_token_id = chat.decoder.opening_ids[0]
     if stops and getattr(model.config, "pad_token_id", None) is None:
         # transformers uses the padding token to find the last token of each row.
         model.config.pad_token_id = stops[0]
@@ -172,13 +172,13 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
 
 def save_format(chat: ChatFormat, folder: Path) -> None:
     """Save the processor and the tokenizer. Plain models get no chat template."""
-    if (processor := chat.media or chat.images) is not None:
+    if (processor := chat.media or chat.template.images) is not None:
         save_processor(processor, folder)
     if not chat.has_tokenizer:
         return
     # The running model still uses this tokenizer, so the template is restored afterwards.
     template = chat.tokenizer.chat_template
-    if chat.template == "plain":
+    if chat.template.kind == "plain":
         chat.tokenizer.chat_template = None
     try:
         chat.tokenizer.save_pretrained(tokenizer_folder(folder))

@@ -118,16 +118,17 @@ class Distillation(TeacherObjective, TokenDivergence):
             return bound
         # A stored format includes the template; `format` applies the template of this run.
         theirs, chat = models.others["teacher"].chat, self.format(models.chat)
-        if (theirs.start_id is None) != (chat.start_id is None):
+        if (theirs.decoder is None) != (chat.decoder is None):
             raise RecipeError(
                 "only one of teacher and student is an encoder-decoder, so the formats of rows "
                 "differ. Train the student on the teacher's replies: `method=responses`.",
                 rule="teacher.network",
             )
-        if theirs.template != chat.template:
+        kinds = theirs.template.kind, chat.template.kind
+        if kinds[0] != kinds[1]:
             raise RecipeError(
-                f"the teacher was tuned with template={theirs.template}, and the student uses "
-                f"template={chat.template}. Set `objective.template={theirs.template}`.",
+                f"the teacher was tuned with template={kinds[0]}, and the student uses "
+                f"template={kinds[1]}. Set `objective.template={kinds[0]}`.",
                 rule="teacher.template",
             )
         return bound

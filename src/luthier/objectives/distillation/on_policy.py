@@ -172,7 +172,7 @@ class OnPolicyDistillation(OnPolicyObjective, Distillation):
 
 
 def _record(row: Row, prompt_T: IntArray, answer: Completion, chat: ChatFormat) -> dict[str, Any]:
-    reply = chat.decode_reply(prompt_T, answer.text_ids)
+    reply = chat.replies.decode_reply(prompt_T, answer.text_ids)
     return sample_record(row, reply, len(answer.ids_T), answer.stopped)
 
 

@@ -145,7 +145,7 @@ def encode_answer(
     tools: Sequence[Tool] = (),
 ) -> Example:
     """Return ``prompt`` with one answer; the tokens of the answer weigh ``share`` in total."""
-    encoded = chat.encode_reply((*prompt, *answer), len(prompt), tools)
+    encoded = chat.replies.encode_last((*prompt, *answer), len(prompt), tools)
     weight_T = _spread(encoded.learned_T, share)
     return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)
 

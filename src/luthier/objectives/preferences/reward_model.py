@@ -107,8 +107,8 @@ class RewardModel(Objective):
 def _encode_whole(row: Row, index: int, chat: ChatFormat) -> Example:
     """Return prompt and answer, with weight 1 at the last token."""
     turns = row.turns()
-    if turns and chat.template == "chat":
-        ids_T = chat.encode_reply(turns, 0, row.tools).ids_T
+    if turns and chat.template.kind == "chat":
+        ids_T = chat.replies.encode_last(turns, 0, row.tools).ids_T
         if ids_T[-1] == chat.tokenizer.pad_token_id:
             # transformers pools the last token that is not padding, here the token before the end.
             ids_T = ids_T[:-1]

@@ -237,8 +237,8 @@ class Reinforcement(ReplyObjective):
         self.grader.check_expected(row.expected_reply())
         ids_T = chat.encode_prompt(row.prompt_turns(), row.tools)
         source_T = None
-        if chat.start_id is not None:
-            ids_T, source_T = chat.decoder_opening, ids_T
+        if chat.decoder is not None:
+            ids_T, source_T = chat.decoder.opening, ids_T
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         return Example(ids_T, weight_T, index, source_T=source_T, source_row=row)
 
@@ -278,7 +278,7 @@ class Reinforcement(ReplyObjective):
         )
         pairs = [(e, c) for e, row in zip(examples, completions, strict=True) for c in row]
         replies = [
-            chat.decode_reply(prompt_T, c.text_ids)
+            chat.replies.decode_reply(prompt_T, c.text_ids)
             for prompt_T, row in zip(prompts, completions, strict=True)
             for c in row
         ]

@@ -120,13 +120,13 @@ def write_replies(
         batch_size=batch_size,
     )
     for place, (completion,) in zip(able, completions, strict=True):
-        replies[place] = chat.decode_reply(prompts[place], completion.text_ids).text
+        replies[place] = chat.replies.decode_reply(prompts[place], completion.text_ids).text
     return replies
 
 
 def _prompt(chat: ChatFormat, turns: Sequence[Message]) -> IntArray:
     """Encode a conversation. Models without a chat template get all turns as one text."""
-    if chat.template == "plain" or chat.start_id is not None:
+    if chat.template.kind == "plain" or chat.decoder is not None:
         turns = [Message("user", "\n\n".join(turn.content for turn in turns))]
     return chat.encode_prompt(turns)
 

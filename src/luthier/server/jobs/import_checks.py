@@ -159,8 +159,8 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
             chat = load_chat_format(folder, opened)
             approved = _test_format(chat, trusted)
             check_vocabulary(chat, fields.get("text_encoder", fields), "the model")
-            if chat.start_id is not None:
-                chat.check_decoder()
+            if chat.decoder is not None:
+                chat.decoder.check()
                 form = text_format(chat)
     elif text_fields(fields) is not fields:
         raise ModelRefused(
@@ -363,16 +363,16 @@ def _adapter_format(folder: Path, base: StoredModel) -> ChatFormat:
     chat = base.chat
     if not (folder / "tokenizer_config.json").is_file():
         save_format(chat, folder)
-        template = chat.template
-    form = text_format(chat).model_dump(exclude={"template"})
-    return ChatFormat.of(load_tokenizer(folder), template, **form)
+        template = chat.template.kind
+    tokenizer = load_tokenizer(folder)
+    return ChatFormat.of(tokenizer, template, chat.stop_ids, chat.decoder, sentence=chat.sentence)
 
 
 def _test_format(chat: ChatFormat, trusted: bool) -> bool:
     """Encode a first text, and render an approved template; return whether the template is approved."""
-    chat.encode_whole("Hello.")
-    approved = trusted or not chat.template_sha256 or chat.template_sha256 in KNOWN_TEMPLATES
-    if approved and chat.template == "chat":
+    chat.text_encoder.encode_whole("Hello.")
+    approved = trusted or not chat.template.sha256 or chat.template.sha256 in KNOWN_TEMPLATES
+    if approved and chat.template.kind == "chat":
         fix = "Save the tokenizer with the chat template that the model was trained with, or with none."
         with _translate_errors("chat_template", "model.template", fix):
             chat.encode_prompt([Message("user", "Hello.")])

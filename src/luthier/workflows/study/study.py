@@ -140,7 +140,7 @@ def study(
             "earlier": None if earlier is None else str(earlier.absolute()),
             "grid": {each.name: dict(each.settings) for each in grid}, "parallel": parallel or 1,
             "space": [str(each) for each in dimensions], "trials": trials,
-            "data": job.request()["data"], "template_date": job.chat.date,
+            "data": job.request()["data"], "template_date": job.chat.template.date,
         }  # fmt: skip
         if not is_resumed(request_file, request, f"study {name}", resume):
             write_json(request_file, request)

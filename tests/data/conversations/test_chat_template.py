@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from luthier.data.conversations.chat import ChatFormat
-from luthier.data.conversations.chat_templates import CHATML_SHA256
+from luthier.data.conversations.chat_template import CHATML_SHA256
 from luthier.errors import Location, RecipeError
 from luthier.models.formats.external import KNOWN_TEMPLATES
 from luthier.recipe import Recipe, with_paths
@@ -27,19 +27,19 @@ def test_chatml_uses_tokens_of_tokenizer(new_tokenizer: Callable[..., Any]) -> N
     tokenizer = new_tokenizer(None, ("<|im_start|>", "<|im_end|>", "<end>"), "<end>")
     plain = ChatFormat.of(tokenizer)
     with pytest.raises(RecipeError) as refused:
-        plain.encode_reply([*TURNS, REPLY])
+        plain.replies.encode_last([*TURNS, REPLY])
     assert refused.value.rule == "template.plain"
     assert "data.chat_template=chatml" in str(refused.value)
     chat = plain.with_chat_template("chatml")
-    assert plain.template == "plain" and tokenizer.chat_template is None
+    assert plain.template.kind == "plain" and tokenizer.chat_template is None
     assert chat.stop_ids == tuple(tokenizer.convert_tokens_to_ids(["<end>", "<|im_end|>"]))
-    assert chat.template_sha256 in CHATML_SHA256 <= KNOWN_TEMPLATES
+    assert chat.template.sha256 in CHATML_SHA256 <= KNOWN_TEMPLATES
     assert chat.prompt_text(TURNS) == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
         "<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    (encoded,) = chat.encode_replies([*TURNS, REPLY])
+    (encoded,) = chat.replies.encode([*TURNS, REPLY])
     learned = tokenizer.decode(encoded.ids_T[encoded.learned_T].tolist())
     assert learned == "b<|im_end|>d<|im_end|>"
 
@@ -52,7 +52,7 @@ def test_chatml_without_im_tokens_ends_turns_with_eos(first: bool) -> None:
     ids = chat.encode_prompt(TURNS).tolist()
     assert (ids[0] == tokenizer.bos_token_id) == first
     assert ids.count(tokenizer.bos_token_id) == first and ids.count(tokenizer.eos_token_id) == 4
-    (encoded,) = chat.encode_replies([*TURNS, REPLY])
+    (encoded,) = chat.replies.encode([*TURNS, REPLY])
     assert encoded.ids_T[: len(ids)].tolist() == ids and encoded.ids_T[-1] == chat.stop_ids[0]
 
 
