@@ -211,21 +211,49 @@ def test_damaged_data_file_in_a_zip_archive(tmp_path: Path) -> None:
     assert [problem.rule for problem in problems] == ["file.damaged"]
 
 
-def test_text_file_with_tabs_and_without_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", ["\t", ","])
+def test_text_file_with_cells_and_without_names(tmp_path: Path, mark: str) -> None:
     path = tmp_path / "rows.txt"
-    path.write_text("ham\tSee you.\nspam\tWin now!\nham\tLate, sorry.\n")
-    with pytest.raises(RowRefused) as caught:
-        container_of(path)
-    assert caught.value.rule == "table.header"
-    assert "printf 'label\\ttext\\n'" in caught.value.problem.advice
-    path.write_text("\tSee you.\nspam\tWin now!\nham\tLate, sorry.\n")
+    lines = ["ham\tSee you at 10", "spam\tWin now!", *["ham\tSorry."] * 3, 'ham\t"x"']
+    path.write_text("\n".join(lines).replace("\t", mark))
+    problems: list[Problem] = []
+    assert [*read_records(path, problems)] == []
+    assert [problem.rule for problem in problems] == ["table.header"]
+    assert "printf 'label" in problems[0].advice and "rename the file to .md" in problems[0].advice
+    path.write_text("\tSee you.\nspam\tWin now!\nham\tLate, sorry.\n".replace("\t", mark))
     assert container_of(path) == Container("text")
 
 
-@pytest.mark.parametrize(("mark", "kind"), [("\t", "tsv"), (";", "csv")])
-def test_text_file_with_names_of_columns(tmp_path: Path, mark: str, kind: str) -> None:
+@pytest.mark.parametrize("mark", ["\t", ";", ",", "|"])
+@pytest.mark.parametrize("names", ["text\tlabel", "Message\tlabel", "Message text\tkind"])
+def test_text_file_with_names_of_columns(tmp_path: Path, names: str, mark: str) -> None:
     path = tmp_path / "rows.txt"
-    path.write_text(f"text{mark}label\nSee you.{mark}ham\nWin now!{mark}spam\n")
-    records = [record for _, record in read_records(path, [])]
-    assert records == [{"text": "See you.", "label": "ham"}, {"text": "Win now!", "label": "spam"}]
-    assert container_of(path).kind == kind
+    lines = [names, 'See you.\t"ham, \nor not"', *["Win now!\tspam"] * 3]
+    path.write_text("\n".join(lines).replace("\t", mark))
+    records = [[*record.values()] for _, record in read_records(path, [])]
+    assert records == [["See you.", "ham, \nor not"], *[["Win now!", "spam"]] * 3]
+
+
+def test_text_file_with_wrong_rows_below_names_is_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text("text,label\n" + "See you,ham\n" * 2 + "Sorry, no,ham\nLate, too,ham\n")
+    problems: list[Problem] = []
+    assert len([*read_records(path, problems)]) == 2
+    assert [problem.rule for problem in problems] == ["table.cells"] * 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Roses are red, violets are blue",
+        "2026-11-29 10:05:38,123 INFO started",
+        "\u5e8a\u524d\u660e\u6708\u5149,\u7591\u662f\u5730\u4e0a\u971c\u3002",
+        "To the gate,",
+        "| a | b |",
+        "x = f(a, b); y = 1",
+    ],
+)
+def test_prose_with_delimiters_is_text(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "prose.txt"
+    path.write_text(f"{line}\n" * 20, encoding="utf-8")
+    assert container_of(path) == Container("text")

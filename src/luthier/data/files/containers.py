@@ -20,11 +20,10 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from luthier.data.files.headers import missing_header
 from luthier.data.files.line_forms import LINE_FORMS
 from luthier.data.files.nested import rows_inside
 from luthier.data.files.parsing import quote, read_line
@@ -51,6 +50,8 @@ TIME_COLUMNS = ("timestamp", "time", "date", "datetime", "ds")
 """Names of the first column of a time series."""
 _HEAD_BYTES = 65536
 _DELIMITERS = "\t,;|"
+_FEWEST_ROWS = {"tsv": 2, "csv": 4}
+"""Fewest rows below the first line of a ``.txt`` file, for a table with other names than keys."""
 _UNQUOTED = "\t|"
 """Delimiters that some programs write without quoting, because both are rare in text."""
 _QUOTED = re.compile(rb'"(?:[^"]|"")*"')
@@ -346,7 +347,7 @@ def _kind(text: str, suffix: str, whole: bool) -> FileFormat | None:
         second = _value(lines[1]) if len(lines) > (1 if whole else 2) else first
         if isinstance(first, dict) and isinstance(second, dict):
             return "jsonl"
-        return _annotated(lines if whole else lines[:-1]) or _table_or_text(text, lines, whole)
+        return _annotated(lines if whole else lines[:-1]) or _table_or_text(text, whole)
     if start == "[" and (len(lines) < 2 or first is None):
         return "json"
     is_nested = isinstance(first, dict) and rows_inside(first) is not None
@@ -367,22 +368,34 @@ def _annotated(lines: Sequence[str]) -> FileFormat | None:
     return next(names, None)  # type: ignore[arg-type]
 
 
-def _table_or_text(text: str, lines: Sequence[str], whole: bool) -> FileFormat:
-    """Return the format of a ``.txt`` file: a table whose header is known, otherwise text.
+def _table_or_text(text: str, whole: bool) -> FileFormat:
+    """Return the format of a ``.txt`` file: a table, or text.
 
-    Raises:
-        RowRefused: for a table with tabs and without a header.
+    A table has luthier's keys in the first line, or three rows in four have as many cells as a first
+    line that may be names.
     """
-    delimiter = _delimiter(text, "csv")
-    rows = [_cells(line, delimiter) for line in (lines if whole else lines[:-1])]
-    equal = len(rows) > 1 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 1
-    if equal and all(name.strip().lower() in KEYS for name in rows[0]):
-        return "tsv" if delimiter == "\t" else "csv"
-    if equal and delimiter == "\t" and len(rows) > 2 and all(map(str.strip, chain(*rows))):
-        as_text = "To learn the lines as plain text, rename the file to .md."
-        reason = f"Each line has {len(rows[0])} cells with tabs between"
-        raise missing_header(reason, rows, delimiter, as_text)
-    return "text"
+    kind: FileFormat = "tsv" if "\t" in text.partition("\n")[0] else "csv"
+    delimiter = _delimiter(text, kind)
+    try:
+        read = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        names, *rows = (row for row in read if row)
+    except (csv.Error, ValueError):
+        return "text"
+    rows = rows if whole else rows[:-1]
+    equal = sum(len(row) == len(names) for row in rows)
+    if len(names) < 2 or not rows or 2 * equal < len(rows):
+        return "text"
+    is_known = all(name.strip().lower() in KEYS for name in names)
+    is_table = len(rows) >= _FEWEST_ROWS[kind] and 4 * equal >= 3 * len(rows)
+    return kind if is_known or (is_table and _may_be_names(names, delimiter)) else "text"
+
+
+def _may_be_names(cells: Sequence[str], delimiter: str) -> bool:
+    """Return whether the cells of a line are names or values, and not parts of a sentence."""
+    if not all(cell and cell == cell.strip() for cell in cells):
+        return False
+    is_number = any(a[-1].isdigit() and b[0].isdigit() for a, b in pairwise(cells))
+    return delimiter == "\t" or not (is_number or cells[-1][-1] in ".!?…。！？")
 
 
 def _value(line: str) -> object | None:
@@ -410,10 +423,14 @@ def is_series_header(columns: Sequence[str]) -> bool:
 
 
 def _delimiter(text: str, kind: FileFormat) -> str:
-    """Return the delimiter that gives the most header cells; the format's own on a tie."""
+    """Return the delimiter that gives the most header cells; a comma on a tie.
+
+    Tabs in a TSV need no count, because text has commas.
+    """
     header = text.split("\n", 1)[0]
-    usual = "\t" if kind == "tsv" else ","
-    return max(_DELIMITERS, key=lambda each: (len(_cells(header, each)), each == usual))
+    if kind == "tsv" and "\t" in header:
+        return "\t"
+    return max(_DELIMITERS, key=lambda each: (len(_cells(header, each)), each == ","))
 
 
 def _cells(line: str, delimiter: str) -> list[str]:

@@ -17,7 +17,10 @@ _WORDS = 4
 
 
 def reject_missing_header(
-    table: Iterator[tuple[int, Record]], delimiter: str, known: Collection[str]
+    table: Iterator[tuple[int, Record]],
+    delimiter: str,
+    known: Collection[str],
+    may_be_text: bool = False,
 ) -> Iterator[tuple[int, Record]]:
     """Yield the rows of a table with a header.
 
@@ -25,6 +28,7 @@ def reject_missing_header(
         table: lines and rows.
         delimiter: character between cells.
         known: names of columns, in addition to luthier's keys.
+        may_be_text: True for a file that may be plain text.
 
     Raises:
         RowRefused: if the header has no known name, and resembles the rows.
@@ -34,9 +38,8 @@ def reject_missing_header(
     if not any(name in known or name.lower() in KEYS for name in names):
         rows = [[str(cell) for cell in record.values()] for _, record in first]
         if _is_row(names, rows):
-            raise missing_header(
-                "The first line resembles the rows below", [names, *rows], delimiter
-            )
+            reason = "The first line resembles the rows below"
+            raise missing_header(reason, [names, *rows], delimiter, may_be_text)
     yield from chain(first, table)
 
 
@@ -44,8 +47,7 @@ def missing_header(
     reason: str,
     rows: Sequence[Sequence[str]],
     delimiter: str,
-    otherwise: str = "If the first line has the names, select columns, as with "
-    "`data.columns.text=COLUMN`.",
+    may_be_text: bool = False,
 ) -> RowRefused:
     """Return the error for a table whose first row is data, with a command that adds the header.
 
@@ -53,16 +55,18 @@ def missing_header(
         reason: beginning of the message.
         rows: cells of the first rows.
         delimiter: character between cells.
-        otherwise: advice for a file that is no table without a header.
+        may_be_text: True for a file that may be plain text.
     """
     names = _names_for(rows)
     written = delimiter.replace("\t", "\\t").join(names)
     ending = "tsv" if delimiter == "\t" else "csv"
+    otherwise = " To learn the lines as plain text, rename the file to .md." if may_be_text else ""
     return RowRefused(
         "table.header",
         f"{reason}, so the file seems to have no header. The columns seem to be "
         f"{list_some(names, 10)}.",
         f"Write the names as the first line: (printf '{written}\\n'; cat OLD) > NEW.{ending}. "
+        "If the first line has the names, select columns, as with `data.columns.text=COLUMN`."
         f"{otherwise}",
         Location(line=1),
     )

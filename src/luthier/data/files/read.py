@@ -18,6 +18,7 @@ from typing import BinaryIO
 from luthier.data.files import parsing
 from luthier.data.files.containers import (
     BROKEN,
+    PLAIN_TEXT,
     Container,
     container_of,
     damaged_file_error,
@@ -116,7 +117,8 @@ def _records(
         return read_document(stream, file, problems, warnings)
     if container.kind in ("csv", "tsv"):
         table = read_table(stream, file, problems, container.delimiter, container.quoted, warnings)
-        table = reject_missing_header(table, container.delimiter, columns.values())
+        as_text = file.lower().endswith(PLAIN_TEXT)
+        table = reject_missing_header(table, container.delimiter, columns.values(), as_text)
         for reader in bundled("table_readers").values():
             table = reader.load()(table, file, problems, columns)
         return table
