@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +28,7 @@ INSTRUCTIONS = (
 )
 DECLINED = "The documents do not answer this question."
 _CITATION = re.compile(r"\[(\d{1,3})\]")
+_UNFINISHED = re.compile(r"\[\d{0,3}$")
 FOREIGN_QUESTIONS = {
     "en": (
         "How do I remove rust from a cast iron pan?", "Which clef does a viola use?",
@@ -112,32 +113,78 @@ class DocumentAnswer(Displayed):
 def prompt(
     question: str, passages: Sequence[FoundPassage], takes_system: bool = True
 ) -> list[Message]:
-    """Return the turns that ask for an answer from ``passages``.
+    """Return the turns that ask for an answer from ``passages``; see :func:`add_passages`."""
+    return add_passages([Message("user", question)], passages, takes_system)
 
-    Without ``takes_system``, the instructions precede the passages.
+
+def add_passages(
+    turns: Sequence[Message], passages: Sequence[FoundPassage], takes_system: bool = True
+) -> list[Message]:
+    """Return ``turns`` with ``passages`` in the last user turn, which has the question.
+
+    Instructions become part of the system prompt, or precede the passages without
+    ``takes_system``. Earlier replies lose their citations, which name other passages.
     """
+    changed = [
+        replace(turn, content=_CITATION.sub("", turn.content)) if turn.role == "assistant" else turn
+        for turn in turns
+    ]
+    last = max(n for n, turn in enumerate(turns) if turn.role == "user")
     numbered = [f"[{n}] {each.passage.content}" for n, each in enumerate(passages, 1)]
-    asked = "\n\n".join([*numbered, f"Question: {question}"])
-    if takes_system:
-        return [Message("system", INSTRUCTIONS), Message("user", asked)]
-    return [Message("user", f"{INSTRUCTIONS}\n\n{asked}")]
+    asked = "\n\n".join([*numbered, f"Question: {turns[last].content}"])
+    if not takes_system:
+        changed[last] = replace(turns[last], content=f"{INSTRUCTIONS}\n\n{asked}")
+        return changed
+    changed[last] = replace(turns[last], content=asked)
+    if turns[0].role != "system":
+        return [Message("system", INSTRUCTIONS), *changed]
+    return [Message("system", f"{turns[0].content}\n\n{INSTRUCTIONS}"), *changed[1:]]
+
+
+class Citations:
+    """Citations in a stream of text. A number that names no passage of the prompt is removed."""
+
+    def __init__(self, passages: int) -> None:
+        self._passages, self._held = passages, ""
+        self.length = 0
+        """Number of characters that :meth:`add` has returned."""
+
+    def add(self, text: str, last: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """Return the next characters, and each citation's position and number.
+
+        The beginning of a possible citation waits for the next call, except in the ``last`` call.
+        """
+        text = self._held + text
+        unfinished = None if last else _UNFINISHED.search(text)
+        self._held = unfinished[0] if unfinished else ""
+        text = text.removesuffix(self._held)
+        ready, found, start = "", list[tuple[int, int]](), 0
+        for each in _CITATION.finditer(text):
+            ready += text[start : each.start()]
+            if 1 <= int(each[1]) <= self._passages:
+                found.append((self.length + len(ready), int(each[1])))
+                ready += each[0]
+            start = each.end()
+        ready += text[start:]
+        self.length += len(ready)
+        return ready, found
 
 
 def without_unknown_citations(text: str, passages: int) -> str:
     """Return ``text`` without citations of passages that were not in the prompt."""
-
-    def known(found: re.Match[str]) -> str:
-        return found[0] if 1 <= int(found[1]) <= passages else ""
-
-    return _CITATION.sub(known, text)
+    return Citations(passages).add(text, last=True)[0]
 
 
 def calibrate(index: DocumentIndex, embed: Embedder) -> float:
     """Return the cosine that :data:`ACCEPTED` of the foreign questions exceed.
 
     Cosines of unrelated texts differ between embedding models and collections (0.0 to 0.3 for
-    MiniLM, 0.7 to 0.8 for E5), so the limit is measured for each index. Documents in other
-    languages than those of :data:`FOREIGN_QUESTIONS` get English questions.
+    MiniLM, 0.7 to 0.8 for E5), so the limit is measured for each index, again after each change.
+    Documents in other languages than those of :data:`FOREIGN_QUESTIONS` get English questions.
     """
-    questions = FOREIGN_QUESTIONS.get(index.language, FOREIGN_QUESTIONS["en"])
-    return float(np.quantile(index.best_cosines(embed(questions)), 1 - ACCEPTED))
+    threshold = index.threshold
+    if threshold is None:
+        questions = FOREIGN_QUESTIONS.get(index.language, FOREIGN_QUESTIONS["en"])
+        threshold = float(np.quantile(index.best_cosines(embed(questions)), 1 - ACCEPTED))
+        index.threshold = threshold
+    return threshold

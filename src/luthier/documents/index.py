@@ -10,11 +10,12 @@ in use. An index of another embedding model is built next to the old index, then
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from luthier.graders.base import Embedder
     from luthier.library.models import StoredModel
 
+MOST_WORDS = 256
+"""Maximum number of words of a question in the search for words."""
 FORM = 1
 """Version of the file's tables."""
 _SCHEMA = """
@@ -128,7 +131,9 @@ class DocumentIndex:
             )
         self.model, self.fingerprint = about["model"], about["fingerprint"]
         self.language = about["language"]
-        self._vectors: tuple[int, list[int], NDArray[np.float32]] | None = None
+        self._vectors: (
+            tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]] | None
+        ) = None
 
     @staticmethod
     def folder(name: str) -> Path:
@@ -156,7 +161,7 @@ class DocumentIndex:
         if not (folder / "current.json").is_file():
             raise _unknown(name)
         file = folder / read_json(folder / "current.json")["file"]
-        with _open_database(file) as connection:
+        with open_file(file) as connection:
             yield DocumentIndex(name, file, connection)
 
     @staticmethod
@@ -188,8 +193,8 @@ class DocumentIndex:
         fingerprint = stored.content_hash
         file = folder / f"{fingerprint[:16]}.sqlite"
         with _writing(folder):
-            with _open_database(file) as connection:
-                _create(connection, stored.id, fingerprint, language)
+            with open_file(file) as connection:
+                create(connection, stored.id, fingerprint, language)
                 yield DocumentIndex(name, file, connection)
             write_json(folder / "current.json", {"file": file.name, "model": stored.id})
             for other in folder.glob("*.sqlite*"):
@@ -231,7 +236,6 @@ class DocumentIndex:
                         if not same:
                             self._touch(path, status.st_mtime)
                 on_progress(done, len(files))
-        self._vectors = None
         present = {str(each) for each in files}
         roots = [source.resolve() for source in sources]
         gone = [
@@ -239,9 +243,7 @@ class DocumentIndex:
             for (path,) in self._connection.execute("SELECT path FROM documents").fetchall()
             if path not in present and any(Path(path).is_relative_to(root) for root in roots)
         ]
-        with self._connection:
-            for path in gone:
-                self._delete(path)
+        self.delete(gone)
         problems = [each for each in self.documents() if each.note or each.refused]
         return IndexUpdate(added, changed, len(gone), unchanged, problems)
 
@@ -254,16 +256,29 @@ class DocumentIndex:
     def _store(
         self, path: Path, about: tuple[str, int, float], read: ReadDocument, embed: Embedder
     ) -> None:
-        """Replace the passages of a document, in one transaction."""
         passages = [*cut(read.pages)]
         vectors = [*embed([each.content for each in passages])] if passages else []
+        self.put(str(path), about, read, passages, vectors)
+
+    def put(
+        self,
+        path: str,
+        about: tuple[str, int, float],
+        read: ReadDocument,
+        passages: Sequence[Passage],
+        vectors: Sequence[NDArray[np.float32]],
+    ) -> None:
+        """Replace the passages of a document, in one transaction.
+
+        ``about`` has SHA-256, size and modification time of the file.
+        """
         insert = self._connection.execute
         with self._connection:
-            self._delete(str(path))
+            self._delete(path)
             row = insert(
                 "INSERT INTO documents (path, sha256, bytes, modified, note, refused) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
-                (str(path), *about, read.note, read.refused),
+                (path, *about, read.note, read.refused),
             )
             for passage, vector_H in zip(passages, vectors, strict=True):
                 text = (passage.heading, passage.text)
@@ -275,8 +290,16 @@ class DocumentIndex:
                 insert("INSERT INTO vectors VALUES (?, ?)", (added, vector))
                 insert("INSERT INTO words (rowid, heading, text) VALUES (?, ?, ?)", (added, *text))
 
+    def delete(self, paths: Iterable[str]) -> None:
+        """Delete documents, in one transaction."""
+        with self._connection:
+            for path in paths:
+                self._delete(path)
+
     def _delete(self, path: str) -> None:
         execute = self._connection.execute
+        execute("DELETE FROM about WHERE key LIKE 'threshold%'")  # of the passages before
+        self._vectors = None
         for number, heading, text in execute(
             "SELECT passages.id, heading, text FROM passages JOIN documents "
             "ON documents.id = document WHERE path = ?",
@@ -300,52 +323,106 @@ class DocumentIndex:
             )
         ]
 
-    def search(self, question: str, query_H: NDArray[np.float32], count: int) -> list[FoundPassage]:
+    def passages(self, path: str) -> list[Passage]:
+        """Return the passages of a document, in order."""
+        rows = self._connection.execute(
+            "SELECT text, heading, page FROM passages JOIN documents ON documents.id = document "
+            "WHERE path = ? ORDER BY passages.id",
+            (path,),
+        )
+        return [Passage(*row) for row in rows]
+
+    def search(
+        self,
+        question: str,
+        query_H: NDArray[np.float32],
+        count: int,
+        *,
+        among: Collection[str] | None = None,
+        weights: tuple[float, float] = (1.0, 1.0),
+    ) -> list[FoundPassage]:
         """Return the ``count`` best passages, the best first, by words and by meaning.
 
-        ``query_H`` is the embedding of the question.
+        Args:
+            question: Question or words.
+            query_H: Embedding of the question.
+            count: Maximum number of passages.
+            among: Paths of the documents to search; all documents by default.
+            weights: Weights of words and of embeddings in the fusion.
         """
-        places, scores = self._by_meaning(query_H)
-        best = reciprocal_rank_fusion([self._by_words(question), places])[:count]
+        documents = None if among is None else self._numbers(among)
+        places, scores = self._by_meaning(query_H, documents)
+        orders = [self._by_words(question, documents), places]
+        best = reciprocal_rank_fusion(orders, weights)[:count]
         return [self._passage(number, query_H, scores.get(number)) for number in best]
 
-    def best_cosines(self, question_QH: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the largest cosine of each question with a passage, ``[Q]``."""
-        _, vector_NH = self._loaded()
+    def best_cosines(
+        self, question_QH: NDArray[np.float32], among: Collection[str] | None = None
+    ) -> NDArray[np.float32]:
+        """Return the largest cosine of each question with a passage, ``[Q]``; -1 without passages."""
+        _, vector_NH = self._loaded(None if among is None else self._numbers(among))
+        if not len(vector_NH):
+            return np.full(len(question_QH), -1, np.float32)
         _, score_Q1 = nearest(question_QH, vector_NH, 1)
         return score_Q1[:, 0]
 
-    def _by_words(self, question: str) -> list[int]:
+    def _numbers(self, paths: Collection[str]) -> list[int]:
+        """Return the numbers of documents."""
+        query = "SELECT id FROM documents WHERE path IN (SELECT value FROM json_each(?))"
+        found = self._connection.execute(query, (json.dumps([*paths]),))
+        return [number for (number,) in found]
+
+    def _by_words(self, question: str, documents: list[int] | None = None) -> list[int]:
         """Return the passages with words of the question, the best first."""
         words = _WORD.findall(normalize(question))
         if self.language in UNSPACED:
             words = [word[n : n + 3] for word in words for n in range(max(1, len(word) - 2))]
         if not words:
             return []
+        distinct = [*dict.fromkeys(words)][:MOST_WORDS]
         found = self._connection.execute(
-            "SELECT rowid FROM words WHERE words MATCH ? ORDER BY rank LIMIT ?",
-            (" OR ".join(f'"{word}"' for word in words), DEPTH),
+            "SELECT rowid FROM words WHERE words MATCH :words AND (:among IS NULL OR rowid IN "
+            "(SELECT id FROM passages WHERE document IN (SELECT value FROM json_each(:among)))) "
+            "ORDER BY rank LIMIT :depth",
+            {
+                "words": " OR ".join(f'"{word}"' for word in distinct),
+                "among": None if documents is None else json.dumps(documents),
+                "depth": DEPTH,
+            },
         )
         return [number for (number,) in found]
 
-    def _by_meaning(self, query_H: NDArray[np.float32]) -> tuple[list[int], dict[int, float]]:
-        numbers, vector_NH = self._loaded()
-        if not numbers:
+    def _by_meaning(
+        self, query_H: NDArray[np.float32], documents: list[int] | None
+    ) -> tuple[list[int], dict[int, float]]:
+        passage_N, vector_NH = self._loaded(documents)
+        if not len(passage_N):
             return [], {}
-        places_1K, scores_1K = nearest(query_H[None], vector_NH, min(DEPTH, len(numbers)))
-        found = [numbers[place] for place in places_1K[0].tolist()]
+        places_1K, scores_1K = nearest(query_H[None], vector_NH, DEPTH)
+        found = passage_N[places_1K[0]].tolist()
         return found, dict(zip(found, scores_1K[0].tolist(), strict=True))
 
-    def _loaded(self) -> tuple[list[int], NDArray[np.float32]]:
-        """Return the numbers and vectors ``[N, H]`` of all passages, read again after a change."""
+    def _loaded(
+        self, documents: list[int] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the numbers and vectors ``[N, H]`` of the passages of ``documents``.
+
+        All vectors stay in memory, and are read again after a change.
+        """
         (version,) = self._connection.execute("PRAGMA data_version").fetchone()
         if self._vectors is None or self._vectors[0] != version:
-            rows = self._connection.execute("SELECT * FROM vectors ORDER BY passage").fetchall()
-            joined = np.frombuffer(b"".join(vector for _, vector in rows), np.float16)
+            query = "SELECT passage, document, vector FROM vectors JOIN passages ON id = passage"
+            rows = self._connection.execute(f"{query} ORDER BY passage").fetchall()
+            joined = np.frombuffer(b"".join(vector for *_, vector in rows), np.float16)
             vector_NH = joined.astype(np.float32).reshape(len(rows), -1 if rows else 0)
-            self._vectors = version, [number for number, _ in rows], vector_NH
-        _, numbers, vector_NH = self._vectors
-        return numbers, vector_NH
+            passage_N, document_N = (np.array([row[n] for row in rows], np.int64) for n in (0, 1))
+            self._vectors = version, passage_N, document_N, vector_NH
+        _, passage_N, document_N, vector_NH = self._vectors
+        if documents is not None:
+            kept_N = np.isin(document_N, documents)
+            if not kept_N.all():
+                passage_N, vector_NH = passage_N[kept_N], vector_NH[kept_N]
+        return passage_N, vector_NH
 
     def _passage(
         self, number: int, query_H: NDArray[np.float32], cosine: float | None
@@ -391,7 +468,8 @@ def _unknown(name: str) -> RecipeError:
 
 
 @contextmanager
-def _open_database(file: Path) -> Iterator[sqlite3.Connection]:
+def open_file(file: Path) -> Iterator[sqlite3.Connection]:
+    """Yield a connection to the file of an index."""
     try:
         with closing(sqlite3.connect(file, timeout=30, check_same_thread=False)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
@@ -413,7 +491,8 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
 
 
-def _create(connection: sqlite3.Connection, model: str, fingerprint: str, language: str) -> None:
+def create(connection: sqlite3.Connection, model: str, fingerprint: str, language: str) -> None:
+    """Create the tables of an index; an existing index stays."""
     about = {
         "form": str(FORM), "model": model, "fingerprint": fingerprint, "language": language,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

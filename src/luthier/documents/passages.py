@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from luthier.documents.readers import DocumentPage
@@ -48,6 +48,16 @@ def cut(pages: Iterable[DocumentPage]) -> Iterator[Passage]:
             level = len(heading[1])
             path = [*((n, text) for n, text in path if n < level), (level, heading[2])]
         yield from _packed(parts, path, page.number)
+
+
+def windows(
+    text: str, offsets: Sequence[tuple[int, int]], size: int, overlap: int = 0
+) -> Iterator[str]:
+    """Yield parts of ``text`` of ``size`` tokens, each ``overlap`` tokens before the end of the
+    last part. ``offsets`` has the first and last character (exclusive) of each token."""
+    for start in range(0, max(1, len(offsets) - overlap), size - overlap):
+        part = offsets[start : start + size]
+        yield text[part[0][0] : part[-1][1]] if part else text
 
 
 def count_words(text: str) -> int:

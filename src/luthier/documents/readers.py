@@ -18,7 +18,7 @@ from luthier.data.languages import detect_languages
 from luthier.data.rows import load_documents
 from luthier.errors import DataError, Location, Problem, RecipeError
 from luthier.files import read_text
-from luthier.processes import python_command
+from luthier.processes import KillHandle, cancellable, python_command
 
 TEXT_FORMATS = (".md", ".txt", ".rst")
 LIBRARY_FORMATS = (".pdf", ".docx", ".pptx", ".xlsx", ".html", ".htm", ".epub")
@@ -150,6 +150,7 @@ class DocumentReader:
             )
         child = self._child
         assert child.stdin is not None and child.stdout is not None
+        work = cancellable(KillHandle(child.kill))
         try:
             child.stdin.write(json.dumps(str(path)) + "\n")
             child.stdin.flush()
@@ -157,6 +158,8 @@ class DocumentReader:
             line = child.stdout.readline() if ready else ""
         except BrokenPipeError:
             ready, line = [child.stdout], ""
+        finally:
+            work.finish()
         if line:
             answer: dict[str, Any] = json.loads(line)
             return answer

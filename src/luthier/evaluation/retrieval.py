@@ -282,12 +282,14 @@ class Retriever:
         ]
 
 
-def reciprocal_rank_fusion(orders: Sequence[Sequence[int]]) -> list[int]:
-    """All numbers of several orders, the best first, by the sum of 1 / (60 + rank)."""
+def reciprocal_rank_fusion(
+    orders: Sequence[Sequence[int]], weights: Sequence[float] | None = None
+) -> list[int]:
+    """All numbers of several orders, the best first, by the weighted sum of 1 / (60 + rank)."""
     scores: defaultdict[int, float] = defaultdict(float)
-    for order in orders:
+    for order, weight in zip(orders, weights or [1.0] * len(orders), strict=True):
         for rank, number in enumerate(order, 1):
-            scores[number] += 1 / (RANK_CONSTANT + rank)
+            scores[number] += weight / (RANK_CONSTANT + rank)
     return sorted(scores, key=lambda number: (-scores[number], number))
 
 

@@ -46,7 +46,7 @@ _OPERATIONS = {
         "luthier": (
             "Predict SampleImages ReconstructImages openai.chat.completions.create "
             "openai.completions.create openai.embeddings.create openai.images.generate "
-            "openai.responses.create openai.rerank.create"
+            "openai.responses.create openai.rerank.create openai.vector_stores.search"
         ),
     },
     Permission.READ: {
@@ -63,7 +63,10 @@ _OPERATIONS = {
             "openai.fine_tuning.jobs.list_events openai.fine_tuning.jobs.list_checkpoints "
             "openai.batches.list openai.batches.retrieve openai.evals.list openai.evals.retrieve "
             "openai.evals.runs.list openai.evals.runs.retrieve openai.evals.runs.output_items.list "
-            "openai.evals.runs.output_items.retrieve"
+            "openai.evals.runs.output_items.retrieve openai.vector_stores.list "
+            "openai.vector_stores.retrieve openai.vector_stores.files.list "
+            "openai.vector_stores.files.retrieve openai.vector_stores.files.content "
+            "openai.vector_stores.file_batches.retrieve openai.vector_stores.file_batches.list_files"
         ),
         "s3": "ListAllMyBuckets ListBucket GetBucketLocation GetObject",
     },
@@ -83,7 +86,11 @@ _OPERATIONS = {
             "openai.fine_tuning.alpha.graders.run openai.fine_tuning.alpha.graders.validate "
             "openai.models.delete openai.batches.create openai.batches.cancel openai.evals.create "
             "openai.evals.update openai.evals.delete openai.evals.runs.create "
-            "openai.evals.runs.cancel openai.evals.runs.delete"
+            "openai.evals.runs.cancel openai.evals.runs.delete openai.vector_stores.create "
+            "openai.vector_stores.update openai.vector_stores.delete "
+            "openai.vector_stores.files.create openai.vector_stores.files.update "
+            "openai.vector_stores.files.delete openai.vector_stores.file_batches.create "
+            "openai.vector_stores.file_batches.cancel"
         ),
         "s3": "CreateBucket DeleteBucket PutObject DeleteObject AbortMultipartUpload",
     },

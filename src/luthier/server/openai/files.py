@@ -22,6 +22,7 @@ from luthier.server.openai.operations import (
     page,
 )
 from luthier.server.openai.protocol import JsonObject, absent, invalid, seconds
+from luthier.server.tables import vector_stores
 from luthier.server.tables.text import check_storable
 from luthier.server.tables.uploaded_files import UploadedFile
 
@@ -98,10 +99,15 @@ def retrieve(call: OpenAICall, file: Name) -> JsonObject:
 
 @router.delete("/files/{file}", name="files.delete")
 def delete(call: OpenAICall, file: Name) -> JsonObject:
-    """Delete a file and the file's content. Jobs that have read the file continue."""
+    """Delete a file and the file's content, and remove the file from all vector stores. Jobs that
+    have read the file continue."""
     call.record("file", file)
+    with call.context.database.read() as session:
+        stores = vector_stores.stores_of(session, file)
     if not call.context.files.delete(call.account, file):
         raise absent("File object", file, "id")
+    for store in stores:
+        call.context.indexes.prune(call.account, store)
     return {"id": file, "object": "file", "deleted": True}
 
 

@@ -26,6 +26,7 @@ from luthier.models.decoding.sampling import MOST_TOKENS, Constraint
 from luthier.server.http.messages import Fault, parse_digits, refusal_text
 from luthier.server.http.streams import GeneratedPieces, StreamedResponse
 from luthier.server.identifiers import Invocable, ModelIds
+from luthier.server.openai.file_search import FileSearch
 from luthier.server.openai.protocol import (
     Body,
     JsonObject,
@@ -138,8 +139,8 @@ class SamplingFields(StrictBody):
 class Inference:
     """Resolves model names of an account, and queries models."""
 
-    def __init__(self, models: ModelIds, pool: ModelPool) -> None:
-        self.models, self.pool = models, pool
+    def __init__(self, models: ModelIds, pool: ModelPool, documents: FileSearch) -> None:
+        self.models, self.pool, self.documents = models, pool, documents
 
     def base(self, account: str, name: str) -> FoundationModel | CustomModel:
         """Return a base model, or an active model of ``account``, by any name.

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from luthier.server.openai.batches import BatchRunner
     from luthier.server.openai.eval_runner import EvalParts, EvaluationRunner
     from luthier.server.openai.generation import Inference
+    from luthier.server.openai.ingestion import IngestionRunner
+    from luthier.server.stores.store_indexes import StoreIndexes
     from luthier.server.stores.uploaded_files import UploadedFiles
 
 GRADER_BODY_BYTES = 4 * MIB
@@ -33,6 +35,8 @@ class Context(Components):
     files: UploadedFiles
     inference: Inference
     batches: BatchRunner
+    indexes: StoreIndexes
+    ingestion: IngestionRunner
     evaluations: EvaluationRunner
     eval_parts: EvalParts
     limits: ServerLimits

@@ -1,8 +1,9 @@
 """``/responses``: a response as output items, or as a stream of events. Responses are not stored.
 
-Clients send the earlier turns of a conversation as input items. The API rejects members that would
-change the response and are not supported: earlier responses by id, stored prompts and
-conversations, background work, and tools that run on the server.
+Clients send the earlier turns of a conversation as input items. The tool ``file_search`` searches for
+the last user message before the reply. The API rejects members that would change the response and are
+not supported: earlier responses by id, stored prompts and conversations, background work, and other
+tools that run on the server.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from queue import SimpleQueue
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from luthier.data.inputs import Media
+from luthier.documents.answers import DECLINED, PASSAGES, Citations, add_passages
 from luthier.inference.inference import (
     TURNS,
     Chat,
@@ -33,6 +37,7 @@ from luthier.server.http.messages import Fault
 from luthier.server.http.routes import MODEL_TURN
 from luthier.server.http.streams import GeneratedPieces, StreamedResponse
 from luthier.server.openai.chat import ContentPart, join_parts
+from luthier.server.openai.file_search import FileSearchTool, FoundInFile
 from luthier.server.openai.generation import (
     STREAM_HEADERS,
     Inference,
@@ -53,6 +58,7 @@ from luthier.server.openai.protocol import (
 from luthier.server.openai.tools import (
     MOST_TOOLS,
     FunctionTool,
+    HostedTool,
     JsonSchemaFormat,
     NamedFunction,
     arguments,
@@ -65,7 +71,7 @@ from luthier.server.sampling_fields import StructuredOutputs
 from luthier.types import Message, ToolCall
 
 router = openai_router()
-LOGPROBS = "message.output_text.logprobs"
+LOGPROBS, RESULTS = "message.output_text.logprobs", "file_search_call.results"
 _TEXTS = ("input_text", "output_text", "reasoning_text", "text")
 
 
@@ -93,6 +99,9 @@ class TextOptions(Body):
     format: OutputFormat | None = None
 
 
+ResponseTool = Annotated[FunctionTool | FileSearchTool, Field(discriminator="type")]
+
+
 class ResponseRequest(StrictBody):
     """Body of a request for a response."""
 
@@ -117,8 +126,8 @@ class ResponseRequest(StrictBody):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: list[str] | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | HostedTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -132,9 +141,25 @@ class ResponseRequest(StrictBody):
         """True if the client requests log probabilities."""
         return LOGPROBS in (self.include or ())
 
+    @property
+    def functions(self) -> list[FunctionTool]:
+        """Functions that the model may call."""
+        return [tool for tool in self.tools or () if isinstance(tool, FunctionTool)]
+
+    @property
+    def file_search(self) -> FileSearchTool | None:
+        """The tool that searches for the last user message, unless the client turned it off."""
+        if self.tool_choice == "none" or isinstance(self.tool_choice, NamedFunction):
+            return None
+        return next((each for each in self.tools or () if isinstance(each, FileSearchTool)), None)
+
     def check(self) -> None:
         """Reject unsupported members, and members that contradict each other."""
-        check_tools(self.tools or (), self.tool_choice)
+        if len(self.tools or ()) > len(self.functions) + 1:
+            raise invalid("Send one tool 'file_search' with all 'vector_store_ids'.", "tools")
+        if isinstance(self.tool_choice, HostedTool) and self.file_search is None:
+            raise invalid("There is no tool 'file_search'.", "tool_choice.type")
+        check_tools(self.functions, self._function_choice)
         if self.top_logprobs is not None and not self.wants_logprobs:
             raise invalid(f"'top_logprobs' needs '{LOGPROBS}' in 'include'.", "top_logprobs")
         form = self.text.format if self.text else None
@@ -143,18 +168,30 @@ class ResponseRequest(StrictBody):
         if form is not None and form.type != "text":
             check_only_form(self.structured_outputs, "text.format")
 
-    def generation_request(self) -> GenerationRequest:
-        """Return the request for the engine."""
+    @property
+    def _function_choice(self) -> Literal["none", "auto", "required"] | NamedFunction | None:
+        """The choice of functions: a search meets the requirement of a tool."""
+        if self.file_search is not None and self.tool_choice == "required":
+            return "auto"
+        return None if isinstance(self.tool_choice, HostedTool) else self.tool_choice
+
+    def generation_request(self, turns: Sequence[Message] | None = None) -> GenerationRequest:
+        """Return the request for the engine; ``turns`` replace the input."""
         sampling: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
         return GenerationRequest(
-            Chat(self._turns(), engine_tools(self.tools or ()), engine_choice(self.tool_choice)),
+            Chat(
+                tuple(turns or self.turns()),
+                engine_tools(self.functions),
+                engine_choice(self._function_choice),
+            ),
             max_tokens=self.max_output_tokens,
             top_logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
             **(self._constraint.fields if self._constraint else {}),
             **{name: value for name, value in sampling.items() if value is not None},
         )
 
-    def _turns(self) -> tuple[Message, ...]:
+    def turns(self) -> tuple[Message, ...]:
+        """Return instructions and input as turns."""
         turns = [Message("system", self.instructions)] if self.instructions else []
         if isinstance(self.input, str):
             return (*turns, Message("user", self.input))
@@ -207,7 +244,7 @@ def _add(turns: list[Message], item: InputItem, where: str) -> None:
         # Reasoning of OpenAI's models is encrypted or a summary, and cannot be used here.
         if reasoning := _text(item.content or "", f"{where}.content"):
             turns.append(Message("assistant", reasoning=reasoning))
-    else:
+    elif item.type != "file_search_call":  # the message that follows has the result
         raise invalid(f"Items of the type '{item.type}' are not supported.", f"{where}.type")
 
 
@@ -240,31 +277,78 @@ def create(call: OpenAICall, body: ResponseRequest) -> JsonObject | StreamedResp
     inference, account = call.context.inference, call.account
     if not body.stream:
         return complete(inference, account, body)
-    stream = _begin(inference, account, body)
-    return StreamedResponse(GeneratedPieces(_pieces(body, stream), [stream]), STREAM_HEADERS)
+    stream, search = _begin(inference, account, body)
+    pieces = _pieces(body, stream, search)
+    return StreamedResponse(GeneratedPieces(pieces, [stream]), STREAM_HEADERS)
 
 
 def complete(inference: Inference, account: str, body: ResponseRequest) -> JsonObject:
     """Return a whole response."""
-    response = _Response(body, _begin(inference, account, body))
+    response = _Response(body, *_begin(inference, account, body))
     with refusals(body.model, "input"):
         for _ in response.events():
             pass
     return response.to_dict()
 
 
-def _begin(inference: Inference, account: str, body: ResponseRequest) -> Stream:
+@dataclass(frozen=True)
+class _Search:
+    """Search of the tool ``file_search``."""
+
+    query: str
+    found: Sequence[FoundInFile]
+    """Passages in the prompt, in the order of their numbers."""
+
+
+def _begin(
+    inference: Inference, account: str, body: ResponseRequest
+) -> tuple[Stream, _Search | None]:
+    """Search, if the request has the tool, then start the reply."""
     target = inference.target(account, body.model)
     body.check()
-    structured = body.structured_outputs is not None
-    return inference.submit(
-        target, body.model, body.generation_request, "input", structured=structured
+
+    def submit(turns: Sequence[Message] | None = None) -> Stream:
+        structured = body.structured_outputs is not None
+        build = partial(body.generation_request, turns)
+        return inference.submit(target, body.model, build, "input", structured=structured)
+
+    tool = body.file_search
+    if tool is None:
+        return submit(), None
+    inference.check(account, body.model, "model")
+    turns = body.turns()
+    query = next((turn.content for turn in reversed(turns) if turn.role == "user"), "").strip()
+    if not query:
+        raise invalid("The tool 'file_search' needs a user message with text.", "input")
+    found, may_answer = inference.documents.search(
+        account, tool.vector_store_ids, [query], tool, tool.max_num_results or PASSAGES
     )
+    if not may_answer:
+        # With functions, the question may be about one of them.
+        return submit() if body.functions else _declined(), _Search(query, [])
+    with refusals(body.model, "input"):
+        takes_system = inference.pool.supports_system_prompt(target.stored_id)
+    while True:
+        try:
+            passages = [each.found for each in found]
+            return submit(add_passages(turns, passages, takes_system)), _Search(query, found)
+        except Fault as fault:
+            if fault.details.get("reason") != "context_length_exceeded" or len(found) < 2:
+                raise
+        found = found[:-1]
 
 
-def _pieces(parameters: ResponseRequest, stream: Stream) -> Iterator[bytes]:
+def _declined() -> Stream:
+    """Return the reply to a question that the documents do not answer."""
+    events: SimpleQueue[Any] = SimpleQueue()
+    events.put(TokenChunk(0, DECLINED))
+    events.put(FinishEvent(0, "stop", 0))
+    return Stream(events, 0, 1)
+
+
+def _pieces(parameters: ResponseRequest, stream: Stream, search: _Search | None) -> Iterator[bytes]:
     """Yield server-sent events. An error becomes the last event."""
-    response = _Response(parameters, stream)
+    response = _Response(parameters, stream, search)
     try:
         try:
             with refusals(parameters.model, "input"):
@@ -284,8 +368,9 @@ def _encode_event(event: Mapping[str, Any]) -> bytes:
 class _Response:
     """State of a response during generation, and the events of the stream."""
 
-    def __init__(self, parameters: ResponseRequest, stream: Stream) -> None:
-        self._parameters, self._stream = parameters, stream
+    def __init__(self, parameters: ResponseRequest, stream: Stream, search: _Search | None) -> None:
+        self._parameters, self._stream, self._search = parameters, stream, search
+        self._citations: Citations | None = None
         self._id, self._created = f"resp_{secrets.token_hex(24)}", int(time.time())
         self._status, self._number = "in_progress", 0
         self._end: FinishEvent | None = None
@@ -296,6 +381,8 @@ class _Response:
         """Yield all events, in the order of OpenAI's specification."""
         yield self._event("response.created", response=self.to_dict())
         yield self._event("response.in_progress", response=self.to_dict())
+        if self._search is not None:
+            yield from self._add_search(self._search)
         for event in self._stream:
             if isinstance(event, ReasoningChunk):
                 if event.text:
@@ -309,7 +396,7 @@ class _Response:
                 self._end = event
         cut = self._end is not None and self._end.reason in ("length", "context")
         self._status = "incomplete" if cut else "completed"
-        if not self._items:
+        if not self._items or self._items[-1]["type"] == "file_search_call":
             yield from self._open("message")
         yield from self._finish(self._status)
         yield self._event(f"response.{self._status}", response=self.to_dict())
@@ -348,10 +435,13 @@ class _Response:
             "store": False,
             "temperature": 1.0 if parameters.temperature is None else parameters.temperature,
             "text": {"format": _without_none(form) if form else {"type": "text"}},
-            "tool_choice": _without_none(choice) if isinstance(choice, NamedFunction) else choice,
+            "tool_choice": choice if isinstance(choice, str) else _without_none(choice),
             # OpenAI's client requires both members.
             "tools": [
-                {"description": None, "strict": True, **_without_none(tool)}
+                {
+                    **({"description": None, "strict": True} if tool.type == "function" else {}),
+                    **_without_none(tool),
+                }
                 for tool in parameters.tools or ()
             ],
             "top_logprobs": parameters.top_logprobs or 0,
@@ -396,6 +486,11 @@ class _Response:
         else:
             item = {"type": kind, "id": f"msg_{secrets.token_hex(24)}", "role": "assistant"}
             part = {"type": "output_text", "annotations": [], "logprobs": [], "text": ""}
+            text = self._parameters.text
+            plain = text is None or text.format is None or text.format.type == "text"
+            if self._search and plain and self._parameters.structured_outputs is None:
+                # In JSON, [1] is a list.
+                self._citations = Citations(len(self._search.found))
         item |= {"status": "in_progress", "content": []}
         self._items.append(item)
         index = len(self._items) - 1
@@ -416,19 +511,48 @@ class _Response:
         if self._open_item is None or self._open_item["type"] == "reasoning":
             yield from self._finish("completed")
             yield from self._open("message")
+        scores = chat_logprobs(piece.scores) if self._parameters.wants_logprobs else []
+        yield from self._text(piece.text, scores)
+
+    def _text(
+        self, text: str, scores: list[JsonObject], last: bool = False
+    ) -> Iterator[JsonObject]:
+        """Add text to the message, with an annotation for each citation."""
         message = self._items[-1]
         part = message["content"][0]
-        scores = chat_logprobs(piece.scores) if self._parameters.wants_logprobs else []
-        part["text"] += piece.text
+        cited: list[tuple[int, int]] = []
+        if self._citations is not None:
+            text, cited = self._citations.add(text, last)
+        part["text"] += text
         part["logprobs"] += scores
         where = self._where(message, content_index=0)
-        yield self._event("response.output_text.delta", **where, delta=piece.text, logprobs=scores)
+        if text or scores:
+            yield self._event("response.output_text.delta", **where, delta=text, logprobs=scores)
+        for position, number in cited:
+            assert self._search is not None
+            file = self._search.found[number - 1].file
+            annotation = {
+                "type": "file_citation",
+                "file_id": file.file_id,
+                "filename": file.filename,
+                "index": position,
+            }
+            place = len(part["annotations"])
+            part["annotations"].append(annotation)
+            yield self._event(
+                "response.output_text.annotation.added",
+                **where,
+                annotation_index=place,
+                annotation=annotation,
+            )
 
     def _finish(self, status: str) -> Iterator[JsonObject]:
         """End the open item, if any."""
         item = self._open_item
         if item is None:
             return
+        if self._citations is not None and item["type"] == "message":
+            yield from self._text("", [], last=True)
         item["status"] = status
         (part,) = item["content"]
         where = self._where(item, content_index=0)
@@ -442,6 +566,21 @@ class _Response:
         yield self._event(
             "response.output_item.done", output_index=where["output_index"], item=item
         )
+
+    def _add_search(self, search: _Search) -> Iterator[JsonObject]:
+        item: JsonObject = {"type": "file_search_call", "id": f"fs_{secrets.token_hex(24)}"}
+        item |= {"queries": [search.query], "results": None}
+        self._items.append({**item, "status": "in_progress"})
+        index = len(self._items) - 1
+        yield self._event(
+            "response.output_item.added", output_index=index, item=dict(self._items[-1])
+        )
+        for state in ("in_progress", "searching", "completed"):
+            yield self._event(f"response.file_search_call.{state}", **self._where(item))
+        if RESULTS in (self._parameters.include or ()):
+            item["results"] = [{**each.to_dict(), "text": each.text} for each in search.found]
+        self._items[-1] = {**item, "status": "completed"}
+        yield self._event("response.output_item.done", output_index=index, item=self._items[-1])
 
     def _add_call(self, call: ToolCall) -> Iterator[JsonObject]:
         arguments = call.arguments_json

@@ -26,30 +26,35 @@ from luthier.server.openai import (
     protocol,
     rerank,
     responses,
+    vector_stores,
 )
 from luthier.server.openai.batches import BatchRunner
 from luthier.server.openai.chat import ChatRequest
 from luthier.server.openai.completions import CompletionRequest
 from luthier.server.openai.embeddings import EmbeddingRequest
 from luthier.server.openai.eval_runner import EvalParts, EvalTask, EvaluationRunner
+from luthier.server.openai.file_search import FileSearch
 from luthier.server.openai.generation import Inference, answers
 from luthier.server.openai.graders import PooledModels
+from luthier.server.openai.ingestion import IngestionRunner
 from luthier.server.openai.operations import Context
 from luthier.server.openai.responses import ResponseRequest
 from luthier.server.stores.objects import Objects
+from luthier.server.stores.store_indexes import StoreIndexes
 from luthier.server.stores.uploaded_files import UploadedFiles
 from luthier.server.tables.usage import CountUsage
 
 PREFIXES = ("/v1/", "/openai/v1/")
 _MODULES = (
     batches, chat, completions, embeddings, evals, files, fine_tuning, graders, images, models,
-    rerank, responses,
+    rerank, responses, vector_stores,
 )  # fmt: skip
 ROUTERS = (*(module.router for module in _MODULES), files.uploads, evals.graders)
 
 
 class OpenAIService:
-    """The OpenAI API with runners for batches and evals. :meth:`start` begins the background work."""
+    """The OpenAI API with runners for batches, evals and files of vector stores. :meth:`start` begins
+    the background work."""
 
     def __init__(
         self,
@@ -68,7 +73,10 @@ class OpenAIService:
         """
         database, pool = components.database, components.pool
         self.files = UploadedFiles(database, objects)
-        inference = Inference(components.models, pool)
+        self.indexes = StoreIndexes(database)
+        documents = FileSearch(database, pool, self.indexes)
+        inference = Inference(components.models, pool, documents)
+        self.ingestion = IngestionRunner(database, self.files, documents, count)
         complete_chat = answers(inference, ChatRequest, chat.complete)
         self.batches = BatchRunner(
             database,
@@ -90,6 +98,8 @@ class OpenAIService:
             files=self.files,
             inference=inference,
             batches=self.batches,
+            indexes=self.indexes,
+            ingestion=self.ingestion,
             evaluations=self.evaluations,
             eval_parts=parts,
             limits=limits,
@@ -97,14 +107,17 @@ class OpenAIService:
         self.api = _api(context)
 
     def start(self) -> None:
-        """Start running batches and evals, including unfinished work of an earlier server."""
+        """Start the background work, including unfinished work of an earlier server."""
         self.batches.start()
         self.evaluations.start()
+        self.ingestion.start()
 
     def close(self) -> None:
-        """Stop running batches and evals."""
+        """Stop the background work."""
         self.batches.close()
         self.evaluations.close()
+        self.ingestion.close()
+        self.indexes.close()
 
 
 def _api(context: Context) -> Api:

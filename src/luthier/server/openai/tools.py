@@ -53,6 +53,12 @@ class NamedFunction(Named):
     type: Literal["function"]
 
 
+class HostedTool(Body):
+    """Tool of the server that a response must use."""
+
+    type: Literal["file_search"]
+
+
 class ToolChoice(Body):
     """Function that a chat completion must call."""
 

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from luthier.errors import ObjectRefused
 from luthier.server.stores.object_files import FileWriter, WrittenFile
 from luthier.server.stores.objects import Objects
+from luthier.server.tables import vector_stores
 from luthier.server.tables.database import MIXED, Database, now, page_of, random_id
 from luthier.server.tables.objects import UPLOADS, ObjectMetadata
 from luthier.server.tables.uploaded_files import UploadedFile
@@ -176,6 +177,7 @@ class UploadedFiles:
                 update(UploadedFile).where(*mine).values(deleted=now()).returning(UploadedFile.seq)
             )
             marked = len(session.execute(done).all())
+            vector_stores.remove_everywhere(session, file_id)
 
         try:
             self.objects.delete(account, UPLOADS, [file_id], mark)

@@ -6,7 +6,7 @@ restarted server does not repeat stored lines, and no line occurs twice in the o
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, select
@@ -51,6 +51,8 @@ class Batch(BackgroundWork, Base):
     """Number of completed or failed lines, set at the end of the batch."""
     moments: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """Unix time by status."""
+    expires: Mapped[datetime]
+    """Time limit of the batch."""
 
 
 class BatchLine(Base):

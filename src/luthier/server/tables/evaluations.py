@@ -83,6 +83,8 @@ class EvaluationRun(BackgroundWork, Base):
     """
     stored_bytes: Mapped[int] = mapped_column(BigInteger)
     completed: Mapped[datetime | None]
+    expires: Mapped[datetime]
+    """Time limit of the run."""
 
     @property
     def graded_rows(self) -> int:

@@ -74,8 +74,6 @@ class BackgroundWork(TakesTurns):
     """Client that created the work: ``account`` and ``user``. The client's current rights apply."""
     status: Mapped[str] = mapped_column(index=True)
     created: Mapped[datetime]
-    expires: Mapped[datetime]
-    """Time limit of the work."""
 
     @classmethod
     def is_unfinished(cls) -> ColumnElement[bool]:

@@ -28,13 +28,14 @@ from luthier.server.tables import (
     tags,
     uploaded_files,
     usage,
+    vector_stores,
 )
 from luthier.server.tables.database import Base, Database, lock_by_name
 
 _MODULES = (
     accounts, audit, batches, custom_models, endpoints, evaluations, exports,
     idempotency, imports, jobs, objects, principals, storage, tags, uploaded_files,
-    usage,
+    usage, vector_stores,
 )  # fmt: skip
 """Modules that declare tables when imported."""
 METADATA = Base.metadata
