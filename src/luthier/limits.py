@@ -34,8 +34,8 @@ class AccountQuotas(StrictModel):
     """
 
     stored_bytes: int = Field(default=1 << 40, ge=0)
-    """Bytes of objects, files, parts of uploads, custom models and eval results of an
-    account."""
+    """Bytes of objects, files, parts of uploads, custom models, eval results and vector stores of
+    an account."""
     jobs_in_flight: int = Field(default=5_000, ge=0)
     """Unfinished customization jobs of an account."""
     custom_models: int = Field(default=10_000, ge=0)
