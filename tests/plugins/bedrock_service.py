@@ -26,6 +26,8 @@ from luthier.server.bedrock.routes import bedrock_api
 from luthier.server.http.application import Application
 from luthier.server.http.messages import Caller, Fault, RequestHead, Signed
 from luthier.server.http.metrics import Metrics
+from luthier.server.live.capture import Capture
+from luthier.server.stores.objects import Objects
 from luthier.server.stores.removal import delete
 from luthier.server.tables import jobs as queue
 from luthier.server.tables.arns import Arns
@@ -114,6 +116,7 @@ class Service:
             pool=ModelPool(0),
             quotas=lambda account: quotas,
             delete_model=self.delete,
+            capture=Capture(Objects(database)),
             wake=self.told_of.set,
             activation=Activation(database, self.preparation),
             grader=graders,

@@ -11,6 +11,7 @@ from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
 from luthier.server.identifiers import ModelIds
 from luthier.server.jobs.forecast import QueuePlace
+from luthier.server.live.capture import Capture
 from luthier.server.stores.locations import Locations
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CustomModel
@@ -32,6 +33,8 @@ class Components:
     delete_model: Callable[[CustomModel], None]
     """Deletes a model and the model's files. Raises :class:`~luthier.errors.WrongState` if the model is
     in use."""
+    capture: Capture
+    """Captured requests."""
     wake: Callable[[], None] = lambda: None
     """Notifies the scheduler of new work."""
     queue_places: Callable[[Session], Mapping[str, QueuePlace]] = lambda session: {}

@@ -53,7 +53,8 @@ _OPERATIONS = {
         "bedrock": (
             "GetCustomModel ListCustomModels GetModelCustomizationJob ListModelCustomizationJobs "
             "GetCustomModelDeployment ListCustomModelDeployments GetProvisionedModelThroughput "
-            "ListProvisionedModelThroughputs ListTagsForResource"
+            "ListProvisionedModelThroughputs ListTagsForResource "
+            "GetModelInvocationLoggingConfiguration"
         ),
         "luthier": (
             "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport "
@@ -76,7 +77,8 @@ _OPERATIONS = {
             "DeleteCustomModel CreateCustomModelDeployment UpdateCustomModelDeployment "
             "DeleteCustomModelDeployment CreateProvisionedModelThroughput "
             "UpdateProvisionedModelThroughput DeleteProvisionedModelThroughput TagResource "
-            "UntagResource"
+            "UntagResource PutModelInvocationLoggingConfiguration "
+            "DeleteModelInvocationLoggingConfiguration"
         ),
         "luthier": (
             "CreateJob PauseJob ResumeJob StopJob PreviewData InspectData EstimateJob CreateExport "

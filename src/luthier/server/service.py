@@ -35,6 +35,7 @@ from luthier.server.http.metrics import Meter, Metrics
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.runners import Runner
 from luthier.server.jobs.scheduler import Scheduler
+from luthier.server.live.capture import Capture
 from luthier.server.native.operations import Context
 from luthier.server.native.routes import native_api
 from luthier.server.openai import OpenAIService
@@ -113,6 +114,7 @@ class Service:
             shared_by=settings.job_processes,
         )
         self.trail = AuditTrail(self.database)
+        self.capture = Capture(self.objects, settings.region)
         components = Components(
             database=self.database,
             arns=self.arns,
@@ -120,6 +122,7 @@ class Service:
             pool=self.pool,
             quotas=self._quotas,
             delete_model=self._delete,
+            capture=self.capture,
             wake=self.scheduler.wake,
             queue_places=self.scheduler.queue_places,
             hold_out=settings.hold_out,
@@ -138,6 +141,7 @@ class Service:
             self.missing,
             settings.limits,
             Console(),
+            self.capture,
         )
         if settings.cors_origins:
             from starlette.middleware.cors import CORSMiddleware
@@ -158,6 +162,7 @@ class Service:
         # Repeat later for files that may still belong to running uploads.
         self._later.start()
         self.activation.resume()
+        self.capture.start()
         self.openai.start()
         self.memory.start()
         if work:
@@ -172,6 +177,7 @@ class Service:
         self._later.cancel()
         self.scheduler.stop(release_work)
         self.openai.close()
+        self.capture.close()
         self.activation.close()
         self.meter.close()
         self.pool.close()
@@ -234,6 +240,7 @@ class Service:
             }
         return {
             **{name: {s: float(count) for s, count in each} for name, each in counted.items()},
+            "capture_records": {name: float(count) for name, count in self.capture.counts.items()},
             "models_in_memory": {"": float(len(self.pool.loaded_ids()))},
             "workers": {"": float(len(self.scheduler.children))},
             "memory_bytes": {

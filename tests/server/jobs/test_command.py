@@ -17,8 +17,10 @@ from luthier.limits import AccountQuotas
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.folders import LOG_TAIL, JobFolders
 from luthier.server.jobs.scheduler import Scheduler
+from luthier.server.live.capture import Capture
 from luthier.server.native.operations import Context
 from luthier.server.stores.locations import Locations
+from luthier.server.stores.objects import Objects
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.objects import StoredObject
 
@@ -68,6 +70,7 @@ def test_library_crash_traceback_is_in_job_log(queue: Any, monkeypatch: Any) -> 
     context = Context(
         database=queue.database, arns=Arns(), locations=Locations(queue.database),
         pool=ModelPool(0), quotas=lambda account: AccountQuotas(), delete_model=lambda model: None,
+        capture=Capture(Objects(queue.database)),
     )  # fmt: skip
     path = f"/api/v1/jobs/{job.name}"
     assert native_client(context, "222222222222").get(path).status_code == 404

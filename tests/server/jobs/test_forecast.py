@@ -129,7 +129,7 @@ def test_native_jobs_have_position_and_expected_start(database: Database) -> Non
     nothing: Any = SimpleNamespace()
     context = Context(
         database=database, arns=Arns(), locations=nothing, pool=nothing,
-        quotas=lambda account: AccountQuotas(), delete_model=lambda model: None,
+        quotas=lambda account: AccountQuotas(), delete_model=lambda model: None, capture=nothing,
         queue_places=partial(queue_places, capacity=CAPACITY),
     )  # fmt: skip
     client, other = native_client(context), native_client(context, OTHER)

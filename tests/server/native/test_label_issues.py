@@ -16,9 +16,11 @@ from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
 from luthier.server.http.messages import Caller, Fault
 from luthier.server.jobs.submit import Submission, submit
+from luthier.server.live.capture import Capture
 from luthier.server.native.jobs import LabelIssuesPage, list_label_issues
 from luthier.server.native.operations import Call, Context
 from luthier.server.stores import removal
+from luthier.server.stores.objects import Objects
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database
 from luthier.server.tables.foundation import foundation_model
@@ -54,6 +56,7 @@ def jobs(luthier_home: Path) -> Iterator[Call]:
         database=database, arns=arns, locations=nowhere, pool=ModelPool(0),
         quotas=lambda account: AccountQuotas(),
         delete_model=partial(removal.delete, database, arns),
+        capture=Capture(Objects(database)),
     )  # fmt: skip
     yield Call(context, Caller(ACCOUNT, "anna", ("administrator",)), "luthier:ListLabelIssues")
     database.close()

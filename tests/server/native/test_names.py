@@ -18,8 +18,10 @@ from luthier.library.folders import custom_folder
 from luthier.limits import AccountQuotas
 from luthier.server.identifiers import find_model
 from luthier.server.jobs.submit import Submission, submit
+from luthier.server.live.capture import Capture
 from luthier.server.native.operations import Context
 from luthier.server.stores import removal
+from luthier.server.stores.objects import Objects
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database
@@ -42,6 +44,7 @@ def context() -> Iterator[Context]:
         pool=ModelPool(0),
         quotas=lambda account: AccountQuotas(),
         delete_model=partial(removal.delete, database, Arns()),
+        capture=Capture(Objects(database)),
     )
     database.close()
 

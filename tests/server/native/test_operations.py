@@ -43,6 +43,7 @@ def client() -> TestClient:
         pool=ModelPool(0),
         quotas=lambda account: AccountQuotas(),
         delete_model=lambda model: None,
+        capture=nowhere,
     )
     return native_client(context)
 

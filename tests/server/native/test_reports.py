@@ -14,8 +14,10 @@ from stored_objects import put_objects
 
 from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
+from luthier.server.live.capture import Capture
 from luthier.server.native.operations import Context
 from luthier.server.stores.locations import Locations
+from luthier.server.stores.objects import Objects
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Base, Database
 
@@ -35,6 +37,7 @@ def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
         pool=ModelPool(0),
         quotas=lambda account: AccountQuotas(),
         delete_model=lambda model: None,
+        capture=Capture(Objects(database)),
     )
     try:
         return native_client(context, "111111111111").post(path, json=body)

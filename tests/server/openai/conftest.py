@@ -22,6 +22,7 @@ from luthier.server.components import Components
 from luthier.server.http.application import Application
 from luthier.server.http.messages import Caller, Fault, RequestHead, Signed
 from luthier.server.http.metrics import Metrics
+from luthier.server.live.capture import Capture
 from luthier.server.openai import OpenAIService
 from luthier.server.stores.locations import Locations
 from luthier.server.stores.objects import Objects
@@ -135,11 +136,18 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
         pool=pool,
         quotas=lambda account: AccountQuotas(jobs_in_flight=20),
         delete_model=delete_model,
+        capture=Capture(objects),
     )
     made = OpenAIService(components, objects, ServerLimits())
     keys: Any = Keys()
     application = Application(
-        [made.api], keys, lambda caller: None, Metrics(dict), AuditTrail(database), lambda: None
+        [made.api],
+        keys,
+        lambda caller: None,
+        Metrics(dict),
+        AuditTrail(database),
+        lambda: None,
+        recorder=components.capture,
     )
     yield Service(made, application, database, objects, pool, deleted)
     made.close()

@@ -12,7 +12,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.routing import Route, Router
 
 from luthier.limits import BODY_BYTES
-from luthier.server.bedrock import custom_models, endpoints, foundation, jobs, tags
+from luthier.server.bedrock import custom_models, endpoints, foundation, jobs, logging, tags
 from luthier.server.bedrock.control import Control, Operate, handler
 from luthier.server.bedrock.hyperparameters import setting_name
 from luthier.server.bedrock.shapes import error_statuses, operation_models
@@ -25,6 +25,7 @@ CONTROL: Mapping[str, Operate] = {
     **jobs.OPERATIONS,
     **custom_models.OPERATIONS,
     **endpoints.OPERATIONS,
+    **logging.OPERATIONS,
     **tags.OPERATIONS,
 }
 """Operations of the control plane by name."""

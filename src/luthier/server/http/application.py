@@ -29,6 +29,7 @@ from luthier.processes import cancelled_by
 from luthier.server.actions import record_actions
 from luthier.server.audit import FAILURES, AuditTrail
 from luthier.server.authentication import Authenticator
+from luthier.server.http.exchanges import Observation, Recorder
 from luthier.server.http.limits import Slots
 from luthier.server.http.messages import (
     Caller,
@@ -67,8 +68,9 @@ class Api:
 
     The ASGI application finds in ``scope["state"]``: ``api``; ``caller`` and ``signed``;
     ``record``, for the name of the ``operation``; ``body``, with a ``limit`` that routes may
-    change; and the context managers ``model_turn``, ``grading_turn`` and ``stream_turn``. The scope
-    contains the raw path, because an ARN in a path has encoded slashes.
+    change; ``observed``, for requests to models; and the context managers ``model_turn``,
+    ``grading_turn`` and ``stream_turn``. The scope contains the raw path, because an ARN in a path
+    has encoded slashes.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Application:
         ready: Callable[[], str | None],
         limits: ServerLimits | None = None,
         console: Console | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """Create the application.
 
@@ -129,11 +132,12 @@ class Application:
             ready: Returns the reason if the service cannot work, or None.
             limits: Limits of the server.
             console: Static files for browsers, without authentication.
+            recorder: Captures requests to models.
         """
         self.limits = limits = limits or ServerLimits()
         self.apis, self.authenticator, self.admit = tuple(apis), authenticator, admit
         self.metrics, self.trail, self.ready = metrics, trail, ready
-        self._console = console
+        self._console, self._recorder = console, recorder
 
         def slots(capacity: int, per_account: int) -> Slots:
             return Slots(capacity, per_account, limits.waiting_requests)
@@ -191,6 +195,7 @@ class Application:
     ) -> None:
         record.api, record.of_console = api.name, _reads_for_console(head)
         body = RequestBody(head, receive, BODY_BYTES)
+        observed = self._recorder and Observation(self._recorder, record, time.perf_counter())
 
         async def send_audited(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -208,6 +213,8 @@ class Application:
                     # The end of the body is unknown, or the client still waits for 100 Continue.
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}
+            if observed and observed.exchange:
+                observed.exchange.add(message)
             await send(message)
 
         with (
@@ -223,6 +230,7 @@ class Application:
                     "signed": signed,
                     "record": record,
                     "body": body,
+                    "observed": observed,
                     "model_turn": partial(self._turn, self._model_slots, record, receive),
                     "grading_turn": partial(self._turn, self._grading_slots, record, receive),
                     "stream_turn": partial(self._streams.turn, record.account, 0),
@@ -239,6 +247,9 @@ class Application:
                 if record.status:
                     raise  # the response has started
                 await api.refuse(error, record)(scope, receive, send_audited)
+            finally:
+                if observed:
+                    observed.end()
 
     async def _identify(
         self, api: Api, head: RequestHead, record: RequestRecord, body: RequestBody

@@ -28,6 +28,8 @@ from luthier.server.tables.database import now
 
 Handler = Callable[[messages.Request], messages.Response]
 """An operation of an AWS API."""
+NOT_CAPTURED = frozenset({"CountTokens"})
+"""Operations that use a model and return no output of the model."""
 MOST_FIELDS, MOST_FIELD_BYTES = 64, 1 << 16
 """Limits of a form: number of fields, and size of a field in bytes."""
 
@@ -182,7 +184,10 @@ def api_application(routes: Sequence[BaseRoute], context: Any, **options: Any) -
 
 
 async def _model_turn(request: Request) -> AsyncIterator[None]:
-    async with request.state.model_turn():
+    state = request.state
+    if state.observed and (body := getattr(state, "json", None)) is not None:
+        state.observed.begin(state.caller, body, unquote(request.path_params.get("model", "")))
+    async with state.model_turn():
         yield
 
 
@@ -249,6 +254,9 @@ def handler_endpoint(
         call = read_head(request, await request.body())
         if not uses_model:
             return to_starlette(await run_in_threadpool(handler, call))
+        if state.observed and name not in NOT_CAPTURED:
+            metadata = call.headers.get("x-amzn-bedrock-request-metadata", "")
+            state.observed.begin(call.caller, call.body, call.params.get("modelId", ""), metadata)
         async with state.model_turn():
             answer = await run_in_threadpool(handler, call)
         return to_starlette(answer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -15,7 +16,9 @@ from luthier.errors import QuotaExceeded
 from luthier.files import numbered_lines
 from luthier.limits import BODY_BYTES
 from luthier.server.background import BackgroundRunner, caller_fields
+from luthier.server.http.exchanges import Observation, Recorder
 from luthier.server.http.messages import Fault, parse_json
+from luthier.server.http.metrics import RequestRecord
 from luthier.server.http.routes import Name
 from luthier.server.openai.generation import Answers
 from luthier.server.openai.operations import Limit, OpenAICall, openai_router, page, row_before
@@ -69,10 +72,11 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         files: UploadedFiles,
         endpoints: Mapping[str, Answers],
         count: CountUsage = lambda account, model, used: None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """Create the runner; ``count`` records the usage of accounts."""
+        """Create the runner; ``count`` records the usage of accounts, ``recorder`` captures lines."""
         super().__init__(database, count)
-        self.files, self.endpoints = files, endpoints
+        self.files, self.endpoints, self.recorder = files, endpoints, recorder
 
     def sweep(self) -> None:
         """Remove expired files."""
@@ -155,12 +159,28 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
     def _answer(self, batch: Batch, line: bytes) -> tuple[bool, JsonObject]:
         members = json.loads(line)
         endpoint, status = self.endpoints[batch.endpoint], 200
+        operation = f"openai.{batch.endpoint.removeprefix('/v1/').replace('/', '.')}.create"
+        record = RequestRecord(secrets.token_hex(12), "POST", "", operation=operation)
+        observed = self.recorder and Observation(self.recorder, record, time.perf_counter())
+
+        def count(model: str, read: int, written: int) -> None:
+            self.count_tokens(batch.account, model, read, written)
+            record.add_model(model)
+            record.add_tokens(model, read, written)
+
         try:
-            account = self.caller_of(batch).account
-            answer = self.attempt(batch, partial(endpoint, account, members["body"]))
+            caller = self.caller_of(batch)
+            if observed:
+                observed.begin(caller, members["body"])
+            answer = self.attempt(batch, partial(endpoint, caller.account, members["body"]), count)
         except Fault as fault:
+            record.error = fault.code
             status, answer = shape_of(fault).status, {"error": error_of(fault)}
-        response = {"status_code": status, "request_id": secrets.token_hex(12), "body": answer}
+        if observed and observed.exchange:
+            observed.exchange.pieces = [json.dumps(answer).encode()]
+            record.bytes_in, record.bytes_out = len(line), len(observed.exchange.pieces[0])
+            observed.end()
+        response = {"status_code": status, "request_id": record.request_id, "body": answer}
         return status != 200, {
             "id": f"batch_req_{secrets.token_hex(12)}",
             "custom_id": members["custom_id"],

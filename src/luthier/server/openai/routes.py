@@ -88,6 +88,7 @@ class OpenAIService:
                 "/v1/responses": answers(inference, ResponseRequest, responses.complete),
             },
             count,
+            components.capture,
         )
         parts = EvalParts(self.files, complete_chat, inference.judge, PooledModels(pool), limits)
         self.evaluations = EvaluationRunner(

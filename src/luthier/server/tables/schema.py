@@ -15,6 +15,8 @@ from luthier.server.tables import (
     accounts,
     audit,
     batches,
+    captures,
+    conversations,
     custom_models,
     endpoints,
     evaluations,
@@ -33,7 +35,7 @@ from luthier.server.tables import (
 from luthier.server.tables.database import Base, Database, lock_by_name
 
 _MODULES = (
-    accounts, audit, batches, custom_models, endpoints, evaluations, exports,
+    accounts, audit, batches, captures, conversations, custom_models, endpoints, evaluations, exports,
     idempotency, imports, jobs, objects, principals, storage, tags, uploaded_files,
     usage, vector_stores,
 )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Life after deployment: capture of requests, feedback, and rows from both."""

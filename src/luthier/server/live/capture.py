@@ -1,0 +1,226 @@
+"""Capture of requests to models: a bounded queue, and one thread that writes all records.
+
+Requests only append to the queue. The thread writes the records of each account every
+:data:`FLUSH_SECONDS` as one object of the built-in store, in one transaction with the rows of the
+index. A killed server therefore loses at most the records of the last second, and leaves no partial
+record.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+
+from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from luthier.errors import DoesNotFit, ObjectRefused, QuotaExceeded, ReadOnlyDisk
+from luthier.server.http.exchanges import Exchange
+from luthier.server.live.records import (
+    encode_record,
+    folder_of,
+    hour_folder,
+    move_large_bodies,
+    object_name,
+    record_of,
+)
+from luthier.server.stores.objects import Objects
+from luthier.server.tables.captures import CapturedRequest, CaptureSettings, Feedback
+from luthier.server.tables.database import now
+from luthier.server.tables.objects import Bucket, ObjectMetadata, StoredObject
+
+FLUSH_SECONDS = 0.5
+"""Interval between two writes of records, in seconds."""
+EXPIRY_SECONDS = 60.0
+"""Interval between two deletions of expired records, in seconds."""
+QUEUE_BYTES = 64_000_000
+"""Maximum size of waiting exchanges. Further exchanges are dropped and counted."""
+_OUTAGES = (DoesNotFit, ReadOnlyDisk, OperationalError)
+_BATCH = 500
+"""Number of objects that are deleted in one transaction."""
+_log = logging.getLogger("luthier.server")
+
+
+class Capture:
+    """Writer of captured requests. Safe to share between threads."""
+
+    def __init__(self, objects: Objects, region: str = "us-east-1") -> None:
+        self.objects, self.region = objects, region
+        self.counts: Counter[str] = Counter(written=0, dropped=0)
+        """Number of records by outcome, for the metrics."""
+        self._settings: Mapping[str, CaptureSettings] = {}
+        self._queue: deque[Exchange] = deque()
+        self._size = 0
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
+
+    def start(self) -> None:
+        """Read the settings and start the thread."""
+        self.reload()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write the waiting records and stop the thread."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.flush()
+
+    def reload(self) -> None:
+        """Read the settings of all accounts. Other servers notice a change within a second."""
+        with self.objects.database.read() as session:
+            rows = session.scalars(select(CaptureSettings).where(CaptureSettings.enabled)).all()
+        self._settings = {row.account: row for row in rows}
+
+    def wants(self, account: str) -> bool:
+        """Return True if the next request of the account is captured."""
+        found = self._settings.get(account)
+        return found is not None and (found.share >= 1 or random.random() < found.share)
+
+    def add(self, exchange: Exchange) -> None:
+        """Queue an exchange; a full queue drops and counts the exchange."""
+        with self._lock:
+            if self._size + exchange.size > QUEUE_BYTES:
+                self.counts["dropped"] += 1
+                return
+            self._size += exchange.size
+            self._queue.append(exchange)
+
+    def flush(self) -> None:
+        """Write all waiting records now."""
+        with self._writing:
+            with self._lock:
+                waiting, self._queue, self._size = [*self._queue], deque(), 0
+            groups: defaultdict[str, list[Exchange]] = defaultdict(list)
+            for exchange in waiting:
+                groups[exchange.account].append(exchange)
+            for account, exchanges in groups.items():
+                settings = self._settings.get(account)
+                if settings is None:  # capture was disabled meanwhile
+                    continue
+                try:
+                    self._write(settings, exchanges)
+                except _OUTAGES as error:
+                    # The outage may end: the records wait, until the queue is full.
+                    _log.warning("captured requests wait: %s", error)
+                    for exchange in exchanges:
+                        self.add(exchange)
+                except (QuotaExceeded, ObjectRefused) as error:
+                    self.counts["dropped"] += len(exchanges)
+                    _log.warning("captured requests of account %s were dropped: %s", account, error)
+                except Exception:
+                    self.counts["dropped"] += len(exchanges)
+                    _log.exception("captured requests of account %s were dropped", account)
+
+    def _write(self, settings: CaptureSettings, exchanges: Sequence[Exchange]) -> None:
+        moment = now()
+        folder = hour_folder(settings, self.region, moment)
+        key = f"{folder}/{object_name(moment)}"
+        rows: list[CapturedRequest] = []
+        members: list[bytes] = []
+        offset = 0
+        for exchange in exchanges:
+            try:
+                record, row = record_of(exchange, settings, self.region)
+            except Exception:
+                _log.exception("a request could not be captured")
+                self.counts["dropped"] += 1
+                continue
+            for body_key, body in move_large_bodies(record, settings.bucket, folder):
+                self._put(settings, body_key, [body], [])
+            member = encode_record(record)
+            row.bucket, row.key, row.offset, row.size = settings.bucket, key, offset, len(member)
+            offset += len(member)
+            rows.append(row)
+            members.append(member)
+        if rows:
+            self._put(settings, key, members, rows)
+            self.counts["written"] += len(rows)
+
+    def _put(
+        self,
+        settings: CaptureSettings,
+        key: str,
+        pieces: Sequence[bytes],
+        rows: Sequence[CapturedRequest],
+    ) -> None:
+        """Write an object, and the rows in the same transaction."""
+        account = settings.account
+        with self.objects.begin(account) as file:
+            for piece in pieces:
+                file.write(piece)
+            written = file.finish()
+        self.objects.put(
+            account, settings.bucket, key, written, ObjectMetadata(),
+            also=lambda session: session.add_all(rows),
+        )  # fmt: skip
+
+    def _run(self) -> None:
+        expired = time.monotonic()
+        while not self._closed.wait(FLUSH_SECONDS):
+            try:
+                self.reload()
+                self.flush()
+                if time.monotonic() - expired > EXPIRY_SECONDS:
+                    expired = time.monotonic()
+                    remove_expired(self.objects)
+            except Exception:
+                # The database is unreachable; the next pass tries again.
+                _log.exception("captured requests could not be written")
+
+
+def remove_expired(objects: Objects) -> None:
+    """Delete the records that the accounts' settings no longer keep."""
+    with objects.database.read() as session:
+        settings = session.scalars(select(CaptureSettings)).all()
+    for each in settings:
+        remove_records(objects, each.account, each.days, each.most_bytes)
+
+
+def remove_records(objects: Objects, account: str, days: float, most_bytes: int) -> int:
+    """Delete records older than ``days``, and the oldest beyond ``most_bytes``.
+
+    Returns:
+        The number of deleted objects.
+    """
+    found = (
+        select(Bucket.name, StoredObject.key, StoredObject.size, StoredObject.modified)
+        .join(Bucket, Bucket.seq == StoredObject.bucket_seq)
+        .where(
+            StoredObject.account == account,
+            StoredObject.key.contains(folder_of(account), autoescape=True),
+        )
+        .order_by(StoredObject.modified.desc(), StoredObject.seq.desc())
+    )
+    oldest, total = now() - timedelta(days=days), 0
+    expired: defaultdict[str, list[str]] = defaultdict(list)
+    with objects.database.read() as session:
+        for bucket, key, size, modified in session.execute(found):
+            total += size
+            if total > most_bytes or modified <= oldest:
+                expired[bucket].append(key)
+    for bucket, keys in expired.items():
+        for first in range(0, len(keys), _BATCH):
+            part = keys[first : first + _BATCH]
+            forget = partial(_forget, account=account, condition=CapturedRequest.key.in_(part))
+            objects.delete(account, bucket, part, forget)
+    with objects.database.write() as session:
+        # Clients may have deleted objects.
+        _forget(session, account, CapturedRequest.created <= oldest)
+    return sum(map(len, expired.values()))
+
+
+def _forget(session: Session, account: str, condition: ColumnElement[bool]) -> None:
+    """Delete index rows of an account, with their feedback."""
+    mine = CapturedRequest.account == account, condition
+    rows = select(CapturedRequest.seq).where(*mine)
+    session.execute(delete(Feedback).where(Feedback.request_seq.in_(rows)))
+    session.execute(delete(CapturedRequest).where(*mine))
