@@ -46,6 +46,7 @@ from luthier.cli.predict import predict, show_predictions
 from luthier.cli.pretrain import pretrain, show_pretraining
 from luthier.cli.safety import safety, show_safety
 from luthier.cli.service.admin import admin_app
+from luthier.cli.service.live import live_app
 from luthier.cli.service.serve import serve
 from luthier.cli.service.worker import worker
 from luthier.cli.study import show_study, study
@@ -64,7 +65,8 @@ app = CommandGroup(
     pretty_exceptions_enable=False,
 )
 COMMAND_GROUPS = {
-    import_app: "import", admin_app: "admin", models_app: "models", index_app: "index"
+    import_app: "import", admin_app: "admin", models_app: "models", index_app: "index",
+    live_app: "live",
 }  # fmt: skip
 PANELS: dict[str, Sequence[Command | CommandGroup]] = {
     "Data": (
@@ -89,7 +91,6 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(embed, show_embeddings),
         Command(nearest, show_neighbours),
         Command(ask, show_answer),
-        Command(sample, show_images),
     ),
     "Evaluate": (
         Command(evaluate, show_evaluation),
@@ -97,7 +98,7 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(study, show_study),
         Command(forgetting, show_forgetting),
     ),
-    "Serve": (Command(serve, has_json=False), admin_app),
+    "Serve": (Command(serve, has_json=False), live_app, admin_app),
     "Manage": (
         models_app,
         Command(examples, show_examples),
@@ -107,6 +108,7 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(pipeline, show_stages),
         Command(demo, show_demo),
         import_app,
+        Command(sample, show_images),
         Command(judge, show_agreement),
         Command(safety, show_safety),
         Command(launch, print_launch_file, has_json=False),

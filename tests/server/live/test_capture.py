@@ -90,7 +90,8 @@ def disk_bytes(home: Path) -> bytes:
 
 
 def on(running: Running, account: str = ONE, **values: Any) -> None:
-    settings.enable(running.service.objects, account, **values)
+    with running.service.database.write() as session:
+        settings.enable(session, account, **values)
     running.service.capture.reload()
 
 

@@ -115,7 +115,7 @@ def audited_write(
 def show_record(record: Record) -> None:
     """Print names and values, and lists of records as tables."""
     for name, value in record.items():
-        if isinstance(value, list) and (not value or isinstance(value[0], dict)):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
             columns = dict.fromkeys(column for each in value for column in each)
             print_rows([*columns], value)
             continue

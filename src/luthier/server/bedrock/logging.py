@@ -8,6 +8,7 @@ from typing import Any
 from luthier.errors import ObjectRefused
 from luthier.server.bedrock.control import ControlRequest, Operate, invalid
 from luthier.server.live import settings
+from luthier.server.tables.captures import CaptureSettings
 
 
 def put_logging(request: ControlRequest) -> dict[str, Any]:
@@ -27,10 +28,10 @@ def put_logging(request: ControlRequest) -> dict[str, Any]:
     except ObjectRefused as refused:
         text = f"The bucket {bucket} does not exist in the built-in store of this server."
         raise invalid("loggingConfig.s3Config.bucketName", text) from refused
-    if config.get("textDataDeliveryEnabled", True):
-        settings.enable(capture.objects, account, bucket=bucket, prefix=prefix, logging=config)
-    else:
-        settings.disable(capture.objects, account)
+    with request.control.database.write() as session:
+        settings.enable(session, account, bucket=bucket, prefix=prefix, logging=config)
+        if not config.get("textDataDeliveryEnabled", True):
+            settings.disable(session, account)
     capture.reload()
     return {}
 
@@ -38,7 +39,8 @@ def put_logging(request: ControlRequest) -> dict[str, Any]:
 def get_logging(request: ControlRequest) -> Mapping[str, Any]:
     """Return the logging configuration; nothing without one."""
     request.record("*")
-    found = settings.settings_of(request.control.capture.objects, request.account)
+    with request.control.database.read() as session:
+        found = session.get(CaptureSettings, request.account)
     if found is None or not found.enabled:
         return {}
     location = {"s3Config": {"bucketName": found.bucket, "keyPrefix": found.prefix}}
@@ -48,7 +50,8 @@ def get_logging(request: ControlRequest) -> Mapping[str, Any]:
 def delete_logging(request: ControlRequest) -> dict[str, Any]:
     """Disable capture."""
     request.record("*")
-    settings.disable(request.control.capture.objects, request.account)
+    with request.control.database.write() as session:
+        settings.disable(session, request.account)
     request.control.capture.reload()
     return {}
 

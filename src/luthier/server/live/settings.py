@@ -4,56 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from luthier.errors import ObjectRefused, RefusedInput
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.errors import RefusedInput
 from luthier.server.live.records import folder_of
 from luthier.server.stores.objects import Objects
 from luthier.server.tables.accounts import account_of
 from luthier.server.tables.captures import CAPTURES, CaptureSettings
-from luthier.server.tables.objects import ObjectMetadata
+from luthier.server.tables.database import now
+from luthier.server.tables.objects import Bucket, ObjectMetadata
 
 PERMISSION_CHECK = "amazon-bedrock-logs-permission-check"
 """Name of the empty object that is written when logging is configured, as AWS does."""
 
 
-def enable(objects: Objects, account: str, **values: Any) -> CaptureSettings:
+def enable(session: Session, account: str, **values: Any) -> CaptureSettings:
     """Enable capture for an account. ``values`` are columns of :class:`CaptureSettings`.
 
     Columns without a value keep the earlier value, or get the default.
 
     Raises:
         RefusedInput: If a value is out of range, or the account does not exist.
-        ObjectRefused: ``NoSuchBucket``.
     """
     _check(**values)
-    with objects.database.write() as session:
-        account_of(session, account)
-        row = session.get(CaptureSettings, account) or CaptureSettings(account=account)
-        for name, value in {**values, "enabled": True}.items():
-            setattr(row, name, value)
-        session.add(row)
-        session.flush()
-        bucket = row.bucket
-    if bucket == CAPTURES:
-        try:
-            objects.create_bucket(account, CAPTURES)
-        except ObjectRefused as refused:
-            if refused.rule != "BucketAlreadyOwnedByYou":
-                raise
+    account_of(session, account)
+    row = session.get(CaptureSettings, account) or CaptureSettings(account=account)
+    for name, value in {**values, "enabled": True}.items():
+        setattr(row, name, value)
+    session.add(row)
+    session.flush()
+    named = select(Bucket.seq).where(Bucket.account == account, Bucket.name == CAPTURES)
+    if row.bucket == CAPTURES and session.scalar(named) is None:
+        session.add(Bucket(account=account, name=CAPTURES, created=now()))
     return row
 
 
-def disable(objects: Objects, account: str) -> None:
+def disable(session: Session, account: str) -> None:
     """Disable capture. The records stay until they expire."""
-    with objects.database.write() as session:
-        row = session.get(CaptureSettings, account)
-        if row is not None:
-            row.enabled, row.logging = False, {}
-
-
-def settings_of(objects: Objects, account: str) -> CaptureSettings | None:
-    """Return the settings of the account; None if capture was never enabled."""
-    with objects.database.read() as session:
-        return session.get(CaptureSettings, account)
+    row = session.get(CaptureSettings, account)
+    if row is not None:
+        row.enabled, row.logging = False, {}
+        row.bucket, row.prefix = CAPTURES, ""
 
 
 def check_writable(objects: Objects, account: str, bucket: str, prefix: str) -> None:

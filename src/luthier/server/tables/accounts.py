@@ -14,6 +14,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import RefusedInput
 from luthier.limits import AccountQuotas
+from luthier.server.tables.captures import CaptureSettings
 from luthier.server.tables.database import Base, Database, new_id, now
 from luthier.server.tables.storage import Storage
 
@@ -21,6 +22,7 @@ FRESH_SECONDS = 1.0
 """Maximum delay until other processes notice a change, in seconds."""
 _IDENTITY_TABLES = (
     "accounts", "quotas", "access_keys", "api_keys", "audit_log", "storage", "usage",
+    "capture_settings",
 )  # fmt: skip
 """Tables with an account's identity and history, not property."""
 
@@ -169,6 +171,7 @@ def remove_account(session: Session, account: str) -> None:
         session.delete(quota)
         session.flush()
     session.execute(delete(Storage).where(Storage.account == account))
+    session.execute(delete(CaptureSettings).where(CaptureSettings.account == account))
     session.delete(found)
     invalidate_caches(session)
 
