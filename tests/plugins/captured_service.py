@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from luthier_server import KEYS, ONE
+import pytest
+from luthier_server import KEYS, ONE, home_with_tiny
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from luthier.inference.inference import FinishEvent, GenerationRequest, Stream, TokenChunk
 from luthier.server.service import Service
+from luthier.server.settings import Settings
 from luthier.server.tables.captures import CapturedRequest
 
 ITEMS = ("ann.meyer@acme-corp.io", "4111 1111 1111 1111", "+1 415 555 2671")
@@ -68,6 +73,25 @@ class Running:
         return answer
 
 
+@pytest.fixture
+def running(
+    luthier_home: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Running]:
+    """The service with an echo in place of models."""
+    home_with_tiny(luthier_home, tiny_model_folder)
+    monkeypatch.setenv("LUTHIER_BOOTSTRAP", str(luthier_home / "bootstrap.json"))
+    service = Service(Settings(work=False))
+    echo = Echo()
+    for name in ("submit", "embed", "predict", "sample", "reconstruct"):
+        monkeypatch.setattr(service.pool, name, getattr(echo, name))
+    yield Running(service)
+    service.close()
+
+
+def _place(row: CapturedRequest, found: Any) -> tuple[int, int]:
+    return row.offset, row.size
+
+
 def records(running: Running, account: str = ONE) -> list[dict[str, Any]]:
     """Return the captured records of the account, oldest first, read as a client reads objects."""
     running.service.capture.flush()
@@ -77,8 +101,6 @@ def records(running: Running, account: str = ONE) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         objects = running.service.objects
-        _, pieces = objects.open_range(
-            account, row.bucket, row.key, lambda _, row=row: (row.offset, row.size)
-        )
+        _, pieces = objects.open_range(account, row.bucket, row.key, partial(_place, row))
         found.append(json.loads(gzip.decompress(b"".join(pieces))))
     return found

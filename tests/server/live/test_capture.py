@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import captured_service
 import numpy as np
 import pytest
 from captured_service import ITEMS, TEXT, Running, records
@@ -24,6 +25,7 @@ from luthier.server.native import inference
 from luthier.server.openai.routes import ROUTERS
 from luthier.server.tables.storage import stored_by
 
+running = captured_service.running
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": TEXT}]}
 CONVERSE = {"messages": [{"role": "user", "content": [{"text": TEXT}]}]}
 PICTURE = base64.b64encode(encode_png(np.zeros((2, 2, 3), np.uint8))).decode()

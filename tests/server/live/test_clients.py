@@ -40,7 +40,7 @@ def test_logging_configuration_of_boto3(server: Served) -> None:
             bedrock.put_model_invocation_logging_configuration(loggingConfig=config)
         assert refused.value.response["Error"]["Code"] == "ValidationException"
     server.client("s3").create_bucket(Bucket="logs")
-    config = {
+    config: dict[str, Any] = {
         "s3Config": {"bucketName": "logs", "keyPrefix": "team/a"}, "textDataDeliveryEnabled": True,
         "imageDataDeliveryEnabled": False,
     }  # fmt: skip
