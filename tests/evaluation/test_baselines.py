@@ -204,6 +204,14 @@ def test_verdict_reports_better_or_equal_baseline(
     assert not Comparison(measure, 30, 60, made).judge()
 
 
+@pytest.mark.parametrize("tuned", [0.5, 0.8, 1.0])
+def test_few_rows_do_not_rank_baselines(tuned: float) -> None:
+    found = Comparison("accuracy", 6, 54, [Baseline("naive Bayes", 0.8, {}, 0.1)], tuned)
+    assert not found.loses
+    assert found.judge().startswith("6 held-out rows are too few to rank")
+    assert "naive" not in FittedBaselines(found, []).describe()
+
+
 def test_tuned_model_is_compared_with_baselines_by_row() -> None:
     train, held = labelled(60), labelled(30)
     fitted = fit_and_score(CLASSIFICATION, train, held, states_of(train, held), ALWAYS)

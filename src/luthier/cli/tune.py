@@ -166,8 +166,8 @@ def validation_result(
 
 
 def print_comparison(found: Comparison | None, is_refit: bool = False) -> None:
-    """Print the model compared with simple baselines, best first, and the verdict, except that a
-    better baseline is the first line of the result.
+    """Print the model compared with simple baselines and the verdict. The best is first, if the rows
+    rank them. A better baseline is the first line of the result.
 
     ``is_refit`` marks a measurement of weights before the refit.
     """
@@ -181,7 +181,9 @@ def print_comparison(found: Comparison | None, is_refit: bool = False) -> None:
     lines = [(name, found.tuned, 0.0)]
     lines += [(each.name, each.score, each.seconds) for each in found.baselines]
     gains = {each.name: found.gain(each) for each in found.baselines}
-    for name, score, seconds in sorted(lines, key=lambda line: gains.get(line[0], 0.0)):
+    if found.ranks:
+        lines.sort(key=lambda line: gains.get(line[0], 0.0))
+    for name, score, seconds in lines:
         spent = f"  ({seconds:.1f} s)" if name in gains else ""
         style = "" if name in gains else "bold"
         out.print(f"    {render(found.measure, score):24} {name}{spent}", style=style, markup=False)

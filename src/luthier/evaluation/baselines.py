@@ -95,27 +95,39 @@ class Comparison:
     @property
     def uninformative(self) -> bool:
         """True if a constant baseline is as good; for many rows, within chance."""
-        chance = CHANCE if self.rows >= FEW_ROWS else 0.0
+        chance = CHANCE if self.ranks else 0.0
         gains = [self.gain(each) - chance * each.error for each in self.baselines if each.constant]
         return self.tuned is not None and bool(gains) and min(gains) <= 0
+
+    @property
+    def ranks(self) -> bool:
+        """True if the rows suffice for a ranking. With six rows, one row is 17 points."""
+        return self.rows >= FEW_ROWS
 
     @property
     def loses(self) -> bool:
         """True if a baseline is better beyond chance."""
         best = self.best
-        return (
-            best is not None and self.tuned is not None and self.gain(best) < -CHANCE * best.error
-        )
+        if best is None or self.tuned is None or not self.ranks:
+            return False
+        return self.gain(best) < -CHANCE * best.error
 
     def judge(self) -> str:
         """Return the :attr:`verdict`; empty if the tuned model beats all baselines beyond chance."""
         best = self.best
-        if best is None or self.tuned is None or self.gain(best) > CHANCE * best.error:
+        if best is None or self.tuned is None:
+            return ""
+        if self.ranks and self.gain(best) > CHANCE * best.error:
             return ""
         if best.constant and best.score == 1 and self.measure == "accuracy":
             return (
                 f"all {self.rows:,} held-out rows have the same label: accuracy is meaningless. Hold "
                 "out rows of each label"
+            )
+        if not self.ranks:
+            return (
+                f"{self.rows:,} held-out rows are too few to rank the model and simple baselines: hold "
+                f"out {FEW_ROWS} or more, or run `luthier compare` on unseen rows"
             )
         gain = self.gain(best)
         does = "is better" if self.loses else "was better here" if gain < 0 else "may be as good"
@@ -126,7 +138,7 @@ class Comparison:
         )
         if does == "was better here":
             text += "; the difference is not significant"
-        elif does == "may be as good" or (not self.loses and self.rows < FEW_ROWS):
+        elif does == "may be as good":
             text += "; more rows are necessary for a significant difference"
         return text
 
@@ -162,8 +174,10 @@ class FittedBaselines:
         return max(better, key=lambda each: gain(each.score), default=None)
 
     def describe(self) -> str:
-        """Return the score and cost of the best baseline, in a sentence."""
+        """Return the score and cost of the best baseline, if the rows rank the baselines."""
         measure = self.comparison.measure
+        if not self.comparison.ranks:
+            return f"simple baselines fitted; {self.comparison.rows:,} held-out rows do not rank them"
         best = max(self.comparison.baselines, key=lambda each: as_gain(measure, each.score))
         return (
             f"best simple baseline: {best.name}, {render(measure, best.score)} on "
