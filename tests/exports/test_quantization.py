@@ -97,6 +97,27 @@ def test_an_export_prints_and_records_the_cost(rows: Path, tmp_path: Path) -> No
     assert kept.data == {str(rows): sha256_of(rows)}
 
 
+def test_validation_rows_are_measured_by_default(
+    rows: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n".join(rows.read_text().splitlines()[:3]).replace("say", "please say"))
+    result = luthier.tune(
+        rows, base=str(tiny_model_folder), name="validated", validation=held,
+        training__max_steps=2, training__precision="float32",
+    )  # fmt: skip
+
+    def exported(name: str, **settings: Any) -> QuantizationCost | None:
+        folder = tmp_path / name
+        return luthier.export(result.model_id, folder, format="gguf", **settings).cost
+
+    found = exported("low", quantization="q8_0")
+    assert found is not None and len(found.losses.whole) == 3
+    assert exported("whole", quantization="f16") is None
+    held.write_text(rows.read_text())  # other rows than those of the run
+    assert exported("changed", quantization="q8_0") is None
+
+
 def test_raw_text_is_measured_too(tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"text": "the quick brown fox jumps " * 200}) + "\n")
@@ -163,3 +184,9 @@ def test_quantization_verdict_from_gain_and_loss(
     assert found.erases == erases
     assert found.kept_share == (None if share is None else pytest.approx(share, abs=0.01))
     assert found.difference.significant == (lost != 0)
+    assert found.is_high == erases
+
+
+def test_large_loss_of_model_without_base_is_high() -> None:
+    found = cost(0.2, None, 0.0)
+    assert found.is_high and not found.erases and "Replies may change" in found.verdict()

@@ -177,7 +177,9 @@ class FittedBaselines:
         """Return the score and cost of the best baseline, if the rows rank the baselines."""
         measure = self.comparison.measure
         if not self.comparison.ranks:
-            return f"simple baselines fitted; {self.comparison.rows:,} held-out rows do not rank them"
+            return (
+                f"simple baselines fitted; {self.comparison.rows:,} held-out rows do not rank them"
+            )
         best = max(self.comparison.baselines, key=lambda each: as_gain(measure, each.score))
         return (
             f"best simple baseline: {best.name}, {render(measure, best.score)} on "

@@ -1,4 +1,4 @@
-"""Overlap of evaluation rows with the training rows, and repeated evaluation rows."""
+"""Training and validation rows of a stored model: overlap of other rows with them, and repetitions."""
 
 from __future__ import annotations
 
@@ -44,6 +44,27 @@ def row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> l
             "are too narrow"
         )
     return remarks
+
+
+def validation_rows(stored: StoredModel) -> tuple[list[Row], list[str | Path]]:
+    """Return the validation rows of a model's run, and their files. Changed files are skipped."""
+    record = stored.manifest.data
+    if record is None:
+        return [], []
+    data = (stored.manifest.recipe or {}).get("data", {})
+    given = data.get("validation") or []
+    lines_of: dict[str, list[int] | None] = {**record.held_out}
+    lines_of |= dict.fromkeys([given] if isinstance(given, str) else given)
+    checker = checker_for(stored.objective)
+    rows, files = list[Row](), list[str | Path]()
+    for path, lines in lines_of.items():
+        if not os.path.isfile(path) or sha256_of(Path(path)) != record.sha256.get(path):
+            continue
+        known = None if lines is None else {*lines}
+        reader = RowReader(path, data.get("columns"), checker, accepts_own_keys=True)
+        rows += (row for row in reader if known is None or row.line in known)
+        files.append(path)
+    return rows, files
 
 
 def _training_files(stored: StoredModel) -> dict[str, str]:

@@ -12,7 +12,7 @@ import typer
 from luthier.cli.model import stored_model
 from luthier.cli.terminal.console import new_table, print_table, print_text
 from luthier.cli.terminal.options import Mapped, ModelSource
-from luthier.errors import RecipeError
+from luthier.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from luthier.library.models import StoredModel
     from luthier.models.manifest import ExportRecord
 
+VALIDATION_ROWS = 200
+"""Most validation rows for the cost of quantization: a float32 pass of model and base, twice."""
 Merged = Annotated[bool | None, typer.Option("--merged/--adapter")]
 
 
@@ -48,12 +50,13 @@ def export(
         format: File format.
         merged: Merge the adapter into its base, or export it.
         quantization: Type of the weights, e.g. q4_k_m.
-        data: Unseen rows for the loss before and after quantization.
+        data: Rows for the loss of quantization; default: validation rows.
         columns: Column of a key, e.g. prompt=question; repeatable.
         reporter: Receives progress; silent if not given.
 
     Returns:
-        The files, the comparison with the model, and the ``cost`` of quantization on ``data``.
+        The files, the comparison with the model, and the ``cost`` of quantization on ``data`` or
+        the validation rows of the model's run.
 
     Raises:
         DataError: for unreadable or too long rows of ``data``.
@@ -65,11 +68,11 @@ def export(
 
     reporter = reporter or Reporter()
     stored, target = stored_model(model), Path(folder).expanduser()
+    check_settings(format, merged, quantization)
+    if data is not None and (format != "gguf" or quantization is None):
+        raise RecipeError("`data` needs --format gguf and --quantization")
     cost = None
-    if data is not None:
-        if format != "gguf" or quantization is None:
-            raise RecipeError("`data` needs --format gguf and --quantization")
-        check_settings(format, merged, quantization)
+    if quantization is not None and format == "gguf" and (data or quantization.startswith("q")):
         cost = _measure_cost(stored, target, data, columns, quantization, reporter)
 
     def move(phase: Phase, done: int, total: int) -> None:
@@ -85,26 +88,44 @@ def export(
 def _measure_cost(
     stored: StoredModel,
     target: Path,
-    data: str | Path,
+    data: str | Path | None,
     columns: Mapping[str, str] | None,
     quantization: str,
     reporter: Reporter,
-) -> QuantizationCost:
-    """Measure the cost of quantization before the export, and store the cost in the record."""
+) -> QuantizationCost | None:
+    """Measure the cost of quantization before the export, and store the cost in the record.
+
+    Without ``data``, the validation rows of an SFT run are measured, if they are unchanged.
+    """
     from luthier.data.rows import load_rows
     from luthier.exports.export import change_record
     from luthier.exports.quantization import measure_quantization
     from luthier.exports.writer import new_target
     from luthier.library.reports import hashes_of_data
-    from luthier.workflows.training_overlap import row_remarks
+    from luthier.workflows.training_overlap import row_remarks, validation_rows
 
     new_target(target)  # raises for a folder that is not empty
-    rows = load_rows(data, columns)
-    remarks = row_remarks(stored, data, rows)
+    files, remarks = list[str | Path](), list[str]()
+    if data is not None:
+        rows, files = load_rows(data, columns), [data]
+        remarks = row_remarks(stored, data, rows)
+    elif stored.objective.method == "sft":
+        rows, files = validation_rows(stored)
+        rows = rows[:VALIDATION_ROWS]
+    if not files:
+        return None
     for remark in remarks:
         reporter.note(remark)
-    cost = measure_quantization(stored, rows, quantization, remarks)
-    record = cost.record(hashes_of_data(data))
+    if data is None:
+        reporter.stage(f"Measuring {quantization} on {len(rows):,} validation rows")
+    try:
+        cost = measure_quantization(stored, rows, quantization, remarks)
+    except (DataError, RecipeError) as error:
+        if data is not None:
+            raise
+        reporter.note(f"{quantization} is not measured: {error}")
+        return None
+    record = cost.record(hashes_of_data(*files))
     change_record(stored, lambda manifest: manifest.with_quantized(record))
     return cost
 
@@ -179,7 +200,7 @@ def _print_cost(cost: QuantizationCost) -> None:
         low, high = loss.interval
         table.add_row(name, f"{loss.value:.4f}", f"{low:.4f} to {high:.4f}", size)
     print_table(table)
-    print_text(cost.verdict())
+    print_text(f"warning: {cost.verdict()}" if cost.is_high else cost.verdict())
 
 
 def _print_gguf(written: Export) -> None:
