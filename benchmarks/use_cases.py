@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 from children import table
 from defaults import new_home, rows_of, write_rows
@@ -274,7 +276,8 @@ def wrong_label(bench: Bench) -> str:
     worst = max(wrong, key=lambda answer: max(answer["scores"].values()))
     certain = max(worst["scores"].values())
     return (
-        f"{worst['text']}\nanswer:   {worst['label']} ({percent(certain)} certain)\n"
+        f"{worst.get('text', worst.get('image'))}\n"
+        f"answer:   {worst['label']} ({percent(certain)} certain)\n"
         f"expected: {worst['expected']}"
     )
 
@@ -311,7 +314,7 @@ def collect_routes(bench: Bench) -> Found:
         error = 1.96 * (score * (1 - score) / len(test)) ** 0.5
         probe = by_name["logistic regression on the base model"]
         curve.append({
-            "rows_per_intent": count,
+            "rows_per_class": count,
             "tuned": [tuned["score"], *tuned["interval"]],
             "logistic regression on embeddings": [probe["score"], *probe["interval"]],
             "TF-IDF": [score, score - error, score + error],
@@ -319,11 +322,13 @@ def collect_routes(bench: Bench) -> Found:
     return {"rows": first_rows(bench), "wrong": wrong_label(bench), "curve": curve[::-1]}
 
 
-def paint_curve(axes: Any, colours: Colours, found: Found) -> None:
+def paint_curve(
+    axes: Any, colours: Colours, found: Found, rows: str = "training rows per intent"
+) -> None:
     """Draw accuracy against rows per class, a line for each method."""
     names = [name for name in found["curve"][0] if not name.startswith("rows")]
-    places = [point["rows_per_intent"] for point in found["curve"]]
-    for name, colour in zip(names, ("front", "point", "right"), strict=True):
+    places = [point["rows_per_class"] for point in found["curve"]]
+    for name, colour in zip(names, ("front", "point", "right"), strict=False):
         scores = [point[name] for point in found["curve"]]
         axes.plot(places, [100 * s[0] for s in scores], "o-", color=colours[colour], label=name)
         axes.fill_between(
@@ -333,8 +338,74 @@ def paint_curve(axes: Any, colours: Colours, found: Found) -> None:
     axes.set_xscale("log")
     axes.set_xticks(places, [str(place) for place in places])
     axes.minorticks_off()
-    axes.set(xlabel="training rows per intent", ylabel="accuracy on unseen messages, %")
+    axes.set(xlabel=rows, ylabel="accuracy on unseen rows, %")
     axes.legend(frameon=False, labelcolor=colours["text"], loc="lower right")
+
+
+PER_SIGN = (5, 10, 20)
+
+
+def collect_pictures(bench: Bench) -> Found:
+    """Measure fewer pictures of each class, and select the first test picture of each class."""
+    (tune,) = (each for each in USES["pictures"].commands if " tune " in each)
+    compared, curve = comparison({"steps": bench.steps}), []
+    for count in reversed(PER_SIGN):
+        if count < PER_SIGN[-1]:
+            with (
+                ZipFile(bench.folder / "rows" / "train.zip") as whole,
+                ZipFile(bench.folder / "part.zip", "w") as part,
+            ):
+                for name in whole.namelist():
+                    if int(Path(name).stem) <= count:
+                        part.writestr(name, whole.read(name))
+            bench.run(f"{tune} --name part{count}".replace("rows/train.zip", "part.zip"))
+            model = f"efficientnet-lite0:part{count}"
+            compared = bench.run(f"luthier compare rows/test.zip --tuned {model}")["result"]
+        tuned, _ = ends(compared["contenders"])
+        by_name = {each["name"]: each for each in compared["contenders"]}
+        probe = by_name["logistic regression on the base model"]
+        curve.append({
+            "rows_per_class": count,
+            "tuned": [tuned["score"], *tuned["interval"]],
+            "logistic regression on the base": [probe["score"], *probe["interval"]],
+        })  # fmt: skip
+    answers = rows_of(bench.folder / "answers.jsonl")
+    shown = [
+        {"file": answer["image"].removeprefix("test.zip/"), **answer}
+        for answer in answers if answer["image"].endswith("/01.jpg")
+    ]  # fmt: skip
+    return {
+        "rows": [
+            json.dumps({"image": f"train.zip/{sign}/01.jpg", "label": sign}) for sign in ("0", "1")
+        ],
+        "wrong": wrong_label(bench),
+        "curve": curve[::-1],
+        "shown": [{name: each[name] for name in ("file", "label", "expected")} for each in shown],
+    }
+
+
+def paint_pictures(axes: Any, colours: Colours, found: Found) -> None:
+    """Draw a test picture of each class with its answer, and accuracy against rows per class."""
+    from PIL import Image
+
+    axes.set_axis_off()
+    with ZipFile(PACKAGE / "examples" / "pictures" / "test.zip") as archive:
+        for place, each in enumerate(found["shown"]):
+            row, column = divmod(place, 4)
+            tile = axes.inset_axes([0.13 * column, 0.69 - 0.35 * row, 0.12, 0.24])
+            tile.imshow(Image.open(io.BytesIO(archive.read(each["file"]))))
+            tile.set_axis_off()
+            is_right = each["label"] == each["expected"]
+            text = each["label"] if is_right else f"{each['label']}, not {each['expected']}"
+            tile.set_title(text, color=colours["right" if is_right else "front"], fontsize=10)
+    curve = axes.inset_axes([0.64, 0.12, 0.36, 0.84])
+    curve.patch.set_alpha(0)
+    paint_curve(curve, colours, found, "pictures of each sign")
+    curve.tick_params(colors=colours["text"])
+    for label in (curve.xaxis.label, curve.yaxis.label):
+        label.set_color(colours["text"])
+    for spine in curve.spines.values():
+        spine.set_color(colours["grid"])
 
 
 Words = list[tuple[str, str]]
@@ -508,6 +579,18 @@ USES = {
             "Two messages with the replies of the base model and of the tuned model",
             paint_chats,
             collect_chats,
+        ),
+        Use(
+            "pictures",
+            "Pictures from few examples",
+            "photographs",
+            "accuracy",
+            "Rows: Sign Language Digits Dataset (Mavi 2020, arXiv:2011.08927), Apache-2.0, "
+            "© 2017 Arda Mavi; a cut.",
+            tuple(f"examples/pictures/{name}" for name in ("train.zip", "test.zip", "NOTICE.md")),
+            "Ten photographs of hand signs with answers, and accuracy against pictures per sign",
+            paint_pictures,
+            collect_pictures,
         ),
         Use(
             "diseases",
