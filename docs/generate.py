@@ -57,6 +57,8 @@ TARGET = Path(__file__).parent / "reference.md"
 LIMITS = Path(__file__).parent / "guide" / "limits.md"
 ARCHITECTURE = Path(__file__).parent / "architecture.md"
 SCHEMA = Path(__file__).parent / "certificate.schema.json"
+PAGES = Path(__file__).parent / "llms.txt"
+NAVIGATION = Path(__file__).parent.parent / "mkdocs.yml"
 STUB = Path(luthier.__file__).with_name("__init__.pyi")
 BASES = Path(__file__).parent / "guide" / "base-models.md"
 PLUGIN_TABLES = (
@@ -113,6 +115,7 @@ def main() -> int:
         STUDY: _with_table(STUDY, STUDY_BEGIN, STUDY_END, _presets()),
     }
     pages[STUB] = _stub()
+    pages[PAGES] = _list_pages()
     pages[SCHEMA] = json.dumps(certificate_schema(), indent=2, ensure_ascii=False) + "\n"
     if "--check" in sys.argv:
         for path, page in pages.items():
@@ -130,6 +133,20 @@ def _with_table(page: Path | str, begin: str, end: str, table: str) -> str:
     text = page if isinstance(page, str) else page.read_text(encoding="utf-8")
     before, _, rest = text.partition(begin)
     return before + begin + table + end + rest.partition(end)[2]
+
+
+def _list_pages() -> str:
+    """Return the pages with their first sentences, for language models (llmstxt.org)."""
+    lines = ["# luthier", "", f"> {(luthier.__doc__ or '').partition(': ')[2]}", "", "## Pages", ""]
+    for name in re.findall(r"(\S+\.md)$", NAVIGATION.read_text(encoding="utf-8"), re.MULTILINE):
+        if name.startswith("log/") and name != "log/index.md":
+            continue
+        title, _, text = (TARGET.parent / name).read_text(encoding="utf-8").partition("\n")
+        paragraphs = (each.strip() for each in text.split("\n\n"))
+        first = next(each for each in paragraphs if each[:1].isalpha())
+        sentence = " ".join(first.split()).partition(". ")[0].removesuffix(".")
+        lines.append(f"- [{title.removeprefix('# ')}]({name}): {sentence}.")
+    return "\n".join(lines) + "\n"
 
 
 def _layers() -> str:

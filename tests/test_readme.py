@@ -31,6 +31,7 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "src" / "luthier" / "demo" / "README.md",
+    ROOT / "skills" / "luthier" / "SKILL.md",
 ]
 HOLES = re.compile(r"[A-Z_]{3,}|…|\.\.\.|[\[\]<>|]")
 """Placeholders of a synopsis (``luthier tune DATA``)."""

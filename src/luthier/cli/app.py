@@ -38,6 +38,7 @@ from luthier.cli.generate import chat, generate, show_replies
 from luthier.cli.images import sample, show_images
 from luthier.cli.imports import import_app
 from luthier.cli.launch import launch, print_launch_file
+from luthier.cli.mcp.command import mcp
 from luthier.cli.models.app import models_app
 from luthier.cli.nearest import nearest, show_neighbours
 from luthier.cli.pipeline import pipeline, show_stages
@@ -89,7 +90,6 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(chat, has_json=False),
         Command(predict, show_predictions),
         Command(embed, show_embeddings),
-        Command(nearest, show_neighbours),
         Command(ask, show_answer),
     ),
     "Evaluate": (
@@ -98,7 +98,7 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(study, show_study),
         Command(forgetting, show_forgetting),
     ),
-    "Serve": (Command(serve, has_json=False), live_app, admin_app),
+    "Serve": (Command(serve, has_json=False), Command(mcp, has_json=False), live_app, admin_app),
     "Manage": (
         models_app,
         Command(examples, show_examples),
@@ -108,6 +108,7 @@ PANELS: dict[str, Sequence[Command | CommandGroup]] = {
         Command(pipeline, show_stages),
         Command(demo, show_demo),
         import_app,
+        Command(nearest, show_neighbours),
         Command(sample, show_images),
         Command(judge, show_agreement),
         Command(safety, show_safety),

@@ -1,0 +1,1 @@
+"""``luthier mcp``: tools for agents that speak the Model Context Protocol."""

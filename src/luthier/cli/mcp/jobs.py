@@ -1,0 +1,137 @@
+"""Commands in processes of their own, for clients that cannot wait for a result.
+
+A job is a folder in ``LUTHIER_HOME/mcp``: the request, what the command printed, and the result. The
+process outlives the server and the client's connection. This module is also the program of the
+process: ``python -m luthier.cli.mcp.jobs FOLDER``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import inspect
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+
+from luthier.files import is_locked, luthier_home, read_json, write_json
+from luthier.processes import python_command
+
+_POLL_SECONDS = 0.05
+_processes: list[subprocess.Popen[bytes]] = []
+"""Started processes; a process that nobody polls stays in the process table after its end."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command in a process of its own."""
+
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        """Name of the job, with the command and the start in UTC."""
+        return self.folder.name
+
+    @property
+    def state(self) -> Literal["running", "completed", "failed"]:
+        """State; a job that was cancelled or killed has failed."""
+        # The process holds the lock from its start, and writes the result before it ends.
+        if is_locked(self.folder / "output"):
+            return "running"
+        return "completed" if (self.folder / "result.json").exists() else "failed"
+
+    @property
+    def text(self) -> str:
+        """Output of a completed command; otherwise the last messages."""
+        if self.state == "completed":
+            return (self.folder / "output").read_text(errors="replace").strip()
+        messages = (self.folder / "log").read_text(errors="replace").strip()
+        return "\n".join(messages.splitlines()[-5:])
+
+    @property
+    def result(self) -> Any:
+        """Result of a completed command as JSON values."""
+        return read_json(self.folder / "result.json")
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the end of the command, for at most ``seconds``."""
+        end = time.monotonic() + seconds
+        while self.state == "running" and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+        _processes[:] = [each for each in _processes if each.poll() is None]
+
+    def cancel(self) -> None:
+        """Interrupt a running command as Ctrl-C does: a training can be resumed."""
+        if self.state == "running":
+            os.killpg(read_json(self.folder / "process.json"), signal.SIGINT)
+
+
+def start(command: str, arguments: Mapping[str, Any]) -> Job:
+    """Start ``command`` with the arguments of its Python function."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    folder = _home() / f"{command}-{stamp}-{secrets.token_hex(2)}"
+    folder.mkdir(parents=True)
+    write_json(folder / "request.json", {"command": command, "arguments": arguments})
+    with (folder / "output").open("wb") as output, (folder / "log").open("wb") as log:
+        # The lock belongs to the open file, which the process inherits as standard output.
+        fcntl.flock(output, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            python_command(__name__, str(folder)), stdin=subprocess.DEVNULL, stdout=output,
+            stderr=log, start_new_session=True,
+        )  # fmt: skip
+    write_json(folder / "process.json", process.pid)
+    _processes.append(process)
+    return Job(folder)
+
+
+def recent() -> list[Job]:
+    """Return all jobs, newest first."""
+    folders = sorted(_home().glob("*/request.json"), key=os.path.getmtime, reverse=True)
+    return [Job(each.parent) for each in folders]
+
+
+def _home() -> Path:
+    return luthier_home() / "mcp"
+
+
+def _run(folder: Path) -> None:
+    """Run the command of a job: print for people, store the result for programs."""
+    from luthier.cli.app import COMMANDS
+    from luthier.cli.documents import search_documents, show_passages
+    from luthier.cli.python import public
+    from luthier.cli.terminal import console
+    from luthier.cli.terminal.bridge import Command, plain
+    from luthier.cli.terminal.progress import LiveReporter
+
+    console.owns_process = True
+    request = read_json(folder / "request.json")
+    commands = {**COMMANDS.built_in, "search": Command(search_documents, show_passages)}
+    command, arguments = commands[request["command"]], request["arguments"]
+    with console.errors(as_json=False), LiveReporter() as reporter:
+        if "reporter" in inspect.signature(command.function).parameters:
+            arguments["reporter"] = reporter
+        found = public(command.function)(**arguments)
+        result = plain(found)
+        if request["command"] == "generate":
+            console.print_text(result["completion"])  # printing the reply would generate it again
+        elif command.show is not None:
+            wanted = [*inspect.signature(command.show).parameters][1:]
+            command.show(found, **{name: arguments.get(name) for name in wanted})
+    sys.stdout.flush()
+    write_json(folder / "result.json", result)
+
+
+if __name__ == "__main__":
+    try:
+        _run(Path(sys.argv[1]))
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
