@@ -4,8 +4,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 MOMENT = sa.DateTime(timezone=True)
 PLAIN = sa.JSON().with_variant(JSONB(), "postgresql")
