@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from luthier.cli import documents
 from luthier.cli.documents import (
     ask,
     index_documents,
@@ -14,8 +16,11 @@ from luthier.cli.documents import (
     search_documents,
     show_index,
 )
+from luthier.cli.generate import chat
 from luthier.documents.index import DocumentIndex
+from luthier.documents.retriever import Reranker
 from luthier.errors import RefusedInput
+from luthier.library.models import find
 
 pytestmark = pytest.mark.usefixtures("luthier_home")
 
@@ -36,7 +41,7 @@ def indexed(tmp_path: Path, family_folder: Callable[[str], Path]) -> str:
 
 def test_answer_comes_from_the_passages(indexed: str, tiny_model_folder: Path) -> None:
     with DocumentIndex.open(indexed) as index:
-        index.threshold = -1.0
+        index.keep_threshold(-1.0)
     answer = ask(str(tiny_model_folder), "How many days?", index=indexed, max_tokens=4)
     assert not answer.declined
     assert [each.passage.text for each in answer.passages] == [
@@ -49,7 +54,7 @@ def test_foreign_question_is_declined_without_a_model(
     indexed: str, tiny_model_folder: Path
 ) -> None:
     with DocumentIndex.open(indexed) as index:
-        index.threshold = 1.1
+        index.keep_threshold(1.1)
     answer = ask(str(tiny_model_folder), "How many days?", index=indexed)
     assert answer.declined and not answer.cited and answer.passages
 
@@ -57,16 +62,85 @@ def test_foreign_question_is_declined_without_a_model(
 def test_reading_model_answers_with_a_span(
     indexed: str, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from luthier.cli import documents
-
     class Reader:
         def answers(self, rows: list[object]) -> list[dict[str, object]]:
             return [{"answer": "thirty days", "score": 0.9} for _ in rows]
 
     with DocumentIndex.open(indexed) as index:
-        passages = tuple(index.search("How many?", documents._embedder(index)(["How many?"])[0], 1))
+        query_H = documents.load_once(find(index.model)).embed(["How many?"])[0]
+        passages = tuple(index.search("How many?", query_H, 1))
     answer = documents._read_answer(Reader(), "How many?", passages)
     assert answer.text == "thirty days [1]" and answer.cited == (1,)
+
+
+def test_reranker_orders_passages_and_declines(
+    indexed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reranker counts common words; its limit is stored next to that of the cosines."""
+    (tmp_path / "handbook" / "parking.md").write_text("Parking is free for all employees.")
+    with DocumentIndex.open(indexed) as index:
+        model = index.model
+    index_documents([tmp_path / "handbook"], name=indexed)
+
+    def rank(question: str, texts: Sequence[str]) -> list[float]:
+        asked = set(question.lower().split())
+        return [float(len(asked & set(text.lower().split()))) for text in texts]
+
+    monkeypatch.setattr("luthier.documents.retriever.Reranker", lambda *_: Reranker("words", rank))
+    monkeypatch.setattr(documents, "check_ranks", lambda stored: stored)
+    with DocumentIndex.open(indexed) as index:
+        cosine = index.threshold()
+    for question, declined in (("parking is free", False), ("how are whales born", True)):
+        found = search_documents(indexed, question, reranker=model)
+        assert found.declined == declined
+    assert found.passages[0].relevance is not None
+    best = search_documents(indexed, "is parking free", reranker=model).passages[0]
+    assert best.passage.text.startswith("Parking")
+    with DocumentIndex.open(indexed) as index:
+        assert index.threshold() == cosine
+        assert index.threshold("words") is not None
+        index.keep_threshold(2.0)
+    assert search_documents(indexed, "parking is free").declined
+    assert not search_documents(indexed, "parking is free", reranker=model).declined
+
+
+def test_models_stay_in_memory(indexed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    search_documents(indexed, "leave")
+    monkeypatch.setattr("luthier.cli.model.Model", None)  # would fail if called
+    assert search_documents(indexed, "leave").passages
+
+
+def test_chat_answers_from_the_index(
+    indexed: str,
+    tiny_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with DocumentIndex.open(indexed) as index:
+        index.keep_threshold(-1.0)
+    asked = iter(["How many days?", "And hours?"])
+
+    def read(_: str) -> str:
+        try:
+            return next(asked)
+        except StopIteration:
+            raise EOFError from None
+
+    prompts: list[Any] = []
+
+    def stream(self: Any, prompt: Any, *_: Any) -> Any:
+        prompts.append(prompt)
+        yield from ("Thirty [", "1] or [", "7", "].")
+        return True
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("luthier.inference.generation.Generator.stream", stream)
+    chat(str(tiny_model_folder), index=indexed)
+    shown = capsys.readouterr().out
+    assert "Thirty [1] or ." in shown
+    assert "[1] leave.md, Leave: Everybody has thirty days of leave." in shown
+    last = "".join(turn.content for turn in prompts[-1])
+    assert "And hours?" in last and last.count("thirty days") == 1
 
 
 def test_index_is_listed_searched_and_removed(indexed: str) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from luthier.documents.answers import DocumentAnswer, calibrate, prompt, without_unknown_citations
+from luthier.documents.answers import DocumentAnswer, prompt, without_unknown_citations
 from luthier.documents.index import DocumentIndex, FoundPassage
 from luthier.documents.passages import Passage
 from luthier.documents.readers import document_files
+from luthier.documents.retriever import calibrate
 from luthier.errors import CorruptFile, RecipeError
 
 pytestmark = pytest.mark.usefixtures("luthier_home")
@@ -142,12 +143,15 @@ def test_languages_without_spaces_are_searched_by_characters(tmp_path: Path) -> 
 def test_question_about_another_topic_is_below_the_threshold(folder: Path) -> None:
     build(folder)
     with DocumentIndex.open("handbook") as index:
-        limit = calibrate(index, embed)
+        limit = calibrate(index, lambda questions: index.best_cosines(embed(questions)))
         foreign, own = index.best_cosines(embed(["zzz xxx qqq", "A night may cost 120 euros."]))
         assert foreign < limit < own
-        index.threshold = limit
     with DocumentIndex.open("handbook") as index:
-        assert index.threshold == limit
+        assert index.threshold() == limit
+    (folder / "leave.txt").write_text("Nobody has a holiday.")
+    build(folder)
+    with DocumentIndex.open("handbook") as index:
+        assert index.threshold() is None
 
 
 def test_broken_file_is_named(folder: Path) -> None:

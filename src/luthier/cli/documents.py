@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,16 @@ from luthier.pages import Displayed
 if TYPE_CHECKING:
     from luthier.documents.answers import DocumentAnswer
     from luthier.documents.index import (
-        DocumentIndex,
         FoundPassage,
         IndexedDocument,
         IndexUpdate,
     )
+    from luthier.documents.retriever import Retriever
     from luthier.engine.metrics import Reporter
-    from luthier.graders.base import Embedder
+    from luthier.inference.generation import Generator
     from luthier.library.models import StoredModel
+    from luthier.models.decoding.sampling import Sampling
+    from luthier.types import Message
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,6 +66,8 @@ class FoundPassages(Displayed):
     """Passages of a search."""
 
     passages: list[FoundPassage] = field(default_factory=list)
+    declined: bool = False
+    """True if the passages do not answer the question."""
 
     def summary(self) -> list[str]:
         """Return the best passages."""
@@ -70,7 +75,8 @@ class FoundPassages(Displayed):
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {"passages": [each.plain() for each in self.passages]}
+        found = [each.plain() for each in self.passages]
+        return {"passages": found, "declined": self.declined}
 
 
 def index_documents(
@@ -98,9 +104,9 @@ def index_documents(
         RefusedInput: for missing files, missing libraries, or a model without embeddings.
     """
     with heavy_imports():
-        from luthier.documents.answers import calibrate
         from luthier.documents.index import DocumentIndex
         from luthier.documents.readers import document_files, main_language
+        from luthier.documents.retriever import calibrate
         from luthier.engine.metrics import Reporter
         from luthier.gate.inspect import encoder_of_language
         from luthier.inference.embeddings import check_embeds
@@ -132,8 +138,8 @@ def index_documents(
         if not summary.passages:
             reasons = "; ".join(f"{each.path}: {each.refused}" for each in update.problems[:3])
             raise RecipeError(f"no document could be read. {reasons}")
-        index.threshold = calibrate(index, embed)
-        return IndexSummary(name, stored.id, index.documents(), index.threshold, update)
+        limit = calibrate(index, lambda questions: index.best_cosines(embed(questions)))
+        return IndexSummary(name, stored.id, index.documents(), limit, update)
 
 
 def show_index(name: str | None = None) -> IndexSummary | list[IndexSummary]:
@@ -153,17 +159,20 @@ def show_index(name: str | None = None) -> IndexSummary | list[IndexSummary]:
     found = []
     for each in DocumentIndex.names() if name is None else [name]:
         with DocumentIndex.open(each) as index:
-            found.append(IndexSummary(each, index.model, index.documents(), index.threshold))
+            found.append(IndexSummary(each, index.model, index.documents(), index.threshold()))
     return found if name is None else found[0]
 
 
-def search_documents(name: str, question: str, *, top: AtLeastOne = 5) -> FoundPassages:
+def search_documents(
+    name: str, question: str, *, top: AtLeastOne = 5, reranker: str | None = None
+) -> FoundPassages:
     """Find the passages nearest to a question.
 
     Args:
         name: Name of the index.
         question: Question or words.
         top: Number of passages.
+        reranker: Model of objective reranker that orders the passages.
 
     Returns:
         The passages, the best first.
@@ -171,9 +180,9 @@ def search_documents(name: str, question: str, *, top: AtLeastOne = 5) -> FoundP
     Raises:
         RefusedInput: for an unknown index, or without its embedding model.
     """
-    with _opened(name) as (index, embed):
-        question = _checked(question)
-        return FoundPassages(index.search(question, embed([question])[0], top))
+    with open_retriever(name, reranker) as retriever:
+        found, may_answer = retriever.search(_checked(question), top)
+        return FoundPassages(found, not may_answer)
 
 
 def remove_index(name: str) -> None:
@@ -197,8 +206,11 @@ def ask(
     index: str,
     top: OptionalAtLeastOne = None,
     max_tokens: AtLeastOne = 256,
+    reranker: str | None = None,
 ) -> DocumentAnswer:
     """Answer a question from the documents of an index, with citations.
+
+    In Python, the models of the last questions stay in memory.
 
     Args:
         model: Id of a model that generates text, or of a reading model (question_answering).
@@ -206,6 +218,7 @@ def ask(
         index: Name of the index (luthier index add).
         top: Number of passages for the model.
         max_tokens: Maximum tokens of the answer.
+        reranker: Model of objective reranker that orders the passages.
 
     Returns:
         The answer, the passages of the prompt, and the cited passages.
@@ -216,7 +229,6 @@ def ask(
     with heavy_imports():
         from luthier.documents.answers import DECLINED, PASSAGES, DocumentAnswer
         from luthier.inference.generation import Generator
-        from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find
 
     def is_able(objective: Any) -> bool:
@@ -229,40 +241,50 @@ def ask(
             f"{stored.id} neither generates text nor answers questions. Use a chat model or a model of "
             "objective question_answering."
         )
-    with _opened(index) as (opened, embed):
-        query_1H = embed([question])
-        passages = tuple(opened.search(question, query_1H[0], top or PASSAGES))
-        nearest = opened.best_cosines(query_1H)[0]
-        threshold = opened.threshold or 0.0
-    if nearest < threshold:
+    with open_retriever(index, reranker) as retriever:
+        found, may_answer = retriever.search(question, top or PASSAGES)
+    passages = tuple(found)
+    if not may_answer:
         return DocumentAnswer(question, DECLINED, passages, declined=True)
-    if stored.objective.task.head == "question_answering":
-        return _read_answer(Predictor.open(stored), question, passages)
-    return _generate(stored, question, passages, max_tokens)
+    model_in_memory = load_once(stored)
+    if isinstance(model_in_memory, Generator):
+        return _generate(model_in_memory, question, passages, max_tokens)
+    return _read_answer(model_in_memory, question, passages)
 
 
 def _generate(
-    stored: StoredModel,
-    question: str,
-    passages: tuple[FoundPassage, ...],
-    max_tokens: int,
+    generator: Generator, question: str, passages: tuple[FoundPassage, ...], max_tokens: int
 ) -> DocumentAnswer:
-    from luthier.documents.answers import DocumentAnswer, prompt, without_unknown_citations
-    from luthier.inference.generation import Generator
+    from luthier.documents.answers import DocumentAnswer, without_unknown_citations
     from luthier.models.decoding.sampling import Sampling
+    from luthier.types import Message
 
-    generator = Generator.open(stored)
     sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
-    turns = prompt(question, passages, stored.chat.supports_system_prompt)
-    while refusal := generator.refusal(turns, sampling):  # the context is too small
-        passages = passages[:-1]
-        if not passages:
-            raise RecipeError(f"No passage fits in the prompt of {stored.id}: {refusal}")
-        turns = prompt(question, passages, stored.chat.supports_system_prompt)
+    turns, kept = fit_passages(generator, [Message("user", question)], passages, sampling)
     (reply,) = generator.answers([turns], sampling)
-    return DocumentAnswer(
-        question, without_unknown_citations(reply.text, len(passages)).strip(), passages
-    )
+    return DocumentAnswer(question, without_unknown_citations(reply.text, len(kept)).strip(), kept)
+
+
+def fit_passages(
+    generator: Generator,
+    turns: Sequence[Message],
+    passages: Sequence[FoundPassage],
+    sampling: Sampling,
+) -> tuple[list[Message], tuple[FoundPassage, ...]]:
+    """Return ``turns`` with the first ``passages`` that fit in the context, and these passages.
+
+    Raises:
+        RecipeError: if no passage fits.
+    """
+    from luthier.documents.answers import add_passages
+
+    takes_system, refusal = generator.chat.supports_system_prompt, None
+    for count in range(len(passages), 0, -1):
+        asked = add_passages(turns, passages[:count], takes_system)
+        refusal = generator.refusal(asked, sampling)
+        if not refusal:
+            return asked, tuple(passages[:count])
+    raise RecipeError(f"No passage fits in the prompt of the model: {refusal}")
 
 
 def _read_answer(reader: Any, question: str, passages: tuple[FoundPassage, ...]) -> DocumentAnswer:
@@ -283,27 +305,50 @@ def _read_answer(reader: Any, question: str, passages: tuple[FoundPassage, ...])
 
 
 @contextmanager
-def _opened(name: str) -> Iterator[tuple[DocumentIndex, Embedder]]:
-    """Yield an index and its embedding model."""
+def open_retriever(name: str, reranker: str | None = None) -> Iterator[Retriever]:
+    """Yield an index with its embedding model and a reranker.
+
+    Raises:
+        RecipeError: for an unknown index or model, or changed weights of the embedding model.
+    """
     with heavy_imports():
         from luthier.documents.index import DocumentIndex
+        from luthier.documents.retriever import Reranker, Retriever
+        from luthier.library.models import find
 
     with DocumentIndex.open(name) as index:
-        yield index, _embedder(index)
+        stored = find(index.model)
+        if stored.content_hash != index.fingerprint:
+            raise RecipeError(
+                f"{index.model} has other weights than those that built the index {index.name}. Run "
+                "`luthier index add` again."
+            )
+        ranks = None
+        if reranker is not None:
+            ranker = check_ranks(find(reranker, is_able=lambda objective: objective.task.ranks))
+            ranks = Reranker(ranker.content_hash, load_once(ranker).rank)
+        yield Retriever(index, load_once(stored).embed, ranks)
 
 
-def _embedder(index: DocumentIndex) -> Embedder:
-    """Return the embedding function of the index's model; reject changed weights."""
-    from luthier.inference.prediction import Predictor
-    from luthier.library.models import find
+def check_ranks(stored: StoredModel) -> StoredModel:
+    """Return an active reranker, or raise :class:`RecipeError`."""
+    from luthier.library.models import check_active
 
-    stored = find(index.model)
-    if stored.content_hash != index.fingerprint:
-        raise RecipeError(
-            f"{index.model} has other weights than those that built the index {index.name}. Run "
-            "`luthier index add` again."
-        )
-    return Predictor.open(stored).embed
+    if not check_active(stored).objective.task.ranks:
+        raise RecipeError(f"{stored.id} is not a reranker.", setting="reranker")
+    return stored
+
+
+def load_once(stored: StoredModel) -> Any:
+    """Load a model, or return the model of an earlier call in this process."""
+    return _load(stored.id, stored.content_hash)
+
+
+@lru_cache(maxsize=3)  # a question needs an embedding model, a reranker and a model that answers
+def _load(model_id: str, content_hash: str) -> Any:
+    from luthier.cli.model import Model
+
+    return Model(model_id).opened
 
 
 def _checked(question: str) -> str:
@@ -339,16 +384,25 @@ def show_summary(found: IndexSummary | list[IndexSummary]) -> None:
 
 
 def show_passages(found: FoundPassages) -> None:
-    """Print each passage with its place and its cosine with the question."""
+    """Print each passage with its place and score."""
     for each in found.passages:
-        print_text(f"{each.place} (cosine {each.cosine:.3f})\n  {each.excerpt()}")
+        score = f"cosine {each.cosine:.3f}"
+        if each.relevance is not None:
+            score = f"relevance {each.relevance:.3f}, {score}"
+        print_text(f"{each.place} ({score})\n  {each.excerpt()}")
+    if found.declined:
+        note("The passages are not nearer to the question than to other topics: `ask` declines it.")
 
 
 def show_answer(found: DocumentAnswer) -> None:
-    """Print the answer, then its sources: the cited passages, or the nearest without citations."""
+    """Print the answer, then its sources."""
     print_text(found.text)
-    if found.declined:
-        return
+    if not found.declined:
+        show_sources(found)
+
+
+def show_sources(found: DocumentAnswer) -> None:
+    """Print the cited passages, or the nearest without citations."""
     print_text("" if found.cited else "\nNo passage is cited. The nearest passages:")
     for n in found.cited or range(1, len(found.passages) + 1):
         each = found.passages[n - 1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.batch_inference import RowAnswers, RowProcesses, answer_rows
+from luthier.cli.documents import fit_passages, open_retriever, show_sources
 from luthier.cli.terminal.bridge import KeywordOptions
 from luthier.cli.terminal.console import (
     check_json_lines,
@@ -32,6 +34,8 @@ from luthier.files import read_text
 from luthier.models.decoding.sampling import MOST_TOKENS, Sampling, limited_fields
 
 if TYPE_CHECKING:
+    from luthier.documents.answers import Citations
+    from luthier.documents.retriever import Retriever
     from luthier.engine.metrics import Reporter
     from luthier.inference.generation import Generator, Prompt
     from luthier.types import Message
@@ -186,8 +190,13 @@ def show_replies(found: PendingReply | RowAnswers) -> None:
         print_written(found.rows, "replies", found.output)
 
 
-def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Message:
-    """Print a reply during generation; reasoning and a reached limit go to standard error."""
+def _write_reply(
+    generator: Generator, prompt: Prompt, sampling: Sampling, citations: Citations | None = None
+) -> Message:
+    """Print a reply during generation; reasoning and a reached limit go to standard error.
+
+    ``citations`` removes unknown citations.
+    """
     from luthier.types import Message
 
     thoughts: list[str] = []
@@ -204,8 +213,14 @@ def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Me
         except StopIteration as ended:
             finished = ended.value
             break
+        if citations is not None:
+            piece, _ = citations.add(piece)
         if thoughts and not reply:
             typer.echo("\n", err=True)
+        stream_text(piece)
+        reply += piece
+    if citations is not None:
+        piece, _ = citations.add("", last=True)
         stream_text(piece)
         reply += piece
     sys.stdout.write("\n")
@@ -230,6 +245,7 @@ def chat(
     system: str | None = None,
     max_tokens: OptionalAtLeastOne = None,
     temperature: float = 0.0,
+    index: str | None = None,
 ) -> None:
     """Chat with a model.
 
@@ -240,6 +256,7 @@ def chat(
         system: System message of each conversation.
         max_tokens: Token limit of a reply.
         temperature: Sampling temperature.
+        index: Index of documents for the answers (luthier index add).
     """
     with heavy_imports():
         from luthier.inference.derived_gguf import check_derivable
@@ -259,6 +276,22 @@ def chat(
             check_derivable(stored)
             note("Backend: torch. llama.cpp may be faster on a CPU: LUTHIER_BACKEND=llama.cpp")
     opening = [Message("system", system)] if system else []
+    with open_retriever(index) if index else nullcontext() as retriever:
+
+        def reply(turns: Sequence[Message]) -> Message:
+            if retriever is None:
+                return _write_reply(generator, turns, sampling)
+            return _answer_from(retriever, generator, turns, sampling)
+
+        _converse(opening, several, reply)
+
+
+def _converse(
+    opening: list[Message], several: bool, reply: Callable[[Sequence[Message]], Message]
+) -> None:
+    """Read messages until the end, and add the replies to the conversation."""
+    from luthier.types import Message
+
     history = opening
     while True:
         try:
@@ -275,4 +308,22 @@ def chat(
             history = opening
             continue
         history = [*(history if several else opening), Message("user", text)]
-        history.append(_write_reply(generator, history, sampling))
+        history.append(reply(history))
+
+
+def _answer_from(
+    retriever: Retriever, generator: Generator, turns: Sequence[Message], sampling: Sampling
+) -> Message:
+    """Print the answer to the last turn from the documents, then the sources."""
+    from luthier.documents.answers import DECLINED, PASSAGES, Citations, DocumentAnswer
+    from luthier.types import Message
+
+    question = turns[-1].content
+    found, may_answer = retriever.search(question, PASSAGES)
+    if not may_answer:
+        print_text(DECLINED)
+        return Message("assistant", DECLINED)
+    asked, passages = fit_passages(generator, turns, found, sampling)
+    reply = _write_reply(generator, asked, sampling, Citations(len(passages)))
+    show_sources(DocumentAnswer(question, reply.content, passages))
+    return reply

@@ -69,6 +69,8 @@ class FoundPassage:
     passage: Passage
     cosine: float
     """Similarity of the embeddings of question and passage, from -1 to 1."""
+    relevance: float | None = None
+    """Score of the reranker, if any."""
 
     @property
     def place(self) -> str:
@@ -91,6 +93,7 @@ class FoundPassage:
             "heading": found.heading,
             "text": found.text,
             "cosine": round(self.cosine, 4),
+            **({} if self.relevance is None else {"relevance": round(self.relevance, 4)}),
         }
 
 
@@ -437,17 +440,21 @@ class DocumentIndex:
             cosine = float(np.frombuffer(vector, np.float16).astype(np.float32) @ query_H)
         return FoundPassage(path, Passage(text, heading, page), cosine)
 
-    @property
-    def threshold(self) -> float | None:
-        """Cosine of the best passage above which a question may have an answer here."""
-        row = self._connection.execute("SELECT value FROM about WHERE key = 'threshold'").fetchone()
+    def threshold(self, scorer: str = "") -> float | None:
+        """Return the score of the best passage above which a question may have an answer here.
+
+        ``scorer`` is the reranker that scores; by default the score is the cosine.
+        """
+        row = self._connection.execute(
+            "SELECT value FROM about WHERE key = ?", (f"threshold{scorer}",)
+        ).fetchone()
         return None if row is None else float(row[0])
 
-    @threshold.setter
-    def threshold(self, value: float) -> None:
+    def keep_threshold(self, value: float, scorer: str = "") -> None:
+        """Store the :meth:`threshold` until the passages change."""
         with self._connection:
             self._connection.execute(
-                "INSERT OR REPLACE INTO about VALUES ('threshold', ?)", (str(value),)
+                "INSERT OR REPLACE INTO about VALUES (?, ?)", (f"threshold{scorer}", str(value))
             )
 
 

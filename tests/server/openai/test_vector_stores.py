@@ -14,7 +14,7 @@ import numpy as np
 import openai
 import pytest
 
-from luthier.documents import answers
+from luthier.documents import answers, retriever
 from luthier.files import write_json
 from luthier.inference.inference import FinishEvent, Stream, TokenChunk
 from luthier.library.folders import base_folder
@@ -79,7 +79,7 @@ def default_encoder(luthier_home: Path, family_folder: Callable[[str], Path]) ->
 @pytest.fixture
 def accepting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept all questions: the tiny encoder tells no topics apart."""
-    monkeypatch.setattr(answers, "ACCEPTED", 1.0)
+    monkeypatch.setattr(retriever, "ACCEPTED", 1.0)
 
 
 @pytest.mark.usefixtures("accepting")
@@ -151,12 +151,11 @@ def test_question_without_answer_is_declined(
 ) -> None:
     store = filled(client, service)
     prompts = replies(monkeypatch, "Never.")
-    monkeypatch.setattr(answers, "ACCEPTED", 0.0)
     monkeypatch.setattr(
         "luthier.documents.index.DocumentIndex.best_cosines", lambda *_: np.array([0.5])
     )
     with service.openai.indexes.open("000000000000", store.id) as index:
-        index.threshold = 0.6
+        index.keep_threshold(0.6)
     made = client.responses.create(model="tiny", input="Why?", tools=search_tool(store))
     assert made.output_text == answers.DECLINED and made.status == "completed" and not prompts
     function = {"type": "function", "name": "weather", "parameters": {"type": "object"}}

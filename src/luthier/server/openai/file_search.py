@@ -6,16 +6,15 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from luthier.documents.answers import calibrate
 from luthier.documents.index import FoundPassage
 from luthier.documents.passages import windows
+from luthier.documents.retriever import calibrate
 from luthier.inference.pool import ModelPool
 from luthier.library.models import StoredModel, find
 from luthier.server.http.messages import Fault
@@ -238,8 +237,8 @@ class FileSearch:
                     (rank, FoundInFile(files[each.document], each))
                     for rank, each in enumerate(found)
                 ]
-            threshold = calibrate(index, partial(self.embed, stored))
-            accepted = index.best_cosines(query_QH, files).max() >= threshold
+            limit = calibrate(index, lambda asked: index.best_cosines(self.embed(stored, asked)))
+            accepted = index.best_cosines(query_QH, files).max() >= limit
         return ranked, bool(accepted)
 
 
