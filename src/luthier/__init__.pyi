@@ -79,7 +79,13 @@ def advise(
     **fields: Any,
 ) -> Advice: ...
 def ask(
-    model: str, question: str, *, index: str, top: int | None = None, max_tokens: int = 256
+    model: str,
+    question: str,
+    *,
+    index: str,
+    top: int | None = None,
+    max_tokens: int = 256,
+    reranker: str | None = None,
 ) -> DocumentAnswer: ...
 def certificate(
     model: str | Model | StoredModel,
@@ -352,7 +358,9 @@ def safety(
 def samples(
     run: str, *, count: int = 20, last: int = 20, worst_first: bool = False, full: bool = False
 ) -> TrainingSamples: ...
-def search_documents(name: str, question: str, *, top: int = 5) -> FoundPassages: ...
+def search_documents(
+    name: str, question: str, *, top: int = 5, reranker: str | None = None
+) -> FoundPassages: ...
 def split(
     source: str | Path | Rows,
     output: Path | str,
