@@ -61,8 +61,12 @@ class Running:
         self.service = service
         self.http = TestClient(service.application, base_url="http://luthier")
 
+    @staticmethod
+    def key(account: str = ONE) -> str:
+        return KEYS[account]["api_key"]
+
     def ask(self, path: str, body: Any, account: str = ONE, **headers: str) -> Any:
-        key = {"Authorization": f"Bearer {KEYS[account]['api_key']}", **headers}
+        key = {"Authorization": f"Bearer {self.key(account)}", **headers}
         return self.http.post(path, json=body, headers=key)
 
     def chat(self, account: str = ONE, text: str = TEXT, **members: Any) -> Any:

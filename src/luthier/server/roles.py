@@ -46,7 +46,8 @@ _OPERATIONS = {
         "luthier": (
             "Predict SampleImages ReconstructImages openai.chat.completions.create "
             "openai.completions.create openai.embeddings.create openai.images.generate "
-            "openai.responses.create openai.rerank.create openai.vector_stores.search"
+            "openai.responses.create openai.rerank.create openai.vector_stores.search "
+            "AddFeedback"
         ),
     },
     Permission.READ: {
@@ -58,7 +59,7 @@ _OPERATIONS = {
         ),
         "luthier": (
             "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport "
-            "GetCertificate DownloadCertificate GetUsage GetDailyUsage "
+            "GetFeedback GetCertificate DownloadCertificate GetUsage GetDailyUsage "
             "openai.files.list openai.files.retrieve openai.files.content "
             "openai.fine_tuning.jobs.list openai.fine_tuning.jobs.retrieve "
             "openai.fine_tuning.jobs.list_events openai.fine_tuning.jobs.list_checkpoints "

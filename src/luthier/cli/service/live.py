@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +15,7 @@ from luthier.cli.service.database import (
     ServiceDatabase,
     audited_write,
     open_database,
+    operator,
     show_record,
 )
 from luthier.cli.terminal.bridge import Command, CommandGroup
@@ -96,6 +99,92 @@ def capture_show(*, account: Account = FIRST_ACCOUNT, database: ServiceDatabase 
     }
 
 
+def feedback_add(
+    request: str,
+    *,
+    rater: str | None = None,
+    thumb: Literal["up", "down"] | None = None,
+    rating: int | None = None,
+    preferred: str | None = None,
+    corrected: str | None = None,
+    label: str | None = None,
+    comment: str | None = None,
+    outcome: Sequence[str] = (),
+    lower: Annotated[bool, typer.Option(help="Lower values of the outcomes are better.")] = False,
+    position: int = 0,
+    account: Account = FIRST_ACCOUNT,
+    database: ServiceDatabase = None,
+) -> Record:
+    """Add feedback about a captured request.
+
+    Args:
+        request: Request id, or id of the response.
+        rater: Name of the rater; the operator by default.
+        rating: From 1 (worst) to 5.
+        preferred: A better answer.
+        corrected: The answer after corrections.
+        label: Correct label of a prediction.
+        outcome: Named outcome, such as sale=12.5 or reopened=true.
+        position: Number of the input or choice, from 0.
+    """
+    from pydantic import ValidationError
+
+    from luthier.errors import RefusedInput
+    from luthier.server.live.feedback import Statement, parse_value, store_feedback
+    from luthier.validation import describe_error
+
+    outcomes = {}
+    for text in outcome:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RefusedInput(f"--outcome {text!r}: write NAME=VALUE, such as reopened=true")
+        outcomes[name] = {"value": parse_value(value), "higher_is_better": not lower}
+    given = {
+        "request": request, "position": position, "rater": rater, "thumb": thumb, "rating": rating,
+        "preferred": preferred, "corrected": corrected, "label": label, "comment": comment,
+        "outcomes": outcomes,
+    }  # fmt: skip
+    try:
+        statement = Statement.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RefusedInput(f"{where}{describe_error(first)}") from error
+    with open_database(database) as service, service.write() as session:
+        found, added = store_feedback(session, account, statement, operator())
+        return {"request": found.id, "added": added}
+
+
+def feedback_import(
+    file: Path, *, account: Account = FIRST_ACCOUNT, database: ServiceDatabase = None
+) -> Record:
+    """Import feedback from a file: all rows, or none.
+
+    Args:
+        file: JSON Lines or CSV with a column request.
+    """
+    from luthier.errors import DataError
+    from luthier.server.live.feedback import (
+        UnknownRequest,
+        read_statements,
+        row_problem,
+        store_feedback,
+    )
+
+    rows = added = 0
+    problems = []
+    with open_database(database) as service, service.write() as session:
+        for line, statement in read_statements(file):
+            try:
+                added += store_feedback(session, account, statement, operator())[1]
+                rows += 1
+            except UnknownRequest as unknown:
+                problems.append(row_problem(file, line, unknown.problem.message))
+        if problems:
+            raise DataError(problems)
+    return {"file": str(file), "rows": rows, "added": added}
+
+
 def _record(row: CaptureSettings) -> Record:
     return {"account": row.account} | {name: getattr(row, name) for name in _SETTINGS}
 
@@ -110,5 +199,9 @@ capture_app = CommandGroup("Capture requests to models and the replies.", extra=
 capture_app.add(Command(capture_on, show_settings, "on"))
 capture_app.add(Command(capture_off, show_settings, "off"))
 capture_app.add(Command(capture_show, show_settings, "show"))
+feedback_app = CommandGroup("Rate captured requests.", extra="server")
+feedback_app.add(Command(feedback_add, show_record, "add"))
+feedback_app.add(Command(feedback_import, show_record, "import"))
 live_app = CommandGroup("Keep a deployed model good: capture, rate, export.", extra="server")
 live_app.add_typer(capture_app, name="capture")
+live_app.add_typer(feedback_app, name="feedback")

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from luthier.server.http.application import Api
 from luthier.server.http.routes import api_application
-from luthier.server.native import exports, inference, jobs, loaded_models, models, reports, usage
+from luthier.server.native import (
+    exports,
+    feedback,
+    inference,
+    jobs,
+    loaded_models,
+    models,
+    reports,
+    usage,
+)
 from luthier.server.native.operations import (
     Context,
     NativeCall,
@@ -44,7 +53,7 @@ def who_am_i(call: NativeCall) -> WhoView:
 
 def native_api(context: Context, version: str) -> Api:
     """Return the API with all operations."""
-    modules = (jobs, models, exports, loaded_models, inference, reports, usage)
+    modules = (jobs, models, exports, feedback, loaded_models, inference, reports, usage)
     routers = (router, *(module.router for module in modules))
     app = api_application(
         [route for each in routers for route in each.routes],

@@ -1,0 +1,145 @@
+"""Feedback: values that count, repeated statements, redaction and errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import captured_service
+import pytest
+from captured_service import ITEMS, Running
+from luthier_server import ONE, OTHER
+from typer.testing import CliRunner
+
+from luthier.cli.service.live import live_app
+from luthier.server.live import settings
+
+running = captured_service.running
+
+
+@pytest.fixture
+def request_id(running: Running) -> str:
+    """Id of a captured request of the first account."""
+    with running.service.database.write() as session:
+        settings.enable(session, ONE)
+    running.service.capture.reload()
+    return str(running.chat().headers["x-request-id"])
+
+
+def rate(running: Running, request: str, account: str = ONE, **members: Any) -> Any:
+    return running.ask("/api/v1/feedback", {"request": request, **members}, account)
+
+
+def values(answer: Any) -> dict[tuple[str, str], Any]:
+    assert answer.status_code == 200, answer.text
+    return {(each["rater"], each["name"]): each["value"] for each in answer.json()["feedback"]}
+
+
+def test_latest_value_of_rater_and_name_counts(running: Running, request_id: str) -> None:
+    first = rate(running, request_id, rating=2, rater="ann")
+    assert values(first) == {("ann", "rating"): 2} and first.json()["added"] == 1
+    rate(running, request_id, rating=4, rater="ann", label="spam")
+    outcomes = {"sale": {"value": 12.5}, "reopened": {"value": False, "higher_is_better": False}}
+    answer = rate(running, request_id, thumb="up", outcomes=outcomes)
+    assert values(answer) == {
+        ("ann", "rating"): 4, ("ann", "label"): "spam", ("user-0", "thumb"): "up",
+        ("user-0", "outcome.sale"): 12.5, ("user-0", "outcome.reopened"): False,
+    }  # fmt: skip
+
+
+def test_repeated_statement_adds_no_row(running: Running, request_id: str) -> None:
+    assert rate(running, request_id, rating=3, comment="ok").json()["added"] == 2
+    assert rate(running, request_id, rating=3, comment="ok").json()["added"] == 0
+    assert rate(running, request_id, rating=1, comment="ok").json()["added"] == 1
+
+
+def test_response_id_names_the_request(running: Running, request_id: str) -> None:
+    answer = running.chat()
+    found = rate(running, answer.json()["id"], thumb="down").json()
+    assert found["request"] == answer.headers["x-request-id"]
+
+
+def test_text_of_feedback_is_redacted(
+    running: Running, request_id: str, luthier_home: Path
+) -> None:
+    text = f"Ask {ITEMS[0]} or {ITEMS[2]}"
+    answer = rate(running, request_id, comment=text, preferred=text, corrected=text, label=text)
+    assert "[EMAIL_1]" in answer.text and ITEMS[0] not in answer.text
+    files = list(luthier_home.glob("luthier.db*"))
+    assert files and not [file for file in files if ITEMS[0].encode() in file.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("members", "status", "word"),
+    [
+        ({"rating": 6}, 400, "rating"),
+        ({"rating": 2.5}, 400, "rating"),
+        ({"thumb": "sideways"}, 400, "thumb"),
+        ({"outcomes": {"a b": {"value": 1}}}, 400, "outcomes"),
+        ({}, 400, "at least one of"),
+        ({"ratng": 3}, 400, "ratng"),
+    ],
+)
+def test_invalid_values(
+    running: Running, request_id: str, members: dict[str, Any], status: int, word: str
+) -> None:
+    answer = rate(running, request_id, **members)
+    assert answer.status_code == status and word in answer.json()["error"]["message"]
+
+
+def test_unknown_request_and_request_of_other_account(running: Running, request_id: str) -> None:
+    unknown = rate(running, "nothing", rating=3)
+    foreign = rate(running, request_id, OTHER, rating=3)
+    assert unknown.status_code == foreign.status_code == 404
+    text = foreign.json()["error"]["message"].replace(request_id, "nothing")
+    assert text == unknown.json()["error"]["message"]
+
+
+def command(*words: str) -> Any:
+    done = CliRunner().invoke(live_app, [*words, "--json"])
+    found = json.loads(done.stdout)
+    return done.exit_code, found
+
+
+def test_import_of_files(running: Running, request_id: str, tmp_path: Path) -> None:
+    running.service.capture.flush()
+    table = tmp_path / "ratings.csv"
+    table.write_text(
+        "request,rater,rating,comment,outcome.sale,outcome.reopened.lower\n"
+        f"{request_id},ann,4,good,12.5,true\n{request_id},bob,,bad,,\n"
+    )
+    assert command("feedback", "import", str(table))[1]["added"] == 5
+    code, again = command("feedback", "import", str(table))
+    assert (code, again["added"], again["rows"]) == (0, 0, 2)
+    lines = tmp_path / "ratings.jsonl"
+    lines.write_text(
+        f'{{"request": "{request_id}", "rating": 1}}\n{{"request": "x", "rating": 1}}\n'
+    )
+    code, refused = command("feedback", "import", str(lines))
+    assert code == 2 and "ratings.jsonl:2" in json.dumps(refused) and "x" in json.dumps(refused)
+    answer = running.http.get(
+        f"/api/v1/feedback/{request_id}", headers={"Authorization": f"Bearer {running.key()}"}
+    )
+    assert values(answer) == {
+        ("ann", "rating"): 4, ("ann", "comment"): "good", ("ann", "outcome.sale"): 12.5,
+        ("ann", "outcome.reopened"): True, ("bob", "comment"): "bad",
+    }  # fmt: skip
+
+
+def test_feedback_command(running: Running, request_id: str) -> None:
+    running.service.capture.flush()
+    words = [
+        "feedback",
+        "add",
+        request_id,
+        "--rating",
+        "5",
+        "--outcome",
+        "reopened=true",
+        "--lower",
+    ]
+    assert command(*words) == (0, {"request": request_id, "added": 2})
+    code, refused = command("feedback", "add", request_id, "--rating", "9")
+    assert code == 2 and "rating must be 5 or less" in json.dumps(refused)
+    assert command("feedback", "add", "nothing", "--thumb", "up")[0] == 2
