@@ -147,6 +147,17 @@ def test_unread_class_column_must_be_mapped_or_ignored(intents: Path) -> None:
     assert "--ignore purpose" in result.output.splitlines()[-1]
 
 
+def test_report_names_no_objective_for_rows_with_an_unread_target(
+    intents: Path, tiny_model_folder: Path
+) -> None:
+    base = str(tiny_model_folder)
+    report = json.loads(run("inspect", intents, "--base", base, "--json").stdout)
+    assert report["base"] is None and not {"learning", "amount"} & report["summaries"].keys()
+    assert {"learning", "amount"} <= report["left_out"].keys()
+    learned = run("inspect", intents, "--base", base, "--json", "--ignore", "purpose").stdout
+    assert json.loads(learned)["summaries"]["learning"]["objective"] == "causal_lm"
+
+
 def test_ignore_extends_the_mapping_of_a_tuning_command(
     intents: Path, tiny_model_folder: Path
 ) -> None:

@@ -264,4 +264,4 @@ def test_report_names_a_task_only_if_rows_and_targets_are_read(
     data = written(tmp_path / "rows.jsonl", *rows)
     report = luthier.inspect(data, base=str(tiny_model_folder))
     assert bool(report.task) is task
-    assert bool(report.base) is bool(report.rows["train"])
+    assert bool(report.base) is task

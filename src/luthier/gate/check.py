@@ -89,6 +89,8 @@ class Check(ABC):
     """True if the check is impossible without a base model."""
     needs_tokenizer: ClassVar[bool] = False
     """True if the check is impossible for base models without a tokenizer (images, audio)."""
+    of_targets: ClassVar[bool] = False
+    """True for checks that assume that all targets of the rows are read."""
     of_texts: ClassVar[bool] = False
     """True if the check reads text only. The report omits the check if no row has text."""
     in_jobs: ClassVar[bool] = True

@@ -182,13 +182,13 @@ def inspect(
     report = inspect_sources(
         request.sources, checks, policy.severity, request.columns, progress, processes, extra
     )
-    used = base if known.chat and any(report.rows.values()) else None
+    is_used = known.chat and any(report.rows.values()) and "learning" not in report.left_out
     if report.left_out:  # where no row has a text, no base would help
         left_out = {n: NO_TEXT if why == NO_READER else why for n, why in left_out.items()}
     left_out = {**left_out, **report.left_out}
     return replace(
         report,
-        base=used,
+        base=base if is_used else None,
         chat_template=request.chat_template,
         left_out=left_out,
         columns=request.columns or {},

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.files.sources import stem_of
-from luthier.data.unread import UNREAD
 from luthier.errors import Location, Problem, line_text
 from luthier.formatting import column_options, printable
 from luthier.gate.check import Split
@@ -63,9 +62,7 @@ class Report(Tabular):
     def task(self) -> str:
         """Objective and base model of the rows; empty if the rows, or their targets, are not read."""
         learning = self.summaries.get("learning", {})
-        found = self.findings
-        errors = {rule.id for rule in found.rules() if found.severity(rule) == "error"}
-        if not learning.get("objective") or UNREAD in errors:
+        if not learning.get("objective"):
             return ""
         several = ", several labels per row," if learning["several_labels"] else ""
         return f"{learning['objective']}{several} on {self.base}"

@@ -32,7 +32,7 @@ from luthier.errors import DataError, LuthierError, Problem
 from luthier.gate.batch_text import excerpt_of
 from luthier.gate.check import Check, Places, RowBatch, Split
 from luthier.gate.report import Report
-from luthier.gate.rules import Finding, Findings, Place, SeverityChoice, rule_of
+from luthier.gate.rules import UNREAD_COLUMN, Finding, Findings, Place, SeverityChoice, rule_of
 from luthier.types import Row
 
 ROWS = 1024
@@ -47,6 +47,7 @@ MEDIA_ROWS = 32
 KEY = 16
 """Bytes of a text's key and quotes, about."""
 NO_TEXT = "no row has a text"
+NO_TARGET = "a column that is not read may be the target"
 """Reason for omitting text checks for data without text."""
 
 
@@ -244,6 +245,9 @@ class Gate:
         self.pool.close()
         silent = self.places.total and not self.has_texts
         idle = {each.name: NO_TEXT for each in self.checks if silent and each.of_texts}
+        unread = self.findings.counts[UNREAD_COLUMN.id]
+        if unread and self.findings.severity(UNREAD_COLUMN) == "error":
+            idle |= {each.name: NO_TARGET for each in self.checks if each.of_targets}
         checks = [each for each in self.checks if each.name not in idle]
         for check in checks:
             check.finish(self.places, self.findings)

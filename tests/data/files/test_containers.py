@@ -212,9 +212,11 @@ def test_damaged_data_file_in_a_zip_archive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mark", ["\t", ","])
-def test_text_file_with_cells_and_without_names(tmp_path: Path, mark: str) -> None:
+@pytest.mark.parametrize("label", ["ham", "pos"])  # "pos" is a key for pairs, too
+def test_text_file_with_cells_and_without_names(tmp_path: Path, label: str, mark: str) -> None:
     path = tmp_path / "rows.txt"
     lines = ["ham\tSee you at 10", "spam\tWin now!", *["ham\tSorry."] * 3, 'ham\t"x"']
+    lines = [line.replace("ham", label) for line in lines]
     path.write_text("\n".join(lines).replace("\t", mark))
     problems: list[Problem] = []
     assert [*read_records(path, problems)] == []

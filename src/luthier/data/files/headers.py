@@ -31,15 +31,22 @@ def reject_missing_header(
         may_be_text: True for a file that may be plain text.
 
     Raises:
-        RowRefused: if the header has no known name, and resembles the rows.
+        RowRefused: if the header has no known name and resembles the rows. A known name that is a
+            value of its column, too, does not count, such as the label ``pos``.
     """
     first = [*islice(table, _COMPARED)]
     names = [*first[0][1]] if first else []
-    if not any(name in known or name.lower() in KEYS for name in names):
-        rows = [[str(cell) for cell in record.values()] for _, record in first]
-        if _is_row(names, rows):
-            reason = "The first line resembles the rows below"
-            raise missing_header(reason, [names, *rows], delimiter, may_be_text)
+    rows = [[str(cell) for cell in record.values()] for _, record in first]
+    if len(names) > 1:  # joined files repeat their header
+        rows = [row for row in rows if row != names]
+    columns = [*zip(*rows, strict=True)]
+    is_header = any(
+        name in known or (name.lower() in KEYS and (len(names) == 1 or name not in column))
+        for name, column in zip(names, columns, strict=False)
+    )
+    if columns and not is_header and _is_row(names, columns):
+        reason = "The first line resembles the rows below"
+        raise missing_header(reason, [names, *rows], delimiter, may_be_text)
     yield from chain(first, table)
 
 
@@ -72,15 +79,10 @@ def missing_header(
     )
 
 
-def _is_row(names: list[str], rows: Sequence[list[str]]) -> bool:
+def _is_row(names: list[str], columns: Sequence[tuple[str, ...]]) -> bool:
     """Return whether the names are cells of another row."""
     if names == [str(number) for number in range(len(names))]:
         return False  # pandas writes the numbers of columns without a name
-    if len(names) > 1:  # joined files repeat their header
-        rows = [row for row in rows if row != names]
-    columns = [*zip(*rows, strict=True)]
-    if not columns:
-        return False
     if any(name and name in column for name, column in zip(names, columns, strict=True)):
         return True
     telling = any(NUMBER.fullmatch(name) or len(name.split()) >= _WORDS for name in names)

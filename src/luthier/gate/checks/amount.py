@@ -29,6 +29,7 @@ class Amount(Check):
     """Rows of each shape, and characters of raw text."""
 
     name: ClassVar[str] = "amount"
+    of_targets: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (FEW,)
 
     @classmethod

@@ -118,6 +118,7 @@ class Learning(SpotCheck):
     """Encodes every row for a model and an objective."""
 
     name: ClassVar[str] = "learning"
+    of_targets: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (*ENCODING_RULES.values(), TRUNCATED, MOSTLY_TRUNCATED)
     needs_model: ClassVar[bool] = True
     in_jobs: ClassVar[bool] = False
