@@ -169,6 +169,23 @@ def test_masked_language_model_is_scored_on_raw_text(
     assert found.scores["pseudo_perplexity"] == pytest.approx(float(loss.exp()), rel=1e-3)
 
 
+def test_embedding_model_is_scored_on_labelled_pairs(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pairs = [
+        {"text_a": f"the {one}", "text_b": f"the {other}", "label": int(one == other)}
+        for one in WORDS[:4]
+        for other in WORDS[:4]
+    ]
+    base = str(family_folder("bert"))
+    found = luthier.evaluate(base, write(tmp_path / "pairs.jsonl", pairs))
+    assert found.scores == {"auc": 1.0}
+    assert found.records[0]["score"] == pytest.approx(1)
+    alike = write(tmp_path / "alike.jsonl", [each for each in pairs if each["label"]])
+    with pytest.raises(DataError, match="same label"):
+        luthier.evaluate(base, alike)
+
+
 def test_dpo_on_encoder_is_refused(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
     data = write(tmp_path / "pairs.jsonl", PAIRS)
     with pytest.raises(RecipeError):

@@ -80,11 +80,12 @@ def _thumb_scores(
     }
     if len(sides) < 2:
         return sides
-    auc = Statistic.of(lambda row_K: _auc(value_R[row_K], up_R[row_K]), len(up_R))
+    auc = Statistic.of(lambda row_K: area_under_curve(value_R[row_K], up_R[row_K]), len(up_R))
     return {f"{name}_auc": auc, **sides}
 
 
-def _auc(value_K: NDArray[np.float64], up_K: NDArray[np.bool_]) -> float:
+def area_under_curve(value_K: NDArray[np.float64], up_K: NDArray[np.bool_]) -> float:
+    """Return the chance that a row with ``up`` has the higher value; NaN for rows of one kind."""
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(up_K, value_K)) if up_K.any() and not up_K.all() else float("nan")

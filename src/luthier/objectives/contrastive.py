@@ -142,7 +142,15 @@ class Contrastive(Objective):
         {"audio", "captioned_image", "image", "labelled_audio", "labelled_image"}
     )
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
-        {"captioned_image", "history", "label", "labelled_audio", "labelled_image", "pair"}
+        {
+            "captioned_image",
+            "history",
+            "label",
+            "labelled_audio",
+            "labelled_image",
+            "pair",
+            "relevance",
+        }
     )
     contrasts_rows: ClassVar[bool] = True
     allows_augmentation: ClassVar[bool] = True

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import CaptionedImage
-from luthier.data.shapes.texts import History, TextPair
+from luthier.data.shapes.texts import History, QueryDocument, TextPair
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.baselines import Method, States
+from luthier.evaluation.preferences import area_under_curve
 from luthier.evaluation.retrieval import (
     CUT,
     ClassRetrieval,
@@ -26,7 +27,7 @@ from luthier.evaluation.retrieval import (
     popularity_ranks,
     retrieval_scores,
 )
-from luthier.evaluation.significance import RowScores, Score
+from luthier.evaluation.significance import RowScores, Score, Statistic
 from luthier.evaluation.thresholds import threshold_scores
 from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task, example_input
@@ -59,7 +60,8 @@ class EmbeddingTask(Task):
 
     def inputs(self, row: Row) -> list[Row]:
         """Return both sides of a pair, to compare the embeddings."""
-        return row.sides() if isinstance(row, TextPair | CaptionedImage) else [row]
+        is_pair = isinstance(row, TextPair | QueryDocument | CaptionedImage)
+        return row.sides() if is_pair else [row]
 
     def combine(self, answers: Sequence[dict[str, Any]], threshold: float | None) -> dict[str, Any]:
         """Return the embedding; for a pair, the cosine and whether the sides are similar."""
@@ -92,7 +94,12 @@ class EmbeddingTask(Task):
         return retrieval_scores(ranks)["recall_at_1"]
 
     def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
-        """Return how often a side finds the partner, or a row a different row of the same label."""
+        """Return how often a side finds the partner, or a row a different row of the same label.
+
+        Labelled pairs are decided by the cosine of their sides.
+        """
+        if of_shape(QueryDocument, rows.rows):
+            return _score_decisions(reader, rows, *sides)
         if of_shape(TextPair, rows.rows):
             return _score_partners(reader, rows, *sides)
         if of_shape(CaptionedImage, rows.rows):
@@ -161,6 +168,36 @@ def _score_partners(
     target = "next item" if isinstance(rows[0], History) else "partner"
     remark = f"each {target} is searched among {len({*texts[1]}) + len(items):,} candidates"
     return fitting.evaluation(scores, first, [remark])
+
+
+def _score_decisions(
+    reader: Reader, fitting: FittingRows, first: Answers, second: Answers
+) -> Evaluation:
+    """Score how well the cosine separates similar pairs from other pairs.
+
+    Raises:
+        DataError: if all pairs have the same label.
+    """
+    rows = cast("Sequence[QueryDocument]", fitting.rows)
+    one_RH, other_RH = (np.array([a["embedding"] for a in side]) for side in (first, second))
+    cosine_R = (one_RH * other_RH).sum(1)
+    similar_R = np.array([(row.label or 0.0) > 0.5 for row in rows])
+    if similar_R.all() or not similar_R.any():
+        message = "all pairs have the same label, so no threshold separates them."
+        fix = "Give pairs of both labels, 0 and 1."
+        raise DataError([Problem("row.no_label", message, fix, rows[0].location)])
+    scores: dict[str, Score] = {
+        "auc": Statistic.of(
+            lambda row_K: area_under_curve(cosine_R[row_K], similar_R[row_K]), len(rows)
+        )
+    }
+    answers: list[dict[str, Any]] = [{"score": float(each)} for each in cosine_R]
+    if (threshold := reader.threshold) is not None:
+        above_R = cosine_R > threshold
+        scores["similar"] = RowScores.of(above_R[similar_R])
+        scores["false_alarms"] = RowScores.of(above_R[~similar_R])
+        answers = [{**a, "similar": bool(above)} for a, above in zip(answers, above_R, strict=True)]
+    return fitting.evaluation(scores, answers)
 
 
 def _score_classes(fitting: FittingRows, first: Answers) -> Evaluation:

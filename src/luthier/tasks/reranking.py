@@ -23,6 +23,7 @@ class RerankingTask(Task):
 
     head: ClassVar[HeadKind] = "sequence_classification"
     ranks: ClassVar[bool] = True
+    two_sided: ClassVar[bool] = False  # query and document are one input
 
     def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
         """Score the order of each query's documents, for queries with a relevant document.

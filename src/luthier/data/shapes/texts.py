@@ -308,6 +308,9 @@ class QueryDocument(TextRow):
     def inputs(self) -> tuple[str, ...]:
         return (self.text, self.document)
 
+    def sides(self) -> list[Row]:
+        return [RawText(self.file, self.line, text) for text in (self.text, self.document)]
+
     def plain_text(self) -> str:
         return f"{self.text}\n\n{self.document}"
 
