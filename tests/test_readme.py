@@ -28,6 +28,7 @@ from luthier.workflows.distil.recipe import DistilRecipe
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
+    ROOT / "README.vi.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "src" / "luthier" / "demo" / "README.md",
@@ -187,7 +188,7 @@ def test_python_in_documents_uses_public_names(document: Path) -> None:
                 assert node.attr in luthier.__all__
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guide/data.md"])
+@pytest.mark.parametrize("document", ["README.md", "README.vi.md", "docs/guide/data.md"])
 def test_rows_in_the_documents_are_rows(document: str, tmp_path: Path) -> None:
     bodies = blocks((ROOT / document).read_text(), "json")
     lines = [line for body in bodies for line in body.splitlines()]
