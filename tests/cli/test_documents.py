@@ -15,6 +15,7 @@ from luthier.cli.documents import (
     remove_index,
     search_documents,
     show_index,
+    show_summary,
 )
 from luthier.cli.generate import chat
 from luthier.documents.index import DocumentIndex
@@ -141,6 +142,33 @@ def test_chat_answers_from_the_index(
     assert "[1] leave.md, Leave: Everybody has thirty days of leave." in shown
     last = "".join(turn.content for turn in prompts[-1])
     assert "And hours?" in last and last.count("thirty days") == 1
+
+
+def test_links_out_of_the_folder_are_left_out(indexed: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.md").write_text("A secret.")
+    (tmp_path / "other").mkdir()
+    folder = tmp_path / "handbook"
+    (folder / "secret.md").symlink_to(tmp_path / "secret.md")
+    (folder / "other").symlink_to(tmp_path / "other")
+    (folder / "same.md").symlink_to(folder / "leave.md")
+    update = index_documents([folder], name=indexed).update
+    assert update is not None and update.added == 1  # the broken file, read again
+    left_out = [each.path for each in update.problems if "link" in each.refused]
+    assert left_out == [str(folder / "other"), str(folder / "secret.md")]
+    linked = index_documents([folder / "secret.md"], name=indexed).update
+    assert linked is not None and linked.added == 1  # named by the user
+
+
+def test_unfinished_index_is_shown(
+    tmp_path: Path, family_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = find(str(family_folder("bert")))
+    with pytest.raises(KeyboardInterrupt), DocumentIndex.update("half", model, "en"):
+        raise KeyboardInterrupt
+    shown = show_index("half")
+    assert not isinstance(shown, list) and shown.unfinished == [(model.id, 0)]
+    show_summary(show_index())
+    assert "unfinished: half" in capsys.readouterr().out
 
 
 def test_index_is_listed_searched_and_removed(indexed: str) -> None:

@@ -101,8 +101,24 @@ def test_killed_update_continues(folder: Path) -> None:
         index.synchronize(document_files([folder]), [folder], fail_at_second)
     with pytest.raises(RecipeError, match="no index"):
         search("holiday")  # not in use before it is complete
+    assert DocumentIndex.unfinished("handbook") == [("letters", 1)]
     update = build(folder)
     assert (update.added, update.unchanged) == (1, 1)
+    assert DocumentIndex.unfinished("handbook") == []
+
+
+def test_killed_switch_of_the_model_continues_after_an_update(folder: Path) -> None:
+    def kill(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    build(folder)
+    with pytest.raises(KeyboardInterrupt), DocumentIndex.update("handbook", OTHER, "en") as index:
+        index.synchronize(document_files([folder]), [folder], embed, kill)
+    assert build(folder).unchanged == 2
+    assert DocumentIndex.unfinished("handbook") == [("more-letters", 1)]
+    assert build(folder, OTHER).unchanged == 1
+    with DocumentIndex.open("handbook") as index:
+        assert index.model == "more-letters"
 
 
 def test_other_embedding_model_replaces_the_index_at_the_end(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from luthier.cli.terminal.console import (
 )
 from luthier.cli.terminal.options import AtLeastOne, OptionalAtLeastOne
 from luthier.errors import RecipeError
+from luthier.files import luthier_home
 from luthier.pages import Displayed
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class IndexSummary(Displayed):
     threshold: float | None
     update: IndexUpdate | None = None
     """Changes by ``index add``."""
+    unfinished: list[tuple[str, int]] = field(default_factory=list)
+    """Embedding model and number of documents of updates that run or were killed."""
 
     @property
     def passages(self) -> int:
@@ -104,8 +107,8 @@ def index_documents(
         RefusedInput: for missing files, missing libraries, or a model without embeddings.
     """
     with heavy_imports():
-        from luthier.documents.index import DocumentIndex
-        from luthier.documents.readers import document_files, main_language
+        from luthier.documents.index import DocumentIndex, IndexedDocument
+        from luthier.documents.readers import document_files, main_language, outward_links
         from luthier.documents.retriever import calibrate
         from luthier.engine.metrics import Reporter
         from luthier.gate.inspect import encoder_of_language
@@ -134,6 +137,11 @@ def index_documents(
         update = index.synchronize(
             files, paths, embed, lambda done, total: reporter.progress(done, total, "index")
         )
+        links = [
+            IndexedDocument(str(each), 0, "", f"a link out of the folder, to {each.resolve()}")
+            for each in outward_links(paths)
+        ]
+        update = replace(update, problems=[*update.problems, *links])
         summary = IndexSummary(name, stored.id, index.documents(), None, update)
         if not summary.passages:
             reasons = "; ".join(f"{each.path}: {each.refused}" for each in update.problems[:3])
@@ -157,9 +165,17 @@ def show_index(name: str | None = None) -> IndexSummary | list[IndexSummary]:
     from luthier.documents.index import DocumentIndex
 
     found = []
-    for each in DocumentIndex.names() if name is None else [name]:
-        with DocumentIndex.open(each) as index:
-            found.append(IndexSummary(each, index.model, index.documents(), index.threshold()))
+    complete = DocumentIndex.names()
+    files = luthier_home().glob("indexes/*/*.sqlite")
+    names = sorted({*complete, *(file.parent.name for file in files)}) if name is None else [name]
+    for each in names:
+        unfinished = DocumentIndex.unfinished(each)
+        if each in complete or not unfinished:
+            with DocumentIndex.open(each) as index:
+                about = each, index.model, index.documents(), index.threshold()
+                found.append(IndexSummary(*about, unfinished=unfinished))
+        else:
+            found.append(IndexSummary(each, unfinished[0][0], [], None, unfinished=unfinished))
     return found if name is None else found[0]
 
 
@@ -366,6 +382,8 @@ def show_summary(found: IndexSummary | list[IndexSummary]) -> None:
         for each in found:
             table.add_row(each.name, each.model, str(len(each.documents)), str(each.passages))
         print_table(table)
+        for each in found:
+            _show_unfinished(each)
         return
     update = found.update
     if update is not None:
@@ -379,8 +397,17 @@ def show_summary(found: IndexSummary | list[IndexSummary]) -> None:
             state = f"{document.passages:,} passages" + f" ({document.note})" * bool(document.note)
         print_text(f"  {document.path}: {state}")
     print_text(found.summary()[0])
+    _show_unfinished(found)
     if update is not None:
         note(f'next: luthier ask MODEL "a question" --index {found.name}')
+
+
+def _show_unfinished(found: IndexSummary) -> None:
+    for model, count in found.unfinished:
+        print_text(
+            f"unfinished: {found.name} with {model}, {count:,} documents so far. If no add runs, "
+            f"continue: luthier index add FOLDER --name {found.name} --model {model}"
+        )
 
 
 def show_passages(found: FoundPassages) -> None:

@@ -270,7 +270,6 @@ def chat(
         stored = check_active(find(model, is_able=Generator.is_able))
         generator = Generator.open(stored)
     several = generator.chat.template.kind == "chat"
-    print_text(f"{model} is ready. {CHAT_HELP}")
     if generator.backend.device.type == "cpu" and chosen_backend().id == "torch":
         with suppress(RefusedInput):
             check_derivable(stored)
@@ -283,6 +282,7 @@ def chat(
                 return _write_reply(generator, turns, sampling)
             return _answer_from(retriever, generator, turns, sampling)
 
+        print_text(f"{model} is ready. {CHAT_HELP}")
         _converse(opening, several, reply)
 
 

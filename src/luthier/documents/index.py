@@ -152,6 +152,18 @@ class DocumentIndex:
         return sorted(each.parent.name for each in luthier_home().glob("indexes/*/current.json"))
 
     @staticmethod
+    def unfinished(name: str) -> list[tuple[str, int]]:
+        """Return embedding model and number of documents of updates that run or were killed."""
+        found = []
+        for file in sorted(DocumentIndex.folder(name).glob("*.sqlite")):
+            with open_file(file) as connection:
+                about = dict(connection.execute("SELECT key, value FROM about"))
+                (count,) = connection.execute("SELECT COUNT(*) FROM documents").fetchone()
+                if "unfinished" in about:
+                    found.append((about["model"], int(count)))
+        return found
+
+    @staticmethod
     @contextmanager
     def open(name: str) -> Iterator[DocumentIndex]:
         """Yield the index ``name`` for searches.
@@ -198,8 +210,15 @@ class DocumentIndex:
         with _writing(folder):
             with open_file(file) as connection:
                 create(connection, stored.id, fingerprint, language)
+                with connection:
+                    connection.execute("INSERT OR REPLACE INTO about VALUES ('unfinished', '')")
                 yield DocumentIndex(name, file, connection)
-            write_json(folder / "current.json", {"file": file.name, "model": stored.id})
+                with connection:
+                    connection.execute("DELETE FROM about WHERE key = 'unfinished'")
+            current = folder / "current.json"
+            if current.is_file() and read_json(current)["file"] == file.name:
+                return  # a killed switch to another embedding model can continue
+            write_json(current, {"file": file.name, "model": stored.id})
             for other in folder.glob("*.sqlite*"):
                 if not other.name.startswith(file.name):
                     other.unlink()

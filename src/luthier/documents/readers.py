@@ -63,7 +63,8 @@ def visible_files(folder: Path) -> Iterator[Path]:
 
 
 def document_files(sources: Sequence[Path]) -> list[Path]:
-    """Return the documents in ``sources``, files or folders, sorted by path.
+    """Return the documents in ``sources``, files or folders, sorted by path, without
+    :func:`outward_links`.
 
     Raises:
         RecipeError: for a missing source, an unsupported file, or a folder without documents.
@@ -74,7 +75,9 @@ def document_files(sources: Sequence[Path]) -> list[Path]:
             inside = {
                 each
                 for each in visible_files(source)
-                if each.suffix.lower() in FORMATS and each.name[0] != "~"
+                if each.suffix.lower() in FORMATS
+                and each.name[0] != "~"
+                and not _leaves(each, source)
             }
             if not inside:
                 raise RecipeError(f'"{source}" has no documents. Supported: {", ".join(FORMATS)}')
@@ -86,6 +89,21 @@ def document_files(sources: Sequence[Path]) -> list[Path]:
         else:
             files.add(source)
     return sorted(each.resolve() for each in files)
+
+
+def outward_links(sources: Sequence[Path]) -> list[Path]:
+    """Return links in folders of ``sources`` to documents or folders outside, which are not read."""
+    return sorted(
+        each
+        for source in sources
+        if source.is_dir()
+        for each in source.rglob("*")
+        if _leaves(each, source) and (each.is_dir() or each.suffix.lower() in FORMATS)
+    )
+
+
+def _leaves(path: Path, folder: Path) -> bool:
+    return path.is_symlink() and not path.resolve().is_relative_to(folder.resolve())
 
 
 class DocumentReader:
