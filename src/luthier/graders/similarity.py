@@ -25,14 +25,12 @@ class Similarity(Grader):
 
     - ``token_f1``: common words in any order, without case, punctuation and the articles a, an, the
       (Rajpurkar et al. 2016, "SQuAD", section 6.1, and its evaluation script).
-    - ``rouge_l``: longest common subsequence of words, without case (Lin 2004, "ROUGE", section
-      3.1;
+    - ``rouge_l``: longest common subsequence of words, without case (Lin 2004, "ROUGE", section 3.1;
       F with beta 1, as in the ``rouge-score`` package). No stemming; words of all scripts count.
     - ``chrf``: n-grams of 1 to 6 characters without white space, with double weight on recall
-      (Popović
-      2015, "chrF", as in ``sacrebleu``). For translations and languages with rich morphology.
-    - ``characters``: longest common subsequence of characters, case-sensitive. For short answers
-      and
+      (Popović 2015, "chrF", as in ``sacrebleu``). For translations and languages with rich
+      morphology.
+    - ``characters``: longest common subsequence of characters, case-sensitive. For short answers and
       scripts without blanks between words.
     """
 
