@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,10 +20,19 @@ from luthier.cli.service.database import (
     show_record,
 )
 from luthier.cli.terminal.bridge import Command, CommandGroup
+from luthier.cli.terminal.console import print_text
 
 if TYPE_CHECKING:
     from luthier.server.tables.captures import CaptureSettings
 
+_NEEDED = {
+    "sft": "The rows need requests with text.",
+    "dpo": "The rows need preferred or corrected answers, or ratings of several answers to a prompt.",
+    "kto": "The rows need thumbs, or ratings of at most 2 or at least 4.",
+    "classification": "The rows need labels as feedback, or a filter by rating or outcome.",
+    "regression": "The rows need labels as feedback, or a filter by rating or outcome.",
+}
+"""What an export needs, by kind of rows."""
 _SETTINGS = ("enabled", "share", "redact", "days", "most_bytes", "bucket", "prefix")
 
 
@@ -97,6 +107,61 @@ def capture_show(*, account: Account = FIRST_ACCOUNT, database: ServiceDatabase 
         "last": last and last.isoformat(timespec="seconds"),
         "requests": [{"model": m, "operation": o, "requests": number} for m, o, number in models],
     }
+
+
+def capture_export(
+    *,
+    model: str,
+    to: Literal["sft", "dpo", "kto", "classification", "regression"] = "sft",
+    output: Path | None = None,
+    since: str | None = None,
+    rating: str | None = None,
+    outcome: Sequence[str] = (),
+    account: Account = FIRST_ACCOUNT,
+    database: ServiceDatabase = None,
+) -> Record:
+    """Write captured requests of a model as training rows.
+
+    Args:
+        model: Name that clients sent, or a custom model.
+        to: Kind of rows.
+        output: New file (JSON Lines); named after the kind by default.
+        since: Only requests of this period: 7d, 12h or 2026-01-31.
+        rating: Only answers with this mean rating, e.g. ">=4".
+        outcome: Only answers with this outcome, e.g. "sale>=10".
+    """
+    from luthier.errors import RefusedInput
+    from luthier.files import json_lines, write_bytes
+    from luthier.server.live import rows
+    from luthier.server.stores.objects import Objects
+
+    wanted = rows.Condition.parse(rating) if rating else None
+    outcomes = {}
+    for text in outcome:
+        name = re.split("[<>=!]", text, maxsplit=1)[0].strip()
+        outcomes[name] = rows.Condition.parse(text.strip()[len(name) :])
+    moment = rows.parse_since(since) if since else None
+    file = output or Path(f"{to}.jsonl")
+    if file.exists():
+        raise RefusedInput(f"{file} exists already. Choose a different name with --output")
+    with open_database(database) as service:
+        answers = [*rows.captured_answers(Objects(service), account, model, moment)]
+    kept = [*rows.filtered(answers, wanted, outcomes)]
+    found = rows.training_rows(kept, to, rated=bool(wanted or outcomes))
+    if not found:
+        raise RefusedInput(
+            f'No rows of the kind {to}: {len(answers)} captured answers of model "{model}", '
+            f"{len(kept)} after the filters. {_NEEDED[to]}"
+        )
+    write_bytes(file, json_lines(found).encode())
+    return {"file": str(file), "rows": len(found), "answers": len(answers), "kept": len(kept)}
+
+
+def print_export(record: Record, to: str) -> None:
+    """Print the counts and the next command."""
+    show_record(record)
+    objective = "" if to == "sft" else f" --objective {to}"
+    print_text(f"\nTrain on the rows: luthier tune {record['file']}{objective}")
 
 
 def feedback_add(
@@ -199,6 +264,7 @@ capture_app = CommandGroup("Capture requests to models and the replies.", extra=
 capture_app.add(Command(capture_on, show_settings, "on"))
 capture_app.add(Command(capture_off, show_settings, "off"))
 capture_app.add(Command(capture_show, show_settings, "show"))
+capture_app.add(Command(capture_export, print_export, "export"))
 feedback_app = CommandGroup("Rate captured requests.", extra="server")
 feedback_app.add(Command(feedback_add, show_record, "add"))
 feedback_app.add(Command(feedback_import, show_record, "import"))

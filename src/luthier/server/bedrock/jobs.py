@@ -24,6 +24,7 @@ from luthier.server.bedrock.control import (
 )
 from luthier.server.bedrock.foundation import customizations
 from luthier.server.bedrock.hyperparameters import setting_name
+from luthier.server.bedrock.logging import logged_rows
 from luthier.server.identifiers import (
     JOB,
     find_foundation,
@@ -129,7 +130,7 @@ def _submission(request: ControlRequest) -> Submission:
         model_name=request["customModelName"],
         customization_type=kind,
         base=_base(request, kind),
-        training=[_training(request["trainingDataConfig"])],
+        training=[_training(request, kind)],
         validators=[each["s3Uri"] for each in validation["validators"]],
         settings=settings,
         teacher=teacher,
@@ -187,9 +188,10 @@ def _base(request: ControlRequest, kind: str) -> AnyModel:
     return model
 
 
-def _training(config: Mapping[str, Any]) -> str:
+def _training(request: ControlRequest, kind: str) -> str:
+    config = request["trainingDataConfig"]
     if "invocationLogsConfig" in config:
-        raise invalid("trainingDataConfig", "invocationLogsConfig is not supported by this server.")
+        return logged_rows(request, config["invocationLogsConfig"], kind)
     if "s3Uri" not in config:
         raise invalid("trainingDataConfig", "trainingDataConfig needs s3Uri.")
     return str(config["s3Uri"])

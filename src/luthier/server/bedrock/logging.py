@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from luthier.data.files.s3 import split_address
 from luthier.errors import ObjectRefused
 from luthier.server.bedrock.control import ControlRequest, Operate, invalid
+from luthier.server.jobs.submit import FINE_TUNING
 from luthier.server.live import settings
+from luthier.server.live.rows import logged_answers, training_rows
+from luthier.server.stores.uploaded_files import UploadedFiles, file_address
 from luthier.server.tables.captures import CaptureSettings
 
 
@@ -54,6 +60,50 @@ def delete_logging(request: ControlRequest) -> dict[str, Any]:
         settings.disable(session, request.account)
     request.control.capture.reload()
     return {}
+
+
+def logged_rows(request: ControlRequest, config: Mapping[str, Any], kind: str) -> str:
+    """Store the training rows of invocation logs as a file, and return the file's address.
+
+    Raises:
+        Fault: Validation if the logs give no rows.
+    """
+    where = "trainingDataConfig.invocationLogsConfig"
+    if kind != FINE_TUNING or not config.get("usePromptResponse"):
+        text = (
+            "This server trains on prompts with the logged responses: set usePromptResponse to true "
+            "and customizationType to FINE_TUNING."
+        )
+        raise invalid(where, text)
+    ((_, address),) = config["invocationLogSource"].items()
+    bucket, prefix = split_address(address) or ("", "")
+    keeps = partial(_passes, config.get("requestMetadataFilters"))
+    objects = request.control.capture.objects
+    try:
+        answers = [*logged_answers(objects, request.account, bucket, prefix or "", keeps)]
+    except ObjectRefused as refused:
+        raise invalid(where, f"The bucket {bucket} does not exist.") from refused
+    rows = training_rows(answers, "sft")
+    if not rows:
+        raise invalid(
+            where, f"{address} has no invocation logs with responses that the filters keep."
+        )
+    lines = (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    files = UploadedFiles(request.control.database, objects)
+    file = files.add(request.account, lines, f"{request['jobName']}.jsonl", "fine-tune")
+    return file_address(file.id)
+
+
+def _passes(filters: Mapping[str, Any] | None, record: Mapping[str, Any]) -> bool:
+    """Return True if the request metadata of a record satisfies ``requestMetadataFilters``."""
+    if not filters:
+        return True
+    ((name, value),) = filters.items()
+    if name in ("andAll", "orAll"):
+        return (all if name == "andAll" else any)(_passes(each, record) for each in value)
+    ((key, wanted),) = value.items()
+    equal: bool = record.get("requestMetadata", {}).get(key) == wanted
+    return equal == (name == "equals")
 
 
 OPERATIONS: Mapping[str, Operate] = {
