@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from luthier.cli.app import app
 from luthier.data.shapes.texts import LabelledText
 from luthier.recipe import Recipe
-from luthier.workflows.advise.facts import _split_rows
+from luthier.workflows.advise.evidence import HELD_OUT_LABELS, divide_rows
 
 WORDS = ("fox", "dog", "card", "bank", "river", "tree", "house", "cloud", "stone", "bird")
 
@@ -120,7 +120,7 @@ def test_rows_of_a_validation_file_are_drawn_from_all_labels(tmp_path: Path) -> 
         "base": "x", "objective": "classification",
         "data": {"train": str(held), "validation": str(held)},
     })  # fmt: skip
-    learned, asked_rows = _split_rows(recipe, train)
+    learned, asked_rows = divide_rows(recipe.data, train, {}, HELD_OUT_LABELS)
     counts = Counter(row.label for row in asked_rows if isinstance(row, LabelledText))
     assert sorted(counts) == sorted({*labels}) and max(counts.values()) - min(counts.values()) < 2
     questions = {row.plain_text() for row in asked_rows}

@@ -53,16 +53,18 @@ def advise(
     chosen = tuning_recipe(data, fields)
     check_output(recipe)
     with heavy_imports():
+        from luthier.documents.readers import load_texts
         from luthier.engine.metrics import Reporter
         from luthier.recipe import portable, to_toml
-        from luthier.workflows.advise import advise as run
         from luthier.workflows.advise import command_of
-        from luthier.workflows.advise.facts import Wishes
+        from luthier.workflows.advise.facts import Wishes, collect
+        from luthier.workflows.advise.recommend import recommend
 
     dotted = {field_path(name, value, TUNING): value for name, value in fields.items()}
     wishes = Wishes(goal, max_minutes, max_seconds, max_megabytes)
-    texts = [str(source) for source in documents]
-    found = run(chosen, command_of(str(data), dotted), texts, wishes, trial, reporter or Reporter())
+    texts = load_texts([str(source) for source in documents])
+    facts = collect(chosen, texts, wishes, trial, reporter or Reporter())
+    found = recommend(facts, command_of(str(data), dotted))
     if recipe is not None:
         from luthier.files import write_bytes
 
@@ -75,9 +77,10 @@ def show_advice(advice: Advice) -> None:
     """Print the techniques as tables, and the recommendation below."""
     from rich.table import Table
 
+    from luthier.workflows.advise.recommend import forgetting, overfitting
+
     out = new_console(highlight=False)
-    facts = advice.facts
-    evidence = facts.evidence
+    facts, chosen, evidence = advice.facts, advice.recommendation, advice.facts.evidence
     if evidence is not None:
         tried = Table(
             title=f"Trials on {evidence.held} held-out rows",
@@ -86,35 +89,25 @@ def show_advice(advice: Advice) -> None:
         for name in ("", "score", "prompt tokens", "s per reply"):
             tried.add_column(name, justify="left" if not name else "right")
         for each in evidence.tried:
+            name = each.name if each.name == each.technique else f"{each.technique}: {each.name}"
             tried.add_row(
-                each.name if each.name == each.technique else f"{each.technique}: {each.name}",
-                f"{each.score:.0%}",
-                f"{each.prompt_tokens:,.0f}",
-                f"{each.seconds:.2f}",
+                name, f"{each.score:.0%}", f"{each.prompt_tokens:,.0f}", f"{each.seconds:.2f}"
             )
-        out.print(tried)
-        out.print()
+        out.print(tried, "")
     colours = {"yes": "green", "perhaps": "yellow", "no": "dim"}
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for judged in advice.judgements:
-        colour = colours[judged.fit]
-        measured = f"; measured: {judged.measured}" if judged.measured else ""
-        table.add_row(
-            f"[{colour}]{judged.technique}[/]", f"[{colour}]{judged.fit}[/]", judged.reason
-        )
-        table.add_row(
-            "", "", f"[dim]needs {judged.needs}. Effort: {judged.takes}; per reply: "
-            f"{judged.each_answer}. Complexity {judged.complexity}, overfitting "
-            f"{judged.overfitting}, forgetting {judged.forgetting}{measured}[/]",
-        )  # fmt: skip
+        values = vars(judged) | {"needs": f"needs {judged.needs}"}
+        table.add_row(*(f"[{colours[judged.fit]}]{value}[/]" for value in values.values()))
     out.print(table)
-    chosen = advice.recommendation
+    out.print(
+        f"\nTraining: {facts.cost}. Risk of overfitting: {overfitting(facts)}; of forgetting: "
+        f"{forgetting(facts)}"
+    )
     what = ", then ".join(chosen.techniques) or "fix the data first"
     what += "" if chosen.sure else ", as a first trial"
     out.print(f"\n[bold]{what}[/bold]" + ("" if chosen.tune else "  (do not tune)"))
-    for reason in chosen.reasons:
-        out.print(f"  reason  {reason}", markup=False)
-    for caution in chosen.cautions:
-        out.print(f"  note    {caution}", markup=False)
-    for command in chosen.commands:
-        out.print(f"  next    {command}", markup=False, soft_wrap=True)
+    lines = {"reason": chosen.reasons, "note": chosen.cautions, "next": chosen.commands}
+    for label, texts in lines.items():
+        for text in texts:
+            out.print(f"  {label:7} {text}", markup=False, soft_wrap=label == "next")

@@ -8,15 +8,20 @@ every run. The job then trains for a few steps on a temporary copy, and is measu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from luthier.data.rows import load_rows
 from luthier.data.shapes.base import Labelled
+from luthier.data.splitting import split_rows, strata_of
 from luthier.data.tree import READING_BUDGET
-from luthier.errors import LuthierError
+from luthier.errors import DataError, LuthierError
 from luthier.evaluation.evaluate import default_graders
 from luthier.evaluation.significance import RowScores
+from luthier.gate.row_keys import group_related
 from luthier.graders import Exact
 from luthier.inference.inference import Chat
 from luthier.models.decoding.sampling import Sampling
@@ -39,8 +44,12 @@ if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
     from luthier.inference.generation import Generator
     from luthier.models.networks.network import Network
-    from luthier.recipe import Recipe
+    from luthier.recipe import DataSpec, Recipe
 
+MAX_HELD_OUT_SHARE = 0.3
+"""Maximum share of held-out rows."""
+MIN_ROWS = 5
+"""Minimum training rows and minimum held-out rows."""
 HELD_OUT_ROWS = 40
 """Held-out rows for generative models: the standard error of 50 % is 8 points."""
 HELD_OUT_LABELS = 400
@@ -82,12 +91,6 @@ class TechniqueResult:
         """Return name, score and input size."""
         return f"{self.name}: {self.result}; {self.prompt_tokens:,.0f} tokens of input per answer"
 
-    def plain(self) -> dict[str, Any]:
-        """Return JSON values without the rows."""
-        values = asdict(self)
-        del values["row_scores"]
-        return values
-
 
 @dataclass(frozen=True)
 class Evidence:
@@ -101,7 +104,7 @@ class Evidence:
     left_out: tuple[str, ...] = ()
     """Techniques without a measurement, with the reason."""
 
-    def best(self, *techniques: Technique) -> TechniqueResult | None:
+    def best(self, *techniques: str) -> TechniqueResult | None:
         """Return the best result of some techniques."""
         results = [
             each for each in self.tried if each.technique in techniques and not each.constant
@@ -112,7 +115,10 @@ class Evidence:
         """Return JSON values."""
         return {
             "held_rows": self.held,
-            "tried": [each.plain() for each in self.tried],
+            "tried": [
+                {name: value for name, value in vars(each).items() if name != "row_scores"}
+                for each in self.tried
+            ],
             "trial_steps": self.steps,
             "all_steps": self.all_steps,
             "left_out": list(self.left_out),
@@ -121,44 +127,90 @@ class Evidence:
 
 def gather(
     recipe: Recipe,
-    train: Sequence[Row],
-    held: Sequence[Row],
+    rows: Sequence[Row],
     documents: Sequence[str],
     seconds: float,
     reporter: Reporter,
-) -> Evidence:
-    """Measure all techniques on ``held``; the trial training takes about ``seconds``.
+) -> Evidence | None:
+    """Measure all techniques on held-out rows; the trial training takes about ``seconds``.
 
-    Raises:
-        RefusedInput: as :func:`luthier.engine.train.train` for the recipe.
+    Held out are rows of the validation file, or else a part of ``rows``. ``None`` without enough
+    rows.
     """
-    with trial_training(recipe, "advice", reporter) as (job, network, loop):
-        variants: _Predictions | _Replies
-        if predicts(job.data.objective):
-            variants = _Predictions(network, job, held)
-        else:
-            variants = _Replies(network, job, train, held, documents)
-        reporter.stage(f"Measuring {len(held)} held-out rows without training")
-        tried = variants.measure_untrained(reporter.note)
-        steps = _train(loop, job.steps, seconds, reporter)
-        if steps:
-            reporter.stage("Measuring the trained model")
-            tried.append(variants.measure_trained(f"after {steps} steps"))
+    count = HELD_OUT_LABELS if predicts(recipe.objective) else HELD_OUT_ROWS
+    update: dict[str, Any] = {"test_share": None}
+    if not recipe.data.validation:
+        update["validation_share"] = min(MAX_HELD_OUT_SHARE, count / len(rows))
+    data = recipe.data.model_copy(update=update)
+    try:
+        with trial_training(recipe.model_copy(update={"data": data}), "advice", reporter) as trial:
+            return _measure(*trial, rows, count, documents, seconds, reporter)
+    except DataError as error:  # such as fewer rows than a run needs
+        reporter.note(f"no technique measured: {error}")
+        return None
+
+
+def _measure(
+    job: TrainingJob,
+    network: Network,
+    loop: Loop,
+    rows: Sequence[Row],
+    count: int,
+    documents: Sequence[str],
+    seconds: float,
+    reporter: Reporter,
+) -> Evidence | None:
+    train, held = divide_rows(job.recipe.data, rows, job.data.held_out.get("validation", {}), count)
+    if min(len(held), len(train)) < MIN_ROWS:
+        reporter.note(f"no technique measured: fewer than {MIN_ROWS} training or held-out rows")
+        return None
+    variants: _Predictions | _Replies
+    if predicts(job.data.objective):
+        variants = _Predictions(network, job, held)
+    else:
+        variants = _Replies(network, job, train, held, documents)
+    reporter.stage(f"Measuring {len(held)} held-out rows without training")
+    tried = variants.measure_untrained(reporter.note)
+    steps = _train(loop, job.steps, seconds, reporter)
+    if steps:
+        reporter.stage("Measuring the trained model")
+        tried.append(variants.measure_trained(f"after {steps} steps"))
     return Evidence(len(variants.held), tried, steps, job.steps, tuple(variants.left_out))
+
+
+def divide_rows(
+    data: DataSpec, rows: Sequence[Row], lines: Mapping[str, Sequence[int]], count: int
+) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Return training rows, and about ``count`` held-out rows of all labels.
+
+    ``lines`` are the lines by file that the run holds out without a validation file.
+    """
+    if not data.validation:
+        held_out = {(file, line) for file, numbers in lines.items() for line in numbers}
+        mine = [row for row in rows if (row.file, row.line) in held_out]
+        train = [row for row in rows if (row.file, row.line) not in held_out]
+        return train, mine[: 2 * count]
+    held: Sequence[Row] = load_rows(data.validation, data.columns, accepts_own_keys=True)
+    if len(held) > count:  # stratified, because files are often sorted by label
+        each_N = np.arange(len(held))
+        _, held_N = split_rows(strata_of(held), each_N, [count / len(held)], SEED)
+        held = [held[i] for i in held_N]
+    # Near-duplicates of held-out rows would be examples that contain the answers.
+    group_N = group_related([*held, *rows])
+    held_groups, groups = {*group_N[: len(held)].tolist()}, group_N[len(held) :].tolist()
+    kept = [row for row, group in zip(rows, groups, strict=True) if group not in held_groups]
+    return kept, held
 
 
 def _train(loop: Loop, most: int, seconds: float, reporter: Reporter) -> int:
     """Train for about ``seconds`` and return the number of steps."""
     if seconds <= 0:
         return 0
-    began, done = time.monotonic(), 0
+    began, done, spent = time.monotonic(), 0, 0.0
     reporter.stage(f"Training for about {seconds:.0f} s")
-    while done < most:
+    while done < most and spent + spent / max(1, done) <= seconds:
         loop.step()
-        done += 1
-        spent = time.monotonic() - began
-        if spent + spent / done > seconds:
-            break
+        done, spent = done + 1, time.monotonic() - began
         reporter.progress(done, min(most, max(done, round(seconds / (spent / done)))), "steps")
     return done
 
@@ -189,27 +241,23 @@ class _Replies:
         from luthier.inference.generation import Generator
 
         generator = Generator(self.network, self.chat)
-        rows = fitting = self._fitting(generator, self.variants[0])
-        measured_variants = []
-        for variant in self.variants:
-            fitting_rows = {*self._fitting(generator, variant)}
-            common = [number for number in rows if number in fitting_rows]
-            if not common or len(common) < MIN_FITTING * len(fitting):
+        fits = [{*self._fitting(generator, variant)} for variant in self.variants]
+        rows, kept = fits[0], list[PromptVariant]()
+        for variant, fit in zip(self.variants, fits, strict=True):
+            if len(rows & fit) < max(1, MIN_FITTING * len(fits[0])):
                 self.left_out.append(
-                    f"{variant.name}: {len(fitting_rows)} of {len(self.held)} questions fit"
+                    f"{variant.name}: {len(fit)} of {len(self.held)} questions fit"
                 )
             else:
-                rows = common
-                measured_variants.append(variant)
+                rows, kept = rows & fit, [*kept, variant]
         if len(rows) < len(self.held):
             note(f"{len(rows)} of {len(self.held)} questions fit into the context")
-        self.held = [self.held[number] for number in rows]
-        self.questions = [self.questions[number] for number in rows]
+        order = sorted(rows)
+        self.held = [self.held[number] for number in order]
+        self.questions = [self.questions[number] for number in order]
         results = []
-        for variant in measured_variants:
-            own = PromptVariant(
-                variant.technique, variant.name, [variant.context[number] for number in rows]
-            )
+        for variant in kept:
+            own = replace(variant, context=[variant.context[number] for number in order])
             results.append(self._measure(generator, own, variant.technique, variant.name))
             note(results[-1].describe())
         generator.backend.close()

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
 
 from luthier.data.rows import RowReader
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import MediaRow
-from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, RecipeError, RefusedInput
 from luthier.objectives.base import predicts
 from luthier.types import Row
-from luthier.workflows.advise.evidence import HELD_OUT_LABELS, HELD_OUT_ROWS, SEED, Evidence, gather
+from luthier.workflows.advise.evidence import Evidence, gather
 
 if TYPE_CHECKING:
     from luthier.data.conversations.chat import ChatFormat
+    from luthier.engine.metrics import Reporter
     from luthier.gate.report import Report
     from luthier.library.models import StoredModel
     from luthier.recipe import Recipe
@@ -88,30 +83,26 @@ class AdviceFacts:
         """Estimated minutes of training."""
         return self.estimate.seconds.value / 60 if self.estimate else None
 
+    @property
+    def cost(self) -> str:
+        """Estimated minutes and memory of training, as text."""
+        if self.estimate is None:
+            return "not estimated"
+        low, high = self.estimate.seconds.low / 60, self.estimate.seconds.high / 60
+        texts = dict.fromkeys((f"{low:,.0f}", f"{high:,.0f}"))
+        minutes = "less than 1" if high < 1 else " to ".join(texts)
+        return f"{minutes} min, {self.estimate.memory.value / 1e9:.1f} GB of memory"
+
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {
-            "rows": self.rows,
-            "shape": self.shape,
-            "objective": self.objective,
-            "labels": self.labels,
-            "smallest_class": self.smallest_class,
-            "learned_tokens": self.learned_tokens,
-            "document_tokens": self.document_tokens,
-            "weights": self.weights,
-            "trained_weights": self.trained_weights,
-            "megabytes": round(self.megabytes, 1),
-            "refused": list(self.refused),
-            "warned": list(self.warned),
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return values | {
+            "wishes": asdict(self.wishes),
             "estimate": self.estimate.plain() if self.estimate else None,
             "evidence": self.evidence.plain() if self.evidence else None,
         }
 
 
-MAX_HELD_OUT_SHARE = 0.3
-"""Maximum share of held-out rows."""
-MIN_ROWS = 5
-"""Minimum training rows and minimum held-out rows."""
 TASK_SHAPES = frozenset({"prompt", "messages", "label"})
 """Shapes of rows with one right answer."""
 
@@ -126,22 +117,32 @@ def collect(
     """Collect the facts for advice; the trial training takes about ``seconds``.
 
     Raises:
-        RefusedInput: for an invalid recipe or a missing base model. Rejected data raises an error
-            only
-            without readable rows, because the rejection is part of the advice.
+        RefusedInput: for an invalid recipe, a missing base model, or data without a readable row.
+            Other rejected data is part of the advice.
     """
     from luthier.engine.job import with_base
     from luthier.engine.machine import choose_machine
     from luthier.library import models as store
     from luthier.objectives.by_shape import objective_for
+    from luthier.workflows.estimate.estimate import estimate as estimate_run
 
     _check_texts(recipe)
     recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
     chat = recipe.data.format(base.chat)
     report = _inspect(recipe, reporter)
-    refused = _rules(report, "error")
-    rows = _rows(recipe, refused)
+    rules = [(rule, report.findings.severity(rule)) for rule in report.findings.rules()]
+    refused = [rule.id for rule, severity in rules if severity == "error"]
+    warnings = [rule for rule, severity in rules if severity == "warning"]
+    first = [report.findings.examples[rule.id][0] for rule in warnings if rule.whole]
+    rows = list[Row]()
+    with suppress(DataError):  # in the report, too
+        rows = list(RowReader(recipe.data.train, recipe.data.columns))
+    if not rows:
+        raise RecipeError(
+            f"{recipe.data.train} has no usable row ({', '.join(refused) or 'the file is empty'}). "
+            "Run `luthier inspect` for details."
+        )
     shape = rows[0].shape
     if recipe.objective is None and shape != "prompt_only":
         recipe = recipe.model_copy(update={"objective": objective_for(rows[0], chat)})
@@ -150,9 +151,12 @@ def collect(
     estimate: Estimate | None = None
     evidence: Evidence | None = None
     if not refused and shape != "prompt_only":
-        estimate = _estimate(recipe, reporter)
+        try:
+            estimate = estimate_run(recipe, reporter)
+        except RefusedInput as error:
+            reporter.note(f"no estimate: {error}")
         if shape in TASK_SHAPES:
-            evidence = _try_techniques(recipe, rows, documents, seconds, reporter)
+            evidence = gather(recipe, rows, documents, seconds, reporter)
     learning: Any = report.summaries.get("learning", {})
     tokens = learning.get("splits", {}).get("train", {})
     learned = int(tokens.get("learned_tokens", 0))
@@ -172,8 +176,8 @@ def collect(
         megabytes=weights * machine.dtype.itemsize / 1e6,
         writes=not predicts(recipe.objective),
         refused=tuple(refused),
-        warned=tuple(_rules(report, "warning")),
-        cautions=tuple(_cautions(report)),
+        warned=tuple(rule.id for rule in warnings),
+        cautions=tuple(f"{each.message} {each.closest_fix}" for each in first),
         estimate=estimate,
         evidence=evidence,
     )
@@ -205,34 +209,6 @@ def _inspect(recipe: Recipe, reporter: Reporter) -> Report:
     )  # fmt: skip
 
 
-def _rules(report: Report, severity: str) -> list[str]:
-    findings = report.findings
-    return [rule.id for rule in findings.rules() if findings.severity(rule) == severity]
-
-
-def _cautions(report: Report) -> list[str]:
-    findings = report.findings
-    first = [
-        findings.examples[r.id][0]
-        for r in findings.rules()
-        if findings.severity(r) == "warning" and r.whole
-    ]
-    return [f"{each.message} {each.closest_fix}" for each in first]
-
-
-def _rows(recipe: Recipe, refused: Sequence[str]) -> list[Row]:
-    try:
-        rows = list(RowReader(recipe.data.train, recipe.data.columns))
-    except DataError:
-        rows = []
-    if not rows:
-        raise RecipeError(
-            f"{recipe.data.train} has no usable row ({', '.join(refused) or 'the file is empty'}). "
-            "Run `luthier inspect` for details."
-        )
-    return rows
-
-
 def _count_weights(
     recipe: Recipe, base: StoredModel, rows: Sequence[Row], chat: ChatFormat
 ) -> tuple[int, int]:
@@ -253,98 +229,3 @@ def _count_weights(
     with torch.device("meta"):
         recipe.adaptation.attach(model)
     return weights, trained_numbers(model)
-
-
-def _estimate(recipe: Recipe, reporter: Reporter) -> Estimate | None:
-    from luthier.workflows.estimate.estimate import estimate
-
-    try:
-        return estimate(recipe, reporter)
-    except RefusedInput as error:
-        reporter.note(f"no estimate: {error}")
-        return None
-
-
-def _try_techniques(
-    recipe: Recipe,
-    rows: Sequence[Row],
-    documents: Sequence[str],
-    seconds: float,
-    reporter: Reporter,
-) -> Evidence | None:
-    """Split the rows and measure the techniques on the held-out rows."""
-    train, held = _split_rows(recipe, rows)
-    if len(held) < MIN_ROWS or len(train) < MIN_ROWS:
-        reporter.note(f"no technique measured: fewer than {MIN_ROWS} training or held-out rows")
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        lines = [json.dumps(row.record(), ensure_ascii=False) for row in train]
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        data = recipe.data.model_copy(
-            update={
-                "train": str(file), "validation": None, "validation_share": 0.0,
-                "test_share": None, "columns": None,
-            }
-        )  # fmt: skip
-        trial_recipe = recipe.model_copy(update={"data": data, "name": None})
-        renaming = SubsetReporter(reporter, str(file), recipe.data.train)
-        try:
-            return gather(trial_recipe, train, held, documents, seconds, renaming)
-        except DataError as error:  # such as fewer rows than a run needs
-            reporter.note(f"no technique measured: {renaming.rename(str(error))}")
-            return None
-
-
-class SubsetReporter(Reporter):
-    """A reporter that replaces the path of a temporary file by the name of the data.
-
-    Settings are not reported, because the estimate has reported the settings of the whole run.
-    """
-
-    def __init__(self, reporter: Reporter, file: str, source: str) -> None:
-        self.reporter, self.file, self.source = reporter, file, source
-
-    def rename(self, text: str) -> str:
-        """Return ``text`` with the name of the data."""
-        return text.replace(self.file, self.source)
-
-    def stage(self, text: str) -> None:
-        """Report a stage."""
-        self.reporter.stage(self.rename(text))
-
-    def note(self, text: str) -> None:
-        """Report a note."""
-        self.reporter.note(self.rename(text))
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        """Report progress."""
-        self.reporter.progress(done, total, what)
-
-    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """Report metrics."""
-        self.reporter.metrics(line, steps)
-
-
-def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
-    """Return training rows and held-out rows without near-duplicates across the split."""
-    from luthier.data.rows import load_rows
-    from luthier.data.splitting import split_rows, strata_of
-    from luthier.gate.row_keys import group_related
-
-    count = HELD_OUT_LABELS if predicts(recipe.objective) else HELD_OUT_ROWS
-    if recipe.data.validation:
-        held = load_rows(recipe.data.validation, recipe.data.columns, accepts_own_keys=True)
-        if len(held) > count:  # stratified, because files are often sorted by label
-            each_N = np.arange(len(held))
-            _, held_N = split_rows(strata_of(held), each_N, [count / len(held)], SEED)
-            held = [held[i] for i in held_N]
-        group_N = group_related([*held, *rows])
-        held_groups = {*group_N[: len(held)].tolist()}
-        groups = group_N[len(held) :].tolist()
-        return [
-            row for row, group in zip(rows, groups, strict=True) if group not in held_groups
-        ], held
-    share = min(MAX_HELD_OUT_SHARE, count / len(rows))
-    train_N, held_N = split_rows(strata_of(rows), group_related(rows), [share], SEED)
-    return [rows[i] for i in train_N], [rows[i] for i in held_N][: 2 * count]
