@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 MOST_WORDS = 256
 """Maximum number of words of a question in the search for words."""
+READ_AT_ONCE = 10_000
+"""Number of embeddings that are read together: all at once take three times the memory."""
 FORM = 1
 """Version of the file's tables."""
 _SCHEMA = """
@@ -345,6 +347,10 @@ class DocumentIndex:
             )
         ]
 
+    def paths(self) -> set[str]:
+        """Return the paths of all documents."""
+        return {path for (path,) in self._connection.execute("SELECT path FROM documents")}
+
     def passages(self, path: str) -> list[Passage]:
         """Return the passages of a document, in order."""
         rows = self._connection.execute(
@@ -433,12 +439,17 @@ class DocumentIndex:
         """
         (version,) = self._connection.execute("PRAGMA data_version").fetchone()
         if self._vectors is None or self._vectors[0] != version:
-            query = "SELECT passage, document, vector FROM vectors JOIN passages ON id = passage"
-            rows = self._connection.execute(f"{query} ORDER BY passage").fetchall()
-            joined = np.frombuffer(b"".join(vector for *_, vector in rows), np.float16)
-            vector_NH = joined.astype(np.float32).reshape(len(rows), -1 if rows else 0)
-            passage_N, document_N = (np.array([row[n] for row in rows], np.int64) for n in (0, 1))
-            self._vectors = version, passage_N, document_N, vector_NH
+            rows = self._connection.execute(
+                "SELECT passage, document, vector FROM vectors JOIN passages ON id = passage "
+                "ORDER BY passage"
+            )
+            numbers, parts = [np.empty((0, 2), np.int64)], [np.empty((0, 0), np.float32)]
+            while chunk := rows.fetchmany(READ_AT_ONCE):
+                numbers.append(np.array([row[:2] for row in chunk], np.int64))
+                joined = np.frombuffer(b"".join(vector for *_, vector in chunk), np.float16)
+                parts.append(joined.astype(np.float32).reshape(len(chunk), -1))
+            number_N2, vector_NH = np.concatenate(numbers), np.concatenate(parts[1:] or parts)
+            self._vectors = version, number_N2[:, 0], number_N2[:, 1], vector_NH
         _, passage_N, document_N, vector_NH = self._vectors
         if documents is not None:
             kept_N = np.isin(document_N, documents)

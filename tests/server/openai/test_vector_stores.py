@@ -22,6 +22,7 @@ from luthier.models.manifest import MANIFEST
 from luthier.server.openai.generation import Inference
 from luthier.server.openai.ingestion import IngestionRunner
 from luthier.server.tables import vector_stores as table
+from luthier.server.tables.accounts import set_quota
 from luthier.server.tables.database import now
 from luthier.server.tables.queue import LeaseWatch
 from luthier.server.tables.storage import stored_by
@@ -162,6 +163,12 @@ def test_question_without_answer_is_declined(
     both: Any = [*search_tool(store), function]
     made = client.responses.create(model="tiny", input="Why?", tools=both)
     assert made.output_text == "Never." and len(prompts) == 1
+    text: Any = {"format": {"type": "json_object"}}
+    made = client.responses.create(model="tiny", input="Why?", tools=search_tool(store), text=text)
+    assert made.output_text == "Never."  # the sentence of a declined question is no JSON
+    strict = search_tool(store, ranking_options={"score_threshold": 1.0})
+    made = client.responses.create(model="tiny", input="Why?", tools=strict)
+    assert made.output_text == answers.DECLINED
 
 
 def test_other_account_sees_nothing(
@@ -315,6 +322,23 @@ def test_deleted_file_leaves_stores_and_quota(client: openai.OpenAI, service: An
         client.vector_stores.retrieve(store.id)
     client.files.delete(parking)
     assert used() == 0
+
+
+def test_file_over_the_quota_fails(client: openai.OpenAI, service: Any) -> None:
+    file = uploaded(client)
+    store = client.vector_stores.create(file_ids=[file])
+    with service.database.write() as session:
+        used = stored_by(session, "000000000000")
+        set_quota(session, "000000000000", stored_bytes=used + 10)
+    service.openai.ingestion.run_once()
+    row = client.vector_stores.files.retrieve(file, vector_store_id=store.id)
+    assert row.status == "failed" and row.last_error is not None
+    assert "stored_bytes" in row.last_error.message
+    assert not service.openai.indexes.exists("000000000000", store.id)
+    with service.database.write() as session:
+        set_quota(session, "000000000000", stored_bytes=used)
+    with pytest.raises(openai.RateLimitError, match="stored_bytes"):
+        client.vector_stores.files.create(store.id, file_id=file)
 
 
 def test_batch_of_files(client: openai.OpenAI, service: Any) -> None:

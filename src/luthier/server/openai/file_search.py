@@ -151,9 +151,21 @@ class FileSearch:
         self.database, self.pool, self.indexes = database, pool, indexes
         self._encoders: dict[str, StoredModel] = {}
 
-    def encoder(self, model_id: str) -> StoredModel:
-        """Return an embedding model; the tokenizer stays in memory."""
-        return self._encoders.setdefault(model_id, find(model_id))
+    def encoder(self, model_id: str, fingerprint: str | None = None) -> StoredModel:
+        """Return an embedding model; the tokenizer stays in memory.
+
+        Raises:
+            Fault: 409 for weights other than those of an index with ``fingerprint``.
+        """
+        if model_id not in self._encoders:
+            self._encoders[model_id] = find(model_id)
+        stored = self._encoders[model_id]
+        if fingerprint not in (None, stored.content_hash):
+            text = (
+                f"The vector store was built with other weights of {model_id}. Create a new store."
+            )
+            raise Fault("Conflict", text)
+        return stored
 
     def embed(self, stored: StoredModel, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return embeddings ``[N, H]`` of texts of any length: the mean over windows of the encoder's
@@ -221,11 +233,7 @@ class FileSearch:
             return [], False
         with self.indexes.open(account, store_id) as index:
             model, fingerprint = index.model, index.fingerprint
-        stored = self.encoder(model)
-        if stored.content_hash != fingerprint:
-            text = f"{store_id} was built with other weights of {model}. Add the files again."
-            raise Fault("Conflict", text)
-
+        stored = self.encoder(model, fingerprint)
         query_QH = self.embed(stored, queries)
         weights = options.ranking_options and options.ranking_options.hybrid_search
         both = (weights.text_weight, weights.embedding_weight) if weights else (1.0, 1.0)

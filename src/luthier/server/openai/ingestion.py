@@ -67,7 +67,10 @@ class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
     def work(self, row: VectorStoreFile) -> None:
         """Read a file and store the passages."""
         self.work_through(row, [(0, row)], self._ingest)
-        self.indexes.prune(row.account, row.store_id)  # removed in the meantime
+        with self.database.read() as session:
+            after = table.find_file(session, row.store_id, row.file_id)
+        if after is None or after.status in (table.FAILED, table.CANCELLED):
+            self.indexes.prune(row.account, row.store_id)
 
     def record(self, session: Session, row: VectorStoreFile, number: int, done: Ingested) -> None:
         """Set the status, and charge the bytes to the account."""
@@ -134,7 +137,7 @@ class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
         """Return the encoder of the store, chosen by the language of the first file."""
         if self.indexes.exists(row.account, row.store_id):
             with self.indexes.open(row.account, row.store_id) as index:
-                return self.search.encoder(index.model), index.language
+                return self.search.encoder(index.model, index.fingerprint), index.language
         text = " ".join(page.text for page in read.pages[:5])
         (language,) = detect_languages([text[:LANGUAGE_CHARACTERS]])
         return self.search.encoder(encoder_of_language(language, "")[0]), language

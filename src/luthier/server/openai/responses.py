@@ -204,6 +204,11 @@ class ResponseRequest(StrictBody):
         return tuple(turns)
 
     @property
+    def is_plain(self) -> bool:
+        """True for a reply in free text."""
+        return self._constraint is None
+
+    @property
     def _constraint(self) -> Constraint | None:
         form = self.text.format if self.text else None
         if form is None or form.type == "text":
@@ -323,9 +328,11 @@ def _begin(
     found, may_answer = inference.documents.search(
         account, tool.vector_store_ids, [query], tool, tool.max_num_results or PASSAGES
     )
-    if not may_answer:
-        # With functions, the question may be about one of them.
-        return submit() if body.functions else _declined(), _Search(query, [])
+    if not (found and may_answer):
+        if body.functions:  # the question may be about one of them
+            return submit(), _Search(query, [])
+        if body.is_plain:
+            return _declined(), _Search(query, [])
     with refusals(body.model, "input"):
         takes_system = inference.pool.supports_system_prompt(target.stored_id)
     while True:
@@ -486,10 +493,7 @@ class _Response:
         else:
             item = {"type": kind, "id": f"msg_{secrets.token_hex(24)}", "role": "assistant"}
             part = {"type": "output_text", "annotations": [], "logprobs": [], "text": ""}
-            text = self._parameters.text
-            plain = text is None or text.format is None or text.format.type == "text"
-            if self._search and plain and self._parameters.structured_outputs is None:
-                # In JSON, [1] is a list.
+            if self._search and self._parameters.is_plain:  # in JSON, [1] is a list
                 self._citations = Citations(len(self._search.found))
         item |= {"status": "in_progress", "content": []}
         self._items.append(item)

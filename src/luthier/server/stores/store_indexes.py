@@ -90,7 +90,7 @@ class StoreIndexes:
             return
         with open_file(path) as connection:
             index = DocumentIndex(store_id, path, connection)
-            index.delete({each.path for each in index.documents()} - kept)
+            index.delete(index.paths() - kept)
 
     def prune_all(self) -> None:
         """Prune the indexes of all stores, and queue the files of stores without an index."""
