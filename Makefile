@@ -56,6 +56,7 @@ check: $(INSTALLED)  ## lint, types, import order, documentation
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python docs/prose.py
+	$(BIN)/python docs/names.py
 	$(BIN)/mkdocs build --strict
 
 # An empty database at the last revision is compared with the models.

@@ -33,7 +33,7 @@ BUNDLED = ("luthier.media",)
 
 
 def bundled(group: str) -> dict[str, EntryPoint]:
-    """Return the entry points of the packages in :data:`BUNDLED` for ``luthier.GROUP``, by name."""
+    """Return the entry points of the packages in :data:`BUNDLED` for ``group``, by name."""
     group = f"luthier.{group}"
     return {
         name: EntryPoint(name, value, group)
@@ -45,7 +45,7 @@ def bundled(group: str) -> dict[str, EntryPoint]:
 
 @cache
 def extensions(group: str) -> dict[str, EntryPoint]:
-    """Return the entry points for ``luthier.GROUP`` of bundled, then of other packages, by name."""
+    """Return the entry points for ``group`` of bundled, then of other packages, by name."""
     return {**_points(f"luthier.{group}"), **bundled(group)}
 
 

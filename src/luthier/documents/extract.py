@@ -2,7 +2,8 @@
 
 The process reads a path per line from standard input and writes a JSON object per line: ``pages``
 and ``note``, or ``error``. Files come from users, and the libraries that read them have no limits of
-memory and time: the process limits its memory, the caller limits its time (:mod:`.readers`).
+memory and time: the process limits its memory, the caller limits its time
+(:mod:`luthier.documents.readers`).
 """
 
 from __future__ import annotations

@@ -284,7 +284,7 @@ class _Row:
 def _read_texts(
     network: Network, objective: Objective, chat: ChatFormat, stored: StoredModel, read: Read
 ) -> list[_Row]:
-    """Return luthier's outputs for :data:`TEXTS`, computed as in serving."""
+    """Return luthier's outputs for :data:`COMPARED_TEXTS`, computed as in serving."""
     room = stored.room
     predictor = Predictor(network, objective, chat, room)
     examples: list[Example] = []
