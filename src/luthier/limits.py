@@ -118,6 +118,11 @@ class ServerLimits(AccountQuotas, ModelLimits):
     grading_text_characters: int = Field(default=65_536, ge=1)
     """Characters of each text for a grader, and of a filled template. A comparison of two texts
     takes 0.2 s at the default, and 3 s at 262,144 characters."""
+    stored_conversations: int = Field(default=10_000, ge=0)
+    """Stored responses of an account, and stored chat completions; the oldest are deleted first. 0
+    stores none."""
+    conversation_days: float = Field(default=30, gt=0)
+    """Days until a stored response or chat completion is deleted."""
     model_requests: int = Field(default=48, ge=1)
     """Concurrent requests that use a model; more requests wait."""
     streams: int = Field(default=256, ge=1)

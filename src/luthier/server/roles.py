@@ -65,7 +65,10 @@ _OPERATIONS = {
             "openai.fine_tuning.jobs.list_events openai.fine_tuning.jobs.list_checkpoints "
             "openai.batches.list openai.batches.retrieve openai.evals.list openai.evals.retrieve "
             "openai.evals.runs.list openai.evals.runs.retrieve openai.evals.runs.output_items.list "
-            "openai.evals.runs.output_items.retrieve openai.vector_stores.list "
+            "openai.evals.runs.output_items.retrieve openai.responses.retrieve "
+            "openai.responses.input_items.list openai.chat.completions.list "
+            "openai.chat.completions.retrieve openai.chat.completions.messages.list "
+            "openai.vector_stores.list "
             "openai.vector_stores.retrieve openai.vector_stores.files.list "
             "openai.vector_stores.files.retrieve openai.vector_stores.files.content "
             "openai.vector_stores.file_batches.retrieve openai.vector_stores.file_batches.list_files"
@@ -82,7 +85,9 @@ _OPERATIONS = {
             "DeleteModelInvocationLoggingConfiguration"
         ),
         "luthier": (
-            "CreateJob PauseJob ResumeJob StopJob PreviewData InspectData EstimateJob CreateExport "
+            "openai.responses.delete openai.chat.completions.update "
+            "openai.chat.completions.delete CreateJob PauseJob ResumeJob StopJob PreviewData "
+            "InspectData EstimateJob CreateExport "
             "StopExport DeleteModel LoadModel UnloadModel openai.files.create "
             "openai.files.delete openai.fine_tuning.jobs.create openai.fine_tuning.jobs.cancel "
             "openai.fine_tuning.jobs.pause openai.fine_tuning.jobs.resume "

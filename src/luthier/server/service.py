@@ -158,6 +158,7 @@ class Service:
     def start(self, work: bool = True) -> None:
         """Resume the work of an earlier server; with ``work``, also run jobs from the queue."""
         removal.finish_deletions(self.database)
+        self.capture.on_expiry = self.openai.conversations.remove_expired
         self._sweep()
         # Repeat later for files that may still belong to running uploads.
         self._later.start()

@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 
@@ -55,6 +55,8 @@ class Capture:
         self.objects, self.region = objects, region
         self.counts: Counter[str] = Counter(written=0, dropped=0)
         """Number of records by outcome, for the metrics."""
+        self.on_expiry: Callable[[], None] = lambda: None
+        """Called after expired records are deleted."""
         self._settings: Mapping[str, CaptureSettings] = {}
         self._queue: deque[Exchange] = deque()
         self._size = 0
@@ -172,6 +174,7 @@ class Capture:
                 if time.monotonic() - expired > EXPIRY_SECONDS:
                     expired = time.monotonic()
                     remove_expired(self.objects)
+                    self.on_expiry()
             except Exception:
                 # The database is unreachable; the next pass tries again.
                 _log.exception("captured requests could not be written")

@@ -35,6 +35,11 @@ def _joined(events: Sequence[Body]) -> Body:
         return {**events[-1], "generation": "".join(each["generation"] for each in events)}
     if "choices" not in events[0]:
         return _joined_converse((kind, value) for each in events for kind, value in each.items())
+    return joined_chunks(events)
+
+
+def joined_chunks(events: Sequence[Body]) -> Body:
+    """Return the completion of the chunks of a stream."""
     joined: Body = {}
     choices: dict[int, Body] = {}
     for event in events:

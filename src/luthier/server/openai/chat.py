@@ -27,6 +27,7 @@ from luthier.models.decoding.sampling import MOST_TOKENS, Constraint
 from luthier.server.http.media import read_image_url
 from luthier.server.http.routes import MODEL_TURN
 from luthier.server.http.streams import StreamedResponse
+from luthier.server.live.streams import joined_chunks
 from luthier.server.openai.generation import (
     FINISH,
     Inference,
@@ -39,7 +40,15 @@ from luthier.server.openai.generation import (
     usage,
 )
 from luthier.server.openai.operations import OpenAICall, openai_router
-from luthier.server.openai.protocol import Body, JsonObject, invalid, missing, validate
+from luthier.server.openai.protocol import (
+    Body,
+    JsonObject,
+    Metadata,
+    invalid,
+    missing,
+    validate,
+)
+from luthier.server.openai.stored import without_large_images
 from luthier.server.openai.tools import (
     MOST_TOOLS,
     JsonSchemaFormat,
@@ -51,6 +60,7 @@ from luthier.server.openai.tools import (
     engine_choice,
     engine_tools,
 )
+from luthier.server.stores.conversations import COMPLETION
 from luthier.types import IMAGE_MARK, Message, ToolCall
 
 router = openai_router()
@@ -148,8 +158,8 @@ class ChatRequest(SamplingFields):
     """Body of a chat completion."""
 
     without_effect = SamplingFields.without_effect | {
-        "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
-        "reasoning_effort", "safety_identifier", "service_tier", "store", "verbosity",
+        "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
+        "reasoning_effort", "safety_identifier", "service_tier", "verbosity",
     }  # fmt: skip
     unsupported: ClassVar[Mapping[str, str]] = {
         "functions": "Use 'tools' instead",
@@ -167,6 +177,8 @@ class ChatRequest(SamplingFields):
     tools: Annotated[list[ToolSpec], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     modalities: list[Literal["text"]] | None = None
+    metadata: Metadata = None
+    store: bool | None = None
     chat_template_kwargs: TemplateSettings | None = None
     """Variables of the chat template, such as ``enable_thinking``. An extension of vLLM."""
 
@@ -261,9 +273,33 @@ def create(call: OpenAICall, body: ChatRequest) -> JsonObject | StreamedResponse
     """Generate the next message of a conversation."""
     inference, account = call.context.inference, call.account
     if not body.stream:
-        return complete(inference, account, body)
+        completion = complete(inference, account, body)
+        if body.store:
+            _keep(call, body, completion)
+        return completion
     stream = _begin(inference, account, body)
-    return stream_events(_Chunks(body).of(stream, stream), [stream], body.model)
+    chunks = _Chunks(body).of(stream, stream)
+    if body.store:
+        chunks = _kept(call, body, chunks)
+    return stream_events(chunks, [stream], body.model)
+
+
+def _keep(call: OpenAICall, body: ChatRequest, completion: JsonObject) -> None:
+    messages = [each.model_dump(exclude_none=True) for each in body.messages]
+    given = {"messages": without_large_images(messages)}
+    stored = {**completion, "metadata": body.metadata or {}}
+    call.context.conversations.put(call.account, COMPLETION, stored, given)
+
+
+def _kept(
+    call: OpenAICall, body: ChatRequest, chunks: Iterator[Mapping[str, Any]]
+) -> Iterator[Mapping[str, Any]]:
+    """Yield ``chunks``, then store the completion."""
+    sent: list[JsonObject] = []
+    for chunk in chunks:
+        sent.append(dict(chunk))
+        yield chunk
+    _keep(call, body, joined_chunks(sent))
 
 
 def complete(inference: Inference, account: str, body: ChatRequest) -> JsonObject:

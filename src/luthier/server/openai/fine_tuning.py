@@ -31,6 +31,7 @@ from luthier.server.openai.operations import (
     Call,
     Limit,
     OpenAICall,
+    metadata_filter,
     openai_router,
     page,
     row_before,
@@ -493,11 +494,7 @@ def list_jobs(
     call: OpenAICall, request: Request, limit: Limit = 20, after: str | None = None
 ) -> JsonObject:
     """List the jobs of the account, newest first; ``metadata[KEY]=VALUE`` filters jobs."""
-    metadata = {
-        key[len("metadata[") : -1]: value
-        for key, value in request.query_params.items()
-        if key.startswith("metadata[") and key.endswith("]")
-    }
+    metadata = metadata_filter(request)
     with call.context.database.read() as session:
         previous = row_before(after, "job", partial(_job, session, call.account))
         position = None if previous is None else previous.seq

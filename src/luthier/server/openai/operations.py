@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 
 from luthier.limits import MIB, ServerLimits
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from luthier.server.openai.eval_runner import EvalParts, EvaluationRunner
     from luthier.server.openai.generation import Inference
     from luthier.server.openai.ingestion import IngestionRunner
+    from luthier.server.stores.conversations import Conversations
     from luthier.server.stores.store_indexes import StoreIndexes
     from luthier.server.stores.uploaded_files import UploadedFiles
 
@@ -40,6 +41,7 @@ class Context(Components):
     evaluations: EvaluationRunner
     eval_parts: EvalParts
     limits: ServerLimits
+    conversations: Conversations
 
 
 class Call(ApiCall[Context]):
@@ -92,6 +94,15 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 """Maximum number of rows of a page."""
 Order = Literal["asc", "desc"]
 Row = TypeVar("Row")
+
+
+def metadata_filter(request: Request) -> dict[str, str]:
+    """Return the values of the query's ``metadata[KEY]=VALUE``."""
+    return {
+        key[len("metadata[") : -1]: value
+        for key, value in request.query_params.items()
+        if key.startswith("metadata[") and key.endswith("]")
+    }
 
 
 def page(

@@ -1,9 +1,9 @@
-"""``/responses``: a response as output items, or as a stream of events. Responses are not stored.
+"""``/responses``: a response as output items, or as a stream of events.
 
-Clients send the earlier turns of a conversation as input items. The tool ``file_search`` searches for
-the last user message before the reply. The API rejects members that would change the response and are
-not supported: earlier responses by id, stored prompts and conversations, background work, and other
-tools that run on the server.
+Responses are stored unless the client sends ``store: false``, and ``previous_response_id`` continues a
+stored conversation. The tool ``file_search`` searches for the last user message before the reply. The
+API rejects members that would change the response and are not supported: stored prompts,
+``/v1/conversations``, background work, and other tools that run on the server.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 import json
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
@@ -55,6 +55,7 @@ from luthier.server.openai.protocol import (
     invalid,
     missing,
 )
+from luthier.server.openai.stored import with_ids, without_large_images
 from luthier.server.openai.tools import (
     MOST_TOOLS,
     FunctionTool,
@@ -68,9 +69,11 @@ from luthier.server.openai.tools import (
     engine_tools,
 )
 from luthier.server.sampling_fields import StructuredOutputs
+from luthier.server.stores.conversations import RESPONSE
 from luthier.types import Message, ToolCall
 
 router = openai_router()
+Keep = Callable[[JsonObject], bool]
 LOGPROBS, RESULTS = "message.output_text.logprobs", "file_search_call.results"
 _TEXTS = ("input_text", "output_text", "reasoning_text", "text")
 
@@ -108,12 +111,11 @@ class ResponseRequest(StrictBody):
     without_effect = frozenset(
         {
             "context_management", "max_tool_calls", "prompt_cache_key", "prompt_cache_retention",
-            "reasoning", "safety_identifier", "service_tier", "store", "stream_options",
+            "reasoning", "safety_identifier", "service_tier", "stream_options",
         }
     )  # fmt: skip
     unsupported: ClassVar[Mapping[str, str]] = {
-        "previous_response_id": "The server stores no responses. Send the earlier items in 'input'",
-        "conversation": "The server stores no conversations. Send the earlier items in 'input'",
+        "conversation": "The server has no /v1/conversations. Use 'previous_response_id'",
         "prompt": "The server stores no prompts. Send the text in 'instructions' and 'input'",
         "background": "The server has no background responses. Use /v1/batches",
     }
@@ -132,6 +134,8 @@ class ResponseRequest(StrictBody):
     text: TextOptions | None = None
     structured_outputs: StructuredOutputs | None = None
     metadata: Metadata = None
+    previous_response_id: str | None = None
+    store: bool | None = None
     stream: bool | None = None
     truncation: Literal["disabled"] | None = None
     user: str | None = None
@@ -279,21 +283,53 @@ def _text(
 )
 def create(call: OpenAICall, body: ResponseRequest) -> JsonObject | StreamedResponse:
     """Generate a response, as an object or a stream of events."""
-    inference, account = call.context.inference, call.account
+    body, items = _with_earlier(call, body)
+    keep: Keep | None = None
+    if body.store is not False:
+        store, given = call.context.conversations, {"items": items}
+        keep = partial(store.put, call.account, RESPONSE, given=given)
+    response = _Response(body, *_begin(call.context.inference, call.account, body), keep)
     if not body.stream:
-        return complete(inference, account, body)
-    stream, search = _begin(inference, account, body)
-    pieces = _pieces(body, stream, search)
-    return StreamedResponse(GeneratedPieces(pieces, [stream]), STREAM_HEADERS)
+        return response.complete()
+    pieces = GeneratedPieces(response.pieces(), [response.stream])
+    return StreamedResponse(pieces, STREAM_HEADERS)
 
 
 def complete(inference: Inference, account: str, body: ResponseRequest) -> JsonObject:
-    """Return a whole response."""
-    response = _Response(body, *_begin(inference, account, body))
-    with refusals(body.model, "input"):
-        for _ in response.events():
-            pass
-    return response.to_dict()
+    """Return a whole response that is not stored, for batches."""
+    if body.previous_response_id is not None:
+        text = (
+            "Lines of batches cannot continue a stored response. Send the earlier items in 'input'."
+        )
+        raise invalid(text, "previous_response_id", "unsupported_parameter")
+    return _Response(body, *_begin(inference, account, body)).complete()
+
+
+def _with_earlier(
+    call: OpenAICall, body: ResponseRequest
+) -> tuple[ResponseRequest, list[JsonObject]]:
+    """Return the request with the turns of ``previous_response_id``, and all items with ids.
+
+    The instructions of earlier responses are not used again, as in OpenAI's API.
+    """
+    own: list[JsonObject] = [{"type": "message", "role": "user", "content": body.input}]
+    if not isinstance(body.input, str):
+        own = [each.model_dump(exclude_none=True) for each in body.input]
+    items = with_ids(without_large_images(own))
+    if body.previous_response_id is None:
+        return body, items
+    row = call.context.conversations.get(call.account, RESPONSE, body.previous_response_id)
+    if row is None:
+        text = f"Previous response with id '{body.previous_response_id}' not found."
+        raise invalid(text, "previous_response_id", "previous_response_not_found")
+    # Passages of a search are not part of the conversation.
+    replies = [each for each in row.body["output"] if each["type"] != "file_search_call"]
+    earlier = [*row.given["items"], *replies]
+    if len(earlier) + len(own) > TURNS:
+        text = f"The conversation has more than {TURNS:,} items."
+        raise invalid(text, "previous_response_id")
+    turns = [InputItem.model_validate(each) for each in (*earlier, *own)]
+    return body.model_copy(update={"input": turns}), [*earlier, *items]
 
 
 @dataclass(frozen=True)
@@ -353,20 +389,6 @@ def _declined() -> Stream:
     return Stream(events, 0, 1)
 
 
-def _pieces(parameters: ResponseRequest, stream: Stream, search: _Search | None) -> Iterator[bytes]:
-    """Yield server-sent events. An error becomes the last event."""
-    response = _Response(parameters, stream, search)
-    try:
-        try:
-            with refusals(parameters.model, "input"):
-                for event in response.events():
-                    yield _encode_event(event)
-        except Fault as fault:
-            yield _encode_event(response.fail(fault))
-    finally:
-        stream.close()
-
-
 def _encode_event(event: Mapping[str, Any]) -> bytes:
     text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
     return f"event: {event['type']}\ndata: {text}\n\n".encode()
@@ -375,8 +397,17 @@ def _encode_event(event: Mapping[str, Any]) -> bytes:
 class _Response:
     """State of a response during generation, and the events of the stream."""
 
-    def __init__(self, parameters: ResponseRequest, stream: Stream, search: _Search | None) -> None:
-        self._parameters, self._stream, self._search = parameters, stream, search
+    def __init__(
+        self,
+        parameters: ResponseRequest,
+        stream: Stream,
+        search: _Search | None,
+        keep: Keep | None = None,
+    ) -> None:
+        """``keep`` stores the response, and returns False if the response was not stored."""
+        self.stream = stream
+        self._parameters, self._search, self._keep = parameters, search, keep
+        self._stored = keep is not None
         self._citations: Citations | None = None
         self._id, self._created = f"resp_{secrets.token_hex(24)}", int(time.time())
         self._status, self._number = "in_progress", 0
@@ -384,13 +415,32 @@ class _Response:
         self._error: JsonObject | None = None
         self._items: list[JsonObject] = []
 
+    def complete(self) -> JsonObject:
+        """Return the whole response."""
+        with refusals(self._parameters.model, "input"):
+            for _ in self.events():
+                pass
+        return self.to_dict()
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield server-sent events. An error becomes the last event."""
+        try:
+            try:
+                with refusals(self._parameters.model, "input"):
+                    for event in self.events():
+                        yield _encode_event(event)
+            except Fault as fault:
+                yield _encode_event(self.fail(fault))
+        finally:
+            self.stream.close()
+
     def events(self) -> Iterator[JsonObject]:
         """Yield all events, in the order of OpenAI's specification."""
         yield self._event("response.created", response=self.to_dict())
         yield self._event("response.in_progress", response=self.to_dict())
         if self._search is not None:
             yield from self._add_search(self._search)
-        for event in self._stream:
+        for event in self.stream:
             if isinstance(event, ReasoningChunk):
                 if event.text:
                     yield from self._reasoning_piece(event.text)
@@ -406,6 +456,8 @@ class _Response:
         if not self._items or self._items[-1]["type"] == "file_search_call":
             yield from self._open("message")
         yield from self._finish(self._status)
+        # The client may continue the conversation as soon as the last event arrives.
+        self._stored = self._keep is not None and self._keep(self.to_dict())
         yield self._event(f"response.{self._status}", response=self.to_dict())
 
     def fail(self, fault: Fault) -> JsonObject:
@@ -436,10 +488,10 @@ class _Response:
             "model": parameters.model,
             "output": [dict(item) for item in self._items],
             "parallel_tool_calls": parameters.parallel_tool_calls is not False,
-            "previous_response_id": None,
+            "previous_response_id": parameters.previous_response_id,
             "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
-            "store": False,
+            "store": self._stored,
             "temperature": 1.0 if parameters.temperature is None else parameters.temperature,
             "text": {"format": _without_none(form) if form else {"type": "text"}},
             "tool_choice": choice if isinstance(choice, str) else _without_none(choice),
@@ -460,11 +512,11 @@ class _Response:
         }
 
     def _usage(self) -> JsonObject:
-        read, written = self._stream.prompt_tokens, self._end.tokens if self._end else 0
+        read, written = self.stream.prompt_tokens, self._end.tokens if self._end else 0
         return {
             "input_tokens": read,
             "input_tokens_details": {
-                "cached_tokens": self._stream.cached(),
+                "cached_tokens": self.stream.cached(),
                 "cache_write_tokens": 0,
             },
             "output_tokens": written,

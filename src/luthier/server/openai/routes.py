@@ -26,6 +26,7 @@ from luthier.server.openai import (
     protocol,
     rerank,
     responses,
+    stored,
     vector_stores,
 )
 from luthier.server.openai.batches import BatchRunner
@@ -39,6 +40,7 @@ from luthier.server.openai.graders import PooledModels
 from luthier.server.openai.ingestion import IngestionRunner
 from luthier.server.openai.operations import Context
 from luthier.server.openai.responses import ResponseRequest
+from luthier.server.stores.conversations import Conversations
 from luthier.server.stores.objects import Objects
 from luthier.server.stores.store_indexes import StoreIndexes
 from luthier.server.stores.uploaded_files import UploadedFiles
@@ -47,7 +49,7 @@ from luthier.server.tables.usage import CountUsage
 PREFIXES = ("/v1/", "/openai/v1/")
 _MODULES = (
     batches, chat, completions, embeddings, evals, files, fine_tuning, graders, images, models,
-    rerank, responses, vector_stores,
+    rerank, responses, stored, vector_stores,
 )  # fmt: skip
 ROUTERS = (*(module.router for module in _MODULES), files.uploads, evals.graders)
 
@@ -73,6 +75,7 @@ class OpenAIService:
         """
         database, pool = components.database, components.pool
         self.files = UploadedFiles(database, objects)
+        self.conversations = Conversations(database, components.quotas, limits)
         self.indexes = StoreIndexes(database)
         documents = FileSearch(database, pool, self.indexes)
         inference = Inference(components.models, pool, documents)
@@ -104,6 +107,7 @@ class OpenAIService:
             evaluations=self.evaluations,
             eval_parts=parts,
             limits=limits,
+            conversations=self.conversations,
         )
         self.api = _api(context)
 
