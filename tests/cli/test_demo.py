@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from luthier.cli.demo import _measure, print_replies
-from luthier.cli.examples import INDEX, examples, show_examples
 from luthier.data.shapes.conversations import PromptCompletion
-from luthier.errors import RecipeError
 from luthier.evaluation.evaluate import Evaluation
 from luthier.evaluation.significance import RowScores
 
@@ -39,32 +36,3 @@ def test_replies_are_graded_by_label_and_style(
     found = _measure(str(tiny_model_folder), tmp_path / "test.jsonl")
     assert found.scores == {"routing label": 0.0, "house style": 0.0}
     assert [record["prompt"] for record in found.records] == ["question 0", "question 1"]
-
-
-@pytest.mark.parametrize("use", examples().uses, ids=lambda use: use["name"])
-def test_examples_write_rows_that_their_commands_read(
-    use: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "rows"
-    show_examples(examples(use["name"], folder))
-    shown = capsys.readouterr().out
-    assert all(command in shown for command in use["commands"])
-    written = {path.name for path in folder.iterdir()}
-    assert {"NOTICE.md", "README.md"} & written
-    words = " ".join(use["commands"]).split()
-    assert {word.removeprefix("rows/") for word in words if word.startswith("rows/")} <= written
-    page = Path(__file__).parents[2] / "docs" / use["page"]
-    assert all(line in page.read_text() for line in use["commands"])
-    with pytest.raises(RecipeError, match="exists"):
-        examples(use["name"], folder)
-
-
-def test_examples_lists_uses_within_the_size_of_the_package(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    show_examples(examples())
-    shown = capsys.readouterr().out
-    assert all(use["name"] in shown for use in examples().uses)
-    assert sum(path.stat().st_size for path in INDEX.parent.rglob("*")) < 2_500_000
-    with pytest.raises(RecipeError, match="route-messages"):
-        examples("route-mesages")

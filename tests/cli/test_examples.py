@@ -22,6 +22,11 @@ def test_rows_of_use_case_are_readable_and_have_a_notice(
     written = sorted(each for each in found.folder.rglob("*") if each.is_file())
     assert any(each.suffix == ".md" for each in written)
     assert all(load_rows(str(each)) for each in written if each.suffix == ".jsonl")
+    words = " ".join(use["commands"]).split()
+    used = {word.removeprefix("rows/") for word in words if word.startswith("rows/")}
+    assert used <= {str(each.relative_to(found.folder)) for each in written}
+    page = (Path(__file__).parents[2] / "docs" / use["page"]).read_text()
+    assert all(command in page for command in use["commands"])
     with pytest.raises(RecipeError):
         examples(use["name"], tmp_path / "rows")
 

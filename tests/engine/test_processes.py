@@ -156,7 +156,7 @@ def test_fewer_rows_than_processes_is_reported(luthier_home: Path, recipe: Recip
 def test_error_of_all_processes_is_reported_once(
     luthier_home: Path, recipe: Recipes, tmp_path: Path
 ) -> None:
-    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "x", "completion": 3}])
+    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "x", "completion": {"a": 3}}])
     data = {"train": str(bad)}
     with pytest.raises(DataError) as alone:
         train(recipe(data=data))

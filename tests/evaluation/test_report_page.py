@@ -58,11 +58,11 @@ def test_many_labels_have_no_matrix_but_their_mistakes() -> None:
 
 
 def test_page_leaves_empty_sections_out() -> None:
-    rows = [RatedText("f", n, text="x", rating=float(n + n // 2)) for n in range(3)]
+    rows = [RatedText("f", n, text="x", rating=float(n + n // 2)) for n in (1, 2, 3)]
     answers = [{"rating": 1.0}] * 3
     found = Evaluation(RATING.scores(rows, answers), [*rows], records=answers)
     html = page(replace(found, dropped=2), "m", "d")
     assert "2 left out" in html and "mean absolute error" in html
     for absent in ("Slices", "Confusion matrix", "Calibration"):
         assert absent not in html
-    assert re.findall(r"f:\d", html) == ["f:2", "f:2", "f:0", "f:0"]  # a tooltip and a cell each
+    assert re.findall(r"f:\d", html) == ["f:3", "f:3", "f:2", "f:2"]  # a tooltip and a cell each

@@ -229,7 +229,7 @@ def ask(
     In Python, the models of the last questions stay in memory.
 
     Args:
-        model: Id of a model that generates text, or of a reading model (question_answering).
+        model: Id of a model that generates text or reads passages.
         question: The question.
         index: Name of the index (luthier index add).
         top: Number of passages for the model.
