@@ -97,8 +97,11 @@ def show_advice(advice: Advice) -> None:
     colours = {"yes": "green", "perhaps": "yellow", "no": "dim"}
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for judged in advice.judgements:
-        values = vars(judged) | {"needs": f"needs {judged.needs}"}
-        table.add_row(*(f"[{colours[judged.fit]}]{value}[/]" for value in values.values()))
+        colour = colours[judged.fit]
+        cells = (judged.technique, judged.fit, judged.reason)
+        table.add_row(*(f"[{colour}]{cell}[/]" for cell in cells))
+        measured = f"; measured: {judged.measured}" if judged.measured else ""
+        table.add_row("", "", f"[dim]needs {judged.needs}{measured}[/]")
     out.print(table)
     out.print(
         f"\nTraining: {facts.cost}. Risk of overfitting: {overfitting(facts)}; of forgetting: "

@@ -69,6 +69,7 @@ class Pattern:
 
     def find(self, text: str) -> Iterator[PiiSpan]:
         """Yield the items around each mark. Without ``before``, an item starts with the mark."""
+        # Searching a few characters around a mark keeps the time linear for hostile text.
         look, done = self.regex.search if self.before else self.regex.match, 0
         for at in _places(self.mark, text):
             if at < done:
@@ -194,11 +195,13 @@ _SIGNS = ("[a-z]", "[A-Z]", "[0-9]", r"[^A-Za-z0-9_.\-/=]")
 def assigned_secrets(text: str) -> Iterator[PiiSpan]:
     """Yield values of names such as ``token`` that look like a password or random characters."""
     lower = text.replace("İ", "I").lower()  # the one letter that would become two
+    # The pattern has no literal start, and would read every text.
     if not any(name in lower for name in _NAMES):
         return
     for found in _ASSIGNED.finditer(lower):
         start, end = found.span("value")
         value = text[start:end]
+        # A sentence may end after the secret, but "==" is base64 padding.
         value = value if value.endswith("==") else value.rstrip(".!=")
         signs = [re.search(sign, value) is not None for sign in _SIGNS]
         is_password = sum(signs) >= (2 if signs[2] else 3) and len(value) >= 8
@@ -254,6 +257,7 @@ def phones(text: str, low: int, high: int, regions: tuple[str, ...]) -> Iterator
     ``regions``. The number must be written in groups or follow a word such as "call", because ten
     plain digits are equally often an order number.
     """
+    # Imported late, because most texts have no such digits.
     from phonenumbers import PhoneNumberFormat, PhoneNumberMatcher, format_number
 
     done = set[int]()
@@ -319,6 +323,7 @@ def cards(text: str, low: int, high: int) -> Iterator[PiiSpan]:
     """Yield payment cards between ``low`` and ``high``, by issuer range, length and check digit."""
     for found in _CARD.finditer(text, low, high):
         digits = re.sub("[ -]", "", found[0])
+        # 0000… passes the Luhn check.
         name = issuer(digits) if len(set(digits)) > 1 else None
         if name and luhn(digits) and not _is_order(text, found.start()):
             yield PiiSpan(*found.span(), "card", f"{name} card", digits)
@@ -466,6 +471,7 @@ class Finder:
 def resolve_overlaps(found: Iterable[PiiSpan]) -> list[PiiSpan]:
     """Resolve overlaps: the first kind wins, then the longest item. Returns the items in order."""
     kept: list[PiiSpan] = []
+    # Secrets win over personal data: the message must name what has to be revoked.
     for span in sorted(found, key=lambda each: (KINDS.index(each.kind), each.start - each.end)):
         at = bisect_left(kept, span.start, key=lambda each: each.start)
         if (not at or kept[at - 1].end <= span.start) and (
@@ -492,6 +498,7 @@ def mask_all(text: str, found: Iterable[PiiSpan]) -> str:
 def mask(text: str, span: PiiSpan) -> str:
     """Return a masked item. The first two characters of personal data stay visible."""
     item = text[span.start : span.end]
+    # Two characters let users find the item; of a secret, none may leak into a report.
     shown = 0 if span.kind in SECRETS else 2
     stars = re.sub(r"\w", "*", item[shown:])
     if len(stars) > 24:

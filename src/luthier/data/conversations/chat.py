@@ -159,6 +159,7 @@ class ChatFormat:
         """
         if isinstance(row, MediaRow):
             media = self.media_input(row)
+            # One id per content, so equal media are one node of the token tree; int64 has 15 digits.
             ids_T = np.array([int(row.media.digest()[:15], 16)])
             return Example(ids_T, ONE_T, index, target=NO_TARGET, media=media)
         ids_T = self.text_encoder.encode_whole(row.plain_text())
@@ -233,6 +234,7 @@ class ChatFormat:
         if kind == "chat":
             check_has_template(tokenizer)
         stops = dict.fromkeys([tokenizer.eos_token_id, *stop_ids])
+        # Encoders have no end-of-text token.
         stops.pop(None, None)
         images = media if isinstance(media, ImageTokens) else None
         return ChatFormat(
@@ -294,6 +296,7 @@ class ChatFormat:
         """Return the prompt as text; :meth:`encode_prompt` tokenizes this text."""
         template = self.template
         template.check_images(messages)
+        # Encoder-decoders were not trained on chat templates, even if their tokenizer has one.
         if self.decoder is None and template.kind == "chat":
             read = template.read_kwargs(kwargs or {})
             return template.render_messages(messages, tools, reply=True, kwargs=read)
@@ -309,6 +312,7 @@ class ChatFormat:
 
     def reply_opening(self) -> IntArray:
         """Last token ids of every prompt: the text that opens an assistant turn."""
+        # The tokens that two different prompts share at the end are the template's.
         one_T, other_T = (self.encode_prompt((Message("user", text),)) for text in ("a", "7 b?"))
         shorter = min(len(one_T), len(other_T))
         same_T = one_T[len(one_T) - shorter :] == other_T[len(other_T) - shorter :]

@@ -100,7 +100,9 @@ def read_chat_template(given: str, tokenizer: Any) -> str:
             setting="data.chat_template",
             advice="Remove the setting, or choose a base that generates text.",
         )
+    # Marks that are no tokens of the vocabulary would never stop a reply.
     has_marks = {_IM_START, _IM_END} <= tokenizer.get_vocab().keys()
+    # Some tokenizers have a BOS token that they never write, and their models do not know it.
     first = tokenizer.encode("a", add_special_tokens=True)[:1]
     has_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
     return _chatml("{{ bos_token }}" * has_bos, f"'{_IM_END}'" if has_marks else "eos_token")
@@ -108,6 +110,7 @@ def read_chat_template(given: str, tokenizer: Any) -> str:
 
 def check_has_template(tokenizer: Any) -> None:
     """Raise :class:`RecipeError` for a tokenizer without a chat template."""
+    # An early error: rendering would fail once per row.
     if not tokenizer.chat_template:
         raise RecipeError(
             f"the model's tokenizer has no chat template. {TEMPLATE_FIX}",
@@ -154,6 +157,7 @@ class ChatTemplate:
     def sha256(self) -> str:
         """SHA-256 of the tokenizer's chat templates; empty without any."""
         own = self.tokenizer.chat_template
+        # Names in a fixed order, so that equal templates have equal hashes.
         text = own if isinstance(own, str | None) else json.dumps(own, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() if text else ""
 
@@ -189,6 +193,7 @@ class ChatTemplate:
                 setting=f"data.chat_template_kwargs.{unread[0]}",
                 advice="Remove the option, or choose a model with this option.",
             )
+        # The date is no default of the template, because a served model prints the current date.
         head = template_defaults({name: each for name, each in kwargs.items() if name != DATE})
         printed = self.date
         if DATE in kwargs:
@@ -208,6 +213,7 @@ class ChatTemplate:
 
     def with_source(self, source: str) -> ChatTemplate:
         """Return a template with another source; the first special token after a reply stops."""
+        # The user chose this template, so no approval is needed.
         chat = replace(self._with_sources(source), kind="chat", check=None)
         turns = (Message("user", "a"), Message("assistant", REPLY))
         behind = chat.render_messages(turns, (), reply=False).rpartition(REPLY)[2]
@@ -222,6 +228,7 @@ class ChatTemplate:
         return self._with_sources(map_texts(self.tokenizer.chat_template, change))
 
     def _with_sources(self, sources: str | dict[str, str]) -> ChatTemplate:
+        # A copy, because other models may share the tokenizer.
         tokenizer = copy.copy(self.tokenizer)
         tokenizer.chat_template = sources
         return replace(self, tokenizer=tokenizer)
@@ -242,6 +249,7 @@ class ChatTemplate:
         """True if the template renders a system prompt; some templates reject or drop system turns."""
         if self.kind == "plain":
             return False
+        # Templates without system turns raise, or drop the text without an error.
         probe = "what the system says"
         try:
             return probe in self.render_messages(
@@ -317,6 +325,7 @@ class ChatTemplate:
             own = self.tokenizer.chat_template
             if isinstance(own, dict):
                 own = own.get("tool_use" if tools else "default") or own["default"]
+            # Given per call, so that the stored template stays free of the date.
             names["chat_template"] = date_macro(printed) + own
         try:
             text: str = self.tokenizer.apply_chat_template(
@@ -333,6 +342,7 @@ class ChatTemplate:
             reason = f"{error or type(error).__name__}"
             others = [turn for turn in turns if turn["role"] != "system"]
             if 0 < len(others) < len(turns):
+                # If the other turns render, the system turn is the reason.
                 with suppress(RecipeError):
                     self.render(others, reply=reply, tools=tools, kwargs=kwargs)
                     reason = f"{reason.rstrip('.')}. {SYSTEM_FIX}"
@@ -359,6 +369,7 @@ class ChatTemplate:
         """True if the template drops content that is not a list of parts, like SmolVLM's."""
         if self.images is None:
             return False
+        # Two texts that render equally were both dropped.
         turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
         texts = [self.tokenizer.apply_chat_template([turn], tokenize=False) for turn in turns]
         return bool(texts[0] == texts[1])

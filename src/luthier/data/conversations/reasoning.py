@@ -80,10 +80,12 @@ def find_marks(template: ChatTemplate) -> ReasoningMarks | None:
     block, open or close a block in the prompt (also with a switch), or cut the reasoning from
     earlier turns.
     """
+    # The opening mark alone is ambiguous: "<s>" or "<user>" have the same form.
     closes = list(dict.fromkeys(_CLOSE.findall(template.text)))[:CANDIDATES]
     if not closes:
         return _channel_marks(template)
     pairs = [(close.replace("/", "", 1), close) for close in closes]
+    # Rendered one by one: the first two usually decide.
     renderings = _renderings(template)
     thoughtful, plain = next(renderings), next(renderings)
     # Marks around whole answers, <assistant>…</assistant>, are not reasoning.
@@ -125,6 +127,7 @@ def _known_marks(
     template: ChatTemplate, opening: str, close: str, answer: tuple[str, ...] = ()
 ) -> ReasoningMarks:
     encoder = template.text_encoder
+    # A mark of several tokens is found in text only; a single token also in ids.
     ids = {mark: encoder.ids(mark) for mark in (opening, close, *answer)}
     single = {mark: tokens[0] for mark, tokens in ids.items() if len(tokens) == 1}
     special: dict[int, str] = {}

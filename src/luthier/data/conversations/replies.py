@@ -130,6 +130,7 @@ class DecoderFrame:
 
         All but the first are labels of transformers: ``tokenizer(text_target=reply)``.
         """
+        # T5 and relatives end labels with the end-of-text token, and add nothing else.
         closing = self.closing_ids or (encoder.end_id,)
         return np.concatenate([self.opening, encoder.target_tokens(reply), closing]).astype(
             np.int64
@@ -165,6 +166,7 @@ class ReplyTokens:
             RecipeError: if the template rejects the conversation.
         """
         self.template.check_images(messages)
+        # An encoder reads the prompt apart from the reply, so no template joins both.
         encoder = self.template.text_encoder
         if self.decoder is not None:
             prompt, reply = _single_turn(calls_as_text(messages, tools))
@@ -200,11 +202,13 @@ class ReplyTokens:
 
     def _encode_parts(self, text: str, parts: Sequence[tuple[int, int]]) -> list[EncodedReply]:
         """Encode a rendered conversation with learned parts, separately if prompts disagree."""
+        # Tokens after the last learned part have no loss, so the text ends there.
         start, end = parts[-1]
         text = text[:end]
         if not any(name in text[start:] for name in self.template.text_encoder.stop_names):
             text += self.turn_end.added
         ids, places, agrees = self.template.text_encoder.divide(text, parts)
+        # One tree with a border that a server tokenizes in another way would train other prompts.
         if not agrees:
             return [each for part in parts for each in self._encode_parts(text, [part])]
         learned_T = np.zeros(len(ids), dtype=bool)
@@ -240,6 +244,7 @@ class ReplyTokens:
             return self._decode_text(ids)
         texts, start = [], 0
         for at in [at for at, token in enumerate(ids) if token in special]:
+            # Decoders drop special tokens, and the marks are needed to find reasoning and calls.
             texts += [self._decode_text(ids[start:at]), special[ids[at]]]
             start = at + 1
         return "".join([*texts, self._decode_text(ids[start:])])
@@ -251,6 +256,7 @@ class ReplyTokens:
         if supports_tools(self.template.text):
             specials = special_tokens(self.template.tokenizer)
             marks = {specials[mark]: mark for mark in CALL_MARKS & specials.keys()}
+            # A stop token ends the reply, so it is never text of a call.
             kept |= {
                 token: mark for token, mark in marks.items() if token not in self.template.stop_ids
             }
@@ -258,6 +264,7 @@ class ReplyTokens:
 
     def _decode_text(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens and images."""
+        # Ids of images are hashes, beyond every vocabulary.
         if self.template.images is not None:
             ids = [token for token in ids if token < FIRST_IMAGE_ID]
         return self.template.text_encoder.decode(ids)
@@ -283,6 +290,7 @@ class ReplyTokens:
         marks = self.reasoning_marks
         if marks is None:
             return None
+        # Decoding the whole prompt for its last mark would cost as much as reading it.
         tail = [token for token in prompt_T[-TAIL:].tolist() if token < FIRST_IMAGE_ID]
         end = "".join(self.template.text_encoder.pieces(tail)).rstrip()
         if end.endswith(marks.close):
@@ -312,6 +320,7 @@ class ReplyTokens:
         except RecipeError:  # the template accepts other conversations only
             return TurnEnd()
         stops = self.template.text_encoder.stop_names
+        # The last occurrence, because a template may quote the conversation.
         start = own.rfind(REPLY) + len(REPLY)
         behind = own[start:]
         if not behind.strip():
@@ -376,6 +385,7 @@ class ReplyTokens:
             ]
             done = before + reply.text
             has_stop = any(name in reply.text for name in stops)
+        # Sentinels break the names of special tokens in user text, and would hide the text.
         done = done.replace(SENTINEL, "")
         for index, message in enumerate(messages[: answers[-1]]):
             if message.role == "system" and not self.template.supports_system_prompt:
@@ -397,6 +407,7 @@ class ReplyTokens:
         after = self.marked.render_messages(messages, tools, reply=False)
         pieces = after.split(GENERATION)
         after = "".join(pieces).removesuffix(self.turn_end.dropped)
+        # A prompt may open the reasoning, and the finished turn has none.
         if not after.startswith(before):
             stem = before.removesuffix(self.prompt_end)
         marks = self.reasoning_marks

@@ -115,6 +115,7 @@ class TextEncoder:
 
     @cached_property
     def _marks(self) -> re.Pattern[str] | None:
+        # User text must not end a turn or open another one.
         names = {*special_tokens(self.tokenizer), *self.stop_names}
         # A name of one character cannot be split.
         longest = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
@@ -145,6 +146,7 @@ class TextEncoder:
             return ids
         if self.is_fast:
             return [token for token, _, _ in self.spans(text)]
+        # Without offsets, sentinels cannot be told from tokens of text, so parts are encoded apart.
         return [token for part in text.split(SENTINEL) for token in self.ids(part)]
 
     def behind(self, text: str) -> list[int]:
@@ -172,6 +174,7 @@ class TextEncoder:
 
         Both are tokenized as one text, unless that changes the prompt's tokens.
         """
+        # A separate encoding would add a space, or split a word at the border.
         prompt_T, whole_T = (self.tokens(each, first=True) for each in (prompt, prompt + text))
         size = len(prompt_T)
         if np.array_equal(whole_T[:size], prompt_T):
@@ -194,6 +197,7 @@ class TextEncoder:
             encoded = self.tokenizer(
                 text, other, add_special_tokens=True, return_offsets_mapping=True
             )
+        # RoBERTa and relatives have no segments, and reject the argument.
         segment_T = None
         if "token_type_ids" in self.tokenizer.model_input_names:
             segment_T = np.asarray(encoded["token_type_ids"], dtype=np.int64)
@@ -261,6 +265,7 @@ class TextEncoder:
     @cached_property
     def _piece_context(self) -> list[int]:
         """A context token for decoding; empty if single tokens keep their spaces."""
+        # SentencePiece decoders drop the space of a first token.
         ids = [int(i) for i in self.tokenizer.encode("a b", add_special_tokens=False)]
         apart = "".join(self.tokenizer.decode([i]) for i in ids)
         return [] if apart.strip() == self.tokenizer.decode(ids).strip() else ids[:1]
@@ -292,6 +297,7 @@ class TextEncoder:
 
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
+            # llguidance masks tokens by their bytes.
             raise ValueError("tokenizers written in Python do not expose the bytes of a token")
         return LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=list(self.stop_ids))
 
@@ -374,6 +380,7 @@ class TextEncoder:
     def _tail(self, text: str) -> list[Span]:
         """Return the tokens of a prompt's end, cached because many rows share the end."""
         spans = self._tails.get(text)
+        # Long ends are rarely shared, and would fill the cache.
         if spans is None:
             spans = self.spans(text)
             if len(text) <= _CACHED and len(self._tails) < _MOST_CACHED:

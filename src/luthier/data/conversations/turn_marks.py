@@ -73,7 +73,12 @@ def read_marks(turn: Record, of_assistant: bool) -> tuple[bool, list[str]]:
         if sense is not None:
             if of_assistant:
                 marks[key] = _mark_of(key, value) == sense
-        elif of_assistant and _is_about_learning(key) and _may_be_mark(value):
+        elif (
+            of_assistant
+            and any(word.lower().startswith(_ABOUT_LEARNING) for word in _WORDS.findall(key))
+            and (isinstance(value, list | dict) or truth_of(value) is not None)
+        ):
+            # A misspelt mark would be ignored, and turns would train that should not.
             raise RowRefused(
                 "message.weight",
                 f"the key {quote(key)} looks like an unknown training mark.",
@@ -167,11 +172,3 @@ def _mark_of(key: str, value: object) -> bool:
         )
         raise RowRefused("message.weight", f"{quote(key)} is {description}, not 0 or 1.", MARK_FIX)
     return truth
-
-
-def _is_about_learning(key: str) -> bool:
-    return any(word.lower().startswith(_ABOUT_LEARNING) for word in _WORDS.findall(key))
-
-
-def _may_be_mark(value: object) -> bool:
-    return isinstance(value, list | dict) or truth_of(value) is not None

@@ -94,6 +94,7 @@ def _changes(
     scores = {
         other.id: RowScores.of([passes[number] for number in own])
         for other in others
+        # Scores of other rows are no comparison.
         if other.request["data_source"]["source"] == source
         and (passes := _passes(session, other)).keys() == own.keys()
     }

@@ -79,6 +79,7 @@ class EvalTask:
 
         def find(name: str, where: str) -> str:
             stored_id = judge(name, where)
+            # Usage is reported under the name that the client sent.
             names.setdefault(stored_id, name)
             return stored_id
 
@@ -104,6 +105,7 @@ class EvalTask:
         for count, (number, line) in enumerate(self._lines(), 1):
             if count > MOST_ROWS:
                 raise RefusedInput(f"A run has at most {MOST_ROWS:,} rows.")
+            # A schema may be slow on purpose, and the account's other runs wait.
             if time.monotonic() > deadline:
                 raise RefusedInput(
                     f"Checking the rows takes more than {CHECK_SECONDS:.0f} seconds. Use fewer rows."
@@ -119,6 +121,7 @@ class EvalTask:
     def rows(self) -> Iterator[tuple[int, Any]]:
         """Yield row numbers, from 1, and rows with ``item`` and ``sample``."""
         for number, line in self._lines():
+            # All rows were checked, so no error can occur here.
             yield number, json.loads(line)
 
     def grade(self, number: int, row: Any) -> GradedRow:
@@ -127,6 +130,7 @@ class EvalTask:
         Raises:
             Fault: If the model does not reply.
         """
+        # Rows with replies need no model.
         item = row["item"]
         if self.source.type == "jsonl":
             text = (row.get("sample") or {}).get("output_text")
@@ -142,7 +146,11 @@ class EvalTask:
         reply = "".join(message["content"] or "" for message in sample["output"])
         answer = self._answer(number, item, reply)
         results = [_result(criterion, answer) for criterion in self.criteria]
-        statuses = {result["name"]: _status(result) for result in results}
+        statuses = {
+            each["name"]: store.ERROR if "error" in each
+            else store.PASS if each["passed"] else store.FAIL
+            for each in results
+        }  # fmt: skip
         worst = next((s for s in (store.ERROR, store.FAIL) if s in statuses.values()), store.PASS)
         return GradedRow(worst, {"item": item, "results": results, "sample": sample}, statuses)
 
@@ -205,12 +213,6 @@ def _result(criterion: Criterion, answer: Answer) -> dict[str, Any]:
     return result
 
 
-def _status(result: Mapping[str, Any]) -> str:
-    if "error" in result:
-        return store.ERROR
-    return store.PASS if result["passed"] else store.FAIL
-
-
 def _sample(**members: Any) -> dict[str, Any]:
     """Return a sample with all members of OpenAI's object; absent ``members`` have no reply."""
     usage = dict.fromkeys(
@@ -263,6 +265,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
     def work(self, run: EvaluationRun) -> None:
         """Check the rows of ``run``, grade each row without a result, and end the run."""
         task = self.make_task(run, self.caller_of(run))
+        # A resumed run was counted before.
         if run.status == store.QUEUED:
             total = task.count_rows()
             with self.database.write() as session:

@@ -125,6 +125,7 @@ class DataSource(Body):
     @property
     def _probe(self) -> ChatRequest:
         """Chat request with the parameters of the run, used to check the parameters."""
+        # Chat completions check each parameter, so that both APIs accept the same values.
         probe = self.chat_body([{"role": "user", "content": "-"}])
         return validate(probe, ChatRequest, "data_source.sampling_params")
 
@@ -148,6 +149,7 @@ class DataSource(Body):
             Fault: If ``item_reference`` is not a list of messages.
         """
         scope = {"item": row.row.members or {}}
+        # OpenAI allows a text or a list in a row.
         if isinstance(self.input_messages, ItemReference):
             value = value_at(self.input_messages.item_reference, scope)
             if isinstance(value, str):
@@ -241,6 +243,7 @@ def _threshold(kind: str, given: float | None, grader: Grader, where: str) -> fl
 
     OpenAI documents no default; the default here is the middle of the range.
     """
+    # These graders only know right and wrong.
     if kind in ("string_check", "label_model"):
         return 1.0
     lowest, highest = grader.range if isinstance(grader, ScoreModel) else (0.0, 1.0)

@@ -105,14 +105,11 @@ def create(call: OpenAICall, body: CreateEval) -> JsonObject:
     definition = {"data_source_config": config.model_dump(), "testing_criteria": criteria}
     with context.database.write() as session:
         quotas = context.evaluations.quotas(session, call.account)
-        row = store.create_eval(
-            session,
-            quotas,
-            call.account,
-            name=body.name or "Eval",
-            definition=definition,
+        new = Eval(
+            account=call.account, name=body.name or "Eval", definition=definition,
             user_metadata=body.metadata or {},
-        )
+        )  # fmt: skip
+        row = store.create(session, quotas, new)
     call.record_created("eval", row.id)
     return eval_object(row)
 
@@ -168,6 +165,7 @@ def delete(call: OpenAICall, eval_id: Name) -> JsonObject:
     with call.context.database.write() as session:
         row = _find_eval(call, session, eval_id, lock=True)
         runs = select(EvaluationRun).where(EvaluationRun.eval_id == row.id).with_for_update()
+        # A running run would store rows of a deleted eval.
         for run in session.scalars(runs).all():
             _refuse_unended(run)
             store.delete_run(session, run)
@@ -199,18 +197,16 @@ def create_run(call: OpenAICall, eval_id: Name, body: CreateRun, request: Reques
         "testing_criteria": definition["testing_criteria"],
         "item_schema": definition["data_source_config"]["item_schema"],
     }
+    # Locked again: the eval may have been deleted while the request was checked.
     with context.database.write() as session:
         _find_eval(call, session, eval_id, lock=True)
         quotas = context.evaluations.quotas(session, call.account)
-        run = store.create_run(
-            session,
-            quotas,
-            caller_fields(call.caller),
-            eval_id=eval_id,
-            name=body.name or row.name,
-            request=run_request,
-            user_metadata=body.metadata or {},
-        )
+        new = EvaluationRun(
+            account=call.account, caller=caller_fields(call.caller), eval_id=eval_id,
+            name=body.name or row.name, request=run_request, user_metadata=body.metadata or {},
+            status=store.QUEUED,
+        )  # fmt: skip
+        run = store.create(session, quotas, new)
     call.record_created("eval", f"{eval_id}/{run.id}")
     context.evaluations.wake()
     return run_object(run, request, rows=True)
@@ -391,6 +387,7 @@ def _shown_config(config: Mapping[str, Any]) -> JsonObject:
 def run_object(run: EvaluationRun, request: Request, rows: bool = False) -> JsonObject:
     """Return a run as OpenAI's object; with ``rows``, include the rows of the request."""
     source = dict(run.request["data_source"])
+    # A source may have 50,000 rows, and lists have many runs.
     if not rows and "content" in source["source"]:
         source["source"] = {**source["source"], "content": []}
     criteria, usage = run.tallies.get("criteria", {}), run.tallies.get("usage", {})

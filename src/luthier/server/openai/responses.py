@@ -228,8 +228,15 @@ def _add(turns: list[Message], item: InputItem, where: str) -> None:
         value = _require(item.content, f"{where}.content")
         kinds = (*_TEXTS, "input_image") if role == "user" else _TEXTS
         content = _text(value, f"{where}.content", kinds, images)
-        if role == "assistant" and turns and _is_reasoning_alone(turns[-1]):
-            turns[-1] = replace(turns[-1], content=content)
+        before = turns[-1] if turns else None
+        # The API sends reasoning and answer of one turn as two items.
+        if (
+            role == "assistant"
+            and before
+            and before.reasoning
+            and not (before.content or before.calls)
+        ):
+            turns[-1] = replace(before, content=content)
         else:
             role = "system" if role == "developer" else role
             turns.append(Message(role, content, images=tuple(images)))
@@ -255,10 +262,6 @@ def _add(turns: list[Message], item: InputItem, where: str) -> None:
             turns.append(Message("assistant", reasoning=reasoning))
     elif item.type != "file_search_call":  # the message that follows has the result
         raise invalid(f"Items of the type '{item.type}' are not supported.", f"{where}.type")
-
-
-def _is_reasoning_alone(turn: Message) -> bool:
-    return bool(turn.reasoning) and not (turn.content or turn.calls)
 
 
 def _require(value: Any, where: str) -> Any:

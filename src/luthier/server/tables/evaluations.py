@@ -44,15 +44,15 @@ class Eval(Base):
     __tablename__ = "evals"
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    id: Mapped[str] = mapped_column(unique=True)
+    id: Mapped[str] = mapped_column(unique=True, default=lambda: "eval_" + random_id(24))
     account: Mapped[str] = mapped_column(index=True)
     name: Mapped[str]
     definition: Mapped[dict[str, Any]] = mapped_column(JSONText)
     """``data_source_config`` and ``testing_criteria``, as sent by the client."""
     user_metadata: Mapped[dict[str, Any]]
     stored_bytes: Mapped[int] = mapped_column(BigInteger)
-    created: Mapped[datetime]
-    updated: Mapped[datetime]
+    created: Mapped[datetime] = mapped_column(default=now)
+    updated: Mapped[datetime] = mapped_column(default=now)
 
 
 class EvaluationRun(BackgroundWork, Base):
@@ -63,7 +63,7 @@ class EvaluationRun(BackgroundWork, Base):
     ended = ENDED
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    id: Mapped[str] = mapped_column(unique=True)
+    id: Mapped[str] = mapped_column(unique=True, default=lambda: "evalrun_" + random_id(24))
     eval_id: Mapped[str] = mapped_column(ForeignKey("evals.id"), index=True)
     name: Mapped[str]
     request: Mapped[dict[str, Any]] = mapped_column(JSONText)
@@ -83,7 +83,7 @@ class EvaluationRun(BackgroundWork, Base):
     """
     stored_bytes: Mapped[int] = mapped_column(BigInteger)
     completed: Mapped[datetime | None]
-    expires: Mapped[datetime]
+    expires: Mapped[datetime] = mapped_column(default=lambda: now() + PATIENCE)
     """Time limit of the run."""
 
     @property
@@ -105,7 +105,7 @@ class EvaluationRow(Base):
     status: Mapped[str]
     record: Mapped[dict[str, Any]] = mapped_column(JSONText)
     """Row as the API returns it."""
-    graded: Mapped[datetime]
+    graded: Mapped[datetime] = mapped_column(default=now)
 
 
 Stored = TypeVar("Stored", Eval, EvaluationRun)
@@ -123,53 +123,17 @@ class GradedRow:
     """Model calls: name, prompt tokens, generated tokens."""
 
 
-def create_eval(
-    session: Session,
-    quotas: AccountQuotas,
-    account: str,
-    *,
-    name: str,
-    definition: dict[str, Any],
-    user_metadata: dict[str, str],
-) -> Eval:
-    """Create an evaluation.
+def create(session: Session, quotas: AccountQuotas, row: Stored) -> Stored:
+    """Store a new eval or a new run; runs of an account are sequential.
 
     Raises:
-        QuotaExceeded: if the account has no space for the definition.
+        QuotaExceeded: if the account has no space for the definition or the request.
     """
-    moment, size = now(), len(json.dumps(definition))
-    row = Eval(
-        id="eval_" + random_id(24), account=account, name=name, definition=definition,
-        user_metadata=user_metadata, stored_bytes=size, created=moment, updated=moment,
-    )  # fmt: skip
-    return _store(session, quotas, row)
-
-
-def create_run(
-    session: Session,
-    quotas: AccountQuotas,
-    caller: dict[str, Any],
-    *,
-    eval_id: str,
-    name: str,
-    request: dict[str, Any],
-    user_metadata: dict[str, str],
-) -> EvaluationRun:
-    """Create a queued run. Runs of an account are sequential.
-
-    Raises:
-        QuotaExceeded: if the account has no space for the request.
-    """
-    account, moment, size = caller["account"], now(), len(json.dumps(request))
-    run = EvaluationRun(
-        id="evalrun_" + random_id(24), account=account, caller=caller, eval_id=eval_id, name=name,
-        request=request, user_metadata=user_metadata, status=QUEUED, stored_bytes=size,
-        turn=next_turn(session, EvaluationRun, account), created=moment, expires=moment + PATIENCE,
-    )  # fmt: skip
-    return _store(session, quotas, run)
-
-
-def _store(session: Session, quotas: AccountQuotas, row: Stored) -> Stored:
+    if isinstance(row, EvaluationRun):
+        row.turn = next_turn(session, EvaluationRun, row.account)
+        row.stored_bytes = len(json.dumps(row.request))
+    else:
+        row.stored_bytes = len(json.dumps(row.definition))
     session.add(row)
     session.flush()
     storage.charge(session, row.account, quotas, stored_bytes=row.stored_bytes)
@@ -207,34 +171,25 @@ def record(
     Raises:
         QuotaExceeded: if the account has no space for the result.
     """
-    text = json.dumps(row.record)
-    session.add(
-        EvaluationRow(
-            run_id=run.id,
-            number=number,
-            status=row.status,
-            record=row.record,
-            graded=now(),
-        )
-    )
+    # Counted in the transaction that stores the row, so that the quota cannot drift.
+    size = len(json.dumps(row.record))
+    session.add(EvaluationRow(run_id=run.id, number=number, status=row.status, record=row.record))
     run.passed += row.status == PASS
     run.failed += row.status == FAIL
     run.errored += row.status == ERROR
-    criteria = {**run.tallies.get("criteria", {})}
-    for name, status in row.criteria.items():
-        counts = criteria.get(name, (0, 0, 0))
-        criteria[name] = [
-            count + (status == each)
-            for count, each in zip(counts, (PASS, FAIL, ERROR), strict=True)
-        ]
-    usage = {**run.tallies.get("usage", {})}
-    for model, read, written in row.usage:
-        calls = usage.get(model, (0, 0, 0))
-        usage[model] = [calls[0] + 1, calls[1] + read, calls[2] + written]
-    run.tallies = {"criteria": criteria, "usage": usage}
-    run.stored_bytes += len(text)
+    graded = [(name, [status == each for each in (PASS, FAIL, ERROR)])
+              for name, status in row.criteria.items()]  # fmt: skip
+    calls = [(model, [1, read, written]) for model, read, written in row.usage]
+    tallies: dict[str, dict[str, list[int]]] = {}
+    for group, counted in (("criteria", graded), ("usage", calls)):
+        totals = tallies[group] = {**run.tallies.get(group, {})}
+        for name, counts in counted:
+            old = totals.get(name, (0, 0, 0))
+            totals[name] = [total + count for total, count in zip(old, counts, strict=True)]
+    run.tallies = tallies
+    run.stored_bytes += size
     session.flush()
-    storage.charge(session, run.account, quotas, stored_bytes=len(text))
+    storage.charge(session, run.account, quotas, stored_bytes=size)
 
 
 def list_rows(

@@ -73,7 +73,7 @@ class BackgroundWork(TakesTurns):
     caller: Mapped[dict[str, Any]]
     """Client that created the work: ``account`` and ``user``. The client's current rights apply."""
     status: Mapped[str] = mapped_column(index=True)
-    created: Mapped[datetime]
+    created: Mapped[datetime] = mapped_column(default=now)
 
     @classmethod
     def is_unfinished(cls) -> ColumnElement[bool]:

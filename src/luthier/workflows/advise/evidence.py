@@ -138,6 +138,7 @@ def gather(
     rows.
     """
     count = HELD_OUT_LABELS if predicts(recipe.objective) else HELD_OUT_ROWS
+    # A test part would leave fewer rows to train and to measure, and the trial model is not kept.
     update: dict[str, Any] = {"test_share": None}
     if not recipe.data.validation:
         update["validation_share"] = min(MAX_HELD_OUT_SHARE, count / len(rows))
@@ -189,6 +190,7 @@ def divide_rows(
         held_out = {(file, line) for file, numbers in lines.items() for line in numbers}
         mine = [row for row in rows if (row.file, row.line) in held_out]
         train = [row for row in rows if (row.file, row.line) not in held_out]
+        # A group of near-duplicates stays together, so a share may hold out more rows.
         return train, mine[: 2 * count]
     held: Sequence[Row] = load_rows(data.validation, data.columns, accepts_own_keys=True)
     if len(held) > count:  # stratified, because files are often sorted by label
@@ -233,6 +235,7 @@ class _Replies:
             self.questions, questions_of(train, sorted(labels)), documents
         )
         self.left_out: list[str] = []
+        # Without a limit, an untrained model writes until the context is full.
         longest = max(len(self.chat.tokenizer.encode(each.answer)) for each in self.questions)
         self.sampling = Sampling(max_tokens=longest + ROOM)
 
@@ -241,9 +244,17 @@ class _Replies:
         from luthier.inference.generation import Generator
 
         generator = Generator(self.network, self.chat)
-        fits = [{*self._fitting(generator, variant)} for variant in self.variants]
+        fits = [
+            {
+                number
+                for number, prompt in enumerate(self._prompts(variant))
+                if generator.refusal(prompt, self.sampling) is None
+            }
+            for variant in self.variants
+        ]
         rows, kept = fits[0], list[PromptVariant]()
         for variant, fit in zip(self.variants, fits, strict=True):
+            # Fewer common rows would make all other results less certain.
             if len(rows & fit) < max(1, MIN_FITTING * len(fits[0])):
                 self.left_out.append(
                     f"{variant.name}: {len(fit)} of {len(self.held)} questions fit"
@@ -279,21 +290,19 @@ class _Replies:
         rows = rows_of_variant(self.held, self.questions, variant, self.chat)
         return [Chat(tuple(row.prompt_turns()), row.tools) for row in rows]
 
-    def _fitting(self, generator: Generator, variant: PromptVariant) -> list[int]:
-        prompts = self._prompts(variant)
-        return [n for n, p in enumerate(prompts) if generator.refusal(p, self.sampling) is None]
-
     def _measure(
         self, generator: Generator, variant: PromptVariant, technique: Technique, name: str
     ) -> TechniqueResult:
         rows = rows_of_variant(self.held, self.questions, variant, self.chat)
         tokens = sum(map(generator.prompt_tokens, self._prompts(variant))) / len(rows)
+        # As `luthier compare` grades, so that advice and comparison agree.
         graders = default_graders(rows, lambda text: None)
         if isinstance(self.held[0], Labelled):  # untrained models write labels with capitals
             graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
         graded = grade_replies(generator, rows, graders, self.sampling.max_tokens or 1)
         (score,) = graded.row_scores.values()
         assert isinstance(score, RowScores)
+        # Replies of the measurement include loading of kernels.
         timed = self._prompts(variant)[:TIMED_REPLIES]
         spent = measure_latency({name: lambda: generator.answers(timed, self.sampling)})
         seconds = spent[name] / len(timed)

@@ -144,6 +144,7 @@ def collect(
             "Run `luthier inspect` for details."
         )
     shape = rows[0].shape
+    # Prompts alone have no objective: a teacher must reply first.
     if recipe.objective is None and shape != "prompt_only":
         recipe = recipe.model_copy(update={"objective": objective_for(rows[0], chat)})
     weights, trained = _count_weights(recipe, base, rows, chat)
@@ -151,6 +152,7 @@ def collect(
     estimate: Estimate | None = None
     evidence: Evidence | None = None
     if not refused and shape != "prompt_only":
+        # Advice without times is better than none.
         try:
             estimate = estimate_run(recipe, reporter)
         except RefusedInput as error:
@@ -222,6 +224,7 @@ def _count_weights(
     if recipe.objective is not None:
         try:
             head = recipe.objective.fit(rows, chat).head()
+        # Rows that do not fit the objective are reported by the data checks.
         except RefusedInput:
             head = Head(base.objective.task.head)
     model = base.network.sketch(head)

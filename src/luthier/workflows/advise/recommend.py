@@ -269,12 +269,14 @@ def _for_labelled(facts: AdviceFacts, distils: bool, command: str) -> Recommenda
     if against:
         spent = f" (about {minutes:,.0f} min)" if minutes else ""
         cautions.append(f"if the result is not sufficient, tune{spent}: {command}")
+        # A baseline has no server, so users need the nearest model that has one.
         if against == "simple baselines":
             cautions.append(_nearest_served(facts, command))
         chosen = _by_score([*chosen, against], evidence)
         return Recommendation(tuple(chosen), False, tuple(reasons), tuple(cautions), sure=sure)
     if facts.rows < FEW_ROWS and not facts.labels:
         cautions.append(f"{facts.rows:,} rows are few: the model learns form, not content")
+    # A prompt that beats the trial is usable at once, while the tuning runs.
     if best and best.score and facts.wishes.goal not in ("cost", "latency"):
         tuned = evidence and evidence.best("fine-tuning")
         if tuned and tuned.score < best.score and best.technique != "zero-shot":
@@ -325,6 +327,7 @@ def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
         return "", ["no technique without training was measured"], True
     enough = evidence.held >= MIN_HELD_OUT
     gain, sure = _gain(tuned, best, evidence.held) if tuned else (0.0, False)
+    # A better tuned model is still worth it if the gain is no chance.
     if best.score >= SURE and not (gain > 0 and sure):
         return best.technique, [f"{best.name}: {best.score:.1%} right without training"], enough
     if not tuned:
@@ -340,6 +343,7 @@ def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
     if most is not None and most < best.score and differ(most, best.score, evidence.held):
         pace = f"all {evidence.all_steps:,} steps would reach at most {most:.0%} at this pace"
         return best.technique, [said, pace], sure and enough
+    # Long prompts cost with every reply, and tuning costs once.
     dear = best.prompt_tokens > EXPENSIVE * max(1.0, tuned.prompt_tokens)
     if share < 0.5 or (dear and facts.wishes.goal in ("cost", "latency")):
         why = (
