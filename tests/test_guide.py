@@ -33,7 +33,9 @@ PAGES = sorted(
 )
 BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```(sh|python)\n(.*?)^```", re.M | re.S)
 FEW_STEPS = "--set training.max_steps=2"
-FEW_ROWS = "for file in rows/*.jsonl; do sed -i 61q $file; done"
+FEW_ROWS = (
+    "find rows -name '*.jsonl' -exec sed -i 61q {} ';' -name test.jsonl -exec sed -i 12q {} ';'"
+)
 HOME = luthier_home()
 
 
