@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from botocore.exceptions import ClientError
-from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny, until
+from luthier_server import BASE, KEYS, ONE, OTHER, Served, add_base, home_with_tiny, until
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +170,36 @@ def test_log_and_audit_contain_no_secrets(server: Served, job: dict[str, Any]) -
     for keys in KEYS.values():
         for name in ("secret_access_key", "api_key"):
             assert keys[name] not in log and keys[name] not in entries
+
+
+@pytest.mark.slow  # another server takes a lease over after a minute
+def test_file_search_after_killed_ingestion(
+    server: Served, family_folder: Callable[[str], Path]
+) -> None:
+    add_base(server.home, "all-minilm-l6-v2", "encoder", family_folder("bert"))
+
+    def client() -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"])
+
+    text = "# Leave\n\nEverybody has thirty days of leave.\n\n" + "Parking is free. " * 3_000
+    files = [("handbook.md", text.encode())] * 8
+    store = client().vector_stores.create(name="handbook")
+    batch = client().vector_stores.file_batches.create(
+        store.id,
+        file_ids=[client().files.create(file=each, purpose="assistants").id for each in files],
+    )
+
+    def counts() -> Any:
+        found = client().vector_stores.file_batches.retrieve(batch.id, vector_store_id=store.id)
+        return found.file_counts
+
+    until(lambda: counts().completed >= 1)
+    server.kill()
+    server.start()
+    assert 1 <= counts().completed < len(files)
+    until(lambda: counts().completed == len(files))
+    found = client().vector_stores.search(store.id, query="days of leave", max_num_results=50)
+    assert {each.filename for each in found.data} == {"handbook.md"}
+    tool: Any = {"type": "file_search", "vector_store_ids": [store.id]}
+    reply = client().responses.create(model="tiny", input="Leave?", tools=[tool])
+    assert [each.type for each in reply.output] == ["file_search_call", "message"]
