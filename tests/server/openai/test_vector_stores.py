@@ -235,6 +235,8 @@ def test_killed_ingestion_continues_with_another_server(
     [
         ("broken.pdf", b"%PDF-1.7 nothing", "invalid_file"),
         ("empty.md", b" \n", "invalid_file"),
+        ("headings.md", b"# One\n\n## Two\n", "invalid_file"),
+        ("latin.txt", "Caf\xe9".encode("latin-1"), "invalid_file"),
         ("program.exe", b"MZ", "unsupported_file"),
     ],
 )
@@ -248,6 +250,7 @@ def test_unreadable_file_fails(
         pass
     row = client.vector_stores.files.retrieve(file.id, vector_store_id=store.id)
     assert row.status == "failed" and row.last_error is not None and row.last_error.code == code
+    assert "/tmp" not in row.last_error.message
     done = client.vector_stores.retrieve(store.id)
     assert (done.status, done.file_counts.failed) == ("completed", 1)
     assert client.vector_stores.search(store.id, query="a").data == []

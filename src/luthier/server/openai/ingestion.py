@@ -28,7 +28,7 @@ from luthier.server.tables.database import Database
 from luthier.server.tables.usage import CountUsage
 from luthier.server.tables.vector_stores import VectorStoreFile
 
-Ingested = tuple[str, str, int]
+Ingested = tuple[str | None, str | None, int]
 """Error code, error message and number of stored bytes. A file without bytes has failed."""
 _CODES = ("unsupported_file", "invalid_file")
 
@@ -74,11 +74,7 @@ class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
 
     def record(self, session: Session, row: VectorStoreFile, number: int, done: Ingested) -> None:
         """Set the status, and charge the bytes to the account."""
-        row.error_code, row.error_message, row.stored_bytes = (
-            done[0] or None,
-            done[1] or None,
-            done[2],
-        )
+        row.error_code, row.error_message, row.stored_bytes = done
         row.status = table.COMPLETED if row.stored_bytes else table.FAILED
         session.flush()
         quotas = self.files.objects.quotas(session, row.account)
@@ -118,9 +114,12 @@ class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
                 )
                 raise Fault("InternalServer", text) from error
         if read.refused:
-            return "invalid_file", f"The file cannot be read: {read.refused}.", 0
+            reason = read.refused.replace(str(path), row.filename)
+            return "invalid_file", f"The file cannot be read: {reason}.", 0
         stored, language = self._encoder(row, read)
         passages = _passages(read, stored, row)
+        if not passages:
+            return "invalid_file", "The file has headings, but no text.", 0
         contents = [each.content for each in passages]
         vectors = self.attempt(row, partial(self.search.embed, stored, contents))
         try:
@@ -131,7 +130,7 @@ class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
             raise Fault("InternalServer", "The index of the vector store failed.") from error
         # Embeddings have two bytes for each number.
         size = sum(len(each.encode()) for each in contents) + 2 * vectors.size
-        return "unsupported_file" if read.note else "", read.note, size
+        return "unsupported_file" if read.note else None, read.note or None, size
 
     def _encoder(self, row: VectorStoreFile, read: ReadDocument) -> tuple[StoredModel, str]:
         """Return the encoder of the store, chosen by the language of the first file."""
