@@ -20,7 +20,7 @@ def mcp(
     continues as a job, also after the client has gone.
 
     Args:
-        folders: Folders whose files the tools read and write; the working directory by default.
+        folders: Folders for rows; the working directory by default.
 
     Raises:
         RecipeError: if a folder does not exist.
