@@ -173,7 +173,7 @@ def sentence(use: Use, found: Found) -> str:
         return f"Tuning is worth it: {own} against {other}, {where}."
     if compared["worth_it"] is False:
         return f"**Do not tune for this**: {own} against {other}, {where}."
-    return f"**A cheap rival is as good**: {own} against {other}, {where}."
+    return f"**A cheap rival may be as good**: {own} against {other}, {where}."
 
 
 def result_table(found: Found) -> str:
@@ -410,6 +410,7 @@ def collect_copies(bench: Bench) -> Found:
             - area_under_curve(rival_N[row_K], same_N[row_K])
         ),
         len(base),
+        is_share=False,
     )
     low, high = gain.interval
     worth_it = (gain.value > 0) if low > 0 or high < 0 else None
