@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from luthier.data.conversations.chat import BROKEN
 from luthier.data.conversations.reasoning import ReasoningFormat, ReasoningMarks
+from luthier.data.conversations.tokenization import BROKEN
 from luthier.inference.inference import Score
 from luthier.inference.text import AnswerText, Detokenizer, StopFinder
 from luthier.models.decoding.sampling import Sampling

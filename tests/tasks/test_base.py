@@ -66,7 +66,9 @@ def test_prediction_as_text(task: Task, answer: dict[str, Any], text: str) -> No
     ],
 )
 def test_next_command(task: Task, reads: str, command: str) -> None:
-    chat: Any = SimpleNamespace(reads=reads, images=None, has_tokenizer=True)
+    chat: Any = SimpleNamespace(
+        reads=reads, template=SimpleNamespace(images=None), has_tokenizer=True
+    )
     assert task.command("m", chat) == command
 
 
