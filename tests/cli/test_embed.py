@@ -138,7 +138,7 @@ def test_embed_reports_invalid_rows(
     assert "odd.jsonl:3: [convert.container] The row has a value that does not fit" in said
     assert 'the column "page"' in said and "odd.jsonl:1" not in said
     answer = Answer("embed", model_id, str(photos), "--output", str(target))
-    assert answer.code == 2 and "photos:1: [" in answer.err and not target.exists()
+    assert answer.code == 2 and "photos row 1: [" in answer.err and not target.exists()
     answer = Answer("embed", model_id, str(tmp_path / "gone.jsonl"), "--output", str(target))
     assert answer.code == 2 and "gone.jsonl" in answer.err
 
@@ -153,8 +153,9 @@ def test_embed_preserves_table_values(
     target = tmp_path / "out.jsonl"
     for command in (["embed", model_id], ["predict", model_id, "--input"]):
         refused = Answer(*command, str(given), "--output", str(target)).refused()
-        assert 'given.parquet:2: [convert.container] The row has a value in the field "share"' in (
-            refused
+        assert (
+            'given.parquet row 2: [convert.container] The row has a value in the field "share"'
+            in (refused)
         )
         assert not target.exists()
     table = tmp_path / "out.parquet"

@@ -236,6 +236,14 @@ def test_text_file_with_names_of_columns(tmp_path: Path, names: str, mark: str) 
     assert records == [["See you.", "ham, \nor not"], *[["Win now!", "spam"]] * 3]
 
 
+def test_empty_optional_cells_of_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,expected,id\na,x,\nb,,2\nc,,\n")
+    problems: list[Problem] = []
+    assert [len(record) for _, record in read_records(path, problems)] == [2, 2, 1]
+    assert not problems
+
+
 def test_text_file_with_wrong_rows_below_names_is_a_table(tmp_path: Path) -> None:
     path = tmp_path / "rows.txt"
     path.write_text("text,label\n" + "See you,ham\n" * 2 + "Sorry, no,ham\nLate, too,ham\n")

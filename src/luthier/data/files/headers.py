@@ -35,8 +35,9 @@ def reject_missing_header(
             value of its column, too, does not count, such as the label ``pos``.
     """
     first = [*islice(table, _COMPARED)]
-    names = [*first[0][1]] if first else []
-    rows = [[str(cell) for cell in record.values()] for _, record in first]
+    # A record lacks the empty cells of optional columns.
+    names = [*dict.fromkeys(name for _, record in first for name in record)]
+    rows = [[str(record.get(name, "")) for name in names] for _, record in first]
     if len(names) > 1:  # joined files repeat their header
         rows = [row for row in rows if row != names]
     columns = [*zip(*rows, strict=True)]
