@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from luthier.cli.examples import INDEX, examples
+from luthier.cli.examples import examples
 from luthier.data.rows import load_rows
 from luthier.errors import RecipeError
+from luthier.examples import INDEX
 
 USES = examples().uses
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,7 @@ from typing import Any
 
 from luthier.cli.terminal.console import new_table, print_table, print_text
 from luthier.errors import RecipeError
-
-ROOT = Path(__file__).parent.parent
-INDEX = ROOT / "examples" / "index.json"
-"""Use cases with commands, scores and files; written by ``benchmarks/use_cases.py``."""
+from luthier.examples import files_of, use_case, use_cases
 
 
 @dataclass(frozen=True)
@@ -35,21 +31,17 @@ def examples(name: str | None = None, folder: Path | None = None) -> Examples:
     Raises:
         RecipeError: for an unknown use case or an existing folder.
     """
-    uses = json.loads(INDEX.read_text())
     if name is None:
-        return Examples(uses)
-    chosen = [use for use in uses if use["name"] == name]
-    if not chosen:
-        known = ", ".join(use["name"] for use in uses)
-        raise RecipeError(f'unknown use case "{name}". Use cases: {known}')
+        return Examples(use_cases())
+    chosen = use_case(name)
     target = folder or Path("rows")
     if target.exists():
         raise RecipeError(f"{target} exists. Name a new folder: luthier examples {name} FOLDER")
-    for source, path in chosen[0]["files"].items():
+    for path, source in files_of(chosen).items():
         file = target / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / source, file)
-    return Examples(chosen, target)
+        shutil.copyfile(source, file)
+    return Examples([chosen], target)
 
 
 def show_examples(found: Examples) -> None:

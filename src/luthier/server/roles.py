@@ -38,7 +38,8 @@ _OPERATIONS = {
         "sts": "GetCallerIdentity",
         "bedrock": "GetFoundationModel ListFoundationModels Unsupported",
         "luthier": (
-            "WhoAmI ListModels GetModel ListLoadedModels openai.models.list openai.models.retrieve"
+            "WhoAmI ListModels GetModel ListLoadedModels ListExamples "
+            "openai.models.list openai.models.retrieve"
         ),
     },
     Permission.INVOKE: {
@@ -87,7 +88,7 @@ _OPERATIONS = {
         "luthier": (
             "openai.responses.delete openai.chat.completions.update "
             "openai.chat.completions.delete CreateJob PauseJob ResumeJob StopJob PreviewData "
-            "InspectData EstimateJob CreateExport "
+            "StoreExample InspectData EstimateJob CreateExport "
             "StopExport DeleteModel LoadModel UnloadModel openai.files.create "
             "openai.files.delete openai.fine_tuning.jobs.create openai.fine_tuning.jobs.cancel "
             "openai.fine_tuning.jobs.pause openai.fine_tuning.jobs.resume "

@@ -114,7 +114,7 @@ def test_console_trains_model_from_uploaded_file(server: Served, page: Browser, 
     assert page.script("return location.pathname") == "/console/"
     sign_in(page)
     assert page.text("#account").startswith(ONE)
-    page.until_text("There are no jobs yet", "main")
+    page.until_text("Bring a file", "main")
     page.click('#navigation a[href="#/new"]')
     page.until("document.querySelector('#base option') !== null")
     page.write("#training-file", str(rows))
@@ -149,6 +149,30 @@ def test_console_trains_model_from_uploaded_file(server: Served, page: Browser, 
     page.until_text("Completed", "tbody")
     page.choose("#state", "Failed")
     page.until_text("No job is failed")
+    check_quiet(page)
+
+
+def test_sample_opens_the_form_with_inspected_rows(server: Served, page: Browser) -> None:
+    sign_in(page)
+    page.until("document.querySelector('.samples button') !== null")
+    page.click(".samples button")
+    page.until("location.hash.startsWith('#/new?rows=')")
+    page.until_text("train.jsonl", ".drop")
+    page.until("document.querySelector('.inspection') !== null", 120)
+    assert page.script("return document.querySelector('#name').value").startswith("route-messages")
+    check_quiet(page)
+
+
+def test_form_has_fields_once_rows_are_chosen(server: Served, page: Browser, rows: Path) -> None:
+    sign_in(page)
+    page.click('#navigation a[href="#/home"]')
+    page.until("document.querySelector('#rows-file') !== null")
+    page.script("location.hash = '#/new'")
+    page.until("document.querySelector('#base option') !== null")
+    assert not page.script("return document.querySelector('#base').checkVisibility()")
+    page.write("#training-file", str(rows))
+    page.until("document.querySelector('#base').checkVisibility()")
+    page.until("document.querySelector('.inspection') !== null", 120)
     check_quiet(page)
 
 
@@ -242,8 +266,8 @@ def test_pages_and_buttons_follow_the_rights_of_the_key(server: Served, page: Br
         return list(page.script(BUTTONS))
 
     sign_in(page, new_key(server, "read-only"))
-    page.until_text("Jobs", "h1")
-    menu = ["Jobs", "Models", "Usage"]
+    page.until_text("What would you like", "h1")
+    menu = ["Home", "Jobs", "Models", "Usage"]
     assert shown("jobs", "There are no jobs yet") == menu
     assert shown("models", "Base models") == menu
     assert shown("models/luthier.tiny", "Use the model") == [*menu, "Copy"]
@@ -368,7 +392,7 @@ def test_sign_in_with_expired_and_invalid_keys(server: Served, page: Browser) ->
     page.click(".sign-in button")
     page.until_text("“…”", "[role=alert]")
     sign_in(page)
-    assert page.script("return location.hash") == "#/jobs"
+    assert page.script("return location.hash") == "#/home"
     page.script("sessionStorage.setItem('luthier.key', 'sk-gone')")
     page.click('#navigation a[href="#/models"]')
     page.until_text("rejects this key", "[role=alert]")

@@ -84,7 +84,8 @@ class Inspection(Input):
     columns: dict[str, str] = Field(default_factory=dict)
     """Column names of the data by key; an empty name ignores the key or column."""
     base: str | None = None
-    """Base model that provides the tokenizer. The default follows from the rows (``report.base``)."""
+    """Base model that provides the tokenizer. The default follows from the rows (``report.base``).
+    ``none`` counts no tokens, and so loads no model."""
     objective: str | None = None
     """Training objective. The default follows from the rows."""
 
@@ -144,9 +145,11 @@ def preview_data(call: NativeCall, body: Preview) -> PreviewView:
 @router.post("/inspections")
 def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
     """Check data for training, and report problems of each row."""
-    base = None if body.base is None else _stored_id(call, body.base)
+    base = body.base
+    if base is not None and base != "none":
+        base = _stored_id(call, base)
     with _report_folder() as folder:
-        media = base is None or base_reads_media(base)
+        media = base in (None, "none") or base_reads_media(base)
         rows = _fetch(call, body.training, folder / "training", media)
         command = ["inspect", str(rows)] + ([] if base is None else ["--base", base])
         addresses = {str(rows): body.training}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from luthier.server.http.application import Api
 from luthier.server.http.routes import api_application
 from luthier.server.native import (
+    examples,
     exports,
     feedback,
     inference,
@@ -53,7 +54,7 @@ def who_am_i(call: NativeCall) -> WhoView:
 
 def native_api(context: Context, version: str) -> Api:
     """Return the API with all operations."""
-    modules = (jobs, models, exports, feedback, loaded_models, inference, reports, usage)
+    modules = (jobs, models, examples, exports, feedback, loaded_models, inference, reports, usage)
     routers = (router, *(module.router for module in modules))
     app = api_application(
         [route for each in routers for route in each.routes],

@@ -59,7 +59,8 @@ class Locations:
         """
         objects = Objects(database, files, quotas)
         self._built_in = BuiltInBuckets(objects)
-        self._uploads = UploadedFiles(database, objects)
+        self.uploads = UploadedFiles(database, objects)
+        """Uploaded files of all accounts."""
         self._default = ExternalBuckets(s3_endpoint) if s3_endpoint else self._built_in
 
     def check(self, account: str, uri: str) -> None:
@@ -108,7 +109,7 @@ class Locations:
 
     def _file_name(self, account: str, bucket: str, key: str) -> str:
         """Return a file name for an object: the reader needs the ending of an uploaded file's name."""
-        uploaded = self._uploads.get(account, key) if bucket == UPLOADS else None
+        uploaded = self.uploads.get(account, key) if bucket == UPLOADS else None
         return local_name(uploaded.name if uploaded else key)
 
     def _fetch_tree(self, account: str, address: _Address, keys: list[str], folder: Path) -> Path:

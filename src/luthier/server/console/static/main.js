@@ -2,6 +2,7 @@
 
 import { InputError, call, key, may, messageOf, problemOfKey, rights, signIn, signOut } from "./api.js";
 import { EvalRun } from "./eval_run.js";
+import { Home } from "./home.js";
 import { Job } from "./job.js";
 import { Jobs } from "./jobs.js";
 import { Model } from "./model.js";
@@ -14,6 +15,7 @@ import { useErrorBoundary } from "./vendor/preact-hooks.js";
 
 /** Patterns of addresses with their pages. A segment with a colon is a parameter. */
 const ROUTES = [
+  ["home", Home],
   ["jobs", Jobs],
   ["jobs/:name", Job],
   ["new", NewJob],
@@ -64,7 +66,7 @@ const isRefusal = (error) => error.status === 401 || error.status === 403;
 
 const textOf = (error) => (isRefusal(error) ? REFUSED : messageOf(error));
 
-const home = () => link(may("read") ? "jobs" : "models");
+const home = () => link(may("read") ? "home" : "models");
 
 function leave() {
   // The next user starts at the first page.
@@ -109,7 +111,7 @@ function Menu({ who }) {
   };
   return html`
     <nav aria-label="Main" id="navigation">
-      ${may("read") && item("jobs", "Jobs")} ${may("develop") && item("new", "New job")}
+      ${may("read") && item("home", "Home")} ${may("read") && item("jobs", "Jobs")} ${may("develop") && item("new", "New job")}
       ${item("models", "Models")} ${may("read") && item("usage", "Usage")}
     </nav>
   `;

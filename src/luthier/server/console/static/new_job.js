@@ -2,8 +2,9 @@
 
 import { InputError, call, may } from "./api.js";
 import { DataField, EMPTY } from "./data_field.js";
-import { withNames } from "./files.js";
+import { learnNames, withNames } from "./files.js";
 import { Columns } from "./columns.js";
+import { shortName } from "./format.js";
 import { Estimate, Inspection } from "./inspection.js";
 import { CUSTOMIZATIONS } from "./jobs.js";
 import { nameOf } from "./models.js";
@@ -35,24 +36,29 @@ const ADAPTATIONS = [
 ];
 const KINDS = Object.entries(CUSTOMIZATIONS).map(([value, { name, about }]) => [value, `${name}: ${about}`]);
 const LONGEST_NAME = 63;
+const THROTTLED = 429;
 
 /** The page. */
 export function NewJob({ query }) {
-  const found = useData(async (signal) => (may("develop") ? (await call("GET", "/api/v1/models", { signal })).models : []));
+  const found = useData(async (signal) => {
+    if (!may("develop")) return [];
+    await learnNames([query.get("rows") ?? ""], signal);
+    return (await call("GET", "/api/v1/models", { signal })).models;
+  });
   if (!found.data) return html`<${Pending} title="New job" ...${found} />`;
   return html`
     <${Heading} title="New job" />
     ${may("develop")
-      ? html`<${JobForm} models=${found.data.filter((each) => /^active$/i.test(each.status))} start=${query.get("base")} />`
+      ? html`<${JobForm} models=${found.data.filter((each) => /^active$/i.test(each.status))} start=${query.get("base")} rows=${query.get("rows")} />`
       : html`<p class="box note">This key has no permission to create jobs. Sign in with a key of the role developer.</p>`}
   `;
 }
 
-function JobForm({ models, start }) {
+function JobForm({ models, start, rows }) {
   const form = useRef(null);
   const opened = useRef(new Date()).current;
   const left = useLeaving();
-  const [training, validation] = [useSignal(EMPTY), useSignal(EMPTY)];
+  const [training, validation] = [useSignal(given(rows)), useSignal(EMPTY)];
   const kind = useSignal("FINE_TUNING");
   const base = useSignal(models.find((each) => start && [each.id, each.name, each.arn].includes(start))?.name ?? "");
   const names = useSignal({});
@@ -63,7 +69,9 @@ function JobForm({ models, start }) {
 
   const isDistillation = kind.value === "DISTILLATION";
   const isReinforcement = kind.value === "REINFORCEMENT_FINE_TUNING";
-  const ready = training.value.address !== null && !training.value.busy && !validation.value.busy && !working.value;
+  const ready =
+    training.value.address !== null && !training.value.busy && !validation.value.busy && !isBusy(working.value);
+  const hasRows = training.value.address !== null;
   const proposed = proposeName(training.value.name, base.value, opened);
   const about = problem.value && fieldOf(problem.value.parameter);
   useEffect(() => {
@@ -75,7 +83,9 @@ function JobForm({ models, start }) {
 
   // Results belong to the data, the base model and the method they were made for.
   const forget = () => {
-    if (!working.value) outcome.value = inspection.value = estimate.value = null;
+    if (isBusy(working.value)) return;
+    working.value?.cancel();
+    working.value = outcome.value = inspection.value = estimate.value = null;
   };
   const valueOf = (id) => form.current.elements[id].value.trim();
   const inspected = () => ({
@@ -84,11 +94,11 @@ function JobForm({ models, start }) {
     ...(validation.value.address && { validation: validation.value.address }),
     columns: columns.value,
   });
-  const inspect = (signal) => call("POST", "/api/v1/inspections", { body: inspected(), signal });
+  const inspect = (body, signal) => call("POST", "/api/v1/inspections", { body, signal });
   /** Choose the base model by the rows if the user chose none. */
   const chooseBase = async (signal) => {
     if (valueOf("base")) return;
-    const { verdict, report } = await inspect(signal);
+    const { verdict, report } = await inspect(inspected(), signal);
     if (verdict === "refused") throw new InputError("The data checks found errors. Fix the data.", "training", { verdict, report });
     const field = form.current.elements.base;
     const found = [...field.options].find((each) => each.textContent === report.base);
@@ -109,20 +119,22 @@ function JobForm({ models, start }) {
       ...(isReinforcement && { grader: parseObject(valueOf("grader"), "grader") }),
     };
   };
-  /** Do one thing that takes a while and can be cancelled. */
-  const run = async (text, work, cancelled = "Cancelled.") => {
+  /** Do one thing that takes a while and can be cancelled. Other things end work in the background. */
+  const run = async (text, work, { cancelled = "Cancelled.", background = false } = {}) => {
+    working.value?.cancel();
     const own = new AbortController();
     left.addEventListener("abort", () => own.abort(), { once: true });
-    working.value = { text, cancel: () => own.abort() };
+    const mine = { text, background, cancel: () => own.abort() };
+    working.value = mine;
     outcome.value = problem.value = null;
     try {
       await work(own.signal);
     } catch (error) {
-      if (left.aborted) return;
+      if (left.aborted || working.value !== mine) return;
       if (error.name === "AbortError") {
         outcome.value = cancelled;
         announce("Cancelled.");
-      } else {
+      } else if (!background || error.status !== THROTTLED) {
         error.message = withNames(error.message);
         if (error.found) inspection.value = error.found;
         for (const [id, field] of [["training", training], ["validation", validation]])
@@ -130,13 +142,19 @@ function JobForm({ models, start }) {
         problem.value = error;
       }
     } finally {
-      working.value = null;
+      if (working.value === mine) working.value = null;
     }
   };
-  const startInspection = () =>
+  const startInspection = (background) =>
     run("Inspecting the data", async (signal) => {
-      inspection.value = await inspect(signal);
-    });
+      const body = background ? { ...inspected(), base: "none" } : inspected();
+      inspection.value = { ...(await inspect(body, signal)), background };
+    }, { background });
+  // New rows are inspected at once, without a model: a person sees what is in the file before
+  // choosing settings, and nothing is downloaded yet.
+  useEffect(() => {
+    if (hasRows && !isBusy(working.value)) startInspection(true);
+  }, [training.value.address]);
   const startEstimate = () =>
     run("Running a few training steps", async (signal) => {
       const body = { ...(await common(signal)), training: training.value.address };
@@ -151,7 +169,7 @@ function JobForm({ models, start }) {
       go("jobs", (await call("POST", "/api/v1/jobs", { body, signal })).name);
     };
     // The server may have created the job before the request was cancelled.
-    run("Starting the job", work, html`Cancelled. The job may exist already: check <a href=${link("jobs")}>the jobs</a>.`);
+    run("Starting the job", work, { cancelled: html`Cancelled. The job may exist already: check <a href=${link("jobs")}>the jobs</a>.` });
   };
 
   /** Attributes of the field with this id. */
@@ -184,7 +202,7 @@ function JobForm({ models, start }) {
         </div>
         <${Columns} key=${training.value.address} address=${training.value.address} columns=${columns} onchange=${forget} />
       </fieldset>
-      <fieldset>
+      <fieldset hidden=${!hasRows}>
         <legend>Model</legend>
         <div class="fields">
           ${row("base", "Base model", html`
@@ -202,7 +220,7 @@ function JobForm({ models, start }) {
           `, { help: "Grader of replies, as JSON.", hidden: !isReinforcement })}
         </div>
       </fieldset>
-      <fieldset>
+      <fieldset hidden=${!hasRows}>
         <legend>Settings</legend>
         <p class="soft">Empty settings are chosen from the data and the model. The page of the job shows the reasons.</p>
         <div class="fields">
@@ -221,7 +239,7 @@ function JobForm({ models, start }) {
           `, { help: "Grouped as in a recipe. These settings override the fields above." })}
         </details>
       </fieldset>
-      <fieldset>
+      <fieldset hidden=${!hasRows}>
         <legend>Names</legend>
         <div class="fields">
           ${row("name", "Job", nameField("name"), { help: "Unique in the account." })}
@@ -229,8 +247,8 @@ function JobForm({ models, start }) {
         </div>
       </fieldset>
       <${ErrorBox} error=${problem.value} />
-      <div class="actions submit">
-        <button type="button" disabled=${!ready} onclick=${startInspection}>Inspect the data</button>
+      <div class="actions submit" hidden=${!hasRows}>
+        <button type="button" disabled=${!ready} onclick=${() => startInspection(false)}>Inspect the data</button>
         <button type="button" disabled=${!ready || isDistillation} onclick=${startEstimate}
           title=${isDistillation ? "Distillation has no estimate: the time depends on the teacher." : null}>Estimate</button>
         <button type="submit" class=${inspection.value?.verdict === "refused" ? null : "primary"} disabled=${!ready}
@@ -242,9 +260,19 @@ function JobForm({ models, start }) {
         ${working.value ? html`<${Working} ...${working.value} />` : outcome.value && html`<p class="soft">${outcome.value}</p>`}
       </div>
       <${Shown} content=${estimate.value}>${estimate.value && html`<${Estimate} estimate=${estimate.value} />`}<//>
-      <${Shown} content=${inspection.value}>${inspection.value && html`<${Inspection} ...${inspection.value} />`}<//>
+      <${Shown} content=${!inspection.value?.background && inspection.value}>${inspection.value && html`<${Inspection} ...${inspection.value} />`}<//>
     </form>
   `;
+}
+
+/** Return whether work runs that a person has started. */
+const isBusy = (working) => working !== null && !working.background;
+
+/** Return the value of the data field for rows that another page chose. */
+function given(address) {
+  if (!address) return EMPTY;
+  const name = shortName(withNames(address));
+  return { ...EMPTY, address, name, said: `Selected: ${name}.` };
 }
 
 /** A result that gets the focus when it appears. */

@@ -1,0 +1,93 @@
+// The first page: bring a file, try a sample, talk to a model; below what runs and what is ready.
+
+import { call, may } from "./api.js";
+import { DataField, EMPTY } from "./data_field.js";
+import { age } from "./format.js";
+import { Progress, StateChip, hasEnded } from "./jobs.js";
+import { nameOf, writes } from "./models.js";
+import { ErrorBox, Heading, Section, Table, html, link, useAction, useData, usePolling, useSignal } from "./ui.js";
+
+const SECONDS = 5;
+const RECENT = 5;
+
+/** The page. */
+export function Home() {
+  const jobs = useData(async (signal) => (await call("GET", "/api/v1/jobs", { query: { limit: RECENT }, signal })).jobs);
+  usePolling(SECONDS, () => jobs.read());
+  const files = useSignal(EMPTY);
+  const bring = () => files.value.address && openForm(files.value.address);
+  return html`
+    <${Heading} title="What would you like to do?" tab="Home" />
+    <div class="cards">
+      ${may("develop") && html`
+        <section class="box">
+          <h2>Bring a file</h2>
+          <p>Your rows are checked first. You start the training on the next page.</p>
+          <${DataField} id="rows" label="Training rows" field=${files} onchange=${bring}
+            help="JSON Lines, CSV, Parquet or text: labelled texts, questions with answers, conversations." />
+        </section>
+        <${Samples} />
+      `}
+      <${Talk} />
+    </div>
+    <${Recent} ...${jobs} />
+  `;
+}
+
+function Samples() {
+  const { data, error, read } = useData(async (signal) => (await call("GET", "/api/v1/examples", { signal })).examples);
+  const { busy, error: failed, run } = useAction(async (name) => {
+    const { files } = await call("POST", `/api/v1/examples/${encodeURIComponent(name)}`);
+    openForm(files["train.jsonl"]);
+  });
+  return html`
+    <section class="box">
+      <h2>Try a sample</h2>
+      <p>Public rows with a measured result. The button stores the rows in your account.</p>
+      <${ErrorBox} error=${error ?? failed} again=${error && read} />
+      <ul class="samples">
+        ${(data ?? []).map((each) => html`
+          <li>
+            <button type="button" disabled=${busy} onclick=${() => run(each.name)}>${each.title}</button>
+            <small class="soft block">${each.measure}: ${each.result}. ${each.credit}</small>
+          </li>
+        `)}
+      </ul>
+    </section>
+  `;
+}
+
+function Talk() {
+  const { data, error, read } = useData(async (signal) => (await call("GET", "/api/v1/models", { signal })).models);
+  const writers = (data ?? []).filter((each) => writes(each) && /^active$/i.test(each.status));
+  return html`
+    <section class="box">
+      <h2>Talk to a model</h2>
+      <p>Your newest models first. A base model knows nothing about your work yet.</p>
+      <${ErrorBox} error=${error} again=${read} />
+      <ul class="samples">
+        ${writers.reverse().slice(0, RECENT).map((each) => html`<li><a href=${link("playground", each.id)}>${nameOf(each)}</a></li>`)}
+      </ul>
+      ${data && !writers.length && html`<p class="soft">No model generates text yet.</p>`}
+    </section>
+  `;
+}
+
+function Recent({ data, error, read }) {
+  if (!data) return html`<${ErrorBox} error=${error} again=${read} />`;
+  const rows = data.map((job) => [
+    html`<a href=${link("jobs", job.name)}>${job.name}</a>`,
+    html`<${StateChip} state=${job.state} />`,
+    hasEnded(job.state) ? age(job.created) : html`<${Progress} job=${job} />`,
+  ]);
+  return html`
+    <${Section} title="Recent jobs">
+      ${rows.length > 0 && html`<${Table} caption="Recent jobs" columns=${["Name", "State", { name: "Progress", kind: "wide" }]} rows=${rows} />`}
+    <//>
+  `;
+}
+
+/** Open the form for a new job with these rows. */
+function openForm(address) {
+  window.location.hash = `${link("new")}?rows=${encodeURIComponent(address)}`;
+}
