@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from luthier.documents.answers import DocumentAnswer, prompt, without_unknown_citations
+from luthier.documents.answers import DocumentAnswer, add_passages, without_unknown_citations
 from luthier.documents.index import DocumentIndex, FoundPassage
 from luthier.documents.passages import Passage
 from luthier.documents.readers import document_files
 from luthier.documents.retriever import calibrate
 from luthier.errors import CorruptFile, RecipeError
+from luthier.types import Message
 
 pytestmark = pytest.mark.usefixtures("luthier_home")
 
@@ -211,6 +212,8 @@ def test_citations_name_passages_of_the_prompt() -> None:
     text = without_unknown_citations("Yes [2], no [3], see [1] and [2].", 2)
     assert text == "Yes [2], no , see [1] and [2]."
     assert DocumentAnswer("q", text, passages).cited == (2, 1)
-    system, user = prompt("q?", passages)
+    asked = [Message("user", "p?"), Message("assistant", "a [2]."), Message("user", "q?")]
+    system, _, earlier, user = add_passages(asked, passages)
+    assert earlier.content == "a ."  # another passage
     assert (system.role, user.content) == ("system", "[1] a\n\n[2] b\n\nQuestion: q?")
-    assert len(prompt("q?", passages, takes_system=False)) == 1
+    assert len(add_passages(asked, passages, takes_system=False)) == 3

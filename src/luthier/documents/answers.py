@@ -55,13 +55,6 @@ class DocumentAnswer(Displayed):
         }
 
 
-def prompt(
-    question: str, passages: Sequence[FoundPassage], takes_system: bool = True
-) -> list[Message]:
-    """Return the turns that ask for an answer from ``passages``; see :func:`add_passages`."""
-    return add_passages([Message("user", question)], passages, takes_system)
-
-
 def add_passages(
     turns: Sequence[Message], passages: Sequence[FoundPassage], takes_system: bool = True
 ) -> list[Message]:
