@@ -95,9 +95,9 @@ def index_documents(
     Another embedding model builds a new index, which replaces the old index at the end.
 
     Args:
-        sources: Documents or folders: PDF, DOCX, PPTX, XLSX, HTML, EPUB, Markdown, text.
+        sources: Documents (PDF, office files, HTML, EPUB, text) or folders.
         name: Name of the index.
-        model: Embedding model; by default the model of the index, or an encoder of the language.
+        model: Embedding model; by default that of the index or language.
         reporter: Receives progress; silent if not given.
 
     Returns:
