@@ -60,7 +60,8 @@ _OPERATIONS = {
         ),
         "luthier": (
             "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport "
-            "GetFeedback GetCertificate DownloadCertificate GetUsage GetDailyUsage "
+            "GetFeedback GetDeploymentHistory GetCertificate DownloadCertificate GetUsage "
+            "GetDailyUsage "
             "openai.files.list openai.files.retrieve openai.files.content "
             "openai.fine_tuning.jobs.list openai.fine_tuning.jobs.retrieve "
             "openai.fine_tuning.jobs.list_events openai.fine_tuning.jobs.list_checkpoints "
@@ -89,7 +90,8 @@ _OPERATIONS = {
             "openai.responses.delete openai.chat.completions.update "
             "openai.chat.completions.delete CreateJob PauseJob ResumeJob StopJob PreviewData "
             "StoreExample InspectData EstimateJob CreateExport "
-            "StopExport DeleteModel LoadModel UnloadModel openai.files.create "
+            "StopExport PromoteDeployment RollBackDeployment DeleteModel LoadModel UnloadModel "
+            "openai.files.create "
             "openai.files.delete openai.fine_tuning.jobs.create openai.fine_tuning.jobs.cancel "
             "openai.fine_tuning.jobs.pause openai.fine_tuning.jobs.resume "
             "openai.fine_tuning.alpha.graders.run openai.fine_tuning.alpha.graders.validate "

@@ -162,7 +162,7 @@ class Service:
         self._sweep()
         # Repeat later for files that may still belong to running uploads.
         self._later.start()
-        self.activation.resume()
+        self.activation.start()
         self.capture.start()
         self.openai.start()
         self.memory.start()

@@ -1,8 +1,9 @@
-"""``luthier live``: capture of requests, feedback, and rows from both."""
+"""``luthier live``: capture of requests, feedback, and changes of deployed models."""
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +14,7 @@ from luthier.cli.service.database import (
     FIRST_ACCOUNT,
     Account,
     Record,
+    Region,
     ServiceDatabase,
     audited_write,
     open_database,
@@ -20,10 +22,11 @@ from luthier.cli.service.database import (
     show_record,
 )
 from luthier.cli.terminal.bridge import Command, CommandGroup
-from luthier.cli.terminal.console import print_text
+from luthier.cli.terminal.console import note, print_rows, print_text
 
 if TYPE_CHECKING:
     from luthier.server.tables.captures import CaptureSettings
+    from luthier.server.tables.database import Database
 
 _NEEDED = {
     "sft": "The rows need requests with text.",
@@ -33,6 +36,8 @@ _NEEDED = {
     "regression": "The rows need labels as feedback, or a filter by rating or outcome.",
 }
 """What an export needs, by kind of rows."""
+LOADING_SECONDS = 60.0
+"""Wait for a server that loads a new model, in seconds."""
 _SETTINGS = ("enabled", "share", "redact", "days", "most_bytes", "bucket", "prefix")
 
 
@@ -250,6 +255,109 @@ def feedback_import(
     return {"file": str(file), "rows": rows, "added": added}
 
 
+def promote(
+    deployment: str,
+    model: str,
+    *,
+    account: Account = FIRST_ACCOUNT,
+    region: Region = "us-east-1",
+    database: ServiceDatabase = None,
+) -> Record:
+    """Let another model answer for a deployment, once the server has loaded the model.
+
+    Args:
+        deployment: Name or ARN of the deployment.
+        model: Name, id or ARN of a model of the account.
+    """
+    from luthier.server.promotion import promote
+    from luthier.server.tables.arns import Arns
+
+    with open_database(database) as service:
+        with service.write() as session:
+            promote(session, Arns(region), account, deployment, model, operator())
+        return _changed(service, account, deployment, region)
+
+
+def rollback(
+    deployment: str,
+    *,
+    account: Account = FIRST_ACCOUNT,
+    region: Region = "us-east-1",
+    database: ServiceDatabase = None,
+) -> Record:
+    """Stop the current change of a deployment, or return to the model before.
+
+    Args:
+        deployment: Name or ARN of the deployment.
+    """
+    from luthier.server.promotion import roll_back
+    from luthier.server.tables.arns import Arns
+
+    with open_database(database) as service:
+        with service.write() as session:
+            roll_back(session, Arns(region), account, deployment, operator())
+        return _changed(service, account, deployment, region)
+
+
+def history(
+    deployment: str,
+    *,
+    account: Account = FIRST_ACCOUNT,
+    region: Region = "us-east-1",
+    database: ServiceDatabase = None,
+) -> Record:
+    """Show the models that answered for a deployment, and the users that changed them.
+
+    Args:
+        deployment: Name or ARN of the deployment.
+    """
+    with open_database(database) as service:
+        return _described(service, account, deployment, region)
+
+
+def _described(service: Database, account: str, deployment: str, region: str) -> Record:
+    from luthier.server.promotion import describe, find_deployment
+    from luthier.server.tables.arns import Arns
+
+    with service.read() as session:
+        return describe(session, find_deployment(session, Arns(region), account, deployment))
+
+
+def _changed(service: Database, account: str, deployment: str, region: str) -> Record:
+    """Wait until the server has loaded the model, and return the deployment.
+
+    Raises:
+        RefusedInput: If the server could not load the model.
+    """
+    from luthier.errors import RefusedInput
+
+    deadline = time.monotonic() + LOADING_SECONDS
+    while True:
+        found = _described(service, account, deployment, region)
+        last = found["history"][-1]
+        if last["state"] != "preparing":
+            break
+        if time.monotonic() > deadline:
+            note("No server has loaded the model yet. A running server switches after loading.")
+            break
+        time.sleep(0.2)
+    if last["state"] == "ended" and not last["note"].startswith("Stopped by"):
+        raise RefusedInput(f"The deployment still serves {found['model']}: {last['note']}")
+    return found
+
+
+def show_history(record: Record) -> None:
+    """Print the serving model and the changes."""
+    shown = {name: value for name, value in record.items() if name != "history"}
+    show_record(shown)
+    columns = ("finished", "model", "action", "state", "user", "note")
+    rows = [
+        each | ({"finished": f"{each['finished']:%Y-%m-%d %H:%M:%S}"} if "finished" in each else {})
+        for each in record["history"]
+    ]
+    print_rows([*columns], rows)
+
+
 def _record(row: CaptureSettings) -> Record:
     return {"account": row.account} | {name: getattr(row, name) for name in _SETTINGS}
 
@@ -271,3 +379,6 @@ feedback_app.add(Command(feedback_import, show_record, "import"))
 live_app = CommandGroup("Keep a deployed model good: capture, rate, export.", extra="server")
 live_app.add_typer(capture_app, name="capture")
 live_app.add_typer(feedback_app, name="feedback")
+live_app.add(Command(promote, show_history))
+live_app.add(Command(rollback, show_history))
+live_app.add(Command(history, show_history))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,8 @@ Prepare = Callable[[str], None]
 """Prepares the model with a stored id for requests. Raises :class:`LuthierError` on failure."""
 
 _THREADS = 2
+WATCH_SECONDS = 0.5
+"""Interval between two searches for pending models, in seconds."""
 _log = logging.getLogger("luthier.server")
 
 
@@ -61,21 +64,43 @@ class Activation:
         pool."""
         self.database, self.prepare = database, prepare
         self._threads = ThreadPoolExecutor(_THREADS, "activation")
+        self._active: set[str] = set()
+        self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="endpoints", daemon=True)
+
+    def start(self) -> None:
+        """Prepare pending models, of an earlier server and of later CLI commands, too."""
+        self._watcher.start()
 
     def submit(self, endpoint_id: str) -> None:
         """Prepare the pending model of an endpoint. Call this after the transaction is committed."""
+        self._active.add(endpoint_id)
         self._threads.submit(self._run, endpoint_id)
 
     def resume(self) -> None:
-        """Prepare the pending models that a killed server left behind."""
+        """Prepare pending models that a killed server or the CLI left behind."""
         with self.database.read() as session:
             waiting = unfinished_ids(session)
         for endpoint_id in waiting:
-            self.submit(endpoint_id)
+            if endpoint_id not in self._active:
+                self.submit(endpoint_id)
 
     def close(self) -> None:
         """Wait for running preparations. Waiting endpoints are resumed at the next start."""
+        self._closed.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                self.resume()
+            except Exception:
+                # The database is unreachable; the next pass tries again.
+                _log.exception("pending models could not be read")
+            if self._closed.wait(WATCH_SECONDS):
+                return
 
     def _run(self, endpoint_id: str) -> None:
         query = select(Endpoint).filter_by(id=endpoint_id)
@@ -89,10 +114,12 @@ class Activation:
             with self.database.write() as session:
                 endpoint = find_row(session, query, lock=True)
                 if endpoint is not None:
-                    endpoint.finish_update(model, failure)
+                    endpoint.finish_update(session, model, failure)
         except Exception:
-            # The endpoint stays pending, and the next start tries again.
+            # The endpoint stays pending, and the next pass tries again.
             _log.exception("the state of endpoint %s could not be stored", endpoint_id)
+        finally:
+            self._active.discard(endpoint_id)
 
     def _prepare(self, model: str) -> str | None:
         """Prepare the model of an ARN and return the failure message for the owner, or ``None``."""

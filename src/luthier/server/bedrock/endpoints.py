@@ -32,17 +32,23 @@ from luthier.server.identifiers import (
     find_foundation,
     find_model,
 )
+from luthier.server.promotion import check_task
 from luthier.server.tables import custom_models, storage, tags
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import count_rows, lock_by_name, new_id, now
 from luthier.server.tables.endpoints import (
+    CREATE,
     CREATING,
     DEPLOYMENT,
+    PROMOTE,
     PROVISIONED,
     READY,
     UPDATING,
+    DeploymentChange,
     Endpoint,
+    delete_changes,
 )
+from luthier.server.tables.foundation import foundation_model
 
 _COMMITMENT = {"OneMonth": timedelta(days=30), "SixMonths": timedelta(days=182)}
 
@@ -114,6 +120,9 @@ def _create(
             **row,
         )
         session.add(endpoint)
+        if kind is _DEPLOYMENT:
+            user = request.request.caller.user
+            session.add(DeploymentChange.of(endpoint.id, CREATE, endpoint.model, None, user))
         session.flush()
         arn = endpoint_arn(request.arns, endpoint)
         tags.put(session, arn, sent_tags)
@@ -145,6 +154,7 @@ def _delete(request: ControlRequest, kind: _Kind) -> dict[str, Any]:
             text = f"The {kind.text} is being created. Try again in a moment."
             raise Fault("Conflict", text)
         tags.drop(session, endpoint_arn(request.arns, endpoint))
+        delete_changes(session, endpoint.id)
         session.delete(endpoint)
     return {}
 
@@ -217,12 +227,16 @@ def update_deployment(request: ControlRequest) -> dict[str, Any]:
                 "modelArn",
                 f"The deployment is {endpoint.status}; only an Active deployment can be updated.",
             )
-        if endpoint.foundation != model.bottom:
+        bases = {endpoint.foundation, model.bottom}
+        if len(bases) > 1 and all(map(foundation_model, bases)):
+            # Imported models have no base that Bedrock knows; the task must suffice.
             raise invalid(
                 "modelArn", "The base of the model differs from the base of the deployment."
             )
-        endpoint.next_model = model.arn(request.arns)
-        endpoint.update_status, endpoint.modified = UPDATING, now()
+        check_task(session, endpoint, model)
+        user, arn = request.request.caller.user, model.arn(request.arns)
+        change = DeploymentChange.of(endpoint.id, PROMOTE, arn, endpoint.model, user)
+        endpoint.begin_change(session, change)
     request.control.activation.submit(endpoint.id)
     return {"customModelDeploymentArn": endpoint_arn(request.arns, endpoint)}
 

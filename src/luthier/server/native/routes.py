@@ -5,6 +5,7 @@ from __future__ import annotations
 from luthier.server.http.application import Api
 from luthier.server.http.routes import api_application
 from luthier.server.native import (
+    deployments,
     examples,
     exports,
     feedback,
@@ -54,7 +55,10 @@ def who_am_i(call: NativeCall) -> WhoView:
 
 def native_api(context: Context, version: str) -> Api:
     """Return the API with all operations."""
-    modules = (jobs, models, examples, exports, feedback, loaded_models, inference, reports, usage)
+    modules = (
+        jobs, models, deployments, examples, exports, feedback, loaded_models, inference, reports,
+        usage,
+    )  # fmt: skip
     routers = (router, *(module.router for module in modules))
     app = api_application(
         [route for each in routers for route in each.routes],

@@ -6,17 +6,26 @@ names in Bedrock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import UniqueConstraint, and_, or_, select
+from sqlalchemy import UniqueConstraint, and_, delete, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from luthier.server.tables import audit
+from luthier.server.tables.arns import Arn
+from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Base, now
 
 DEPLOYMENT, PROVISIONED = "custom-model-deployment", "provisioned-model"
 """Kinds of endpoints, as in ARNs."""
 CREATING, READY, FAILED = "Creating", "Ready", "Failed"
 UPDATING, UPDATED, NOT_UPDATED = "Updating", "UpdateCompleted", "UpdateFailed"
+PREPARING, CANARY, SWITCHED, ENDED = "preparing", "canary", "switched", "ended"
+"""States of a change: loading, answering a share of the requests, successful, without success."""
+CREATE, PROMOTE, ROLL_BACK = "create", "promote", "rollback"
+"""Actions of a change."""
 
 
 class Endpoint(Base):
@@ -47,6 +56,8 @@ class Endpoint(Base):
     """Model units of provisioned throughput."""
     commitment: Mapped[str | None]
     """Commitment of provisioned throughput: ``OneMonth`` or ``SixMonths``. Recorded without effect."""
+    canary_share: Mapped[float | None]
+    """Share of the requests that ``next_model`` answers; none without a running canary."""
     created: Mapped[datetime]
     modified: Mapped[datetime]
 
@@ -55,28 +66,148 @@ class Endpoint(Base):
         """ARN of the next model during an update."""
         if self.status == CREATING:
             return self.model
-        return self.next_model if self.update_status == UPDATING else None
+        updating = self.update_status == UPDATING and self.canary_share is None
+        return self.next_model if updating else None
 
-    def finish_update(self, model: str, failure: str | None) -> None:
-        """Finish the update to ``model``, or record the ``failure``.
+    def begin_change(self, session: Session, change: DeploymentChange) -> None:
+        """Make ``change`` the pending change. An unfinished change ends."""
+        self.end_change(session, f"Replaced by {change.user} with a later change.")
+        session.add(change)
+        self.next_model, self.update_status = change.model, UPDATING
+        self.failure, self.modified = None, now()
+
+    def finish_update(self, session: Session, model: str, failure: str | None) -> None:
+        """Finish the update to ``model``, start the model as a canary, or record the ``failure``.
 
         Nothing changes if the endpoint prepares a different model meanwhile. After a failed update,
         the previous model continues to serve.
         """
         if self.pending_model != model:
             return
+        change = open_change(session, self.id)
         if self.status == CREATING:
             self.status = FAILED if failure else READY
+            self.failure, self.modified = failure, now()
+            if change is not None:
+                change.end(failure)
         elif failure:
-            self.update_status = NOT_UPDATED
+            self.end_change(session, failure)
+            self.update_status, self.failure, self.modified = NOT_UPDATED, failure, now()
+        elif change is not None and change.share is not None:
+            self.canary_share, change.state, self.modified = change.share, CANARY, now()
+            self._audit(session, change, "canary")
         else:
-            self.model, self.update_status = model, UPDATED
-        self.failure, self.modified = failure, now()
+            self.switch(session)
+
+    def switch(self, session: Session, note: str | None = None) -> None:
+        """Make the next model the serving model."""
+        change, model = open_change(session, self.id), self.next_model
+        if model is None:
+            return
+        arn = Arn.parse(model)
+        custom = arn and session.scalar(select(CustomModel).where(CustomModel.id == arn.id))
+        if custom:
+            self.foundation = custom.bottom
+        self.model, self.update_status, self.canary_share = model, UPDATED, None
+        self.failure, self.modified = None, now()
+        if change is not None:
+            change.end(None, note)
+            self._audit(session, change, "switch")
+
+    def end_change(self, session: Session, note: str) -> None:
+        """End the pending change or canary, if any. The serving model stays."""
+        change = open_change(session, self.id)
+        if change is not None:
+            change.end(note)
+            self._audit(session, change, "end")
+            self.update_status, self.failure, self.canary_share = NOT_UPDATED, note, None
+            self.modified = now()
+
+    def _audit(self, session: Session, change: DeploymentChange, event: str) -> None:
+        details = {
+            "model": change.model, "previous": change.previous, "share": change.share,
+            "note": change.note,
+        }  # fmt: skip
+        audit.append(
+            session,
+            audit.Event(
+                f"luthier:deployment.{event}", f"{self.account}/{self.name}", account=self.account,
+                user=change.user,
+                details={name: value for name, value in details.items() if value is not None},
+            ),
+        )  # fmt: skip
+
+
+class DeploymentChange(Base):
+    """A change of the model that answers for a deployment: a row of the deployment's history."""
+
+    __tablename__ = "deployment_changes"
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    endpoint: Mapped[str] = mapped_column(index=True)
+    """Id of the deployment."""
+    action: Mapped[str]
+    """``CREATE``, ``PROMOTE`` or ``ROLL_BACK``."""
+    model: Mapped[str]
+    """ARN of the new model."""
+    previous: Mapped[str | None]
+    """ARN of the model that a rollback of this change returns to."""
+    user: Mapped[str]
+    requested: Mapped[datetime]
+    finished: Mapped[datetime | None]
+    """Time of the switch, or of the end without a switch."""
+    state: Mapped[str]
+    """``PREPARING``, ``CANARY``, ``SWITCHED`` or ``ENDED``."""
+    note: Mapped[str | None]
+    """Reason for the end, or figures of the canary."""
+    share: Mapped[float | None]
+    """Share of the requests for the new model before the switch."""
+    answers: Mapped[int | None]
+    """Number of the canary's answers after which the new model serves all requests."""
+
+    @staticmethod
+    def of(
+        endpoint: str, action: str, model: str, previous: str | None, user: str, **values: Any
+    ) -> DeploymentChange:
+        """Return a new change that is being prepared."""
+        return DeploymentChange(
+            endpoint=endpoint, action=action, model=model, previous=previous, user=user,
+            requested=now(), state=PREPARING, **values,
+        )  # fmt: skip
+
+    def end(self, failure: str | None, note: str | None = None) -> None:
+        """End the change, with the ``failure`` or as the switch to the model."""
+        self.state, self.finished = ENDED if failure else SWITCHED, now()
+        self.note = failure or note
+
+
+def open_change(session: Session, endpoint: str) -> DeploymentChange | None:
+    """Return the change of the deployment that has not finished."""
+    session.flush()
+    unfinished = DeploymentChange.state.in_((PREPARING, CANARY))
+    found: DeploymentChange | None = session.scalar(
+        select(DeploymentChange).where(DeploymentChange.endpoint == endpoint, unfinished)
+    )
+    return found
+
+
+def changes_of(session: Session, endpoint: str) -> Sequence[DeploymentChange]:
+    """Return the changes of a deployment, oldest first."""
+    mine = DeploymentChange.endpoint == endpoint
+    return session.scalars(
+        select(DeploymentChange).where(mine).order_by(DeploymentChange.seq)
+    ).all()
+
+
+def delete_changes(session: Session, endpoint: str) -> None:
+    """Delete the history of a deployment."""
+    session.execute(delete(DeploymentChange).where(DeploymentChange.endpoint == endpoint))
 
 
 def unfinished_ids(session: Session) -> list[str]:
-    """Return the ids of updating endpoints of all accounts, for a starting server."""
-    waits = or_(Endpoint.status == CREATING, Endpoint.update_status == UPDATING)
+    """Return the ids of endpoints of all accounts whose next model must be prepared."""
+    updating = and_(Endpoint.update_status == UPDATING, Endpoint.canary_share.is_(None))
+    waits = or_(Endpoint.status == CREATING, updating)
     return list(session.scalars(select(Endpoint.id).where(waits).order_by(Endpoint.seq)))
 
 

@@ -1,0 +1,96 @@
+"""Deployments: history, promotion and rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import Field
+from sqlalchemy.orm import Session
+
+from luthier.server import promotion
+from luthier.server.http.messages import Fault
+from luthier.server.http.routes import Name
+from luthier.server.native.operations import Input, NativeCall, View, native_router
+
+router = native_router()
+
+
+class PromotionRequest(Input):
+    """The new model of a deployment."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """Name, id or ARN of a custom model with the same task."""
+
+
+class ChangeView(View):
+    """A change of the model that answers for a deployment."""
+
+    model: str
+    """Name of the new model; the ARN of a deleted model."""
+    action: str
+    """``create``, ``promote`` or ``rollback``."""
+    user: str
+    state: str
+    """``preparing``, ``canary``, ``switched`` or ``ended``."""
+    requested: datetime
+    finished: datetime | None = None
+    """Time of the switch, or of the end without a switch."""
+    note: str | None = None
+    """Reason for the end."""
+
+
+class DeploymentView(View):
+    """A deployment with its history."""
+
+    deployment: str
+    status: str
+    model: str
+    """Name of the serving model."""
+    model_arn: str
+    history: list[ChangeView]
+    """Changes, oldest first."""
+
+
+@router.get("/deployments/{deployment}")
+def get_deployment_history(call: NativeCall, deployment: Name) -> DeploymentView:
+    """Return a deployment and the models that answered, by time."""
+    with call.context.database.read() as session, _faults():
+        return _view(call, session, deployment)
+
+
+@router.post("/deployments/{deployment}/promote")
+def promote_deployment(
+    call: NativeCall, deployment: Name, body: PromotionRequest
+) -> DeploymentView:
+    """Switch a deployment to another model, after the server has loaded the model."""
+    call.record(f"custom-model-deployment/{deployment}")
+    with call.context.database.write() as session, _faults():
+        arns, user = call.context.arns, call.caller.user
+        promotion.promote(session, arns, call.account, deployment, body.model, user)
+        return _view(call, session, deployment)
+
+
+@router.post("/deployments/{deployment}/rollback")
+def roll_back_deployment(call: NativeCall, deployment: Name) -> DeploymentView:
+    """End the pending change of a deployment, or return to the model before."""
+    call.record(f"custom-model-deployment/{deployment}")
+    with call.context.database.write() as session, _faults():
+        arns, user = call.context.arns, call.caller.user
+        promotion.roll_back(session, arns, call.account, deployment, user)
+        return _view(call, session, deployment)
+
+
+def _view(call: NativeCall, session: Session, name: str) -> DeploymentView:
+    endpoint = promotion.find_deployment(session, call.context.arns, call.account, name)
+    return DeploymentView.model_validate(promotion.describe(session, endpoint))
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    try:
+        yield
+    except promotion.UnknownName as unknown:
+        raise Fault("ResourceNotFound", unknown.text) from unknown

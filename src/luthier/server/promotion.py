@@ -1,0 +1,150 @@
+"""Promotion, rollback and history of the models behind deployments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.errors import LuthierError, RefusedInput, WrongState
+from luthier.library import models
+from luthier.server.identifiers import find_endpoint, find_model, stored_id_of
+from luthier.server.tables.arns import Arn, Arns
+from luthier.server.tables.custom_models import ACTIVE, CustomModel
+from luthier.server.tables.endpoints import (
+    DEPLOYMENT,
+    PROMOTE,
+    READY,
+    ROLL_BACK,
+    SWITCHED,
+    DeploymentChange,
+    Endpoint,
+    changes_of,
+    open_change,
+)
+
+
+class UnknownName(RefusedInput):
+    """A name of no deployment or model of the account."""
+
+    default_rule = "deployment.unknown"
+
+
+def find_deployment(
+    session: Session, arns: Arns, account: str, name: str, *, lock: bool = False
+) -> Endpoint:
+    """Return a deployment by name or ARN.
+
+    Raises:
+        UnknownName: If the account has no such deployment.
+    """
+    endpoint = find_endpoint(session, arns, account, DEPLOYMENT, name, lock=lock)
+    if endpoint is None:
+        raise UnknownName(f'There is no deployment "{name}".')
+    return endpoint
+
+
+def promote(
+    session: Session, arns: Arns, account: str, deployment: str, model: str, user: str
+) -> Endpoint:
+    """Begin the switch of a deployment to another model. The server loads the model first.
+
+    Raises:
+        UnknownName: For an unknown deployment or model.
+        WrongState: If deployment or model is not ready, or the model serves already.
+        RefusedInput: If the model has a different task.
+    """
+    endpoint = _ready(session, arns, account, deployment)
+    custom = find_model(session, arns, account, model, lock=True)
+    if custom is None:
+        raise UnknownName(f'There is no model "{model}".')
+    if custom.status != ACTIVE:
+        raise WrongState(f"The model is {custom.status}; only an Active model can be promoted.")
+    arn = custom.arn(arns)
+    if arn == endpoint.model:
+        raise WrongState(f'The model "{model}" already serves the deployment.')
+    check_task(session, endpoint, custom)
+    change = DeploymentChange.of(endpoint.id, PROMOTE, arn, endpoint.model, user)
+    endpoint.begin_change(session, change)
+    return endpoint
+
+
+def roll_back(session: Session, arns: Arns, account: str, deployment: str, user: str) -> Endpoint:
+    """End the pending change of a deployment, or begin the return to the model before.
+
+    Repeated rollbacks return to earlier and earlier models.
+
+    Raises:
+        UnknownName: For an unknown deployment.
+        WrongState: If there is no earlier model.
+    """
+    endpoint = _ready(session, arns, account, deployment)
+    if open_change(session, endpoint.id) is not None:
+        endpoint.end_change(session, f"Stopped by {user}.")
+        return endpoint
+    earlier = [each for each in changes_of(session, endpoint.id) if each.state == SWITCHED]
+    target = earlier[-1].previous if earlier else None
+    if target is None:
+        raise WrongState("The deployment has no earlier model.")
+    if stored_id_of(session, target) is None:
+        raise WrongState(f"The earlier model {target} was deleted.")
+    before = next((each for each in reversed(earlier[:-1]) if each.model == target), None)
+    previous = before.previous if before else None
+    change = DeploymentChange.of(endpoint.id, ROLL_BACK, target, previous, user)
+    endpoint.begin_change(session, change)
+    return endpoint
+
+
+def check_task(session: Session, endpoint: Endpoint, model: CustomModel) -> None:
+    """Reject a model with a different task than the serving model.
+
+    Raises:
+        RefusedInput: If the tasks differ.
+    """
+    try:
+        serving = models.find(stored_id_of(session, endpoint.model) or "").objective
+        new = models.find(model.stored_id or "").objective
+    except LuthierError:
+        return  # missing or damaged: the server reports that the model cannot be loaded
+    if serving.task is not new.task:
+        raise RefusedInput(
+            f'The model "{model.name}" was trained with `{new.method}`, and the deployment serves a '
+            f"model of `{serving.method}`, which is a different task.",
+            setting="model",
+        )
+
+
+def describe(session: Session, endpoint: Endpoint) -> dict[str, Any]:
+    """Return a deployment with its history, oldest change first."""
+    changes = changes_of(session, endpoint.id)
+    names = dict(_names(session, {endpoint.model, *(each.model for each in changes)}))
+    return {
+        "deployment": endpoint.name,
+        "status": endpoint.status,
+        "model": names[endpoint.model],
+        "model_arn": endpoint.model,
+        "history": [_change(each, names[each.model]) for each in changes],
+    }
+
+
+def _change(change: DeploymentChange, model: str) -> dict[str, Any]:
+    names = ("action", "user", "state", "requested", "finished", "note")
+    found = {name: getattr(change, name) for name in names}
+    return {"model": model} | {name: value for name, value in found.items() if value is not None}
+
+
+def _names(session: Session, arns: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield ARN and name of models; a deleted model has its ARN."""
+    for text in arns:
+        arn = Arn.parse(text)
+        named = arn and session.scalar(select(CustomModel.name).where(CustomModel.id == arn.id))
+        yield text, str(named or text)
+
+
+def _ready(session: Session, arns: Arns, account: str, name: str) -> Endpoint:
+    endpoint = find_deployment(session, arns, account, name, lock=True)
+    if endpoint.status != READY:
+        raise WrongState(f'The deployment "{name}" is {endpoint.status}.')
+    return endpoint
