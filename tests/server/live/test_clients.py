@@ -32,12 +32,12 @@ def test_logging_configuration_of_boto3(server: Served) -> None:
     bedrock = server.client("bedrock", tries=1)
     assert "loggingConfig" not in bedrock.get_model_invocation_logging_configuration()
     cloud_watch = {"logGroupName": "g", "roleArn": f"arn:aws:iam::{ONE}:role/x"}
-    for config, text in (
+    for wrong, text in (
         ({"cloudWatchConfig": cloud_watch}, "no CloudWatch"),
         ({"s3Config": {"bucketName": "nowhere"}}, "bucket nowhere does not exist"),
     ):
         with pytest.raises(ClientError, match=text) as refused:
-            bedrock.put_model_invocation_logging_configuration(loggingConfig=config)
+            bedrock.put_model_invocation_logging_configuration(loggingConfig=wrong)
         assert refused.value.response["Error"]["Code"] == "ValidationException"
     server.client("s3").create_bucket(Bucket="logs")
     config: dict[str, Any] = {
