@@ -190,10 +190,12 @@ def feedback_add(
     Args:
         request: Request id, or id of the response.
         rater: Name of the rater; the operator by default.
+        thumb: Thumb up or down.
         rating: From 1 (worst) to 5.
         preferred: A better answer.
         corrected: The answer after corrections.
         label: Correct label of a prediction.
+        comment: Remark.
         outcome: Named outcome, such as sale=12.5 or reopened=true.
         position: Number of the input or choice, from 0.
     """
