@@ -15,6 +15,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from luthier.server.bedrock.shapes import matches, operation_models
 from luthier.server.http.messages import Fault
+from luthier.server.routing import current_routing
 from luthier.server.tables.arns import Arn, Arns
 from luthier.server.tables.custom_models import ACTIVE, NAME, RESERVED, CustomModel
 from luthier.server.tables.database import Database, find_row
@@ -201,7 +202,8 @@ def invocable(database: Database, arns: Arns, account: str, model_id: str) -> In
         raise _unknown(model_id)
     with database.read() as session:
         endpoint = find_endpoint(session, arns, account, named.kind, model_id)
-        stored_id = stored_id_of(session, endpoint.model) if endpoint else None
+        model = _answering(session, endpoint) if endpoint else ""
+        stored_id = stored_id_of(session, model)
     if endpoint is None:
         raise _unknown(model_id)
     text = _ENDPOINTS[named.kind]
@@ -211,7 +213,24 @@ def invocable(database: Database, arns: Arns, account: str, model_id: str) -> In
         raise Fault("Validation", f"The {text} is Failed.")
     if stored_id is None:
         raise _unknown(model_id)
-    return Invocable(stored_id, model_id, endpoint.model)
+    return Invocable(stored_id, model_id, model)
+
+
+def _answering(session: Session, endpoint: Endpoint) -> str:
+    """Return the ARN of the model that answers the request: the serving model, or the canary."""
+    routing, canary, share = current_routing(), endpoint.next_model, endpoint.canary_share
+    if routing is None or canary is None or share is None:
+        return endpoint.model
+    model = canary if routing.choose(endpoint.id, canary, share) else endpoint.model
+    routing.model = model_name(session, model)
+    return model
+
+
+def model_name(session: Session, arn: str) -> str:
+    """Return the name of a custom model by ARN; the ARN of a deleted model or foundation model."""
+    parsed = Arn.parse(arn)
+    query = select(CustomModel.name).where(CustomModel.id == (parsed.id if parsed else ""))
+    return session.scalar(query) or arn
 
 
 def stored_id_of(session: Session, model: str) -> str | None:

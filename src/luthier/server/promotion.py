@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.library import models
-from luthier.server.identifiers import find_endpoint, find_model, stored_id_of
-from luthier.server.tables.arns import Arn, Arns
+from luthier.server.identifiers import find_endpoint, find_model, model_name, stored_id_of
+from luthier.server.live.canary import ANSWERS, comparisons
+from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.endpoints import (
+    CANARY,
     DEPLOYMENT,
     PROMOTE,
     READY,
@@ -47,15 +47,33 @@ def find_deployment(
 
 
 def promote(
-    session: Session, arns: Arns, account: str, deployment: str, model: str, user: str
+    session: Session,
+    arns: Arns,
+    account: str,
+    deployment: str,
+    model: str,
+    user: str,
+    share: float | None = None,
+    answers: int | None = None,
 ) -> Endpoint:
     """Begin the switch of a deployment to another model. The server loads the model first.
+
+    Args:
+        share: Share of users or sessions for the new model until the switch. The default is an
+            immediate switch.
+        answers: Number of answers of the new model before the switch.
 
     Raises:
         UnknownName: For an unknown deployment or model.
         WrongState: If deployment or model is not ready, or the model serves already.
-        RefusedInput: If the model has a different task.
+        RefusedInput: If the model has a different task, or share or answers are out of range.
     """
+    if share is None and answers is not None:
+        raise RefusedInput("`answers` needs a `share`", setting="answers")
+    if share is not None and not 0 < share < 1:
+        raise RefusedInput("`share` must be more than 0 and less than 1", setting="share")
+    if answers is not None and answers < 1:
+        raise RefusedInput("`answers` must be at least 1", setting="answers")
     endpoint = _ready(session, arns, account, deployment)
     custom = find_model(session, arns, account, model, lock=True)
     if custom is None:
@@ -65,8 +83,11 @@ def promote(
     arn = custom.arn(arns)
     if arn == endpoint.model:
         raise WrongState(f'The model "{model}" already serves the deployment.')
-    check_task(session, endpoint, custom)
-    change = DeploymentChange.of(endpoint.id, PROMOTE, arn, endpoint.model, user)
+    check_task(session, endpoint, custom, with_share=share is not None)
+    count = None if share is None else answers or ANSWERS
+    change = DeploymentChange.of(
+        endpoint.id, PROMOTE, arn, endpoint.model, user, share=share, answers=count
+    )
     endpoint.begin_change(session, change)
     return endpoint
 
@@ -97,11 +118,13 @@ def roll_back(session: Session, arns: Arns, account: str, deployment: str, user:
     return endpoint
 
 
-def check_task(session: Session, endpoint: Endpoint, model: CustomModel) -> None:
+def check_task(
+    session: Session, endpoint: Endpoint, model: CustomModel, with_share: bool = False
+) -> None:
     """Reject a model with a different task than the serving model.
 
     Raises:
-        RefusedInput: If the tasks differ.
+        RefusedInput: If the tasks differ, or embedding models would share requests.
     """
     try:
         serving = models.find(stored_id_of(session, endpoint.model) or "").objective
@@ -114,33 +137,40 @@ def check_task(session: Session, endpoint: Endpoint, model: CustomModel) -> None
             f"model of `{serving.method}`, which is a different task.",
             setting="model",
         )
+    if with_share and new.task.embeds:
+        raise RefusedInput(
+            "Embeddings of two models cannot be compared with each other. Promote without a `share`.",
+            setting="share",
+        )
 
 
 def describe(session: Session, endpoint: Endpoint) -> dict[str, Any]:
     """Return a deployment with its history, oldest change first."""
     changes = changes_of(session, endpoint.id)
-    names = dict(_names(session, {endpoint.model, *(each.model for each in changes)}))
-    return {
+    found = {
         "deployment": endpoint.name,
         "status": endpoint.status,
-        "model": names[endpoint.model],
+        "model": model_name(session, endpoint.model),
         "model_arn": endpoint.model,
-        "history": [_change(each, names[each.model]) for each in changes],
+        "history": [_change(each, model_name(session, each.model)) for each in changes],
     }
+    change = open_change(session, endpoint.id)
+    if change is not None and change.state == CANARY:
+        answers, compared = comparisons(session, endpoint.account, change)
+        found["canary"] = {
+            "model": model_name(session, change.model),
+            "share": change.share,
+            "answers": answers,
+            "promoted_at": change.answers,
+            "comparisons": [each.plain() for each in compared],
+        }
+    return found
 
 
 def _change(change: DeploymentChange, model: str) -> dict[str, Any]:
     names = ("action", "user", "state", "requested", "finished", "note")
     found = {name: getattr(change, name) for name in names}
     return {"model": model} | {name: value for name, value in found.items() if value is not None}
-
-
-def _names(session: Session, arns: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield ARN and name of models; a deleted model has its ARN."""
-    for text in arns:
-        arn = Arn.parse(text)
-        named = arn and session.scalar(select(CustomModel.name).where(CustomModel.id == arn.id))
-        yield text, str(named or text)
 
 
 def _ready(session: Session, arns: Arns, account: str, name: str) -> Endpoint:

@@ -35,6 +35,7 @@ from luthier.server.http.metrics import Meter, Metrics
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.runners import Runner
 from luthier.server.jobs.scheduler import Scheduler
+from luthier.server.live.canary import Canaries
 from luthier.server.live.capture import Capture
 from luthier.server.native.operations import Context
 from luthier.server.native.routes import native_api
@@ -115,6 +116,7 @@ class Service:
         )
         self.trail = AuditTrail(self.database)
         self.capture = Capture(self.objects, settings.region)
+        self.canaries = Canaries(self.database)
         components = Components(
             database=self.database,
             arns=self.arns,
@@ -142,6 +144,7 @@ class Service:
             settings.limits,
             Console(),
             self.capture,
+            self.canaries.add,
         )
         if settings.cors_origins:
             from starlette.middleware.cors import CORSMiddleware
@@ -164,6 +167,7 @@ class Service:
         self._later.start()
         self.activation.start()
         self.capture.start()
+        self.canaries.start()
         self.openai.start()
         self.memory.start()
         if work:
@@ -179,6 +183,7 @@ class Service:
         self.scheduler.stop(release_work)
         self.openai.close()
         self.capture.close()
+        self.canaries.close()
         self.activation.close()
         self.meter.close()
         self.pool.close()

@@ -261,6 +261,8 @@ def promote(
     deployment: str,
     model: str,
     *,
+    share: float | None = None,
+    answers: int | None = None,
     account: Account = FIRST_ACCOUNT,
     region: Region = "us-east-1",
     database: ServiceDatabase = None,
@@ -270,13 +272,15 @@ def promote(
     Args:
         deployment: Name or ARN of the deployment.
         model: Name, id or ARN of a model of the account.
+        share: Try the model on a share of users or sessions first.
+        answers: Answers of the canary before promotion (500).
     """
     from luthier.server.promotion import promote
     from luthier.server.tables.arns import Arns
 
     with open_database(database) as service:
         with service.write() as session:
-            promote(session, Arns(region), account, deployment, model, operator())
+            promote(session, Arns(region), account, deployment, model, operator(), share, answers)
         return _changed(service, account, deployment, region)
 
 
@@ -350,8 +354,14 @@ def _changed(service: Database, account: str, deployment: str, region: str) -> R
 
 def show_history(record: Record) -> None:
     """Print the serving model and the changes."""
-    shown = {name: value for name, value in record.items() if name != "history"}
-    show_record(shown)
+    canary = record.get("canary")
+    show_record({name: record[name] for name in ("deployment", "status", "model", "model_arn")})
+    if canary:
+        print_text(
+            f"canary: {canary['model']} answers a share of {canary['share']:g}. It has "
+            f"{canary['answers']} answers, and is promoted at {canary['promoted_at']}."
+        )
+        print_rows([*canary["comparisons"][0]], canary["comparisons"])
     columns = ("finished", "model", "action", "state", "user", "note")
     rows = [
         each | ({"finished": f"{each['finished']:%Y-%m-%d %H:%M:%S}"} if "finished" in each else {})

@@ -36,6 +36,7 @@ from luthier.server.bedrock.shapes import operation_models, parse_body
 from luthier.server.http.messages import Fault, Request, Response, inference_faults
 from luthier.server.http.routes import Handler
 from luthier.server.http.streams import GeneratedPieces
+from luthier.server.routing import report_failure
 
 INVOKE, STREAM = "bedrock:InvokeModel", "bedrock:InvokeModelWithResponseStream"
 COUNT = "bedrock:CountTokens"
@@ -216,8 +217,10 @@ def _with_failure(
     try:
         yield from frames
     except InferenceFailed as failed:
+        report_failure()
         yield exception(kinds.get(failed.code, "internalServerException"), str(failed))
     except Exception:
+        report_failure()
         _log.exception("the stream failed")
         yield exception("internalServerException", "Something failed inside the service.")
 

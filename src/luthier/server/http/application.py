@@ -50,6 +50,7 @@ from luthier.server.http.streams import (
     RequestBody,
     to_starlette,
 )
+from luthier.server.routing import SESSION_HEADER, route
 
 if TYPE_CHECKING:
     from luthier.server.console.routes import Console
@@ -120,6 +121,7 @@ class Application:
         limits: ServerLimits | None = None,
         console: Console | None = None,
         recorder: Recorder | None = None,
+        routed: Callable[[RequestRecord, float], None] = lambda record, seconds: None,
     ) -> None:
         """Create the application.
 
@@ -133,11 +135,12 @@ class Application:
             limits: Limits of the server.
             console: Static files for browsers, without authentication.
             recorder: Captures requests to models.
+            routed: Receives each request and its duration in seconds, for canaries.
         """
         self.limits = limits = limits or ServerLimits()
         self.apis, self.authenticator, self.admit = tuple(apis), authenticator, admit
         self.metrics, self.trail, self.ready = metrics, trail, ready
-        self._console, self._recorder = console, recorder
+        self._console, self._recorder, self._routed = console, recorder, routed
 
         def slots(capacity: int, per_account: int) -> Slots:
             return Slots(capacity, per_account, limits.waiting_requests)
@@ -176,7 +179,9 @@ class Application:
             # An interrupted stream has recorded the status of its head, such as 200.
             if record.error == DISCONNECTED:
                 record.status = 499
-            self.metrics.count_request(record, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self.metrics.count_request(record, seconds)
+            self._routed(record, seconds)
 
     def _status(self, path: str) -> Response:
         if path == "/metrics":
@@ -194,6 +199,7 @@ class Application:
         send: Send,
     ) -> None:
         record.api, record.of_console = api.name, _reads_for_console(head)
+        record.routing.session = dict(head.headers).get(SESSION_HEADER, "")
         body = RequestBody(head, receive, BODY_BYTES)
         observed = self._recorder and Observation(self._recorder, record, time.perf_counter())
 
@@ -208,6 +214,8 @@ class Application:
                     *message["headers"],
                     (api.request_id_header.lower().encode(), record.request_id.encode()),
                 ]
+                if record.routing.model:
+                    headers.append((b"x-luthier-model", record.routing.model.encode()))
                 waits = any(name == "expect" for name, _ in head.headers)
                 if (waits and not record.body_requested) or head.has_two_lengths:
                     # The end of the body is unknown, or the client still waits for 100 Continue.
@@ -221,6 +229,7 @@ class Application:
             record_actions() as record.actions,
             observe_models(record.add_model),
             meter(record.add_tokens),
+            route(record.routing),
         ):
             try:
                 signed = await self._identify(api, head, record, body)

@@ -79,6 +79,7 @@ class Observation:
 
     def begin(self, caller: Caller, request: Any, model: str = "", metadata: str = "") -> None:
         """Record the request, if the capture settings of the account include the request."""
+        self._record.routing.body, self._record.routing.metadata = request, metadata
         if self._recorder.wants(caller.account):
             record = self._record
             self.exchange = Exchange(

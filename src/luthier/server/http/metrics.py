@@ -22,6 +22,7 @@ from starlette.types import Message, Receive, Send
 
 from luthier.inference.latency import BUCKETS, MAX_LABELS, OTHER
 from luthier.models.catalog import CATALOG
+from luthier.server.routing import Routing
 from luthier.server.tables.custom_models import IMPORTED
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.storage import Storage
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 WRITE_SECONDS = 60.0
 """Interval between two writes of usage, in seconds."""
 
-_NOT_LOGGED = ("actions", "body_requested", "model", "tokens", "of_console", "queue_seconds")
+_NOT_LOGGED = (
+    "actions", "body_requested", "model", "tokens", "of_console", "queue_seconds", "routing",
+)  # fmt: skip
 """Fields of :class:`RequestRecord` that are not logged."""
 _RANDOM_ID = re.compile(r"(job|model)-[a-z0-9]{12}")
 """Names of models of jobs and imports in the library."""
@@ -82,6 +85,11 @@ class RequestRecord:
     """True if the server has started to read the body, and so has sent ``100 Continue``."""
     actions: list[tuple[str, str]] = field(default_factory=list)
     """Actions and resources for the audit log."""
+    routing: Routing = field(init=False)
+    """Choice of the model."""
+
+    def __post_init__(self) -> None:
+        self.routing = Routing(self.request_id)
 
     def add_model(self, model: str) -> None:
         """Store the first queried model, which the request counts for."""

@@ -23,6 +23,10 @@ class PromotionRequest(Input):
 
     model: Annotated[str, Field(min_length=1)]
     """Name, id or ARN of a custom model with the same task."""
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of users or sessions that the model answers first, as a canary."""
+    answers: int | None = Field(default=None, ge=1)
+    """Number of answers of the canary before the model serves all requests."""
 
 
 class ChangeView(View):
@@ -42,6 +46,31 @@ class ChangeView(View):
     """Reason for the end."""
 
 
+class ComparisonView(View):
+    """A measure of canary and serving model."""
+
+    measure: str
+    """``errors``, ``latency``, ``rating``, ``thumb`` or ``outcome.NAME``."""
+    canary: str
+    serving: str
+    evidence: float
+    """Evidence that the canary is worse; 1 is none."""
+    needed: int
+    """Evidence for a rollback."""
+
+
+class CanaryView(View):
+    """A running canary."""
+
+    model: str
+    share: float
+    answers: int
+    """Number of counted answers: one of each user or session."""
+    promoted_at: int
+    """Number of answers for the promotion."""
+    comparisons: list[ComparisonView]
+
+
 class DeploymentView(View):
     """A deployment with its history."""
 
@@ -50,6 +79,7 @@ class DeploymentView(View):
     model: str
     """Name of the serving model."""
     model_arn: str
+    canary: CanaryView | None = None
     history: list[ChangeView]
     """Changes, oldest first."""
 
@@ -69,7 +99,9 @@ def promote_deployment(
     call.record(f"custom-model-deployment/{deployment}")
     with call.context.database.write() as session, _faults():
         arns, user = call.context.arns, call.caller.user
-        promotion.promote(session, arns, call.account, deployment, body.model, user)
+        promotion.promote(
+            session, arns, call.account, deployment, body.model, user, body.share, body.answers
+        )
         return _view(call, session, deployment)
 
 

@@ -24,6 +24,7 @@ from luthier.server.native.operations import (
     not_found,
     uploads,
 )
+from luthier.server.routing import answering_model
 
 router = native_router()
 PNG = "image/png"
@@ -171,7 +172,7 @@ def predict(call: NativeCall, model: Name, body: PredictionRequest) -> Predictio
             inputs.append(each.text or "")
     with inference_faults():
         answers = call.context.pool.predict(stored_id, inputs, body.top)
-    return PredictionsView(model=model, answers=answers)
+    return PredictionsView(model=answering_model(model), answers=answers)
 
 
 @router.post(

@@ -13,6 +13,7 @@ from luthier.server.http.routes import MODEL_TURN
 from luthier.server.openai.generation import Inference, refusals, split_inputs
 from luthier.server.openai.operations import OpenAICall, openai_router
 from luthier.server.openai.protocol import JsonObject, StrictBody, invalid
+from luthier.server.routing import answering_model
 from luthier.types import FloatArray
 
 router = openai_router()
@@ -68,7 +69,7 @@ def complete(inference: Inference, account: str, body: EmbeddingRequest) -> Json
     return {
         "object": "list",
         "data": data,
-        "model": body.model,
+        "model": answering_model(body.model),
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
 

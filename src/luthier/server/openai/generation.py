@@ -36,6 +36,7 @@ from luthier.server.openai.protocol import (
     model_not_found,
     validate,
 )
+from luthier.server.routing import answering_model, report_failure
 from luthier.server.sampling_fields import StructuredOutputs, sampling_of, with_sampling
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.foundation import FoundationModel
@@ -253,7 +254,7 @@ def completion_head(prefix: str, kind: str, model: str) -> JsonObject:
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "object": kind,
         "created": int(time.time()),
-        "model": model,
+        "model": answering_model(model),
         "system_fingerprint": None,
     }
 
@@ -297,6 +298,7 @@ def stream_events(
                     yield event(chunk)
             yield b"data: [DONE]\n\n"
         except Fault as fault:
+            report_failure()
             yield event({"error": error_of(fault)})
         finally:
             for stream in streams:

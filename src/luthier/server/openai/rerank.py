@@ -12,6 +12,7 @@ from luthier.server.openai.embeddings import MOST_INPUTS
 from luthier.server.openai.generation import refusals
 from luthier.server.openai.operations import OpenAICall, openai_router
 from luthier.server.openai.protocol import Body, JsonObject, StrictBody
+from luthier.server.routing import answering_model
 
 router = openai_router()
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -49,4 +50,4 @@ def create(call: OpenAICall, body: RerankRequest) -> JsonObject:
         if body.return_documents:
             result["document"] = {"text": texts[index]}
         results.append(result)
-    return {"object": "list", "model": body.model, "results": results}
+    return {"object": "list", "model": answering_model(body.model), "results": results}

@@ -68,6 +68,7 @@ from luthier.server.openai.tools import (
     engine_choice,
     engine_tools,
 )
+from luthier.server.routing import answering_model, report_failure
 from luthier.server.sampling_fields import StructuredOutputs
 from luthier.server.stores.conversations import RESPONSE
 from luthier.types import Message, ToolCall
@@ -433,6 +434,7 @@ class _Response:
                     for event in self.events():
                         yield _encode_event(event)
             except Fault as fault:
+                report_failure()
                 yield _encode_event(self.fail(fault))
         finally:
             self.stream.close()
@@ -488,7 +490,7 @@ class _Response:
             "instructions": parameters.instructions,
             "max_output_tokens": parameters.max_output_tokens,
             "max_tool_calls": None,
-            "model": parameters.model,
+            "model": answering_model(parameters.model),
             "output": [dict(item) for item in self._items],
             "parallel_tool_calls": parameters.parallel_tool_calls is not False,
             "previous_response_id": parameters.previous_response_id,

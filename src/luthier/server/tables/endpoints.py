@@ -15,6 +15,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.server.tables import audit
 from luthier.server.tables.arns import Arn
+from luthier.server.tables.canaries import CanaryAnswer
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Base, now
 
@@ -99,8 +100,9 @@ class Endpoint(Base):
         else:
             self.switch(session)
 
-    def switch(self, session: Session, note: str | None = None) -> None:
-        """Make the next model the serving model."""
+    def switch(self, session: Session, note: str | None = None, user: str | None = None) -> None:
+        """Make the next model the serving model. The audit log has ``user``, or else the user of the
+        change."""
         change, model = open_change(session, self.id), self.next_model
         if model is None:
             return
@@ -112,18 +114,20 @@ class Endpoint(Base):
         self.failure, self.modified = None, now()
         if change is not None:
             change.end(None, note)
-            self._audit(session, change, "switch")
+            self._audit(session, change, "switch", user)
 
-    def end_change(self, session: Session, note: str) -> None:
+    def end_change(self, session: Session, note: str, user: str | None = None) -> None:
         """End the pending change or canary, if any. The serving model stays."""
         change = open_change(session, self.id)
         if change is not None:
             change.end(note)
-            self._audit(session, change, "end")
+            self._audit(session, change, "end", user)
             self.update_status, self.failure, self.canary_share = NOT_UPDATED, note, None
             self.modified = now()
 
-    def _audit(self, session: Session, change: DeploymentChange, event: str) -> None:
+    def _audit(
+        self, session: Session, change: DeploymentChange, event: str, user: str | None = None
+    ) -> None:
         details = {
             "model": change.model, "previous": change.previous, "share": change.share,
             "note": change.note,
@@ -132,7 +136,7 @@ class Endpoint(Base):
             session,
             audit.Event(
                 f"luthier:deployment.{event}", f"{self.account}/{self.name}", account=self.account,
-                user=change.user,
+                user=user or change.user,
                 details={name: value for name, value in details.items() if value is not None},
             ),
         )  # fmt: skip
@@ -201,6 +205,8 @@ def changes_of(session: Session, endpoint: str) -> Sequence[DeploymentChange]:
 
 def delete_changes(session: Session, endpoint: str) -> None:
     """Delete the history of a deployment."""
+    mine = select(DeploymentChange.seq).where(DeploymentChange.endpoint == endpoint)
+    session.execute(delete(CanaryAnswer).where(CanaryAnswer.change.in_(mine)))
     session.execute(delete(DeploymentChange).where(DeploymentChange.endpoint == endpoint))
 
 
