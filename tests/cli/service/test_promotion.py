@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from served import served
 
 from luthier.files import sha256_of
+from luthier.inference.inference import InferenceFailed
 from luthier.server.service import Service
 from luthier.server.settings import Settings
 from luthier.server.tables.audit import entries
@@ -203,3 +204,65 @@ def test_unsuitable_promotions_are_refused(deployed: Deployed, own_home: Path) -
             customModelDeploymentIdentifier="answers", modelArn=arn
         )
     assert deployed.says_black()
+
+
+def canary_of(deployed: Deployed, share: float, answers: int) -> None:
+    body = {"model": "second", "share": share, "answers": answers}
+    deployed.native("deployments/answers/promote", body)
+    deployed.until(lambda: "canary" in deployed.native("deployments/answers"))
+
+
+def test_canary_answers_a_share_of_users_and_is_promoted(
+    deployed: Deployed, own_home: Path
+) -> None:
+    second = deployed.add(own_home, "second")
+    canary_of(deployed, 0.5, 12)
+    first = deployed.shown()
+    assert first["updateDetails"] == {"modelArn": second, "updateStatus": "Updating"}
+    for number in range(8):
+        user = f"user-{number}"
+        answer, again = (deployed.ask(safety_identifier=user) for _ in range(2))
+        assert answer.model == again.model in ("colours", "second")
+        is_old = answer.choices[0].message.content == "black"
+        assert is_old == (answer.model == "colours")
+    said = deployed.runtime.converse(
+        modelId="answers", messages=[{"role": "user", "content": [{"text": "Hi"}]}],
+        inferenceConfig={"maxTokens": 2}, requestMetadata={"session_id": "a"},
+    )  # fmt: skip
+    names = said["ResponseMetadata"]["HTTPHeaders"]["x-luthier-model"]
+    assert names in ("colours", "second")
+    shown = live("history", "answers")["canary"]
+    assert shown["promoted_at"] == 12 and shown["comparisons"][0]["measure"] == "errors"
+    deployed.until(lambda: deployed.ask() and deployed.shown()["modelArn"] == second)
+    last = live("history", "answers")["history"][-1]
+    assert last["state"] == "switched" and "12 answers" in last["note"]
+    assert deployed.ask().model == "answers"
+
+
+def test_ruined_canary_is_rolled_back(
+    deployed: Deployed, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployed.add(own_home, "second")
+    submit = deployed.service.pool.submit
+
+    def fail(stored_id: str, request: Any) -> Any:
+        if stored_id.endswith("second"):
+            raise InferenceFailed("ModelError", "The model returned NaN.")
+        return submit(stored_id, request)
+
+    monkeypatch.setattr(deployed.service.pool, "submit", fail)
+    canary_of(deployed, 0.5, 200)
+    failures = 0
+
+    def ended() -> bool:
+        nonlocal failures
+        try:
+            deployed.ask()
+        except openai.InternalServerError:
+            failures += 1
+        return bool(deployed.shown()["updateDetails"]["updateStatus"] == "UpdateFailed")
+
+    deployed.until(ended, 120)
+    assert failures < 100 and deployed.says_black()
+    note = live("history", "answers")["history"][-1]["note"]
+    assert "Rolled back for errors: 100.0 %" in note and "0.0 %" in note
