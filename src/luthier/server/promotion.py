@@ -147,7 +147,7 @@ def check_task(
 def describe(session: Session, endpoint: Endpoint) -> dict[str, Any]:
     """Return a deployment with its history, oldest change first."""
     changes = changes_of(session, endpoint.id)
-    found = {
+    found: dict[str, Any] = {
         "deployment": endpoint.name,
         "status": endpoint.status,
         "model": model_name(session, endpoint.model),

@@ -50,12 +50,12 @@ class Routing:
         return self.is_new
 
     def _user(self) -> str:
-        body, metadata = self.body, {}
+        body, metadata = self.body, None
         try:
             body = json.loads(body) if isinstance(body, bytes) else body
-            metadata = json.loads(self.metadata or "{}")
+            metadata = json.loads(self.metadata or "null")
         except ValueError:
-            pass
+            pass  # the operation rejects the body
         body = body if isinstance(body, Mapping) else {}
         metadata = metadata or body.get("requestMetadata") or body.get("metadata")
         metadata = metadata if isinstance(metadata, Mapping) else {}
