@@ -30,6 +30,8 @@ class Routing:
     """``X-Amzn-Bedrock-Request-Metadata``."""
     deployment: str = ""
     """Id of the deployment; empty without a canary."""
+    canary: str = ""
+    """ARN of the canary."""
     model: str = ""
     """Name of the answering model; empty without a canary."""
     unit: str = ""
@@ -45,7 +47,7 @@ class Routing:
         All requests of a user or session have one model. A request without both counts alone.
         """
         digest = hashlib.sha256(f"{deployment} {canary} {self._user()}".encode()).digest()
-        self.deployment, self.unit = deployment, digest[:12].hex()
+        self.deployment, self.canary, self.unit = deployment, canary, digest[:12].hex()
         self.is_new = int.from_bytes(digest[:8]) < share * 2**64
         return self.is_new
 

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from luthier.evaluation.sequential import Observation, evidence_of_harm, needed_evidence
 from luthier.server.http.metrics import RequestRecord
 from luthier.server.live.feedback import OUTCOME
-from luthier.server.tables.canaries import CanaryAnswer, answers_of, delete_answers, feedback_of
+from luthier.server.tables.canaries import CanaryAnswer, answers_of, feedback_of
 from luthier.server.tables.captures import Feedback
 from luthier.server.tables.database import Database, find_row
 from luthier.server.tables.endpoints import CANARY, DeploymentChange, Endpoint, open_change
@@ -86,7 +86,7 @@ class Canaries:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._queue: deque[tuple[str, CanaryAnswer]] = deque()
+        self._queue: deque[tuple[str, str, CanaryAnswer]] = deque()
         self._judged: dict[str, int] = {}
         """Number of the last feedback when a deployment was judged."""
         self._closed = threading.Event()
@@ -114,7 +114,7 @@ class Canaries:
                 request_id=record.request_id, unit=routing.unit, is_new=routing.is_new,
                 failed=failed, milliseconds=round((seconds - (record.queue_seconds or 0)) * 1000),
             )  # fmt: skip
-            self._queue.append((routing.deployment, answer))
+            self._queue.append((routing.deployment, routing.canary, answer))
 
     def _run(self) -> None:
         while True:
@@ -135,20 +135,23 @@ class Canaries:
             endpoints = session.scalars(running).all()
             feedback = session.scalar(select(func.max(Feedback.seq))) or 0
         for endpoint in endpoints:
-            fresh = [each for name, each in waiting if name == endpoint]
+            fresh = [each[1:] for each in waiting if each[0] == endpoint]
             if fresh or self._judged.get(endpoint) != feedback:
                 with self.database.write() as session:
                     self._judge(session, endpoint, fresh)
                 self._judged[endpoint] = feedback
 
-    def _judge(self, session: Session, endpoint_id: str, fresh: Sequence[CanaryAnswer]) -> None:
+    def _judge(
+        self, session: Session, endpoint_id: str, fresh: Sequence[tuple[str, CanaryAnswer]]
+    ) -> None:
         endpoint = find_row(session, select(Endpoint).filter_by(id=endpoint_id), lock=True)
         change = open_change(session, endpoint_id)
         if endpoint is None or change is None or change.state != CANARY:
             return
-        for each in fresh:
-            each.change = change.seq
-        session.add_all(fresh)
+        for canary, answer in fresh:
+            if canary == change.model:  # not an answer of an earlier canary
+                answer.change = change.seq
+                session.add(answer)
         session.flush()
         count, found = comparisons(session, endpoint.account, change)
         worse = next((each for each in found if each.evidence >= each.needed), None)
@@ -161,9 +164,6 @@ class Canaries:
         elif count >= (change.answers or ANSWERS):
             text = f"Promoted after {count} answers without evidence of harm."
             endpoint.switch(session, text, USER)
-        else:
-            return
-        delete_answers(session, [change.seq])
 
 
 def comparisons(

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.server.tables import audit
 from luthier.server.tables.arns import Arn
-from luthier.server.tables.canaries import CanaryAnswer
+from luthier.server.tables.canaries import delete_answers
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Base, now
 
@@ -114,6 +114,7 @@ class Endpoint(Base):
         self.failure, self.modified = None, now()
         if change is not None:
             change.end(None, note)
+            delete_answers(session, [change.seq])
             self._audit(session, change, "switch", user)
 
     def end_change(self, session: Session, note: str, user: str | None = None) -> None:
@@ -121,6 +122,7 @@ class Endpoint(Base):
         change = open_change(session, self.id)
         if change is not None:
             change.end(note)
+            delete_answers(session, [change.seq])
             self._audit(session, change, "end", user)
             self.update_status, self.failure, self.canary_share = NOT_UPDATED, note, None
             self.modified = now()
@@ -205,8 +207,7 @@ def changes_of(session: Session, endpoint: str) -> Sequence[DeploymentChange]:
 
 def delete_changes(session: Session, endpoint: str) -> None:
     """Delete the history of a deployment."""
-    mine = select(DeploymentChange.seq).where(DeploymentChange.endpoint == endpoint)
-    session.execute(delete(CanaryAnswer).where(CanaryAnswer.change.in_(mine)))
+    delete_answers(session, [each.seq for each in changes_of(session, endpoint)])
     session.execute(delete(DeploymentChange).where(DeploymentChange.endpoint == endpoint))
 
 
