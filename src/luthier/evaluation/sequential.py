@@ -1,4 +1,4 @@
-"""A test of two arms that may be looked at after each observation.
+"""Sequential test of two arms, valid after each observation.
 
 Each unit (a user, a session, a request) is assigned to the new arm with a known probability. If the
 arms are equal, an outcome says nothing about the arm. A bettor starts with wealth 1 and bets on the
@@ -21,7 +21,7 @@ import numpy as np
 FALSE_ALARMS = 0.01
 """Maximum share of equal arms that a set of tests reports as worse."""
 _BETS = np.array([0.05, 0.1, 0.2, 0.4, 0.7, 0.95])
-"""Stakes as shares of the largest stake that cannot lose everything. The bettor plays all in parallel,
+"""Stakes as shares of the largest stake without ruin. The bettor plays all in parallel,
 because the best stake depends on the unknown difference."""
 
 

@@ -56,7 +56,7 @@ def promote(
     share: float | None = None,
     answers: int | None = None,
 ) -> Endpoint:
-    """Begin the switch of a deployment to another model. The server loads the model first.
+    """Begin the switch of a deployment to a new model. The server loads the model first.
 
     Args:
         share: Share of users or sessions for the new model until the switch. The default is an
@@ -134,7 +134,7 @@ def check_task(
     if serving.task is not new.task:
         raise RefusedInput(
             f'The model "{model.name}" was trained with `{new.method}`, and the deployment serves a '
-            f"model of `{serving.method}`, which is a different task.",
+            f"model of `{serving.method}`: a different task.",
             setting="model",
         )
     if with_share and new.task.embeds:

@@ -1,4 +1,4 @@
-"""Choice of the model that answers a request while a deployment has a canary."""
+"""Choice of a model per request while a deployment has a canary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SESSIONS = ("session_id", "user_id")
 
 @dataclass
 class Routing:
-    """The model that answers a request, if the model belongs to a deployment with a canary."""
+    """The answering model of a request to a deployment with a canary."""
 
     request_id: str
     session: str = ""

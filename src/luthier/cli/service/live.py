@@ -37,7 +37,7 @@ _NEEDED = {
 }
 """What an export needs, by kind of rows."""
 LOADING_SECONDS = 60.0
-"""Wait for a server that loads a new model, in seconds."""
+"""Time limit for the loading of a new model, in seconds."""
 _SETTINGS = ("enabled", "share", "redact", "days", "most_bytes", "bucket", "prefix")
 
 
@@ -267,7 +267,7 @@ def promote(
     region: Region = "us-east-1",
     database: ServiceDatabase = None,
 ) -> Record:
-    """Let another model answer for a deployment, once the server has loaded the model.
+    """Switch a deployment to a new model, after the server has loaded the model.
 
     Args:
         deployment: Name or ARN of the deployment.
@@ -312,7 +312,7 @@ def history(
     region: Region = "us-east-1",
     database: ServiceDatabase = None,
 ) -> Record:
-    """Show the models that answered for a deployment, and the users that changed them.
+    """Show the history of a deployment: models, times and users.
 
     Args:
         deployment: Name or ARN of the deployment.

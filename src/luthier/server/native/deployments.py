@@ -30,7 +30,7 @@ class PromotionRequest(Input):
 
 
 class ChangeView(View):
-    """A change of the model that answers for a deployment."""
+    """A change of a deployment's model."""
 
     model: str
     """Name of the new model; the ARN of a deleted model."""
@@ -86,7 +86,7 @@ class DeploymentView(View):
 
 @router.get("/deployments/{deployment}")
 def get_deployment_history(call: NativeCall, deployment: Name) -> DeploymentView:
-    """Return a deployment and the models that answered, by time."""
+    """Return a deployment with the history of its models."""
     with call.context.database.read() as session, _faults():
         return _view(call, session, deployment)
 
@@ -95,7 +95,7 @@ def get_deployment_history(call: NativeCall, deployment: Name) -> DeploymentView
 def promote_deployment(
     call: NativeCall, deployment: Name, body: PromotionRequest
 ) -> DeploymentView:
-    """Switch a deployment to another model, after the server has loaded the model."""
+    """Switch a deployment to a new model, after the server has loaded the model."""
     call.record(f"custom-model-deployment/{deployment}")
     with call.context.database.write() as session, _faults():
         arns, user = call.context.arns, call.caller.user

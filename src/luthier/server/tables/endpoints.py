@@ -145,7 +145,7 @@ class Endpoint(Base):
 
 
 class DeploymentChange(Base):
-    """A change of the model that answers for a deployment: a row of the deployment's history."""
+    """A change of a deployment's model: a row of the deployment's history."""
 
     __tablename__ = "deployment_changes"
 
