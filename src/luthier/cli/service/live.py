@@ -281,6 +281,8 @@ def promote(
     with open_database(database) as service:
         with service.write() as session:
             promote(session, Arns(region), account, deployment, model, operator(), share, answers)
+        if share is not None and answers is None:
+            note("Promotion after 500 answers. Fewer often miss a rise of errors from 1 % to 5 %.")
         return _changed(service, account, deployment, region)
 
 
