@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 MOST_WORDS = 256
 """Maximum number of words of a question in the search for words."""
 READ_AT_ONCE = 10_000
-"""Number of embeddings that are read together: all at once take three times the memory."""
+"""Number of embeddings read together: all at once take three times the memory."""
 FORM = 1
 """Version of the file's tables."""
 _SCHEMA = """

@@ -16,7 +16,7 @@ from luthier.documents.index import DocumentIndex, FoundPassage
 from luthier.graders.base import Embedder
 
 CANDIDATES = 20
-"""Number of passages that a reranker scores."""
+"""Number of passages for a reranker."""
 ACCEPTED = 0.05
 """Share of the questions about other topics that are not declined."""
 FOREIGN_QUESTIONS = {
@@ -69,7 +69,7 @@ FOREIGN_QUESTIONS = {
 
 @dataclass(frozen=True)
 class Reranker:
-    """A model that scores passages."""
+    """A model for scores of passages."""
 
     fingerprint: str
     """SHA-256 of the model's files."""

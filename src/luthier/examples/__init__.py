@@ -30,6 +30,6 @@ def use_case(name: str) -> dict[str, Any]:
 
 
 def files_of(use: dict[str, Any]) -> dict[str, Path]:
-    """Return the sample files of a use case by the name that its commands use."""
+    """Return the sample files of a use case by their name in the commands."""
     package = INDEX.parent.parent
     return {path: package / source for source, path in use["files"].items()}

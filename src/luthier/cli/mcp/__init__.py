@@ -1,1 +1,1 @@
-"""``luthier mcp``: tools for agents that speak the Model Context Protocol."""
+"""``luthier mcp``: tools for agents, by the Model Context Protocol."""

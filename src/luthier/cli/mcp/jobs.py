@@ -1,4 +1,4 @@
-"""Commands in processes of their own, for clients that cannot wait for a result.
+"""Commands in separate processes, for clients without time to wait for a result.
 
 A job is a folder in ``LUTHIER_HOME/mcp``: the request, what the command printed, and the result. The
 process outlives the server and the client's connection. This module is also the program of the
@@ -27,12 +27,12 @@ from luthier.processes import python_command
 
 _POLL_SECONDS = 0.05
 _processes: list[subprocess.Popen[bytes]] = []
-"""Started processes; a process that nobody polls stays in the process table after its end."""
+"""Started processes, polled at each wait; otherwise ended processes stay in the process table."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command in a process of its own."""
+    """A command in a separate process."""
 
     folder: Path
 
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def state(self) -> Literal["running", "completed", "failed"]:
-        """State; a job that was cancelled or killed has failed."""
+        """State; a cancelled or killed job has failed."""
         # The process holds the lock from its start, and writes the result before it ends.
         if is_locked(self.folder / "output"):
             return "running"

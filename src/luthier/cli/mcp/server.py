@@ -27,9 +27,9 @@ WAIT_SECONDS = 4.0
 _MOST_TEXT = 5_000
 """Bytes of the text of an answer."""
 _MOST_RESULT = 2_000
-"""Bytes of the structured content; what does not fit is in the result's file."""
+"""Bytes of the structured content; the result's file has the rest."""
 _MOST_VALUE = 600
-"""Bytes of one entry of the structured content."""
+"""Bytes of an entry of the structured content."""
 _SHOWN_JOBS = 10
 _SETTINGS = ("training.", "adaptation.")
 """Parts of the recipe without paths of files."""
@@ -72,13 +72,13 @@ def build_server(folders: Sequence[Path]) -> MCPServer:
 
 
 class _Tools:
-    """The tools. Their docstrings and signatures are what an agent reads."""
+    """The tools. An agent reads docstrings and signatures."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = folders
 
     def inspect(self, data: File, columns: Columns = None) -> CallToolResult:
-        """Check rows before a training: kind, counts, and each fault with its row and its fix."""
+        """Check rows before a training: kind, counts, and each fault with row and fix."""
         return self._run("inspect", data=self._existing(data), columns=columns)
 
     def clean(
@@ -92,7 +92,7 @@ class _Tools:
         dedupe: Literal["exact", "near"] | None = None,
         merge_labels: bool = False,
     ) -> CallToolResult:
-        """Write a cleaned copy of rows; the original stays as it is."""
+        """Write a cleaned copy of rows; the original stays."""
         return self._run(
             "clean", source=self._existing(data), target=self._inside(target), columns=columns,
             drop=drop or [], dedupe=dedupe, merge_labels=merge_labels,
@@ -112,7 +112,7 @@ class _Tools:
             Field(description='Fields of the recipe, such as {"training.epochs": 2}.'),
         ] = None,
     ) -> CallToolResult:
-        """Tune a model on rows. The defaults fit the rows; the verdict says what came of it."""
+        """Tune a model on rows. The defaults fit the rows; the verdict names the gain."""
         for field in settings or {}:
             if field != "objective" and not field.startswith(_SETTINGS):
                 raise ToolError(f'"{field}" cannot be set here, only {", ".join(_SETTINGS)} fields')
@@ -168,7 +168,7 @@ class _Tools:
         model: Annotated[str | None, Field(description="Embedding model for data.")] = None,
         top: Annotated[int, Field(ge=1, le=20)] = 5,
     ) -> CallToolResult:
-        """Find passages of an index of documents, or the rows of a file that mean the same."""
+        """Find passages of an index of documents, or the rows of a file with the same meaning."""
         if index is not None:
             return self._run("search", name=index, question=query, top=top)
         if data is None or model is None:
@@ -203,7 +203,7 @@ class _Tools:
         name: Annotated[str | None, Field(description="Use case whose rows are written.")] = None,
         folder: Annotated[str, Field(description="New folder for the rows.")] = "rows",
     ) -> CallToolResult:
-        """List use cases with measured results, or write the sample rows of one."""
+        """List use cases with measured results, or write the sample rows of a use case."""
         target = None if name is None else self._inside(folder)
         return self._run("examples", name=name, folder=target)
 
@@ -226,13 +226,13 @@ class _Tools:
         return found
 
     def _model(self, model: str | None) -> str | None:
-        """Return an id as it is, and the path of a folder if the path is inside."""
+        """Return an id unchanged, and the path of a folder if the path is inside."""
         is_path = model is not None and (model.startswith((".", "/", "~")) or Path(model).exists())
         return self._existing(model) if model is not None and is_path else model
 
 
 def _job_answer(job: jobs.Job) -> CallToolResult:
-    """Return the state of a job after a moment, with its result if it has ended."""
+    """Return the state of a job after a moment, with the result of an ended job."""
     job.wait(WAIT_SECONDS)
     state, values = job.state, {"job": job.id, "state": job.state}
     if state == "running":

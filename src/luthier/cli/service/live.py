@@ -35,7 +35,7 @@ _NEEDED = {
     "classification": "The rows need labels as feedback, or a filter by rating or outcome.",
     "regression": "The rows need labels as feedback, or a filter by rating or outcome.",
 }
-"""What an export needs, by kind of rows."""
+"""Needs of an export, by kind of rows."""
 LOADING_SECONDS = 60.0
 """Time limit for the loading of a new model, in seconds."""
 _SETTINGS = ("enabled", "share", "redact", "days", "most_bytes", "bucket", "prefix")

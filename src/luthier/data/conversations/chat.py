@@ -105,7 +105,7 @@ class ChatFormat:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens that end a reply; empty for encoders."""
+        """Ids of the tokens at the end of a reply; empty for encoders."""
         return self.template.stop_ids
 
     @property

@@ -44,7 +44,7 @@ _IM_START, _IM_END = "<|im_start|>", "<|im_end|>"
 TEMPLATE_FIX = "Set `data.chat_template=chatml`, or use a base model with a chat template."
 SYSTEM_FIX = "Put the system prompt before the text of the first user message."
 REPLY = "a reply"
-"""Text of an assistant turn that is rendered to examine a template."""
+"""Text of an assistant turn, rendered to examine a template."""
 
 
 def _chatml(start: str, end: str) -> str:
@@ -132,7 +132,7 @@ class ChatTemplate:
     """``chat`` (the tokenizer's own chat template) or ``plain`` (unchanged text, with the
     end-of-text token after the reply)."""
     stop_ids: tuple[int, ...]
-    """Ids of the tokens that end a reply; empty for encoders."""
+    """Ids of the tokens at the end of a reply; empty for encoders."""
     images: ImageTokens | None = None
     """Processor of images in conversations; ``None`` for other networks."""
     date: str | None = None
@@ -176,7 +176,7 @@ class ChatTemplate:
         return replace(self, date=printed or date.today().isoformat())
 
     def with_kwargs(self, kwargs: TemplateKwargs) -> ChatTemplate:
-        """Return a template with other defaults for its variables.
+        """Return a template with other defaults for variables.
 
         The defaults are written into the template, so training, export and serving share the
         defaults. Values in a request override the defaults. Exception: only this object prints the

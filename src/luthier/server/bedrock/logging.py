@@ -43,7 +43,7 @@ def put_logging(request: ControlRequest) -> dict[str, Any]:
 
 
 def get_logging(request: ControlRequest) -> Mapping[str, Any]:
-    """Return the logging configuration; nothing without one."""
+    """Return the logging configuration; nothing without a configuration."""
     request.record("*")
     with request.control.database.read() as session:
         found = session.get(CaptureSettings, request.account)

@@ -50,7 +50,7 @@ class Exchange:
             self.pieces.append(piece)
 
     def finish(self, record: RequestRecord, began: float) -> None:
-        """Add the outcome of the request, which began at ``began`` of the performance counter."""
+        """Add the outcome of the request; ``began`` is the start by the performance counter."""
         self.error, self.stored_id = record.error, record.model
         self.milliseconds = round((time.perf_counter() - began) * 1000)
         self.input_tokens = sum(read for _, read, _ in record.tokens)
@@ -59,7 +59,7 @@ class Exchange:
 
 
 class Recorder(Protocol):
-    """Receiver of exchanges. The event loop calls the methods, so that they must not wait."""
+    """Receiver of exchanges. The event loop calls the methods, so they must not wait."""
 
     def wants(self, account: str) -> bool:
         """Return True if the next request of the account is recorded."""

@@ -44,7 +44,7 @@ QUEUE_BYTES = 64_000_000
 """Maximum size of waiting exchanges. Further exchanges are dropped and counted."""
 _OUTAGES = (DoesNotFit, ReadOnlyDisk, OperationalError)
 _BATCH = 500
-"""Number of objects that are deleted in one transaction."""
+"""Number of objects per transaction of a deletion."""
 _log = logging.getLogger("luthier.server")
 
 
@@ -181,7 +181,7 @@ class Capture:
 
 
 def remove_expired(objects: Objects) -> None:
-    """Delete the records that the accounts' settings no longer keep."""
+    """Delete the expired records of all accounts."""
     with objects.database.read() as session:
         settings = session.scalars(select(CaptureSettings)).all()
     for each in settings:

@@ -48,7 +48,7 @@ class UnknownRequest(RefusedInput):
 
 
 class Outcome(BaseModel):
-    """A named outcome of a request, such as ``reopened`` or ``sale``."""
+    """A named outcome of a request: ``reopened`` or ``sale``, for example."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -73,7 +73,7 @@ class Statement(BaseModel):
     rating: int | None = Field(default=None, ge=1, le=5)
     """Rating from 1 (worst) to 5."""
     preferred: Text | None = None
-    """An answer that the rater prefers to the model's."""
+    """A better answer than the model's, for the rater."""
     corrected: Text | None = None
     """The model's answer after corrections."""
     label: str | float | list[str] | None = None
@@ -194,7 +194,7 @@ def _nested(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_value(text: Any) -> Any:
-    """Return the number or boolean that a text contains, or the text."""
+    """Return the number or boolean in a text, or the text."""
     try:
         return json.loads(str(text).lower())
     except ValueError:

@@ -25,7 +25,7 @@ def folder_of(account: str, prefix: str = "") -> str:
 
 
 def hour_folder(settings: CaptureSettings, region: str, moment: datetime) -> str:
-    """Return the folder of records that are written at ``moment``."""
+    """Return the folder of records written at ``moment``."""
     return f"{folder_of(settings.account, settings.prefix)}{region}/{moment:%Y/%m/%d/%H}"
 
 

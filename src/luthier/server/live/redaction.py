@@ -11,9 +11,9 @@ from luthier.gate.edits import Redactor
 _ENCODED = re.compile(r"(?:data:[^,]{1,100},)?[A-Za-z0-9+/=_-]{256,}")
 """Media and vectors in base64."""
 _UNREADABLE = ("logprobs", "embedding")
-"""Members that the rules cannot read: pieces of words, and vectors of unredacted text."""
+"""Members without readable text: pieces of words, and vectors of unredacted text."""
 _TOKENS = ("prompt", "input")
-"""Members that may contain token ids instead of text."""
+"""Members with text or token ids."""
 _MANY = 16
 """Length of a list of numbers that is a vector or a text of token ids."""
 

@@ -177,7 +177,7 @@ def _content(objects: Objects, account: str, bucket: str, key: str) -> bytes:
 
 
 def _with_bodies(objects: Objects, account: str, record: Row) -> Row:
-    """Load the bodies that are objects of their own."""
+    """Load the bodies stored as separate objects."""
     for side in ("input", "output"):
         part = record.get(side, {})
         if address := part.get(f"{side}BodyS3Path"):

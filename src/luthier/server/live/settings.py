@@ -16,7 +16,7 @@ from luthier.server.tables.database import now
 from luthier.server.tables.objects import Bucket, ObjectMetadata
 
 PERMISSION_CHECK = "amazon-bedrock-logs-permission-check"
-"""Name of the empty object that is written when logging is configured, as AWS does."""
+"""Name of the empty object written when logging is configured, as by AWS."""
 
 
 def enable(session: Session, account: str, **values: Any) -> CaptureSettings:

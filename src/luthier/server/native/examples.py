@@ -32,7 +32,7 @@ class ExamplesView(View):
 
 
 class StoredExampleView(View):
-    """Sample rows that are files of the account."""
+    """Sample rows as files of the account."""
 
     files: dict[str, str]
     """Address by name of the file, such as ``train.jsonl``."""

@@ -48,7 +48,7 @@ class Comparison(StrictBody):
     value: Scalar | list[Scalar]
 
     def check(self, where: str) -> None:
-        """Reject a list for one value, and one value for a list."""
+        """Reject a list for a value, and a value for a list."""
         if isinstance(self.value, list) != (self.type in ("in", "nin")):
             wanted = "a list" if self.type in ("in", "nin") else "a string, number or boolean"
             raise invalid(f"'{self.type}' needs {wanted}.", f"{where}.value", "invalid_value")
@@ -101,7 +101,7 @@ class RankingOptions(StrictBody):
 
 
 class SearchOptions(StrictBody):
-    """Members that a search and the tool share."""
+    """Members of both a search and the tool."""
 
     filters: Filter | None = None
     max_num_results: Annotated[int, Field(ge=1, le=MOST_RESULTS)] | None = None
@@ -251,7 +251,7 @@ class FileSearch:
 
 
 def check_store(store: VectorStore | None, store_id: str) -> VectorStore:
-    """Return a store that can be used.
+    """Return a usable store.
 
     Raises:
         Fault: 404 for an unknown store, 400 for an expired store.

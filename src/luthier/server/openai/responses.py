@@ -148,7 +148,7 @@ class ResponseRequest(StrictBody):
 
     @property
     def functions(self) -> list[FunctionTool]:
-        """Functions that the model may call."""
+        """Functions for the model."""
         return [tool for tool in self.tools or () if isinstance(tool, FunctionTool)]
 
     @property

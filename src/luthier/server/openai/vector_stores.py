@@ -137,7 +137,7 @@ class CreateStore(StrictBody):
 
 
 class UpdateStore(StrictBody):
-    """Body of an update. Members that the client omits stay."""
+    """Body of an update. Omitted members stay."""
 
     name: str | None = None
     expires_after: ExpiresAfter | None = None
@@ -244,7 +244,7 @@ def delete(call: OpenAICall, store: Name) -> JsonObject:
     "/vector_stores/{store}/search", name="vector_stores.search", dependencies=[MODEL_TURN]
 )
 def search(call: OpenAICall, store: Name, body: SearchStore) -> JsonObject:
-    """Return the passages of a store that fit a query."""
+    """Return the passages of a store for a query."""
     queries = [body.query] if isinstance(body.query, str) else body.query
     if not queries or not all(each.strip() for each in queries):
         raise invalid("'query' or a text in 'query' is empty.", "query")

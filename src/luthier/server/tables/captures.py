@@ -28,7 +28,7 @@ class CaptureSettings(Base):
     account: Mapped[str] = mapped_column(primary_key=True)
     enabled: Mapped[bool]
     share: Mapped[float] = mapped_column(default=1.0)
-    """Share of requests that are captured, from 0 to 1."""
+    """Share of captured requests, from 0 to 1."""
     redact: Mapped[bool] = mapped_column(default=True)
     """True if personal data and secrets are replaced before anything is written."""
     days: Mapped[int] = mapped_column(default=DAYS)

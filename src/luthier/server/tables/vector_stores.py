@@ -59,7 +59,7 @@ class VectorStore(Base):
 
 
 class VectorStoreBatch(Base):
-    """Files that a client added to a store together."""
+    """Files added to a store together."""
 
     __tablename__ = "vector_store_batches"
 
