@@ -26,6 +26,7 @@ from luthier.files import is_locked, luthier_home, read_json, write_json
 from luthier.processes import python_command
 
 _POLL_SECONDS = 0.05
+_MESSAGES = 5
 _processes: list[subprocess.Popen[bytes]] = []
 """Started processes, polled at each wait; otherwise ended processes stay in the process table."""
 
@@ -49,13 +50,14 @@ class Job:
             return "running"
         return "completed" if (self.folder / "result.json").exists() else "failed"
 
-    @property
-    def text(self) -> str:
-        """Output of a completed command; otherwise the last messages."""
-        if self.state == "completed":
-            return (self.folder / "output").read_text(errors="replace").strip()
-        messages = (self.folder / "log").read_text(errors="replace").strip()
-        return "\n".join(messages.splitlines()[-5:])
+    def output(self) -> str:
+        """Return the output of the command."""
+        return (self.folder / "output").read_text(errors="replace").strip()
+
+    def messages(self) -> str:
+        """Return the last messages of the command."""
+        lines = (self.folder / "log").read_text(errors="replace").strip().splitlines()
+        return "\n".join(lines[-_MESSAGES:])
 
     @property
     def result(self) -> Any:

@@ -33,6 +33,7 @@ _MOST_VALUE = 600
 _SHOWN_JOBS = 10
 _SETTINGS = ("training.", "adaptation.")
 """Parts of the recipe without paths of files."""
+_SETTABLE = "fields of training and adaptation, and the name of an objective"
 
 INSTRUCTIONS = """\
 luthier tunes models on this machine with the user's own rows. Order: inspect the rows, clean them
@@ -113,9 +114,11 @@ class _Tools:
         ] = None,
     ) -> CallToolResult:
         """Tune a model on rows. The defaults fit the rows; the verdict names the gain."""
-        for field in settings or {}:
-            if field != "objective" and not field.startswith(_SETTINGS):
-                raise ToolError(f'"{field}" cannot be set here, only {", ".join(_SETTINGS)} fields')
+        for field, value in (settings or {}).items():
+            # An objective with fields may name a judge at an address, or a file of a grader.
+            is_plain = field == "objective" and isinstance(value, str)
+            if not is_plain and not field.startswith(_SETTINGS):
+                raise ToolError(f'"{field}" cannot be set: only {_SETTABLE}')
         return self._run(
             "tune", data=self._existing(data), name=name, base=self._model(base), resume=resume,
             validation=validation and self._existing(validation), columns=columns,
@@ -174,8 +177,9 @@ class _Tools:
         if data is None or model is None:
             raise ToolError("name an index, or rows (data) and an embedding model (model)")
         return self._run(
-            "nearest", model=self._model(model), data=self._existing(data), query=query, top=top
-        )
+            "nearest", model=self._model(model), data=self._existing(data),
+            query=self._query(query), top=top,
+        )  # fmt: skip
 
     def job(
         self,
@@ -225,6 +229,14 @@ class _Tools:
             raise ToolError(f'"{path}" does not exist in {self._folders[0]}')
         return found
 
+    def _query(self, query: str) -> str:
+        """Return a text unchanged, and the path of an image or sound if the path is inside."""
+        try:
+            is_path = Path(query).exists() or (self._folders[0] / query).exists()
+        except OSError:  # too long for a path
+            is_path = False
+        return self._existing(query) if is_path else query
+
     def _model(self, model: str | None) -> str | None:
         """Return an id unchanged, and the path of a folder if the path is inside."""
         is_path = model is not None and (model.startswith((".", "/", "~")) or Path(model).exists())
@@ -236,10 +248,10 @@ def _job_answer(job: jobs.Job) -> CallToolResult:
     job.wait(WAIT_SECONDS)
     state, values = job.state, {"job": job.id, "state": job.state}
     if state == "running":
-        last = job.text
-        return _answer(f"Job {job.id} is running. Call job with this id.\n{last}", values)
+        text = f"Job {job.id} is running. Call job with this id.\n{job.messages()}"
+        return _answer(text, values)
     if state == "failed":
-        text = job.text or "the process ended without a message"
+        text = job.messages() or "the process ended without a message"
         return _answer(f"Job {job.id} has failed.\n{text}", values, is_error=True)
     values["file"] = str(job.folder / "result.json")
     result = job.result if isinstance(job.result, dict) else {"result": job.result}
@@ -249,7 +261,7 @@ def _job_answer(job: jobs.Job) -> CallToolResult:
         if size_of_value <= _MOST_VALUE and size + size_of_value <= _MOST_RESULT:
             values[name] = value
             size += size_of_value
-    return _answer(job.text, values)
+    return _answer(job.output(), values)
 
 
 def _answer(text: str, values: dict[str, Any], is_error: bool = False) -> CallToolResult:
