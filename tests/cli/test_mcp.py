@@ -98,7 +98,7 @@ def test_model_is_tuned_and_predicts(call: CallTool) -> None:
     assert tuned.structured_content is not None
     model = tuned.structured_content["model_id"]
     predicted = call("predict", model=model, texts=["row 3", "row 4"])
-    assert text_of(predicted).count('"predicted"') == 2
+    assert len(text_of(predicted).splitlines()) == 2
 
 
 def test_reply_is_generated_once(

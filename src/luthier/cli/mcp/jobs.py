@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import inspect
+import json
 import os
 import secrets
 import signal
@@ -125,6 +126,9 @@ def _run(folder: Path) -> None:
         result = plain(found)
         if request["command"] == "generate":
             console.print_text(result["completion"])  # printing the reply would generate it again
+        elif request["command"] == "predict":
+            for answer in result["answers"]:
+                console.print_text(json.dumps(answer["predicted"], ensure_ascii=False))
         elif command.show is not None:
             wanted = [*inspect.signature(command.show).parameters][1:]
             command.show(found, **{name: arguments.get(name) for name in wanted})

@@ -145,10 +145,10 @@ class _Tools:
         )  # fmt: skip
 
     def predict(
-        self, model: ModelId, texts: Annotated[list[str], Field(max_length=100)]
+        self, model: ModelId, texts: Annotated[list[str], Field(max_length=40)]
     ) -> CallToolResult:
-        """Predict labels, ratings or tags of texts."""
-        return self._run("predict", model=self._model(model), input=texts)
+        """Predict labels, ratings or tags of texts: one line for each text, in order."""
+        return self._run("predict", model=self._model(model), input=texts, top=1)
 
     def generate(
         self,
@@ -192,7 +192,8 @@ class _Tools:
             shown = [{"job": each.id, "state": each.state} for each in known[:_SHOWN_JOBS]]
             models = [each.id for each in (*custom_models(), *pretrained_models())]
             models += filter(is_base_here, CATALOG)
-            lines = [f"{each['job']}: {each['state']}" for each in shown]
+            lines = [f"{len(known)} jobs, newest first"]
+            lines += [f"{each['job']}: {each['state']}" for each in shown]
             return _answer("\n".join([*lines, f"models: {', '.join(models)}"]),
                            {"jobs": shown, "models": models})  # fmt: skip
         found = next((each for each in known if each.id == id), None)
