@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import captured_service
@@ -15,6 +16,8 @@ import pytest
 from captured_service import ITEMS, TEXT, Running, records
 from luthier_server import ONE, OTHER
 
+from luthier.errors import ObjectRefused
+from luthier.inference.inference import InferenceFailed, Stream, TokenChunk
 from luthier.media.image_grid import encode_png
 from luthier.server.bedrock.runtime import runtime_handlers
 from luthier.server.http.routes import MODEL_TURN, NOT_CAPTURED
@@ -23,6 +26,8 @@ from luthier.server.live import settings
 from luthier.server.live.capture import remove_records
 from luthier.server.native import inference
 from luthier.server.openai.routes import ROUTERS
+from luthier.server.tables.captures import CapturedRequest
+from luthier.server.tables.objects import ObjectMetadata
 from luthier.server.tables.storage import stored_by
 
 running = captured_service.running
@@ -232,3 +237,75 @@ def test_phone_recognized_once_is_replaced_everywhere(running: Running) -> None:
     on(running)
     running.chat(text="Call (0)20 7946 0958? My number is 020 7946 0958. Repeat: 020 7946 0958")
     assert "7946 0958. Repeat" not in json.dumps(records(running))
+
+
+def test_expiry_keeps_objects_of_clients(running: Running) -> None:
+    on(running)
+    running.chat(text="many words " * 20_000)
+    (record,) = records(running)
+    bucket, _, body = record["input"]["inputBodyS3Path"].removeprefix("s3://").partition("/")
+    folder = body.rpartition("/data/")[0]
+    objects = running.service.objects
+    copied = [f"{folder}/20260101_abc.json.gz", f"{folder}/data/aws_input.json.gz"]
+    for key in copied:
+        with objects.begin(ONE) as file:
+            file.write(b"copied from AWS")
+            objects.put(ONE, bucket, key, file.finish(), ObjectMetadata())
+    assert remove_records(objects, ONE, days=0, most_bytes=0) == 2
+    assert not records(running)
+    for key in copied:
+        objects.head(ONE, bucket, key)
+    with pytest.raises(ObjectRefused):
+        objects.head(ONE, bucket, body)
+
+
+def test_records_in_a_deleted_bucket_expire(running: Running) -> None:
+    on(running)
+    running.chat()
+    records(running)
+    with running.service.database.read() as session:
+        (row,) = session.query(CapturedRequest)
+    running.service.objects.delete(ONE, row.bucket, [row.key])
+    running.service.objects.delete_bucket(ONE, row.bucket)
+    remove_records(running.service.objects, ONE, days=0, most_bytes=0)
+    assert not records(running)
+
+
+def test_body_that_no_database_stores_drops_only_its_record(running: Running) -> None:
+    on(running)
+    key = {"Authorization": f"Bearer {running.key()}"}
+    running.http.post("/model/tiny/invoke", content=rb'{"prompt": "\ud800"}', headers=key)
+    running.chat()
+    assert len(records(running)) == 1
+
+
+def test_model_name_is_not_redacted(running: Running) -> None:
+    on(running)
+    arn = "arn:aws:bedrock:us-east-1:000000000000:custom-model-deployment/4111111111111111"
+    running.ask("/v1/chat/completions", CHAT | {"model": arn})
+    assert records(running)[0]["modelId"] == arn
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT | {"stream": True}),
+        ("/v1/responses", {"model": "tiny", "input": TEXT, "store": False, "stream": True}),
+        ("/model/tiny/converse-stream", CONVERSE),
+    ],
+)
+def test_broken_stream_is_a_failed_request(
+    running: Running, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    def broken(stored_id: str, request: Any) -> Stream:
+        events: SimpleQueue[Any] = SimpleQueue()
+        events.put(TokenChunk(0, TEXT))
+        events.put(InferenceFailed("ModelError", "The model failed."))
+        return Stream(events, 5, 1)
+
+    on(running)
+    monkeypatch.setattr(running.service.pool, "submit", broken)
+    assert running.ask(path, body).status_code == 200
+    (record,) = records(running)
+    assert record["errorCode"] == "ModelErrorException"
+    assert "[EMAIL_1]" in json.dumps(record["output"])

@@ -51,7 +51,9 @@ class Exchange:
 
     def finish(self, record: RequestRecord, began: float) -> None:
         """Add the outcome of the request; ``began`` is the start by the performance counter."""
-        self.error, self.stored_id = record.error, record.model
+        # A stream that failed after the head of the response has status 200.
+        self.error = record.error or ("ModelError" if record.routing.failed else "")
+        self.stored_id = record.model
         self.milliseconds = round((time.perf_counter() - began) * 1000)
         self.input_tokens = sum(read for _, read, _ in record.tokens)
         self.output_tokens = sum(written for _, _, written in record.tokens)

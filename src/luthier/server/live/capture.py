@@ -17,13 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import ColumnElement, and_, delete, func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from luthier.errors import DoesNotFit, ObjectRefused, QuotaExceeded, ReadOnlyDisk
 from luthier.server.http.exchanges import Exchange
 from luthier.server.live.records import (
+    BODY_KEY,
     encode_record,
     folder_of,
     hour_folder,
@@ -132,13 +133,14 @@ class Capture:
         for exchange in exchanges:
             try:
                 record, row = record_of(exchange, settings, self.region)
+                bodies = [*move_large_bodies(record, settings.bucket, folder)]
+                member = encode_record(record)
             except Exception:
                 _log.exception("a request could not be captured")
                 self.counts["dropped"] += 1
                 continue
-            for body_key, body in move_large_bodies(record, settings.bucket, folder):
+            for body_key, body in bodies:
                 self._put(settings, body_key, [body], [])
-            member = encode_record(record)
             row.bucket, row.key, row.offset, row.size = settings.bucket, key, offset, len(member)
             offset += len(member)
             rows.append(row)
@@ -194,31 +196,67 @@ def remove_records(objects: Objects, account: str, days: float, most_bytes: int)
     Returns:
         The number of deleted objects.
     """
-    found = (
-        select(Bucket.name, StoredObject.key, StoredObject.size, StoredObject.modified)
+    size, created = func.sum(CapturedRequest.size), func.max(CapturedRequest.created)
+    records = (
+        select(CapturedRequest.bucket, CapturedRequest.key, size, created)
+        .where(CapturedRequest.account == account)
+        .group_by(CapturedRequest.bucket, CapturedRequest.key)
+        .order_by(created.desc(), CapturedRequest.key.desc())
+    )
+    oldest, total, deleted = now() - timedelta(days=days), 0, 0
+    expired: defaultdict[str, list[tuple[str, list[str]]]] = defaultdict(list)
+    with objects.database.read() as session:
+        bodies = _bodies(session, account)
+        for bucket, key, size_of_records, last in session.execute(records):
+            own = bodies.get((bucket, key), {})
+            total += size_of_records + sum(own.values())
+            if total > most_bytes or last <= oldest:
+                expired[bucket].append((key, [*own]))
+    for bucket, found in expired.items():
+        for first in range(0, len(found), _BATCH):
+            part = found[first : first + _BATCH]
+            keys = [key for key, _ in part]
+            every = [*keys, *(body for _, own in part for body in own)]
+            named = and_(CapturedRequest.bucket == bucket, CapturedRequest.key.in_(keys))
+            forget = partial(_forget, account=account, condition=named)
+            try:
+                objects.delete(account, bucket, every, forget)
+            except ObjectRefused:  # a client deleted the bucket
+                with objects.database.write() as session:
+                    forget(session)
+            deleted += len(every)
+    return deleted
+
+
+def _bodies(session: Session, account: str) -> Mapping[tuple[str, str], dict[str, int]]:
+    """Return sizes of large bodies by key, by bucket and key of the object with the record.
+
+    Objects of clients, such as logs copied from AWS, are not in the result.
+    """
+    stored = (
+        select(Bucket.name, StoredObject.key, StoredObject.size)
         .join(Bucket, Bucket.seq == StoredObject.bucket_seq)
         .where(
             StoredObject.account == account,
             StoredObject.key.contains(folder_of(account), autoescape=True),
         )
-        .order_by(StoredObject.modified.desc(), StoredObject.seq.desc())
     )
-    oldest, total = now() - timedelta(days=days), 0
-    expired: defaultdict[str, list[str]] = defaultdict(list)
-    with objects.database.read() as session:
-        for bucket, key, size, modified in session.execute(found):
-            total += size
-            if total > most_bytes or modified <= oldest:
-                expired[bucket].append(key)
-    for bucket, keys in expired.items():
-        for first in range(0, len(keys), _BATCH):
-            part = keys[first : first + _BATCH]
-            forget = partial(_forget, account=account, condition=CapturedRequest.key.in_(part))
-            objects.delete(account, bucket, part, forget)
-    with objects.database.write() as session:
-        # Clients may have deleted objects.
-        _forget(session, account, CapturedRequest.created <= oldest)
-    return sum(map(len, expired.values()))
+    request_ids: dict[str, list[tuple[str, str, int]]] = {}
+    for bucket, key, size in session.execute(stored):
+        if match := BODY_KEY.search(key):
+            request_ids.setdefault(match["request"], []).append((bucket, key, size))
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    ids = [*request_ids]
+    columns = CapturedRequest.id, CapturedRequest.bucket, CapturedRequest.key
+    for first in range(0, len(ids), _BATCH):
+        part = CapturedRequest.id.in_(ids[first : first + _BATCH])
+        query = select(*columns).where(CapturedRequest.account == account, part)
+        for request, record_bucket, record in session.execute(query):
+            folder = record.rpartition("/")[0]
+            for bucket, key, size in request_ids[request]:
+                if (bucket, key.rpartition("/data/")[0]) == (record_bucket, folder):
+                    found.setdefault((bucket, record), {})[key] = size
+    return found
 
 
 def _forget(session: Session, account: str, condition: ColumnElement[bool]) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
 from luthier.server.http.exchanges import Exchange
+from luthier.server.http.messages import Fault, parse_json
 from luthier.server.live.redaction import redact
-from luthier.server.live.streams import response_body
+from luthier.server.live.streams import STREAMS, response_body
 from luthier.server.tables.captures import CapturedRequest, CaptureSettings
+from luthier.server.tables.text import storable
 
 Record = dict[str, Any]
 LARGE_BODY = 100_000
 """Maximum size of a body in a record, in bytes; larger bodies are objects of their own."""
+BODY_KEY = re.compile(r"/data/(?P<request>[^/]+)_(?:input|output)\.json\.gz$")
+"""End of the key of a large body."""
 
 
 def folder_of(account: str, prefix: str = "") -> str:
@@ -40,20 +45,22 @@ def record_of(
 ) -> tuple[Record, CapturedRequest]:
     """Return the record of an exchange, redacted, and the row without the record's location."""
     request = exchange.request
-    sent = json.loads(request) if isinstance(request, bytes) else request
+    sent = parse_json(request) if isinstance(request, bytes) else request
     returned = None
-    if not exchange.error or exchange.content_type.startswith("text/event-stream"):
+    if not exchange.error or exchange.content_type.startswith(STREAMS):
         returned = response_body(exchange.content_type, b"".join(exchange.pieces))
+    # Before redaction, which may replace digits of an id or ARN.
+    named = sent.get("model") if isinstance(sent, dict) else None
+    response_id = returned.get("id") if isinstance(returned, dict) else None
     parts = {"metadata": _metadata_of(exchange, sent), "input": sent, "output": returned}
     if settings.redact:
         parts = redact(parts)
     sent, returned, metadata = parts["input"], parts["output"], parts["metadata"]
-    named = sent.get("model") if isinstance(sent, dict) else None
     row = CapturedRequest(
         account=exchange.account, id=exchange.request_id,
-        response_id=str(returned.get("id") or "") if isinstance(returned, dict) else "",
+        response_id=str(response_id or ""),
         created=exchange.received, operation=exchange.operation,
-        model=exchange.model or str(named or ""), stored_id=exchange.stored_id,
+        model=storable(exchange.model or str(named or "")), stored_id=exchange.stored_id,
         error=exchange.error, input_tokens=exchange.input_tokens,
         output_tokens=exchange.output_tokens, milliseconds=exchange.milliseconds,
         user_metadata=metadata,
@@ -93,8 +100,8 @@ def _metadata_of(exchange: Exchange, sent: Any) -> dict[str, str]:
         given = sent.get("requestMetadata") or sent.get("metadata") or {}
     if exchange.metadata:
         try:
-            given = json.loads(exchange.metadata)
-        except ValueError:
+            given = parse_json(exchange.metadata.encode())
+        except (ValueError, Fault):
             given = {}
     if not isinstance(given, dict):
         return {}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from botocore.eventstream import EventStreamBuffer
 
 Body = dict[str, Any]
+STREAMS = ("text/event-stream", "application/vnd.amazon.eventstream")
+"""Content types of streams."""
 
 
 def response_body(content_type: str, data: bytes) -> Any:
@@ -120,6 +123,7 @@ def _joined_converse(events: Iterable[tuple[str, Any]]) -> Body:
             body[kind] = value
     for block in blocks.values():
         if "toolUse" in block:
-            block["toolUse"]["input"] = json.loads(block["toolUse"]["input"])
+            with suppress(ValueError):  # the stream broke inside the input
+                block["toolUse"]["input"] = json.loads(block["toolUse"]["input"])
     content = [blocks[index] for index in sorted(blocks)]
     return {"output": {"message": {"role": "assistant", "content": content}}, **body}
