@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from luthier.cli.service.live import live_app
 from luthier.data.rows import load_rows
 from luthier.server.live import settings
-from luthier.server.live.rows import answers_of
+from luthier.server.live.rows import Answer, answers_of, training_rows
+from luthier.server.tables.captures import Feedback
 from luthier.server.tables.jobs import Job
 
 running = captured_service.running
@@ -75,7 +76,7 @@ def test_conversations_without_duplicates(ask: Callable[..., str]) -> None:
     good = {"messages": [user("one"), assistant(TEXT)], "requests": [first, second]}
     assert rows("--rating", ">=4", "--since", "1d") == [good]
     assert rows()[-1] == {"messages": [user("three"), assistant("Better.")], "requests": [third]}
-    assert len(rows()) == 3
+    assert len(rows()) == 2  # without the bad answer
     code, refused = export("--since", "2030-01-01")
     assert code == 2 and "0 captured answers" in refused["error"]["message"]
 
@@ -105,8 +106,10 @@ def test_labels_of_predictions(ask: Callable[..., str]) -> None:
         {"text": "hello", "label": "ham", "requests": [first]}
     ]
     assert rows("--to", "classification", "--rating", ">4")[0]["text"] == "win"
+    ask("", path, {"inputs": [{"text": "seven"}]}, label=7)
+    assert rows("--to", "classification")[-1]["label"] == "7"
     ask("", path, {"inputs": [{"text": "nice"}]}, label=4.5)
-    assert rows("--to", "regression")[0] | {"requests": []} == {
+    assert rows("--to", "regression")[-1] | {"requests": []} == {
         "text": "nice", "rating": 4.5, "requests": [],
     }  # fmt: skip
 
@@ -227,3 +230,52 @@ def test_record_of_aws_with_tool_calls() -> None:
     }  # fmt: skip
     (answer,) = answers_of(record)
     assert answer.reply["content"] == [call] and answer.tools[0]["function"]["name"] == "stock"
+
+
+HELLO = [user("Hello")]
+PICTURE = {"type": "image_url", "image_url": {"url": ""}}
+MESSAGE = {"role": "assistant", "content": [{"text": "Hi"}]}
+
+
+def choice(reason: str | None, **members: Any) -> dict[str, Any]:
+    return {"choices": [{"message": assistant("Hi"), "finish_reason": reason, **members}]}
+
+
+@pytest.mark.parametrize(
+    ("sent", "returned"),
+    [
+        ({"messages": HELLO}, choice("length")),
+        ({"messages": HELLO}, choice(None)),
+        ({"messages": [{"role": "user", "content": [PICTURE]}]}, choice("stop")),
+        ({"prompt": [[1, 2, 3]]}, {"choices": [{"text": "Hi", "finish_reason": "stop"}]}),
+        ({"prompt": [1, 2, 3]}, {"choices": [{"text": "Hi", "finish_reason": "stop"}]}),
+        ({"prompt": "Hello"}, {"generation": "Hi", "stop_reason": "length"}),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "Hello"}]}]},
+            {"output": {"message": MESSAGE}, "stopReason": "max_tokens"},
+        ),
+        (
+            {"input": "Hello"},
+            {"object": "response", "status": "incomplete", "output": [MESSAGE]},
+        ),
+        (
+            {"input": "Hello", "tools": [{"type": "file_search", "vector_store_ids": ["v"]}]},
+            {"object": "response", "status": "completed", "output": [MESSAGE]},
+        ),
+    ],
+)  # fmt: skip
+def test_records_without_answers(sent: dict[str, Any], returned: dict[str, Any]) -> None:
+    record = {
+        "requestId": "r",
+        "input": {"inputBodyJson": sent},
+        "output": {"outputBodyJson": returned},
+    }
+    assert not [*answers_of(record)]
+
+
+def test_rejected_answer_with_reasoning_is_text() -> None:
+    thought = {"reasoningContent": {"reasoningText": {"text": "Think"}}}
+    reply = {"role": "assistant", "content": [thought, {"text": "Hi"}]}
+    better = Feedback(name="corrected", position=0, value={"value": "Better"})
+    (row,) = training_rows([Answer("r", HELLO, reply, feedback=[better])], "dpo")
+    assert (row["chosen"], row["rejected"]) == ("Better", "Hi")

@@ -76,7 +76,7 @@ class Statement(BaseModel):
     """A better answer than the model's, for the rater."""
     corrected: Text | None = None
     """The model's answer after corrections."""
-    label: str | float | list[str] | None = None
+    label: str | int | float | list[str] | None = None
     """Correct label, labels or value of a prediction."""
     comment: Text | None = None
     outcomes: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")], Outcome] = {}

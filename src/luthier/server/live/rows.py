@@ -27,6 +27,13 @@ RowKind = Literal["sft", "dpo", "kto", "classification", "regression"]
 KINDS: tuple[RowKind, ...] = get_args(RowKind)
 GOOD, BAD = 4.0, 2.0
 """Mean ratings from which, and up to which, an answer is desirable or undesirable."""
+_TRUNCATED = (
+    None, "length", "content_filter", "max_tokens", "model_context_window_exceeded",
+    "content_filtered", "guardrail_intervened",
+)  # fmt: skip
+"""Stop reasons of incomplete answers; None if the stream broke."""
+_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+"""Types of items of the responses API that rows can express."""
 _PAGE = 200
 _PERIODS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -194,8 +201,11 @@ def answers_of(record: Row, feedback: Sequence[Feedback] = ()) -> Iterator[Answe
     if not isinstance(sent, dict) or not isinstance(returned, dict):
         return
     tools: list[Any] = sent.get("tools") or []
+    if any(each.get("type", "function") != "function" for each in tools):  # such as file_search
+        return
     prompt: str | list[Message] = []
     replies: list[Message] = []
+    reasons: list[str | None] = []
     if "answers" in returned:  # predictions
         for position, (each, reply) in enumerate(
             zip(sent["inputs"], returned["answers"], strict=True)
@@ -211,14 +221,19 @@ def answers_of(record: Row, feedback: Sequence[Feedback] = ()) -> Iterator[Answe
             else {"role": "assistant", "content": each["text"]}
             for each in returned["choices"]
         ]
+        reasons = [each.get("finish_reason", "stop") for each in returned["choices"]]
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
             if len(prompt) != 1:  # several prompts, each with its own choices
                 return
             prompt = prompt[0]
+        elif isinstance(prompt, list) and not all(isinstance(each, dict) for each in prompt):
+            return  # token ids
     elif "generation" in returned:
+        reasons = [returned.get("stop_reason", "stop")]
         prompt = sent["prompt"]
         replies = [{"role": "assistant", "content": returned["generation"]}]
     elif "stopReason" in returned:
+        reasons = [returned["stopReason"]]
         system = " ".join(each.get("text", "") for each in sent.get("system") or ())
         prompt = [{"role": "system", "content": system}] if system else []
         prompt += map(_plain, sent["messages"])
@@ -231,15 +246,35 @@ def answers_of(record: Row, feedback: Sequence[Feedback] = ()) -> Iterator[Answe
             return
         items = sent["input"]
         items = [{"role": "user", "content": items}] if isinstance(items, str) else items
+        if any(each.get("type", "message") not in _ITEMS for each in items):
+            return
+        reasons = ["stop" if returned.get("status", "completed") == "completed" else None]
         system = sent.get("instructions") or ""
         prompt = [{"role": "system", "content": system}] if system else []
         prompt += _turns(items)
         replies = _turns(returned["output"])[:1]
         tools = [{"type": "function", "function": each} for each in tools]
-    if not prompt:
+    if not prompt or _lacks_media(prompt):
         return
-    for position, reply in enumerate(replies):
-        yield Answer(record["requestId"], prompt, reply, tools, feedback, position)
+    for position, (reply, reason) in enumerate(zip(replies, reasons, strict=False)):
+        if reason not in _TRUNCATED:
+            yield Answer(record["requestId"], prompt, reply, tools, feedback, position)
+
+
+def _lacks_media(value: Any) -> bool:
+    """Return True for content with media that the redaction has removed."""
+    if isinstance(value, dict):
+        empty = any(value.get(name) == "" for name in ("url", "image_url", "bytes", "data"))
+        return empty or any(map(_lacks_media, value.values()))
+    return isinstance(value, list) and any(map(_lacks_media, value))
+
+
+def _text_of(reply: Message) -> str:
+    """Return the text of a reply, without the blocks of reasoning and tool calls of Converse."""
+    content = reply.get("content") or ""
+    if isinstance(content, list):
+        return "\n".join(block["text"] for block in content if "text" in block)
+    return str(content)
 
 
 def _assistant(message: Mapping[str, Any]) -> Message:
@@ -314,7 +349,7 @@ def training_rows(answers: Iterable[Answer], kind: RowKind, rated: bool = False)
 
 def _rows_of(answer: Answer, kind: RowKind, rated: bool) -> Iterator[Row]:
     better = answer.latest("corrected", "preferred")
-    text = answer.reply.get("content") or ""
+    text = _text_of(answer.reply)
     if kind in ("classification", "regression"):
         label = answer.latest("label")
         if label is None and rated:
@@ -328,6 +363,9 @@ def _rows_of(answer: Answer, kind: RowKind, rated: bool) -> Iterator[Row]:
     elif "role" not in answer.reply:
         return  # a prediction
     elif kind == "sft":
+        mean = answer.rating
+        if not better and not rated and mean is not None and mean <= BAD:
+            return
         reply = {"role": "assistant", "content": better} if better else answer.reply
         if reply.get("content") or reply.get("tool_calls"):
             yield _with_reply(answer, reply)
@@ -352,12 +390,12 @@ def _rated_pairs(answers: Iterable[Answer]) -> Iterator[tuple[Row, list[str]]]:
     """Yield the best and the worst rated answer to each prompt."""
     groups: dict[str, list[tuple[float, Answer]]] = {}
     for each in answers:
-        if (rating := each.rating) is not None and each.reply.get("content"):
+        if (rating := each.rating) is not None and _text_of(each.reply):
             groups.setdefault(json.dumps(each.prompt), []).append((rating, each))
     for group in groups.values():
         (worst, bad), (best, good) = min(group, key=_first), max(group, key=_first)
-        if worst < best and good.reply["content"] != bad.reply["content"]:
-            sides = {"chosen": good.reply["content"], "rejected": bad.reply["content"]}
+        sides = {"chosen": _text_of(good.reply), "rejected": _text_of(bad.reply)}
+        if worst < best and sides["chosen"] != sides["rejected"]:
             yield {"prompt": good.prompt, **sides, **_tools(good)}, [good.request, bad.request]
 
 
