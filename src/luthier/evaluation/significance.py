@@ -264,6 +264,22 @@ def significant_of(p_values: Sequence[float], level: float = 0.05) -> list[bool]
     return significant
 
 
+def welch_p_value(value: float, parts: Sequence[tuple[float, int]]) -> float:
+    """Return the two-sided p-value of a difference; 1 without a known error.
+
+    ``parts`` are independent standard errors with their degrees of freedom. The t statistic has the
+    degrees of freedom of Welch and Satterthwaite, and becomes normal by Wallace's approximation
+    (1959).
+    """
+    error = math.hypot(*(each for each, _ in parts))
+    if not error:
+        return 1.0
+    freedom = error**4 / sum(each**4 / max(1, count) for each, count in parts)
+    square = freedom * math.log1p((value / error) ** 2 / freedom)
+    normal = (8 * freedom + 1) / (8 * freedom + 3) * math.sqrt(square)
+    return 2 * (1 - NormalDist().cdf(normal))
+
+
 def _interval(middle: float, error: float, is_share: bool) -> Interval:
     low, high = middle - CHANCE * error, middle + CHANCE * error
     return (max(0.0, low), min(1.0, high)) if is_share else (low, high)

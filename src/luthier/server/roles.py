@@ -60,8 +60,8 @@ _OPERATIONS = {
         ),
         "luthier": (
             "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport "
-            "GetFeedback GetDeploymentHistory GetCertificate DownloadCertificate GetUsage "
-            "GetDailyUsage "
+            "GetFeedback GetModelHealth GetDeploymentHistory GetCertificate DownloadCertificate "
+            "GetUsage GetDailyUsage "
             "openai.files.list openai.files.retrieve openai.files.content "
             "openai.fine_tuning.jobs.list openai.fine_tuning.jobs.retrieve "
             "openai.fine_tuning.jobs.list_events openai.fine_tuning.jobs.list_checkpoints "

@@ -25,6 +25,7 @@ from luthier.cli.terminal.bridge import Command, CommandGroup
 from luthier.cli.terminal.console import note, print_rows, print_text
 
 if TYPE_CHECKING:
+    from luthier.server.live.health import Health, PeriodHealth
     from luthier.server.tables.captures import CaptureSettings
     from luthier.server.tables.database import Database
 
@@ -257,6 +258,61 @@ def feedback_import(
     return {"file": str(file), "rows": rows, "added": added}
 
 
+def health(
+    model: str,
+    *,
+    since: str = "30d",
+    account: Account = FIRST_ACCOUNT,
+    database: ServiceDatabase = None,
+) -> Health:
+    """Show requests, errors, latency, ratings and labels of a model by time, and what changed.
+
+    Args:
+        model: Name that clients sent, or a custom model.
+        since: Only requests of this period: 30d, 12h or 2026-01-31.
+    """
+    from luthier.server.live.health import health
+    from luthier.server.live.rows import parse_since
+    from luthier.server.stores.objects import Objects
+
+    with open_database(database) as service:
+        return health(Objects(service), account, model, parse_since(since))
+
+
+def show_health(found: Health) -> None:
+    """Print a table of periods, the stability of the labels, and the changes."""
+    rows = [_health_row(each) for each in found.periods]
+    print_rows([*dict.fromkeys(name for row in rows for name in row)], rows)
+    if labels := found.label_stability:
+        print_text(
+            f"\nPopulation stability index of {labels.predictions:,} labels against the "
+            f"{labels.compared_with}: {labels.index:.3f}. Usual reading: below 0.1 no change, from "
+            f"0.25 a large change; {labels.by_chance:.3f} is chance."
+        )
+    print_text(f"\n{found.summary}")
+
+
+def _health_row(period: PeriodHealth) -> Record:
+    from luthier.server.live.health import ERRORS, LABEL, LATENCY
+
+    row = {"from": str(period.first), "requests": f"{period.requests:,}"}
+    labels = []
+    for name, figure in period.measures.items():
+        text = figure.text()
+        if name.startswith(LABEL):
+            labels.append((figure.value, f"{name.removeprefix(LABEL)} {text}"))
+        elif name == ERRORS:
+            row[name] = f"{figure.value * figure.count:,.0f} ({text})"
+        elif name == LATENCY:
+            row["median ms"], row["95 % ms"] = text, f"{period.p95_milliseconds:,.0f}"
+        else:
+            interval = f"{figure.text(figure.low)} to {figure.text(figure.high)}"
+            row[name] = f"{text} ({interval}) of {figure.count:,}"
+    if labels:
+        row["frequent labels"] = ", ".join(text for _, text in sorted(labels, reverse=True)[:5])
+    return row
+
+
 def promote(
     deployment: str,
     model: str,
@@ -390,9 +446,10 @@ capture_app.add(Command(capture_export, print_export, "export"))
 feedback_app = CommandGroup("Rate captured requests.", extra="server")
 feedback_app.add(Command(feedback_add, show_record, "add"))
 feedback_app.add(Command(feedback_import, show_record, "import"))
-live_app = CommandGroup("Keep a deployed model good: capture, rate, export.", extra="server")
+live_app = CommandGroup("Keep a deployed model good: capture, rate, watch.", extra="server")
 live_app.add_typer(capture_app, name="capture")
 live_app.add_typer(feedback_app, name="feedback")
+live_app.add(Command(health, show_health))
 live_app.add(Command(promote, show_history))
 live_app.add(Command(rollback, show_history))
 live_app.add(Command(history, show_history))

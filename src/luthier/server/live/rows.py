@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
 
-from sqlalchemy import or_, select
+from sqlalchemy import Select, or_, select
 
 from luthier.errors import ObjectRefused, RefusedInput
 from luthier.server.live.feedback import OUTCOME, latest_feedback, parse_value, ratings_of
@@ -111,31 +111,36 @@ def parse_since(text: str) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def captured_answers(
-    objects: Objects, account: str, model: str, since: datetime | None = None
-) -> Iterator[Answer]:
-    """Yield the answers of successful captured requests to a model, with feedback, oldest first.
+def requests_to(account: str, model: str, since: datetime | None = None) -> Select[CapturedRequest]:
+    """Return the query for the captured requests to a model, oldest first.
 
     ``model`` is the name that clients sent, a library id, or the name of a custom model.
     """
-    with objects.database.read() as session:
-        own = select(CustomModel.stored_id).where(
-            CustomModel.account == account, CustomModel.name == model
+    own = select(CustomModel.stored_id).where(
+        CustomModel.account == account, CustomModel.name == model
+    )
+    return (
+        select(CapturedRequest)
+        .where(
+            CapturedRequest.account == account,
+            or_(
+                CapturedRequest.model == model,
+                CapturedRequest.stored_id == model,
+                CapturedRequest.stored_id.in_(own),
+            ),
+            CapturedRequest.created >= (since or datetime.min.replace(tzinfo=UTC)),
         )
-        rows = session.scalars(
-            select(CapturedRequest)
-            .where(
-                CapturedRequest.account == account,
-                CapturedRequest.error == "",
-                or_(
-                    CapturedRequest.model == model,
-                    CapturedRequest.stored_id == model,
-                    CapturedRequest.stored_id.in_(own),
-                ),
-                CapturedRequest.created >= (since or datetime.min.replace(tzinfo=UTC)),
-            )
-            .order_by(CapturedRequest.seq)
-        ).all()
+        .order_by(CapturedRequest.seq)
+    )
+
+
+def captured_answers(
+    objects: Objects, account: str, model: str, since: datetime | None = None
+) -> Iterator[Answer]:
+    """Yield the answers of successful requests of :func:`requests_to`, with feedback."""
+    with objects.database.read() as session:
+        query = requests_to(account, model, since).where(CapturedRequest.error == "")
+        rows = session.scalars(query).all()
     for start in range(0, len(rows), _PAGE):
         page = rows[start : start + _PAGE]
         with objects.database.read() as session:

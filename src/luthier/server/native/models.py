@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Response
+from fastapi import Query, Response
+from pydantic import Field
 from sqlalchemy import select
 
 from luthier.engine.metrics import SHARES
@@ -15,13 +16,15 @@ from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
 from luthier.server.identifiers import find_foundation, find_model
+from luthier.server.live.health import Health, NoRequests, health
+from luthier.server.live.rows import parse_since
 from luthier.server.native.model_operations import (
     Abilities,
     abilities_of,
     abilities_of_base,
     writes,
 )
-from luthier.server.native.operations import NativeCall, View, native_router
+from luthier.server.native.operations import Input, NativeCall, View, native_router
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import RESERVED, CustomModel
 from luthier.server.tables.foundation import FoundationModel, foundation_models, kind_of
@@ -88,6 +91,13 @@ class CertificateView(View):
     """Names of metrics with lower values being better."""
 
 
+class HealthQuery(Input):
+    """Range of captured requests."""
+
+    since: str = Field(default="30d", max_length=64)
+    """Age of the oldest request (``30d``, ``12h``), or an ISO date."""
+
+
 @router.get("/models")
 def list_models(call: NativeCall) -> ModelsView:
     """List foundation models and the account's own models."""
@@ -121,6 +131,19 @@ def delete_model(call: NativeCall, model: Name) -> DeletedModelView:
         row = call.model(session, model)
     call.context.delete_model(row)
     return DeletedModelView(model=row.arn(call.context.arns))
+
+
+@router.get("/models/{model}/health")
+def get_model_health(
+    call: NativeCall, model: Name, query: Annotated[HealthQuery, Query()]
+) -> Health:
+    """Return the health of a model, from captured requests and feedback."""
+    capture = call.context.capture
+    capture.flush()  # requests may be younger than the last write
+    try:
+        return health(capture.objects, call.account, model, parse_since(query.since))
+    except NoRequests as error:
+        raise Fault("ResourceNotFound", error.text, parameter="model") from error
 
 
 @router.get("/models/{model}/certificate")

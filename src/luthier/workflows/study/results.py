@@ -17,6 +17,7 @@ from luthier.evaluation.significance import (
     RowScores,
     as_gain,
     significant_of,
+    welch_p_value,
 )
 from luthier.pages import PAGE, Tabular
 from luthier.workflows.study.cells import Outcome
@@ -214,7 +215,7 @@ class Study(Tabular):
                 (best.seed_error, len(best.outcomes) - 1),
             ]
             # The best row is chosen on the same data, so all pairs are compared.
-            p_value = min(1.0, _p_value(value, parts) * len(self.measured) / 2)
+            p_value = min(1.0, welch_p_value(value, parts) * len(self.measured) / 2)
             found[row.name] = value, math.hypot(*(error for error, _ in parts)), p_value
         significant = significant_of([p_value for _, _, p_value in found.values()], LEVEL)
         return {
@@ -347,22 +348,6 @@ class Study(Tabular):
             "significant": None if apart is None else apart.significant,
             **figures,
         }
-
-
-def _p_value(value: float, parts: Sequence[tuple[float, int]]) -> float:
-    """Return the two-sided p-value of a difference; 1 without a known error.
-
-    ``parts`` are independent standard errors with their degrees of freedom. The t statistic has the
-    degrees of freedom of Welch and Satterthwaite, and becomes normal by Wallace's approximation
-    (1959).
-    """
-    error = math.hypot(*(each for each, _ in parts))
-    if not error:
-        return 1.0
-    freedom = error**4 / sum(each**4 / max(1, count) for each, count in parts)
-    square = freedom * math.log1p((value / error) ** 2 / freedom)
-    normal = (8 * freedom + 1) / (8 * freedom + 3) * math.sqrt(square)
-    return 2 * (1 - NormalDist().cdf(normal))
 
 
 FIGURES = {"ms": "milliseconds", "mb": "saved_bytes", "minutes": "seconds", "drift": "forgotten"}
