@@ -29,7 +29,7 @@ from luthier.server.tables.captures import CapturedRequest
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import now
 from luthier.server.tables.endpoints import Endpoint
-from luthier.server.tables.foundation import foundation_model
+from luthier.server.tables.foundation import foundation_models
 
 LEAST = 10
 """Minimum number of values on both sides of a comparison. Measured in docs/log/service.md."""
@@ -162,11 +162,11 @@ def health(objects: Objects, account: str, model: str, since: datetime) -> Healt
 
 
 def _no_requests(session: Session, account: str, model: str, since: datetime) -> NoRequests:
-    names: set[str] = set()
+    names = {name for each in foundation_models() for name in (each.id, each.base)}
     for column in (CapturedRequest.model, CustomModel.name, CustomModel.stored_id, Endpoint.name):
         mine = select(column).distinct().where(column.class_.account == account)
         names.update(filter(None, session.scalars(mine)))
-    if model in names or foundation_model(model) is not None:
+    if model in names:
         return NoRequests(
             f'Model "{model}" has no captured requests since {since:%Y-%m-%d}.',
             advice="Turn capture on with `luthier live capture on`, or choose an earlier `since`.",
