@@ -19,6 +19,7 @@ from luthier.documents.passages import Passage
 from luthier.documents.readers import document_files
 from luthier.documents.retriever import calibrate
 from luthier.errors import CorruptFile, RecipeError
+from luthier.evaluation.retrieval import reciprocal_rank_fusion
 from luthier.types import Message
 
 pytestmark = pytest.mark.usefixtures("luthier_home")
@@ -80,6 +81,23 @@ def test_update_reads_changes_alone(folder: Path) -> None:
     ]  # fmt: skip
     os.utime(folder / "new.md", (1, 1))
     assert build(folder).unchanged == 2
+
+
+def test_search_while_a_document_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(folder)
+
+    def replace(*given: Any) -> list[int]:
+        (folder / "leave.txt").write_text("Everybody has thirty-one days of holiday.")
+        assert build(folder).changed == 1
+        return reciprocal_rank_fusion(*given)
+
+    with DocumentIndex.open("handbook") as index:
+        with monkeypatch.context() as patch:
+            patch.setattr("luthier.documents.index.reciprocal_rank_fusion", replace)
+            found = index.search("holiday", embed(["holiday"])[0], 1)[0]
+        assert found.passage.text == "Everybody has thirty days of holiday each year."
+        found = index.search("holiday", embed(["holiday"])[0], 1)[0]
+        assert found.passage.text == "Everybody has thirty-one days of holiday."
 
 
 def test_documents_of_another_folder_stay(folder: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from luthier.documents.passages import Passage, cut
 from luthier.documents.readers import DocumentReader, ReadDocument, normalize
-from luthier.errors import CorruptFile, RecipeError
+from luthier.errors import CorruptFile, DiskFull, RecipeError
 from luthier.evaluation.retrieval import DEPTH, nearest, reciprocal_rank_fusion
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_json
 from luthier.gate.checks.language import UNSPACED
@@ -210,7 +210,7 @@ class DocumentIndex:
         fingerprint = stored.content_hash
         file = folder / f"{fingerprint[:16]}.sqlite"
         with _writing(folder):
-            with open_file(file) as connection:
+            with open_file(file, may_create=True) as connection:
                 create(connection, stored.id, fingerprint, language)
                 with connection:
                     connection.execute("INSERT OR REPLACE INTO about VALUES ('unfinished', '')")
@@ -378,11 +378,14 @@ class DocumentIndex:
             among: Paths of the documents to search; all documents by default.
             weights: Weights of words and of embeddings in the fusion.
         """
-        documents = None if among is None else self._numbers(among)
-        places, scores = self._by_meaning(query_H, documents)
-        orders = [self._by_words(question, documents), places]
-        best = reciprocal_rank_fusion(orders, weights)[:count]
-        return [self._passage(number, query_H, scores.get(number)) for number in best]
+        with self._connection:
+            # One state of the file: another process may replace a document during the search.
+            self._connection.execute("BEGIN")
+            documents = None if among is None else self._numbers(among)
+            places, scores = self._by_meaning(query_H, documents)
+            orders = [self._by_words(question, documents), places]
+            best = reciprocal_rank_fusion(orders, weights)[:count]
+            return [self._passage(number, query_H, scores.get(number)) for number in best]
 
     def best_cosines(
         self, question_QH: NDArray[np.float32], among: Collection[str] | None = None
@@ -505,13 +508,18 @@ def _unknown(name: str) -> RecipeError:
 
 
 @contextmanager
-def open_file(file: Path) -> Iterator[sqlite3.Connection]:
+def open_file(file: Path, *, may_create: bool = False) -> Iterator[sqlite3.Connection]:
     """Yield a connection to the file of an index."""
+    address = f"{file.absolute().as_uri()}?mode={'rwc' if may_create else 'rw'}"
     try:
-        with closing(sqlite3.connect(file, timeout=30, check_same_thread=False)) as connection:
+        with closing(
+            sqlite3.connect(address, timeout=30, check_same_thread=False, uri=True)
+        ) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
             yield connection
-    except sqlite3.OperationalError as error:  # locked, full disk, read-only
+    except sqlite3.OperationalError as error:  # locked, missing, read-only
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise DiskFull(f"the disk of {file.parent} is full. Free some space") from error
         raise RecipeError(f"The index {file} cannot be used: {error}.") from error
     except sqlite3.DatabaseError as error:
         raise CorruptFile(

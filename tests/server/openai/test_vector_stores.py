@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -15,12 +15,17 @@ import openai
 import pytest
 
 from luthier.documents import answers, retriever
+from luthier.documents.index import DocumentIndex
+from luthier.errors import DiskFull, DoesNotFit, RecipeError
 from luthier.files import write_json
-from luthier.inference.inference import FinishEvent, Stream, TokenChunk
+from luthier.inference.inference import FinishEvent, InferenceFailed, Stream, TokenChunk
 from luthier.library.folders import base_folder
 from luthier.models.manifest import MANIFEST
+from luthier.server.openai import file_search
+from luthier.server.openai.file_search import FileSearch
 from luthier.server.openai.generation import Inference
 from luthier.server.openai.ingestion import IngestionRunner
+from luthier.server.stores.store_indexes import StoreIndexes
 from luthier.server.tables import vector_stores as table
 from luthier.server.tables.accounts import set_quota
 from luthier.server.tables.database import now
@@ -368,6 +373,55 @@ def test_batch_of_files(client: openai.OpenAI, service: Any) -> None:
             client.vector_stores.file_batches.create(store.id, **wrong)
 
 
+def test_file_cancelled_during_its_work_stays_cancelled(
+    client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, runner = client.vector_stores.create(), service.openai.ingestion
+    batch = client.vector_stores.file_batches.create(store.id, file_ids=[uploaded(client)])
+    embed = runner.search.embed
+
+    def cancel(*given: Any) -> Any:
+        client.vector_stores.file_batches.cancel(batch.id, vector_store_id=store.id)
+        return embed(*given)
+
+    monkeypatch.setattr(runner.search, "embed", cancel)
+    assert runner.run_once()
+    batch = client.vector_stores.file_batches.retrieve(batch.id, vector_store_id=store.id)
+    assert (batch.status, batch.file_counts.cancelled) == ("cancelled", 1)
+    assert client.vector_stores.retrieve(store.id).usage_bytes == 0
+    assert not runner.indexes.exists("000000000000", store.id)
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ("search.embed", InferenceFailed("ModelNotReady", "too little memory")),
+        ("indexes.update", DiskFull("the disk is full")),
+    ],
+)
+def test_file_waits_for_memory_and_disk(
+    client: openai.OpenAI,
+    service: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    error: Exception,
+) -> None:
+    store = client.vector_stores.create(file_ids=[uploaded(client)])
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    owner, name = part.split(".")
+    runner = service.openai.ingestion
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(runner, owner), name, fail)
+        with pytest.raises(DoesNotFit):
+            runner.run_once()
+    assert client.vector_stores.retrieve(store.id).status == "in_progress"
+    assert runner.run_once()
+    assert client.vector_stores.retrieve(store.id).file_counts.completed == 1
+
+
 def test_expired_store_is_emptied(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +441,68 @@ def test_expired_store_is_emptied(
     expired = client.vector_stores.retrieve(store.id)
     assert (expired.usage_bytes, expired.file_counts.total) == (0, 0)
     assert not list(service.openai.indexes.folder.glob("*/*"))
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_search_keeps_concurrent_change_of_the_store(
+    client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch, deleted: bool
+) -> None:
+    store = filled(client, service)
+    later, changes = now() + timedelta(minutes=2), [True]
+
+    def change() -> datetime:
+        if changes and changes.pop():
+            with service.database.write() as session:
+                row = table.find_store(session, "000000000000", store.id)
+                assert row is not None
+                if deleted:
+                    table.remove_store(session, row)
+                else:
+                    row.name = "renamed"
+        return later
+
+    monkeypatch.setattr(file_search, "now", change)
+    client.vector_stores.search(store.id, query="leave")
+    stores = client.vector_stores.list().data
+    assert [each.name for each in stores] == ([] if deleted else ["renamed"])
+    assert deleted or stores[0].last_active_at == int(later.timestamp())
+
+
+def test_file_added_during_removal_stays_in_the_index(
+    client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(client, service, LEAVE)
+    first = service.openai.ingestion
+    search = FileSearch(service.database, first.search.pool, StoreIndexes(service.database))
+    other = IngestionRunner(service.database, service.openai.files, search, lambda *_: None)
+    paths = DocumentIndex.paths
+
+    def add(index: DocumentIndex) -> set[str]:
+        file = uploaded(client, PARKING, "parking.md")
+        client.vector_stores.files.create(store.id, file_id=file)
+        assert other.run_once()
+        return paths(index)
+
+    monkeypatch.setattr(DocumentIndex, "paths", add)
+    first.indexes.prune("000000000000", store.id)
+    assert len(client.vector_stores.search(store.id, query="parking").data) == 2
+
+
+def test_damaged_index_does_not_stop_the_sweep(client: openai.OpenAI, service: Any) -> None:
+    store, indexes = filled(client, service), service.openai.indexes
+    indexes.close()
+    path = indexes.folder / "000000000000" / f"{store.id}.sqlite"
+    shutil.copy(path, path.with_name("vs_removed.sqlite"))
+    path.write_bytes(b"damaged" * 1000)
+    service.openai.ingestion.sweep()
+    assert [*indexes.folder.glob("*/*.sqlite")] == [path]
+
+
+def test_search_creates_no_index(service: Any) -> None:
+    indexes = service.openai.indexes
+    with pytest.raises(RecipeError), indexes.open("000000000000", "vs_removed"):
+        pass
+    assert not indexes.exists("000000000000", "vs_removed")
 
 
 def test_lost_index_is_built_again(client: openai.OpenAI, service: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from sqlalchemy import update
 
 from luthier.documents.index import FoundPassage
 from luthier.documents.passages import windows
@@ -228,7 +229,9 @@ class FileSearch:
             }
         if now() - store.last_active > _SEEN:
             with self.database.write() as session:
-                session.merge(store).last_active = now()
+                # The row may have changed or be gone since it was read.
+                mine = VectorStore.id == store_id
+                session.execute(update(VectorStore).where(mine).values(last_active=now()))
         if not files or not self.indexes.exists(account, store_id):
             return [], False
         with self.indexes.open(account, store_id) as index:

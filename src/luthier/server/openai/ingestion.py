@@ -15,8 +15,10 @@ from sqlalchemy.orm import Session
 from luthier.data.languages import detect_languages
 from luthier.documents.passages import Passage, cut, windows
 from luthier.documents.readers import FORMATS, LANGUAGE_CHARACTERS, DocumentReader, ReadDocument
-from luthier.errors import CorruptFile, RecipeError
+from luthier.errors import CorruptFile, DoesNotFit, RecipeError
+from luthier.files import disk_errors
 from luthier.gate.inspect import encoder_of_language
+from luthier.inference.inference import InferenceFailed
 from luthier.library.models import StoredModel
 from luthier.server.background import BackgroundRunner
 from luthier.server.http.messages import Fault
@@ -73,7 +75,9 @@ class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
             self.indexes.prune(row.account, row.store_id)
 
     def record(self, session: Session, row: VectorStoreFile, number: int, done: Ingested) -> None:
-        """Set the status, and charge the bytes to the account."""
+        """Set the status, and charge the bytes to the account. A cancelled file stays cancelled."""
+        if row.status != table.IN_PROGRESS:
+            return
         row.error_code, row.error_message, row.stored_bytes = done
         row.status = table.COMPLETED if row.stored_bytes else table.FAILED
         session.flush()
@@ -104,7 +108,7 @@ class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
             return "unsupported_file", f"'{suffix}' is not a supported format: {formats}.", 0
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"document{suffix}"
-            with path.open("wb") as copy:
+            with disk_errors(path.parent), path.open("wb") as copy:
                 copy.writelines(self.files.read(file))
             try:
                 read = self._reader.read(path)
@@ -121,7 +125,14 @@ class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
         if not passages:
             return "invalid_file", "The file has headings, but no text.", 0
         contents = [each.content for each in passages]
-        vectors = self.attempt(row, partial(self.search.embed, stored, contents))
+        try:
+            vectors = self.attempt(row, partial(self.search.embed, stored, contents))
+        except Fault as fault:
+            cause = fault.__cause__
+            passes = isinstance(cause, InferenceFailed) and Fault.of_inference(cause).details
+            if passes or isinstance(cause, DoesNotFit):
+                raise DoesNotFit(str(cause)) from fault  # the file waits for memory
+            raise
         try:
             with self.indexes.update(row.account, row.store_id, stored, language) as index:
                 about = (file.sha256, file.size, 0.0)

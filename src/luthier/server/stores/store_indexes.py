@@ -6,6 +6,7 @@ The database decides what exists: a search is restricted to the files in the dat
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from sqlalchemy import select
 
 from luthier.documents.index import DocumentIndex, create, open_file
+from luthier.errors import LuthierError
 from luthier.files import luthier_home
 from luthier.library.models import StoredModel
 from luthier.server.tables import vector_stores as table
@@ -24,6 +26,7 @@ from luthier.server.tables.vector_stores import VectorStore
 
 MOST_OPEN = 16
 """Maximum number of indexes whose embeddings stay in memory."""
+_log = logging.getLogger("luthier.server")
 
 
 @dataclass
@@ -40,6 +43,8 @@ class StoreIndexes:
         self.database, self.folder = database, folder or luthier_home() / "vector_stores"
         self._opened: OrderedDict[str, _Opened] = OrderedDict()
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        """Lock of changes: a file without passages is not removed while it gets passages."""
 
     def exists(self, account: str, store_id: str) -> bool:
         """Return whether the store has an index."""
@@ -53,7 +58,7 @@ class StoreIndexes:
         if missing."""
         path = self._path(account, store_id)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open_file(path) as connection:
+        with self._writing, open_file(path, may_create=True) as connection:
             create(connection, stored.id, stored.content_hash, language)
             yield DocumentIndex(store_id, path, connection)
 
@@ -80,17 +85,20 @@ class StoreIndexes:
     def prune(self, account: str, store_id: str) -> None:
         """Remove documents without a row from the index, or the index of a deleted store."""
         path = self._path(account, store_id)
-        if not path.is_file():
-            return
-        with self.database.read() as session:
-            store = table.find_store(session, account, store_id)
-            kept = table.kept_files(session, store_id)
-        if store is None or not kept:
-            self._remove(path)
-            return
-        with open_file(path) as connection:
-            index = DocumentIndex(store_id, path, connection)
-            index.delete(index.paths() - kept)
+        with self._writing:
+            if not path.is_file():
+                return
+            with self.database.read() as session:
+                store = table.find_store(session, account, store_id)
+                if store is None or not table.kept_files(session, store_id):
+                    self._remove(path)
+                    return
+            with open_file(path) as connection:
+                index = DocumentIndex(store_id, path, connection)
+                found = index.paths()  # before the rows: another server may add a file meanwhile
+                with self.database.read() as session:
+                    kept = table.kept_files(session, store_id)
+                index.delete(found - kept)
 
     def prune_all(self) -> None:
         """Prune the indexes of all stores, and queue the files of stores without an index."""
@@ -104,7 +112,10 @@ class StoreIndexes:
             with self.database.write() as session:
                 table.requeue(session, store_id)
         for path in self.folder.glob("*/*.sqlite"):
-            self.prune(path.parent.name, path.stem)
+            try:
+                self.prune(path.parent.name, path.stem)
+            except (LuthierError, OSError):
+                _log.exception("the index %s could not be pruned", path)
 
     def close(self) -> None:
         """Close all files."""
@@ -113,12 +124,13 @@ class StoreIndexes:
                 _close(self._opened.popitem()[1])
 
     def _remove(self, path: Path) -> None:
+        # A search must not open the file between the end of the connection and the removal.
         with self._lock:
             opened = self._opened.pop(path.stem, None)
-        if opened is not None:
-            _close(opened)
-        for each in path.parent.glob(f"{path.name}*"):  # the log of SQLite, too
-            each.unlink(missing_ok=True)
+            if opened is not None:
+                _close(opened)
+            for each in path.parent.glob(f"{path.name}*"):  # the log of SQLite, too
+                each.unlink(missing_ok=True)
 
     def _path(self, account: str, store_id: str) -> Path:
         return self.folder / account / f"{store_id}.sqlite"
