@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,12 @@ from typer.testing import CliRunner
 
 from luthier.cli.service.live import live_app
 from luthier.data.rows import load_rows
+from luthier.errors import RefusedInput
 from luthier.server.live import settings
-from luthier.server.live.rows import Answer, answers_of, training_rows
+from luthier.server.live.rows import Answer, answers_of, logged_answers, training_rows
 from luthier.server.tables.captures import Feedback
 from luthier.server.tables.jobs import Job
+from luthier.server.tables.objects import ObjectMetadata
 
 running = captured_service.running
 ROLE = f"arn:aws:iam::{ONE}:role/x"
@@ -279,3 +282,47 @@ def test_rejected_answer_with_reasoning_is_text() -> None:
     better = Feedback(name="corrected", position=0, value={"value": "Better"})
     (row,) = training_rows([Answer("r", HELLO, reply, feedback=[better])], "dpo")
     assert (row["chosen"], row["rejected"]) == ("Better", "Hi")
+
+
+def log(text: str) -> bytes:
+    """Return a record as AWS writes it."""
+    sent = {"messages": [{"role": "user", "content": [{"text": text}]}]}
+    returned = {"output": {"message": MESSAGE}, "stopReason": "end_turn"}
+    record = {
+        "requestId": "r",
+        "input": {"inputBodyJson": sent},
+        "output": {"outputBodyJson": returned},
+    }
+    return gzip.compress(json.dumps(record).encode() + b"\n")
+
+
+def logged(running: Running, key: str, content: bytes) -> list[Answer]:
+    objects = running.service.objects
+    with objects.begin(ONE) as file:
+        file.write(content)
+        objects.put(ONE, "luthier-capture", key, file.finish(), ObjectMetadata())
+    return [*logged_answers(objects, ONE, "luthier-capture", "", lambda record: True)]
+
+
+def test_logs_below_a_folder_data(ask: Callable[..., str], running: Running) -> None:
+    folder = f"/data/AWSLogs/{ONE}/BedrockModelInvocationLogs/us-east-1/2026/01/01/00"
+    (answer,) = logged(running, f"copied{folder}/1.json.gz", log("Hello"))
+    assert answer.prompt == HELLO
+    assert len(logged(running, f"copied{folder}/data/1_input.json.gz", b"a body")) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"plain text",
+        log("Hello")[:-9],
+        gzip.compress(b"{"),
+        gzip.compress(b"[1]"),
+        gzip.compress(b'{"output": {}}'),
+        gzip.compress(b" " * (1 << 25)),
+        gzip.compress(b'{"input": {"inputBodyS3Path": "s3://luthier-capture/gone"}}'),
+    ],
+)
+def test_damaged_logs(ask: Callable[..., str], running: Running, content: bytes) -> None:
+    with pytest.raises(RefusedInput, match="s3://luthier-capture/"):
+        logged(running, "1.json.gz", content)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from luthier.data.files.s3 import split_address
-from luthier.errors import ObjectRefused
+from luthier.errors import ObjectRefused, RefusedInput
 from luthier.server.bedrock.control import ControlRequest, Operate, invalid
 from luthier.server.jobs.submit import FINE_TUNING
 from luthier.server.live import settings
@@ -83,6 +83,8 @@ def logged_rows(request: ControlRequest, config: Mapping[str, Any], kind: str) -
         answers = [*logged_answers(objects, request.account, bucket, prefix or "", keeps)]
     except ObjectRefused as refused:
         raise invalid(where, f"The bucket {bucket} does not exist.") from refused
+    except RefusedInput as refused:
+        raise invalid(where, refused.text) from refused
     rows = training_rows(answers, "sft")
     if not rows:
         raise invalid(

@@ -20,13 +20,15 @@ from luthier.server.tables.text import storable
 Record = dict[str, Any]
 LARGE_BODY = 100_000
 """Maximum size of a body in a record, in bytes; larger bodies are objects of their own."""
+LOGS = "/BedrockModelInvocationLogs/"
+"""Folder of the records in the keys."""
 BODY_KEY = re.compile(r"/data/(?P<request>[^/]+)_(?:input|output)\.json\.gz$")
 """End of the key of a large body."""
 
 
 def folder_of(account: str, prefix: str = "") -> str:
     """Return the beginning of the keys of an account's records."""
-    return f"{prefix.strip('/')}/AWSLogs/{account}/BedrockModelInvocationLogs/".removeprefix("/")
+    return f"{prefix.strip('/')}/AWSLogs/{account}{LOGS}".removeprefix("/")
 
 
 def hour_folder(settings: CaptureSettings, region: str, moment: datetime) -> str:

@@ -6,15 +6,20 @@ import gzip
 import json
 import operator
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
 
 from sqlalchemy import Select, or_, select
 
+from luthier.data.files.containers import BROKEN
+from luthier.data.files.parsing import MAX_LINE_BYTES
 from luthier.errors import ObjectRefused, RefusedInput
 from luthier.server.live.feedback import OUTCOME, latest_feedback, parse_value, ratings_of
+from luthier.server.live.records import LOGS
 from luthier.server.stores.objects import Objects
 from luthier.server.tables.captures import CapturedRequest, Feedback
 from luthier.server.tables.custom_models import CustomModel
@@ -148,7 +153,7 @@ def captured_answers(
         for row in page:
             try:
                 record = read_record(objects, row)
-            except ObjectRefused:  # a client deleted the object
+            except RefusedInput:  # a client deleted or replaced the object
                 continue
             yield from answers_of(record, feedback.get(row.seq, ()))
 
@@ -158,8 +163,9 @@ def read_record(objects: Objects, row: CapturedRequest) -> Row:
     _, pieces = objects.open_range(
         row.account, row.bucket, row.key, lambda found: (row.offset, row.size)
     )
-    record: Row = json.loads(gzip.decompress(b"".join(pieces)))
-    return _with_bodies(objects, row.account, record)
+    address = f"s3://{row.bucket}/{row.key}"
+    with _decompressed(pieces, address) as file:
+        return _with_bodies(objects, row.account, _read_json(file, address))
 
 
 def logged_answers(
@@ -169,6 +175,7 @@ def logged_answers(
 
     Raises:
         ObjectRefused: ``NoSuchBucket``.
+        RefusedInput: Naming the object, if it is damaged, or no invocation log.
     """
     with objects.database.read() as session:
         seq = get_bucket(session, account, bucket).seq
@@ -176,16 +183,57 @@ def logged_answers(
         query = select(StoredObject.key).where(StoredObject.bucket_seq == seq, below)
         keys = list(session.scalars(query.order_by(StoredObject.key)))
     for key in keys:
-        if key.endswith(".json.gz") and "/data/" not in key:
-            for line in gzip.decompress(_content(objects, account, bucket, key)).splitlines():
-                record = json.loads(line)
-                if keeps(record) and "errorCode" not in record:
-                    yield from answers_of(_with_bodies(objects, account, record))
+        # Bodies are in a folder `data`; the client's prefix may have a folder of this name, too.
+        if not key.endswith(".json.gz") or "/data/" in key.rpartition(LOGS)[2]:
+            continue
+        address = f"s3://{bucket}/{key}"
+        with _decompressed(_content(objects, account, bucket, key), address) as file:
+            while (record := _read_json(file, address, by_line=True)) is not None:
+                if not keeps(record) or "errorCode" in record:
+                    continue
+                try:
+                    found = [*answers_of(_with_bodies(objects, account, record))]
+                except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                    raise RefusedInput(f"{address} has a record of an unknown form") from error
+                yield from found
 
 
-def _content(objects: Objects, account: str, bucket: str, key: str) -> bytes:
-    _, pieces = objects.open_range(account, bucket, key, lambda found: (0, found.size))
-    return b"".join(pieces)
+def _content(objects: Objects, account: str, bucket: str, key: str) -> Iterator[bytes]:
+    try:
+        return objects.open_range(account, bucket, key, lambda found: (0, found.size))[1]
+    except ObjectRefused as refused:
+        raise RefusedInput(f"s3://{bucket}/{key} does not exist") from refused
+
+
+@contextmanager
+def _decompressed(pieces: Iterable[bytes], address: str) -> Iterator[gzip.GzipFile]:
+    """Yield the decompressed bytes of an object as a file."""
+    with tempfile.SpooledTemporaryFile(MAX_LINE_BYTES) as raw:
+        raw.writelines(pieces)
+        raw.seek(0)
+        try:
+            with gzip.open(raw) as file:
+                yield file
+        except BROKEN as error:
+            raise RefusedInput(f"{address} is not a complete gzip file: {error}") from error
+
+
+def _read_json(file: gzip.GzipFile, address: str, by_line: bool = False) -> Any:
+    """Return the JSON object in a file, or in the next line; None at the end of the lines."""
+    limit = MAX_LINE_BYTES + 1
+    data = file.readline(limit) if by_line else file.read(limit)
+    if by_line and not data:
+        return None
+    if len(data) == limit:
+        size = f"{MAX_LINE_BYTES:,} bytes"
+        raise RefusedInput(f"{address} has a record or body of more than {size}")
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RefusedInput(f"{address} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise RefusedInput(f"{address} is not an invocation log")
+    return found
 
 
 def _with_bodies(objects: Objects, account: str, record: Row) -> Row:
@@ -194,8 +242,8 @@ def _with_bodies(objects: Objects, account: str, record: Row) -> Row:
         part = record.get(side, {})
         if address := part.get(f"{side}BodyS3Path"):
             bucket, _, key = address.removeprefix("s3://").partition("/")
-            body = gzip.decompress(_content(objects, account, bucket, key))
-            part[f"{side}BodyJson"] = json.loads(body)
+            with _decompressed(_content(objects, account, bucket, key), address) as file:
+                part[f"{side}BodyJson"] = _read_json(file, address)
     return record
 
 
