@@ -176,6 +176,25 @@ def test_question_without_answer_is_declined(
     assert made.output_text == answers.DECLINED
 
 
+def test_queries_are_embedded_once(
+    client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = [filled(client, service, LEAVE), filled(client, service, PARKING)]
+    embed, embedded = FileSearch.embed, list[list[str]]()
+
+    def count(search: FileSearch, stored: Any, texts: Any) -> Any:
+        embedded.append([*texts])
+        return embed(search, stored, texts)
+
+    monkeypatch.setattr(FileSearch, "embed", count)
+    client.vector_stores.search(stores[0].id, query=["leave", "parking"])
+    assert embedded == [["leave", "parking"]]  # without questions about other topics
+    client.responses.create(
+        model="tiny", input="Why?", tools=search_tool(*stores), max_output_tokens=4
+    )
+    assert embedded.count(["Why?"]) == 1
+
+
 def test_other_account_sees_nothing(
     client: openai.OpenAI, other: openai.OpenAI, service: Any
 ) -> None:
@@ -536,6 +555,7 @@ def test_pages_in_both_directions(client: openai.OpenAI) -> None:
         ("max_num_results", {"max_num_results": 51}),
         ("query", {"query": ""}),
         ("query", {"query": []}),
+        ("query", {"query": ["leave"] * 33}),
         ("filters.value", {"filters": {"type": "in", "key": "a", "value": 1}}),
         ("filters.type", {"filters": {"type": "like", "key": "a", "value": 1}}),
     ],

@@ -191,8 +191,12 @@ class FileSearch:
         queries: Sequence[str],
         options: SearchOptions,
         count: int,
+        *,
+        decide: bool = True,
     ) -> tuple[list[FoundInFile], bool]:
         """Return the ``count`` best passages, and whether the passages may answer a query.
+
+        Without ``decide``, the limit of each index is not measured, and the second value is False.
 
         Raises:
             Fault: for an unknown or expired store, or an invalid filter.
@@ -201,8 +205,11 @@ class FileSearch:
             options.filters.check("filters")
         ranked: list[tuple[int, FoundInFile]] = []
         may_answer = False
+        embedded: dict[str, NDArray[np.float32]] = {}
         for store_id in dict.fromkeys(store_ids):
-            found, accepted = self._search_store(account, store_id, queries, options, count)
+            found, accepted = self._search_store(
+                account, store_id, queries, options, count, embedded, decide
+            )
             ranked += found
             may_answer |= accepted
         least = options.ranking_options.score_threshold if options.ranking_options else 0.0
@@ -219,7 +226,10 @@ class FileSearch:
         queries: Sequence[str],
         options: SearchOptions,
         count: int,
+        embedded: dict[str, NDArray[np.float32]],
+        decide: bool,
     ) -> tuple[list[tuple[int, FoundInFile]], bool]:
+        """Search a store. ``embedded`` has the embeddings of the queries by encoder."""
         with self.database.read() as session:
             store = check_store(table.find_store(session, account, store_id), store_id)
             files = {
@@ -237,7 +247,9 @@ class FileSearch:
         with self.indexes.open(account, store_id) as index:
             model, fingerprint = index.model, index.fingerprint
         stored = self.encoder(model, fingerprint)
-        query_QH = self.embed(stored, queries)
+        if model not in embedded:
+            embedded[model] = self.embed(stored, queries)
+        query_QH = embedded[model]
         weights = options.ranking_options and options.ranking_options.hybrid_search
         both = (weights.text_weight, weights.embedding_weight) if weights else (1.0, 1.0)
         ranked: list[tuple[int, FoundInFile]] = []
@@ -248,6 +260,8 @@ class FileSearch:
                     (rank, FoundInFile(files[each.document], each))
                     for rank, each in enumerate(found)
                 ]
+            if not decide:
+                return ranked, False
             limit = calibrate(index, lambda asked: index.best_cosines(self.embed(stored, asked)))
             accepted = index.best_cosines(query_QH, files).max() >= limit
         return ranked, bool(accepted)

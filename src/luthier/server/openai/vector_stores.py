@@ -40,6 +40,8 @@ from luthier.server.tables.vector_stores import VectorStore, VectorStoreBatch, V
 
 router = openai_router()
 MOST_FILES, MOST_OF_BATCH = 500, 2_000
+MOST_QUERIES = 32
+"""Maximum number of queries of a search."""
 RESULTS = 10
 """Default number of results of a search."""
 Row = TypeVar("Row", VectorStore, VectorStoreFile)
@@ -248,9 +250,11 @@ def search(call: OpenAICall, store: Name, body: SearchStore) -> JsonObject:
     queries = [body.query] if isinstance(body.query, str) else body.query
     if not queries or not all(each.strip() for each in queries):
         raise invalid("'query' or a text in 'query' is empty.", "query")
+    if len(queries) > MOST_QUERIES:
+        raise invalid(f"'query' has at most {MOST_QUERIES} texts.", "query")
     count = body.max_num_results or RESULTS
     search = call.context.inference.documents.search
-    found, _ = search(call.account, [store], queries, body, count)
+    found, _ = search(call.account, [store], queries, body, count, decide=False)
     return {
         "object": "vector_store.search_results.page",
         "search_query": queries,
@@ -468,7 +472,7 @@ def _counts(found: tuple[Mapping[str, int], int]) -> JsonObject:
 
 def _store_views(session: Session, stores: Sequence[VectorStore]) -> list[JsonObject]:
     """Return stores as OpenAI's objects."""
-    counted = table.file_counts(session, stores)
+    counted = table.file_counts(session, VectorStoreFile.store_id, [each.id for each in stores])
     views = []
     for store in stores:
         counts = _counts(counted[store.id])
@@ -495,7 +499,8 @@ def _store_views(session: Session, stores: Sequence[VectorStore]) -> list[JsonOb
 
 def _batch_view(session: Session, batch: VectorStoreBatch) -> JsonObject:
     """Return a batch as OpenAI's object."""
-    counts = _counts(table.file_counts(session, [batch])[batch.id])
+    counted = table.file_counts(session, VectorStoreFile.batch_id, [batch.id])
+    counts = _counts(counted[batch.id])
     status = table.CANCELLED if batch.cancelled else table.COMPLETED
     return {
         "id": batch.id,

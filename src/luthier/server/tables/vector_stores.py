@@ -7,12 +7,12 @@ passages count towards the account's storage.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import BigInteger, ForeignKey, UniqueConstraint, delete, func, select
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy.orm import InstrumentedAttribute, Mapped, Session, mapped_column
 
 from luthier.server.tables import storage
 from luthier.server.tables.database import (
@@ -244,17 +244,15 @@ def end_expired(session: Session) -> None:
 
 
 def file_counts(
-    session: Session, owners: Iterable[VectorStore | VectorStoreBatch]
+    session: Session, column: InstrumentedAttribute[Any], ids: Sequence[str]
 ) -> dict[str, tuple[Counter[str], int]]:
-    """Return the number of files by status, and their bytes, by id of the store or batch."""
-    counted: dict[str, tuple[Counter[str], int]] = {}
-    for owner in owners:
-        of = (
-            VectorStoreFile.store_id if isinstance(owner, VectorStore) else VectorStoreFile.batch_id
-        )
-        columns = VectorStoreFile.status, func.count(), func.sum(VectorStoreFile.stored_bytes)
-        query = select(*columns).where(of == owner.id).group_by(VectorStoreFile.status)
-        rows = session.execute(query).all()
-        counts = Counter({status: count for status, count, _ in rows})
-        counted[owner.id] = counts, sum(int(size) for *_, size in rows)
+    """Return the number of files by status, and their bytes, by id of the store or batch in
+    ``column``."""
+    counted: dict[str, tuple[Counter[str], int]] = {each: (Counter(), 0) for each in ids}
+    columns = column, VectorStoreFile.status, func.count(), func.sum(VectorStoreFile.stored_bytes)
+    query = select(*columns).where(column.in_(ids)).group_by(column, VectorStoreFile.status)
+    for owner, status, count, size in session.execute(query):
+        counts, total = counted[owner]
+        counts[status] = count
+        counted[owner] = counts, total + int(size)
     return counted
