@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 
 from luthier.evaluation.sequential import Observation, evidence_of_harm, needed_evidence
 from luthier.server.http.metrics import RequestRecord
+from luthier.server.live.capture import OUTAGES
 from luthier.server.live.feedback import OUTCOME
 from luthier.server.tables.canaries import CanaryAnswer, answers_of, feedback_of
 from luthier.server.tables.captures import Feedback
@@ -86,7 +87,7 @@ class Canaries:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._queue: deque[tuple[str, str, CanaryAnswer]] = deque()
+        self._queue: deque[tuple[str, str, dict[str, Any]]] = deque()
         self._judged: dict[str, int] = {}
         """Number of the last feedback when a deployment was judged."""
         self._closed = threading.Event()
@@ -110,10 +111,11 @@ class Canaries:
         routing = record.routing
         failed = routing.failed or record.status >= 500 or record.error in _FAILURES
         if routing.deployment and (failed or not record.error):
-            answer = CanaryAnswer(
-                request_id=record.request_id, unit=routing.unit, is_new=routing.is_new,
-                failed=failed, milliseconds=round((seconds - (record.queue_seconds or 0)) * 1000),
-            )  # fmt: skip
+            answer = {
+                "request_id": record.request_id, "unit": routing.unit, "is_new": routing.is_new,
+                "failed": failed,
+                "milliseconds": round((seconds - (record.queue_seconds or 0)) * 1000),
+            }  # fmt: skip
             self._queue.append((routing.deployment, routing.canary, answer))
 
     def _run(self) -> None:
@@ -130,19 +132,24 @@ class Canaries:
     def judge(self) -> None:
         """Write the waiting answers, and end canaries that are worse or have enough answers."""
         waiting = [self._queue.popleft() for _ in range(len(self._queue))]
-        with self.database.read() as session:
-            running = select(Endpoint.id).where(Endpoint.canary_share.is_not(None))
-            endpoints = session.scalars(running).all()
-            feedback = session.scalar(select(func.max(Feedback.seq))) or 0
-        for endpoint in endpoints:
-            fresh = [each[1:] for each in waiting if each[0] == endpoint]
-            if fresh or self._judged.get(endpoint) != feedback:
-                with self.database.write() as session:
-                    self._judge(session, endpoint, fresh)
-                self._judged[endpoint] = feedback
+        try:
+            with self.database.read() as session:
+                running = select(Endpoint.id).where(Endpoint.canary_share.is_not(None))
+                endpoints = session.scalars(running).all()
+                feedback = session.scalar(select(func.max(Feedback.seq))) or 0
+            for endpoint in endpoints:
+                fresh = [each[1:] for each in waiting if each[0] == endpoint]
+                if fresh or self._judged.get(endpoint) != feedback:
+                    with self.database.write() as session:
+                        self._judge(session, endpoint, fresh)
+                    self._judged[endpoint] = feedback
+                waiting = [each for each in waiting if each[0] != endpoint]
+        except OUTAGES:
+            self._queue.extendleft(reversed(waiting))
+            raise
 
     def _judge(
-        self, session: Session, endpoint_id: str, fresh: Sequence[tuple[str, CanaryAnswer]]
+        self, session: Session, endpoint_id: str, fresh: Sequence[tuple[str, dict[str, Any]]]
     ) -> None:
         endpoint = find_row(session, select(Endpoint).filter_by(id=endpoint_id), lock=True)
         change = open_change(session, endpoint_id)
@@ -150,8 +157,7 @@ class Canaries:
             return
         for canary, answer in fresh:
             if canary == change.model:  # not an answer of an earlier canary
-                answer.change = change.seq
-                session.add(answer)
+                session.add(CanaryAnswer(change=change.seq, **answer))
         session.flush()
         count, found = comparisons(session, endpoint.account, change)
         worse = next((each for each in found if each.evidence >= each.needed), None)

@@ -43,7 +43,8 @@ EXPIRY_SECONDS = 60.0
 """Interval between two deletions of expired records, in seconds."""
 QUEUE_BYTES = 64_000_000
 """Maximum size of waiting exchanges. Further exchanges are dropped and counted."""
-_OUTAGES = (DoesNotFit, ReadOnlyDisk, OperationalError)
+OUTAGES = (DoesNotFit, ReadOnlyDisk, OperationalError)
+"""Errors of a write that succeeds after the outage."""
 _BATCH = 500
 """Number of objects per transaction of a deletion."""
 _log = logging.getLogger("luthier.server")
@@ -111,7 +112,7 @@ class Capture:
                     continue
                 try:
                     self._write(settings, exchanges)
-                except _OUTAGES as error:
+                except OUTAGES as error:
                     # The outage may end: the records wait, until the queue is full.
                     _log.warning("captured requests wait: %s", error)
                     for exchange in exchanges:
