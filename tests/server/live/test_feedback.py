@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from luthier.cli.service.live import live_app
 from luthier.server.live import settings
+from luthier.server.tables import principals
 
 running = captured_service.running
 
@@ -31,6 +32,11 @@ def rate(running: Running, request: str, account: str = ONE, **members: Any) -> 
     return running.ask("/api/v1/feedback", {"request": request, **members}, account)
 
 
+def stored(running: Running, request: str) -> Any:
+    key = {"Authorization": f"Bearer {running.key()}"}
+    return running.http.get(f"/api/v1/feedback/{request}", headers=key)
+
+
 def values(answer: Any) -> dict[tuple[str, str], Any]:
     assert answer.status_code == 200, answer.text
     return {(each["rater"], each["name"]): each["value"] for each in answer.json()["feedback"]}
@@ -41,8 +47,8 @@ def test_latest_value_of_rater_and_name_counts(running: Running, request_id: str
     assert values(first) == {("ann", "rating"): 2} and first.json()["added"] == 1
     rate(running, request_id, rating=4, rater="ann", label="spam")
     outcomes = {"sale": {"value": 12.5}, "reopened": {"value": False, "higher_is_better": False}}
-    answer = rate(running, request_id, thumb="up", outcomes=outcomes)
-    assert values(answer) == {
+    assert len(values(rate(running, request_id, thumb="up", outcomes=outcomes))) == 3
+    assert values(stored(running, request_id)) == {
         ("ann", "rating"): 4, ("ann", "label"): "spam", ("user-0", "thumb"): "up",
         ("user-0", "outcome.sale"): 12.5, ("user-0", "outcome.reopened"): False,
     }  # fmt: skip
@@ -77,6 +83,7 @@ def test_text_of_feedback_is_redacted(
         ({"rating": 2.5}, 400, "rating"),
         ({"thumb": "sideways"}, 400, "thumb"),
         ({"outcomes": {"a b": {"value": 1}}}, 400, "outcomes"),
+        ({"outcomes": {"sale": {"value": "yes"}}}, 400, "outcomes.sale.value"),
         ({}, 400, "at least one of"),
         ({"ratng": 3}, 400, "ratng"),
     ],
@@ -118,10 +125,7 @@ def test_import_of_files(running: Running, request_id: str, tmp_path: Path) -> N
     )
     code, refused = command("feedback", "import", str(lines))
     assert code == 2 and "ratings.jsonl:2" in json.dumps(refused) and "x" in json.dumps(refused)
-    answer = running.http.get(
-        f"/api/v1/feedback/{request_id}", headers={"Authorization": f"Bearer {running.key()}"}
-    )
-    assert values(answer) == {
+    assert values(stored(running, request_id)) == {
         ("ann", "rating"): 4, ("ann", "comment"): "good", ("ann", "outcome.sale"): 12.5,
         ("ann", "outcome.reopened"): True, ("bob", "comment"): "bad",
     }  # fmt: skip
@@ -143,3 +147,28 @@ def test_feedback_command(running: Running, request_id: str) -> None:
     code, refused = command("feedback", "add", request_id, "--rating", "9")
     assert code == 2 and "rating must be 5 or less" in json.dumps(refused)
     assert command("feedback", "add", "nothing", "--thumb", "up")[0] == 2
+
+
+def test_role_invoker_rates_under_its_own_name(running: Running, request_id: str) -> None:
+    rate(running, request_id, comment="secret", rater="ann")
+    with running.service.database.write() as session:
+        principals.set_role(session, principals.user_of(session, ONE, "user-0"), "invoker")
+    answer = rate(running, request_id, rating=1, rater="ann")
+    assert values(answer) == {("user-0", "rating"): 1}
+    assert stored(running, request_id).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"outcomes": "text"}, {"outcomes": [1]}, {"outcomes": {"sale": 1}},
+        {"outcome.sale": "many"}, {"outcome.sale": None, "thumb": "no"},
+    ],
+)  # fmt: skip
+def test_import_of_invalid_outcomes(
+    running: Running, request_id: str, tmp_path: Path, row: dict[str, Any]
+) -> None:
+    file = tmp_path / "ratings.jsonl"
+    file.write_text(json.dumps({"request": request_id, **row}))
+    code, refused = command("feedback", "import", str(file))
+    assert code == 2 and "ratings.jsonl:1" in json.dumps(refused)

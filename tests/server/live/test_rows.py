@@ -168,6 +168,7 @@ def test_forms_of_requests(
     ("words", "text"),
     [
         (["--rating", "good"], '"good" is not a comparison'),
+        (["--rating", ">=null"], '">=null" is not a comparison'),
         (["--since", "yesterday"], '"yesterday" is not a period'),
         (["--outcome", "sale"], "is not a comparison"),
         (["--to", "kto"], "The rows need thumbs"),

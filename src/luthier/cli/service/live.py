@@ -39,6 +39,8 @@ _NEEDED = {
 """Needs of an export, by kind of rows."""
 LOADING_SECONDS = 60.0
 """Time limit for the loading of a new model, in seconds."""
+IMPORTED_ROWS = 200
+"""Rows of imported feedback per transaction."""
 _SETTINGS = ("enabled", "share", "redact", "days", "most_bytes", "bucket", "prefix")
 
 
@@ -224,8 +226,8 @@ def feedback_add(
         where = ".".join(map(str, first["loc"]))
         raise RefusedInput(f"{where}{describe_error(first)}") from error
     with open_database(database) as service, service.write() as session:
-        found, added = store_feedback(session, account, statement, operator())
-        return {"request": found.id, "added": added}
+        found, added = store_feedback(session, account, statement, rater or operator())
+        return {"request": found.id, "added": len(added)}
 
 
 def feedback_import(
@@ -243,19 +245,26 @@ def feedback_import(
         row_problem,
         store_feedback,
     )
+    from luthier.server.tables.captures import find_captured
 
-    rows = added = 0
-    problems = []
-    with open_database(database) as service, service.write() as session:
-        for line, statement in read_statements(file):
-            try:
-                added += store_feedback(session, account, statement, operator())[1]
-                rows += 1
-            except UnknownRequest as unknown:
-                problems.append(row_problem(file, line, unknown.problem.message))
+    rows = [*read_statements(file)]
+    added = 0
+    with open_database(database) as service:
+        with service.read() as session:
+            problems = [
+                row_problem(file, line, UnknownRequest(each.request).problem.message)
+                for line, each in rows
+                if find_captured(session, account, each.request) is None
+            ]
         if problems:
             raise DataError(problems)
-    return {"file": str(file), "rows": rows, "added": added}
+        # A transaction of all rows would stop the writes of the server.
+        for first in range(0, len(rows), IMPORTED_ROWS):
+            with service.write() as session:
+                for _, each in rows[first : first + IMPORTED_ROWS]:
+                    rater = each.rater or operator()
+                    added += len(store_feedback(session, account, each, rater)[1])
+    return {"file": str(file), "rows": len(rows), "added": added}
 
 
 def health(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -52,7 +52,7 @@ class Outcome(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    value: bool | Annotated[float, Field(allow_inf_nan=False)]
+    value: StrictBool | Annotated[float, Field(strict=True, allow_inf_nan=False)]
     higher_is_better: bool = True
     """True if a higher value, or ``true``, is better."""
 
@@ -100,8 +100,8 @@ class Statement(BaseModel):
 
 def store_feedback(
     session: Session, account: str, statement: Statement, rater: str
-) -> tuple[CapturedRequest, int]:
-    """Append the new values of a statement; return the request and the number of new rows.
+) -> tuple[CapturedRequest, list[Feedback]]:
+    """Append the new values of a statement; return the request and the new rows.
 
     Text is redacted if the account's captured requests are.
 
@@ -116,7 +116,6 @@ def store_feedback(
     values = statement.values()
     if settings is None or settings.redact:
         values = redact(values)
-    rater = statement.rater or rater
     known = {
         each.name: each.value
         for each in latest_feedback(session, [request.seq]).get(request.seq, ())
@@ -132,7 +131,7 @@ def store_feedback(
     ]  # fmt: skip
     session.add_all(fresh)
     session.flush()
-    return request, len(fresh)
+    return request, fresh
 
 
 def latest_feedback(session: Session, requests: Sequence[int]) -> Mapping[int, list[Feedback]]:
@@ -178,7 +177,10 @@ def row_problem(path: Path, line: int, message: str) -> Problem:
 
 def _nested(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with the columns of outcomes as ``outcomes``, without empty cells."""
-    outcomes: dict[str, Any] = dict(record.get("outcomes") or {})
+    given = record.get("outcomes") or {}
+    if not isinstance(given, Mapping):
+        return dict(record)  # refused by the validation
+    outcomes: dict[str, Any] = dict(given)
     row: dict[str, Any] = {}
     for name, value in record.items():
         if name.startswith(OUTCOME) and value not in (None, ""):

@@ -94,7 +94,7 @@ class Condition:
         """Parse a comparison."""
         match = re.fullmatch(r"\s*(>=|<=|!=|==|=|>|<)\s*(\S+)\s*", text)
         value = parse_value(match[2]) if match else None
-        if match is None or isinstance(value, str):
+        if match is None or not isinstance(value, int | float):
             raise RefusedInput(
                 f'"{text}" is not a comparison. Write, for example, ">=4" or "=true"'
             )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
-
-from sqlalchemy.orm import Session
 
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
@@ -16,7 +15,8 @@ from luthier.server.live.feedback import (
     store_feedback,
 )
 from luthier.server.native.operations import NativeCall, View, native_router
-from luthier.server.tables.captures import CapturedRequest, find_captured
+from luthier.server.roles import Permission, permissions_of
+from luthier.server.tables.captures import CapturedRequest, Feedback, find_captured
 
 router = native_router()
 
@@ -34,7 +34,7 @@ class StatementView(View):
 
 
 class FeedbackView(View):
-    """The feedback that counts for a request: the latest of each rater and name."""
+    """Feedback about a request: the new values, or the latest of each rater and name."""
 
     request: str
     """Request id."""
@@ -45,7 +45,12 @@ class FeedbackView(View):
 
 @router.post("/feedback")
 def add_feedback(call: NativeCall, body: Statement) -> FeedbackView:
-    """Add feedback about a captured request."""
+    """Add feedback about a captured request, and return the new values.
+
+    Callers with the role ``invoker`` are raters under their own name.
+    """
+    permitted = permissions_of(call.caller) & {Permission.READ, Permission.DEVELOP}
+    rater = (body.rater if permitted else None) or call.caller.user
     database, capture = call.context.database, call.context.capture
     with database.read() as session:
         known = find_captured(session, call.account, body.request)
@@ -53,8 +58,8 @@ def add_feedback(call: NativeCall, body: Statement) -> FeedbackView:
         capture.flush()  # the request may be younger than the last write
     try:
         with database.write() as session:
-            request, added = store_feedback(session, call.account, body, call.caller.user)
-            return _view(session, request, added)
+            request, added = store_feedback(session, call.account, body, rater)
+            return _view(request, added, len(added))
     except UnknownRequest as unknown:
         raise Fault("ResourceNotFound", unknown.text, parameter="request") from unknown
 
@@ -66,11 +71,10 @@ def get_feedback(call: NativeCall, request: Name) -> FeedbackView:
         found = find_captured(session, call.account, request)
         if found is None:
             raise Fault("ResourceNotFound", UnknownRequest(request).text, parameter="request")
-        return _view(session, found)
+        return _view(found, latest_feedback(session, [found.seq]).get(found.seq, ()))
 
 
-def _view(session: Session, request: CapturedRequest, added: int = 0) -> FeedbackView:
-    rows = latest_feedback(session, [request.seq]).get(request.seq, [])
+def _view(request: CapturedRequest, rows: Sequence[Feedback], added: int = 0) -> FeedbackView:
     values = [
         StatementView(
             name=row.name, value=row.value["value"], rater=row.rater, position=row.position,
