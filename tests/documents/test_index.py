@@ -14,11 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from luthier.documents.answers import DocumentAnswer, add_passages, without_unknown_citations
-from luthier.documents.index import DocumentIndex, FoundPassage
+from luthier.documents.index import DocumentIndex, FoundPassage, open_file
 from luthier.documents.passages import Passage
 from luthier.documents.readers import document_files
 from luthier.documents.retriever import calibrate
-from luthier.errors import CorruptFile, RecipeError
+from luthier.errors import CorruptFile, DiskFull, RecipeError
 from luthier.evaluation.retrieval import reciprocal_rank_fusion
 from luthier.types import Message
 
@@ -149,6 +149,12 @@ def test_other_embedding_model_replaces_the_index_at_the_end(folder: Path) -> No
     with DocumentIndex.open("handbook") as index:
         assert index.model == "more-letters"
     assert len([*DocumentIndex.folder("handbook").glob("*.sqlite")]) == 1
+
+
+def test_full_disk_has_its_own_error(tmp_path: Path) -> None:
+    script = "PRAGMA max_page_count=1; CREATE TABLE large (content);"
+    with pytest.raises(DiskFull), open_file(tmp_path / "full", may_create=True) as connection:
+        connection.executescript(script)
 
 
 def test_second_writer_is_refused(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from luthier.documents import answers, retriever
 from luthier.documents.index import DocumentIndex
-from luthier.errors import DiskFull, DoesNotFit, RecipeError
+from luthier.errors import DoesNotFit, RecipeError
 from luthier.files import write_json
 from luthier.inference.inference import FinishEvent, InferenceFailed, Stream, TokenChunk
 from luthier.library.folders import base_folder
@@ -411,29 +411,17 @@ def test_file_cancelled_during_its_work_stays_cancelled(
     assert not runner.indexes.exists("000000000000", store.id)
 
 
-@pytest.mark.parametrize(
-    ("part", "error"),
-    [
-        ("search.embed", InferenceFailed("ModelNotReady", "too little memory")),
-        ("indexes.update", DiskFull("the disk is full")),
-    ],
-)
-def test_file_waits_for_memory_and_disk(
-    client: openai.OpenAI,
-    service: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    part: str,
-    error: Exception,
+def test_file_waits_for_memory(
+    client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = client.vector_stores.create(file_ids=[uploaded(client)])
+    runner = service.openai.ingestion
 
     def fail(*_: Any) -> Any:
-        raise error
+        raise InferenceFailed("ModelNotReady", "The model needs memory.")
 
-    owner, name = part.split(".")
-    runner = service.openai.ingestion
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(runner, owner), name, fail)
+        patch.setattr(runner.search, "embed", fail)
         with pytest.raises(DoesNotFit):
             runner.run_once()
     assert client.vector_stores.retrieve(store.id).status == "in_progress"
@@ -517,7 +505,8 @@ def test_damaged_index_does_not_stop_the_sweep(client: openai.OpenAI, service: A
     assert [*indexes.folder.glob("*/*.sqlite")] == [path]
 
 
-def test_search_creates_no_index(service: Any) -> None:
+def test_search_creates_no_index(client: openai.OpenAI, service: Any) -> None:
+    filled(client, service, LEAVE)
     indexes = service.openai.indexes
     with pytest.raises(RecipeError), indexes.open("000000000000", "vs_removed"):
         pass
