@@ -263,6 +263,10 @@ def choice(reason: str | None, **members: Any) -> dict[str, Any]:
             {"object": "response", "status": "incomplete", "output": [MESSAGE]},
         ),
         (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": ""}]}]},
+            {"object": "response", "status": "completed", "output": [MESSAGE]},
+        ),
+        (
             {"input": "Hello", "tools": [{"type": "file_search", "vector_store_ids": ["v"]}]},
             {"object": "response", "status": "completed", "output": [MESSAGE]},
         ),
@@ -310,6 +314,15 @@ def test_logs_below_a_folder_data(ask: Callable[..., str], running: Running) -> 
     (answer,) = logged(running, f"copied{folder}/1.json.gz", log("Hello"))
     assert answer.prompt == HELLO
     assert len(logged(running, f"copied{folder}/data/1_input.json.gz", b"a body")) == 1
+
+
+def test_large_body_of_a_log_is_left_out(ask: Callable[..., str], running: Running) -> None:
+    folder = f"AWSLogs/{ONE}/BedrockModelInvocationLogs/us-east-1/2026/01/01/00"
+    key = f"{folder}/data/1_input.json.gz"
+    large = {"inputBodyS3Path": f"s3://luthier-capture/{key}"}
+    logged(running, key, gzip.compress(b" " * (1 << 25)))
+    record = json.dumps({"requestId": "r", "input": large}).encode()
+    assert not logged(running, f"{folder}/1.json.gz", gzip.compress(record))
 
 
 @pytest.mark.parametrize(

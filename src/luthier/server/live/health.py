@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.errors import LuthierError, ObjectRefused, RefusedInput
+from luthier.errors import LuthierError, RefusedInput
 from luthier.evaluation.significance import RowScores, significant_of, welch_p_value
 from luthier.formatting import nearest_name
 from luthier.library import models
@@ -215,7 +215,7 @@ def _add_answers(objects: Objects, period: _Period) -> None:
     for row in good[:: math.ceil(len(good) / MOST_READ) or 1]:
         try:
             record = read_record(objects, row)
-        except ObjectRefused:  # a client deleted the object
+        except RefusedInput:  # a client deleted or replaced the object
             continue
         for answer in answers_of(record):
             reply = answer.reply

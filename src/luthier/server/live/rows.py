@@ -165,7 +165,7 @@ def read_record(objects: Objects, row: CapturedRequest) -> Row:
     )
     address = f"s3://{row.bucket}/{row.key}"
     with _decompressed(pieces, address) as file:
-        return _with_bodies(objects, row.account, _read_json(file, address))
+        return _with_bodies(objects, row.account, _read_record(file, address) or {})
 
 
 def logged_answers(
@@ -188,7 +188,7 @@ def logged_answers(
             continue
         address = f"s3://{bucket}/{key}"
         with _decompressed(_content(objects, account, bucket, key), address) as file:
-            while (record := _read_json(file, address, by_line=True)) is not None:
+            while (record := _read_record(file, address)) is not None:
                 if not keeps(record) or "errorCode" in record:
                     continue
                 try:
@@ -218,32 +218,36 @@ def _decompressed(pieces: Iterable[bytes], address: str) -> Iterator[gzip.GzipFi
             raise RefusedInput(f"{address} is not a complete gzip file: {error}") from error
 
 
-def _read_json(file: gzip.GzipFile, address: str, by_line: bool = False) -> Any:
-    """Return the JSON object in a file, or in the next line; None at the end of the lines."""
-    limit = MAX_LINE_BYTES + 1
-    data = file.readline(limit) if by_line else file.read(limit)
-    if by_line and not data:
+def _read_record(file: gzip.GzipFile, address: str) -> Row | None:
+    """Return the record in the next line of a log; None at the end."""
+    line = file.readline(MAX_LINE_BYTES + 1)
+    if not line:
         return None
-    if len(data) == limit:
-        size = f"{MAX_LINE_BYTES:,} bytes"
-        raise RefusedInput(f"{address} has a record or body of more than {size}")
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise RefusedInput(f"{address} is not JSON: {error}") from error
+    if len(line) > MAX_LINE_BYTES:
+        raise RefusedInput(f"{address} has a record of more than {MAX_LINE_BYTES:,} bytes")
+    found = _parsed(line, address)
     if not isinstance(found, dict):
         raise RefusedInput(f"{address} is not an invocation log")
     return found
 
 
+def _parsed(data: bytes, address: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RefusedInput(f"{address} is not JSON: {error}") from error
+
+
 def _with_bodies(objects: Objects, account: str, record: Row) -> Row:
-    """Load the bodies stored as separate objects."""
+    """Load the bodies stored as separate objects, without those too large for a training row."""
     for side in ("input", "output"):
         part = record.get(side, {})
         if address := part.get(f"{side}BodyS3Path"):
             bucket, _, key = address.removeprefix("s3://").partition("/")
             with _decompressed(_content(objects, account, bucket, key), address) as file:
-                part[f"{side}BodyJson"] = _read_json(file, address)
+                body = file.read(MAX_LINE_BYTES + 1)
+                if len(body) <= MAX_LINE_BYTES:
+                    part[f"{side}BodyJson"] = _parsed(body, address)
     return record
 
 
@@ -299,7 +303,7 @@ def answers_of(record: Row, feedback: Sequence[Feedback] = ()) -> Iterator[Answe
             return
         items = sent["input"]
         items = [{"role": "user", "content": items}] if isinstance(items, str) else items
-        if any(each.get("type", "message") not in _ITEMS for each in items):
+        if not all(map(_is_text, items)):
             return
         reasons = ["stop" if returned.get("status", "completed") == "completed" else None]
         system = sent.get("instructions") or ""
@@ -312,6 +316,13 @@ def answers_of(record: Row, feedback: Sequence[Feedback] = ()) -> Iterator[Answe
     for position, (reply, reason) in enumerate(zip(replies, reasons, strict=False)):
         if reason not in _TRUNCATED:
             yield Answer(record["requestId"], prompt, reply, tools, feedback, position)
+
+
+def _is_text(item: Mapping[str, Any]) -> bool:
+    """Return True if a row can express an item of the responses API."""
+    content = item.get("content") or ()
+    parts = () if isinstance(content, str) else content
+    return item.get("type", "message") in _ITEMS and all("text" in part for part in parts)
 
 
 def _lacks_media(value: Any) -> bool:
