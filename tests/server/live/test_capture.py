@@ -80,7 +80,7 @@ def text_routes() -> Iterator[str]:
     """Yield the operations of all routes that use a model and have a body."""
     routers = [*ROUTERS, inference.router]
     for route in (each for router in routers for each in router.routes):
-        if MODEL_TURN in getattr(route, "dependencies", ()):
+        if MODEL_TURN in getattr(route, "dependencies", ()) and route.operation not in NOT_CAPTURED:
             yield route.operation
     nothing: Any = None
     yield from runtime_handlers(nothing, nothing).keys() - NOT_CAPTURED
@@ -162,6 +162,12 @@ def test_lines_of_batches_are_captured(running: Running) -> None:
 
 def test_capture_is_off_by_default(running: Running) -> None:
     running.chat()
+    assert not records(running)
+
+
+def test_search_of_vector_stores_is_not_captured(running: Running) -> None:
+    on(running)
+    assert running.ask("/v1/vector_stores/x/search", {"query": TEXT}).status_code == 404
     assert not records(running)
 
 

@@ -28,7 +28,7 @@ from luthier.server.tables.database import now
 
 Handler = Callable[[messages.Request], messages.Response]
 """An operation of an AWS API."""
-NOT_CAPTURED = frozenset({"CountTokens"})
+NOT_CAPTURED = frozenset({"CountTokens", "openai.vector_stores.search"})
 """Operations that use a model and return no output of the model."""
 MOST_FIELDS, MOST_FIELD_BYTES = 64, 1 << 16
 """Limits of a form: number of fields, and size of a field in bytes."""
@@ -185,7 +185,9 @@ def api_application(routes: Sequence[BaseRoute], context: Any, **options: Any) -
 
 async def _model_turn(request: Request) -> AsyncIterator[None]:
     state = request.state
-    if state.observed and (body := getattr(state, "json", None)) is not None:
+    body = getattr(state, "json", None)
+    captured = state.record.operation not in NOT_CAPTURED
+    if state.observed and body is not None and captured:
         state.observed.begin(state.caller, body, unquote(request.path_params.get("model", "")))
     async with state.model_turn():
         yield
