@@ -83,7 +83,7 @@ class FoundPassage:
         return f"{name}, {self.passage.heading}" if self.passage.heading else name
 
     def excerpt(self, characters: int = MOST_TEXT) -> str:
-        """Return the beginning of the passage in one line."""
+        """Return the beginning of the passage as a line."""
         return shorten(" ".join(self.passage.text.split()), characters)
 
     def plain(self) -> dict[str, str | int | float | None]:
@@ -108,7 +108,7 @@ class IndexedDocument:
     note: str
     """Omitted parts, such as pages without text."""
     refused: str
-    """Reason for a document without passages; empty for a document that was read."""
+    """Reason for a document without passages; empty for a read document."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class IndexUpdate:
     removed: int = 0
     unchanged: int = 0
     problems: list[IndexedDocument] = field(default_factory=list)
-    """Documents that were refused, or read in part."""
+    """Refused documents, and documents read in part."""
 
 
 class DocumentIndex:
@@ -232,7 +232,7 @@ class DocumentIndex:
         embed: Embedder,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> IndexUpdate:
-        """Read the new and changed ``files``, and remove documents of ``sources`` that are gone."""
+        """Read the new and changed ``files``, and remove missing documents of ``sources``."""
         known = {
             path: (digest, size, modified)
             for path, digest, size, modified, refused in self._connection.execute(
@@ -292,7 +292,7 @@ class DocumentIndex:
         passages: Sequence[Passage],
         vectors: Sequence[NDArray[np.float32]],
     ) -> None:
-        """Replace the passages of a document, in one transaction.
+        """Replace the passages of a document, in a transaction.
 
         ``about`` has SHA-256, size and modification time of the file.
         """
@@ -315,7 +315,7 @@ class DocumentIndex:
                 insert("INSERT INTO words (rowid, heading, text) VALUES (?, ?, ?)", (added, *text))
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete documents, in one transaction."""
+        """Delete documents, in a transaction."""
         with self._connection:
             for path in paths:
                 self._delete(path)

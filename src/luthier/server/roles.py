@@ -11,7 +11,7 @@ from luthier.server.http.messages import Caller, Fault
 
 
 class Permission(StrEnum):
-    """A class of operations that a role allows or forbids."""
+    """A class of operations, allowed or forbidden by a role."""
 
     IDENTIFY = "identify"
     """Read the caller's identity and the list of models."""
@@ -131,7 +131,7 @@ CHANGES = frozenset(
 
 
 def permissions_of(caller: Caller) -> frozenset[Permission]:
-    """Return the permissions that all roles of ``caller`` have."""
+    """Return the permissions of all roles of ``caller``."""
     first, *further = caller.roles
     return ROLES[first].intersection(*(ROLES[role] for role in further))
 

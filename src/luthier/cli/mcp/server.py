@@ -147,7 +147,7 @@ class _Tools:
     def predict(
         self, model: ModelId, texts: Annotated[list[str], Field(max_length=40)]
     ) -> CallToolResult:
-        """Predict labels, ratings or tags of texts: one line for each text, in order."""
+        """Predict labels, ratings or tags of texts: a line for each text, in order."""
         return self._run("predict", model=self._model(model), input=texts, top=1)
 
     def generate(

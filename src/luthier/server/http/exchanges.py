@@ -73,7 +73,7 @@ class Recorder(Protocol):
 
 
 class Observation:
-    """Observation of one request by the application. Routes of models call :meth:`begin`."""
+    """Observation of a request by the application. Routes of models call :meth:`begin`."""
 
     def __init__(self, recorder: Recorder, record: RequestRecord, began: float) -> None:
         self._recorder, self._record, self._began = recorder, record, began

@@ -29,7 +29,7 @@ from luthier.server.tables.database import now
 Handler = Callable[[messages.Request], messages.Response]
 """An operation of an AWS API."""
 NOT_CAPTURED = frozenset({"CountTokens", "openai.vector_stores.search"})
-"""Operations that use a model and return no output of the model."""
+"""Operations with a model and without output of the model."""
 MOST_FIELDS, MOST_FIELD_BYTES = 64, 1 << 16
 """Limits of a form: number of fields, and size of a field in bytes."""
 
@@ -205,9 +205,9 @@ async def _stream_turn(request: Request) -> AsyncIterator[None]:
 
 # The scope `function` frees the slot before the response is sent, possibly to a slow client.
 MODEL_TURN = Depends(_model_turn, scope="function")
-"""Dependency that occupies a slot for requests to models."""
+"""Dependency for a slot of requests to models."""
 GRADING_TURN = Depends(_grading_turn, scope="function")
-"""Dependency that occupies a slot for requests that run a grader."""
+"""Dependency for a slot of requests with a grader."""
 STREAM_TURN = Depends(_stream_turn)
 """Dependency that occupies a slot for a stream until the response is sent."""
 

@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def evidence(self) -> float:
-        """Evidence that the canary is worse; 1 is none."""
+        """Evidence for a worse canary; 1 is none."""
         return evidence_of_harm(self.observations, self.share)
 
     @property
@@ -130,7 +130,7 @@ class Canaries:
                 return
 
     def judge(self) -> None:
-        """Write the waiting answers, and end canaries that are worse or have enough answers."""
+        """Write the waiting answers, and end worse canaries and canaries with enough answers."""
         waiting = [self._queue.popleft() for _ in range(len(self._queue))]
         try:
             with self.database.read() as session:

@@ -58,7 +58,7 @@ class Outcome(BaseModel):
 
 
 class Statement(BaseModel):
-    """Feedback of one rater about a captured request."""
+    """Feedback of a rater about a captured request."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

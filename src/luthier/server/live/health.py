@@ -34,7 +34,7 @@ from luthier.server.tables.foundation import foundation_models
 LEAST = 10
 """Minimum number of values on both sides of a comparison. Measured in docs/log/service.md."""
 MOST_READ = 1000
-"""Maximum number of records of a period that are read for empty answers and labels."""
+"""Maximum number of records per period, read for empty answers and labels."""
 WEEKS_FROM = 14
 """Number of days from which periods are weeks."""
 ERRORS, LATENCY, TOKENS, EMPTY, RATING = "errors", "milliseconds", "tokens", "empty", "rating"
@@ -98,7 +98,7 @@ class Stability(_View):
 
 
 class Change(_View):
-    """A measure that changed significantly."""
+    """A measure with a significant change."""
 
     measure: str
     last: Figure
@@ -118,7 +118,7 @@ class Health(_View):
     """For classifiers with enough predictions."""
     changes: list[Change]
     summary: str
-    """The changes in one sentence."""
+    """The changes as a sentence."""
 
 
 @dataclass

@@ -123,6 +123,6 @@ def move_large_bodies(record: Record, bucket: str, folder: str) -> Iterator[tupl
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
-    """Return a record as a line, in a gzip member of its own that can be read alone."""
+    """Return a record as a line, in a separate gzip member."""
     line = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
     return gzip.compress(line.encode() + b"\n", 1)

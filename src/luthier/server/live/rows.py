@@ -38,7 +38,7 @@ _TRUNCATED = (
 )  # fmt: skip
 """Stop reasons of incomplete answers; None if the stream broke."""
 _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
-"""Types of items of the responses API that rows can express."""
+"""Types of items of the responses API with a form in rows."""
 _PAGE = 200
 _PERIODS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -159,7 +159,7 @@ def captured_answers(
 
 
 def read_record(objects: Objects, row: CapturedRequest) -> Row:
-    """Return a record with its bodies."""
+    """Return a record with the bodies."""
     _, pieces = objects.open_range(
         row.account, row.bucket, row.key, lambda found: (row.offset, row.size)
     )
@@ -326,7 +326,7 @@ def _is_text(item: Mapping[str, Any]) -> bool:
 
 
 def _lacks_media(value: Any) -> bool:
-    """Return True for content with media that the redaction has removed."""
+    """Return True for content without the media, after redaction."""
     if isinstance(value, dict):
         empty = any(value.get(name) == "" for name in ("url", "image_url", "bytes", "data"))
         return empty or any(map(_lacks_media, value.values()))

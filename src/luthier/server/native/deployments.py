@@ -54,7 +54,7 @@ class ComparisonView(View):
     canary: str
     serving: str
     evidence: float
-    """Evidence that the canary is worse; 1 is none."""
+    """Evidence for a worse canary; 1 is none."""
     needed: int
     """Evidence for a rollback."""
 

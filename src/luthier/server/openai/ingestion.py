@@ -1,4 +1,4 @@
-"""Thread that reads the files of vector stores into the indexes of the stores.
+"""Thread for the files of vector stores, read into the indexes of the stores.
 
 A file is read, divided into passages and embedded; one transaction stores the passages. A killed server
 loses the current file, and another server reads the file again.
@@ -36,7 +36,7 @@ _CODES = ("unsupported_file", "invalid_file")
 
 
 class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
-    """Thread that reads files of vector stores. Several servers may share a database."""
+    """Thread for files of vector stores. Several servers may share a database."""
 
     kind, at_once, working = VectorStoreFile, 1, table.IN_PROGRESS
     action = "luthier:openai.vector_stores.files.create"
@@ -54,7 +54,7 @@ class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
         self._reader = DocumentReader()
 
     def sweep(self) -> None:
-        """Remove expired stores, and passages of files that are gone."""
+        """Remove expired stores, and passages of missing files."""
         with self.database.write() as session:
             table.end_expired(session)
         self.indexes.prune_all()

@@ -137,6 +137,6 @@ class StoreIndexes:
 
 
 def _close(opened: _Opened) -> None:
-    """Close an index after its last use."""
+    """Close an index after the last use."""
     with opened.lock:
         opened.files.close()

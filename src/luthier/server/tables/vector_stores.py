@@ -151,7 +151,7 @@ def add_files(
     files: Sequence[tuple[UploadedFile, Mapping[str, Any], Mapping[str, Any]]],
     batch_id: str | None = None,
 ) -> list[VectorStoreFile]:
-    """Queue files with their attributes and chunking. A file that the store has is read again."""
+    """Queue files with attributes and chunking. A file of the store is read again."""
     store.last_active = now()
     turn = next_turn(session, VectorStoreFile, store.account)
     added = []
@@ -172,7 +172,7 @@ def add_files(
 
 
 def remove_file(session: Session, row: VectorStoreFile) -> None:
-    """Remove a file from its store. The caller has locked the row."""
+    """Remove a file from the store. The caller has locked the row."""
     session.delete(row)
     session.flush()
     storage.release(session, row.account, stored_bytes=row.stored_bytes)
@@ -200,7 +200,7 @@ def remove_files(session: Session, store: VectorStore) -> None:
 
 
 def remove_store(session: Session, store: VectorStore) -> None:
-    """Delete a store with its batches. The uploaded files stay."""
+    """Delete a store and the batches. The uploaded files stay."""
     remove_files(session, store)
     session.execute(delete(VectorStoreBatch).where(VectorStoreBatch.store_id == store.id))
     session.delete(store)
