@@ -256,7 +256,7 @@ def export_onnx(
             "inputs": {name: ["batch", *_axes(name)[1:]] for name in inputs},
             "output": {"name": answer.name, "axes": [*answer.axes], "meaning": answer.meaning},
             "max_tokens": None if chat.media else stored.room,
-            "template": None if chat.media else chat.template,
+            "template": None if chat.media else chat.template.kind,
             "pad_token_id": None if chat.media else padding_id(model),
             **answer.details,
         }
