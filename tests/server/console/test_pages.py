@@ -421,6 +421,8 @@ def test_pages_handle_rare_responses(url: str, root_key: str, tmp_path: Path) ->
         page.until_text("Sign in", "h1")
         page.fill("#key", root_key)
         page.click(".sign-in button")
+        page.until_text("Bring a file", "main")
+        page.script("location.hash = '#/jobs'")
         page.until_text("There are no jobs yet", "main")
 
         found = page.script(STUBBED % EXPORTS)
