@@ -8,7 +8,6 @@ process: ``python -m luthier.cli.mcp.jobs FOLDER``.
 from __future__ import annotations
 
 import fcntl
-import inspect
 import json
 import os
 import secrets
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,25 +112,21 @@ def _run(folder: Path) -> None:
     from luthier.cli.python import public
     from luthier.cli.terminal import console
     from luthier.cli.terminal.bridge import Command, plain
-    from luthier.cli.terminal.progress import LiveReporter
 
     console.owns_process = True
     request = read_json(folder / "request.json")
     commands = {**COMMANDS.built_in, "search": Command(search_documents, show_passages)}
     command, arguments = commands[request["command"]], request["arguments"]
-    with console.errors(as_json=False), LiveReporter() as reporter:
-        if "reporter" in inspect.signature(command.function).parameters:
-            arguments["reporter"] = reporter
-        found = public(command.function)(**arguments)
+    with console.errors(as_json=False):
+        found = replace(command, function=public(command.function)).call(arguments)
         result = plain(found)
         if request["command"] == "generate":
             console.print_text(result["completion"])  # printing the reply would generate it again
         elif request["command"] == "predict":
             for answer in result["answers"]:
                 console.print_text(json.dumps(answer["predicted"], ensure_ascii=False))
-        elif command.show is not None:
-            wanted = [*inspect.signature(command.show).parameters][1:]
-            command.show(found, **{name: arguments.get(name) for name in wanted})
+        else:
+            command.render(found, arguments)
     sys.stdout.flush()
     write_json(folder / "result.json", result)
 

@@ -82,17 +82,16 @@ class Command:
     def typer_function(self, extra_name: str) -> Callable[..., None]:
         """Return a function for typer; ``extra_name`` is the required extra of the package."""
         parameters = _Parameters(self.function)
-        wanted = [*inspect.signature(self.show).parameters][1:] if self.show else []
 
         def run(**options: Any) -> None:
             as_json = options.pop("json_", False)
             with errors(as_json), extra(extra_name):
                 check_processes(self.shares_work)
-                result = self._call(parameters.keywords(options))
+                result = self.call(parameters.keywords(options))
                 if as_json:
                     print_json(plain(result))
-                elif self.show is not None:
-                    self.show(result, **{name: options[name] for name in wanted})
+                else:
+                    self.render(result, options)
                 raise typer.Exit(getattr(result, "exit_code", 0))
 
         run.__name__ = self.function.__name__
@@ -104,7 +103,8 @@ class Command:
         run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         return run
 
-    def _call(self, keywords: dict[str, Any]) -> Any:
+    def call(self, keywords: dict[str, Any]) -> Any:
+        """Call the function, with a display of its progress."""
         if "reporter" not in inspect.signature(self.function).parameters:
             return self.function(**keywords)
         if self.shares_work and train_in_other_process(lambda: self.function(**keywords)):
@@ -113,6 +113,12 @@ class Command:
 
         with LiveReporter(keywords.get("resume", False)) as reporter:
             return self.function(**keywords, reporter=reporter)
+
+    def render(self, result: Any, options: Mapping[str, Any]) -> None:
+        """Print a result; the renderer gets the options of its signature."""
+        if self.show is not None:
+            wanted = [*inspect.signature(self.show).parameters][1:]
+            self.show(result, **{name: options.get(name) for name in wanted})
 
 
 class _Parameters:
