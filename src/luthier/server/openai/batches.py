@@ -26,8 +26,8 @@ from luthier.server.openai.protocol import (
     Body,
     JsonObject,
     Metadata,
-    absent,
     error_of,
+    existing,
     invalid,
     seconds,
     shape_of,
@@ -329,9 +329,7 @@ def list_batches(call: OpenAICall, limit: Limit = 20, after: str | None = None) 
 def retrieve(call: OpenAICall, batch: Name) -> JsonObject:
     """Return a batch."""
     with call.context.database.read() as session:
-        row = store.get(session, call.account, batch)
-        if row is None:
-            raise absent("batch", batch, "id")
+        row = existing(store.get(session, call.account, batch), "batch", batch, "id")
         return _view(session, row)
 
 
@@ -340,9 +338,7 @@ def cancel(call: OpenAICall, batch: Name) -> JsonObject:
     """Cancel a batch; the files contain the results of completed lines."""
     call.record("batch", batch)
     with call.context.database.write() as session:
-        row = store.get(session, call.account, batch, lock=True)
-        if row is None:
-            raise absent("batch", batch, "id")
+        row = existing(store.get(session, call.account, batch, lock=True), "batch", batch, "id")
         if not store.cancel(row):
             text = f"The batch is {row.status} and cannot be cancelled."
             raise invalid(text, reason="invalid_state")

@@ -34,7 +34,15 @@ from luthier.server.openai.operations import (
     page,
     row_before,
 )
-from luthier.server.openai.protocol import Body, JsonObject, Metadata, absent, invalid, seconds
+from luthier.server.openai.protocol import (
+    Body,
+    JsonObject,
+    Metadata,
+    absent,
+    existing,
+    invalid,
+    seconds,
+)
 from luthier.server.tables import evaluations as store
 from luthier.server.tables import storage
 from luthier.server.tables.database import now, page_of
@@ -327,19 +335,16 @@ def retrieve_item(call: OpenAICall, eval_id: Name, run_id: Name, item: Name) -> 
 
 
 def _find_eval(call: Call, session: Session, eval_id: str, *, lock: bool = False) -> Eval:
-    row = store.get_eval(session, call.account, eval_id, lock=lock)
-    if row is None:
-        raise absent("eval", eval_id, "eval_id")
-    return row
+    return existing(
+        store.get_eval(session, call.account, eval_id, lock=lock), "eval", eval_id, "eval_id"
+    )
 
 
 def _find_run(
     call: Call, session: Session, eval_id: str, run_id: str, *, lock: bool = False
 ) -> EvaluationRun:
-    run = store.get_run(session, call.account, eval_id, run_id, lock=lock)
-    if run is None:
-        raise absent("eval run", run_id, "run_id")
-    return run
+    found = store.get_run(session, call.account, eval_id, run_id, lock=lock)
+    return existing(found, "eval run", run_id, "run_id")
 
 
 def _refuse_unended(run: EvaluationRun) -> None:

@@ -19,7 +19,7 @@ from luthier.documents.retriever import calibrate
 from luthier.inference.pool import ModelPool
 from luthier.library.models import StoredModel, find
 from luthier.server.http.messages import Fault
-from luthier.server.openai.protocol import JsonObject, StrictBody, absent, invalid
+from luthier.server.openai.protocol import JsonObject, StrictBody, existing, invalid
 from luthier.server.stores.store_indexes import StoreIndexes
 from luthier.server.tables import vector_stores as table
 from luthier.server.tables.database import Database, now
@@ -273,8 +273,7 @@ def check_store(store: VectorStore | None, store_id: str) -> VectorStore:
     Raises:
         Fault: 404 for an unknown store, 400 for an expired store.
     """
-    if store is None:
-        raise absent("vector store", store_id, "vector_store_id")
+    store = existing(store, "vector store", store_id, "vector_store_id")
     if store.is_expired:
         raise invalid(f"The vector store {store_id} is expired.", reason="expired")
     return store

@@ -21,7 +21,7 @@ from luthier.server.openai.operations import (
     openai_router,
     page,
 )
-from luthier.server.openai.protocol import JsonObject, absent, invalid, seconds
+from luthier.server.openai.protocol import JsonObject, absent, existing, invalid, seconds
 from luthier.server.tables import vector_stores
 from luthier.server.tables.text import check_storable
 from luthier.server.tables.uploaded_files import UploadedFile
@@ -129,10 +129,8 @@ def content(call: OpenAICall, file: Name) -> StreamedResponse:
 
 
 def _find(call: Call, file_id: str) -> UploadedFile:
-    row = call.context.files.get(call.account, file_id)
-    if row is None:
-        raise absent("File object", file_id, "id")
-    return row
+    found = call.context.files.get(call.account, file_id)
+    return existing(found, "File object", file_id, "id")
 
 
 def file_object(row: UploadedFile) -> JsonObject:

@@ -40,7 +40,7 @@ from luthier.server.openai.protocol import (
     JsonObject,
     Metadata,
     StrictBody,
-    absent,
+    existing,
     invalid,
     seconds,
 )
@@ -533,9 +533,8 @@ def _change(
 ) -> JsonObject:
     call.record(_KIND, job_id)
     with call.context.database.write() as session:
-        job = _job(session, call.account, job_id, lock=True)
-        if job is None:
-            raise absent("fine-tuning job", job_id, "id")
+        found = _job(session, call.account, job_id, lock=True)
+        job = existing(found, "fine-tuning job", job_id, "id")
         stopping = job.state == jobs.STOPPING
         if job.state in jobs.ENDED or (stopping and verb != "cancel"):
             status = "being cancelled" if stopping else job_object(job)["status"]
@@ -584,10 +583,7 @@ def list_checkpoints(
 
 def _find(call: Call, job_id: str) -> Job:
     with call.context.database.read() as session:
-        job = _job(session, call.account, job_id)
-    if job is None:
-        raise absent("fine-tuning job", job_id, "id")
-    return job
+        return existing(_job(session, call.account, job_id), "fine-tuning job", job_id, "id")
 
 
 def _job_object(call: Call, job: Job) -> JsonObject:

@@ -15,6 +15,7 @@ from luthier.validation import describe_constraint, expected_type
 JsonObject = dict[str, Any]
 INVALID, SERVER = "invalid_request_error", "server_error"
 METADATA_KEYS = 16
+FoundT = TypeVar("FoundT")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,17 @@ def missing(member: str) -> Fault:
 def absent(kind: str, identifier: str, parameter: str) -> Fault:
     """Return the fault for an unknown id, with status 404."""
     return Fault("ResourceNotFound", f"No such {kind}: {identifier}", parameter=parameter)
+
+
+def existing(found: FoundT | None, kind: str, identifier: str, parameter: str) -> FoundT:
+    """Return what was found for an id.
+
+    Raises:
+        Fault: 404 without a result.
+    """
+    if found is None:
+        raise absent(kind, identifier, parameter)
+    return found
 
 
 def model_not_found(model: str) -> Fault:

@@ -19,7 +19,7 @@ from luthier.server.openai.operations import (
     page,
     row_before,
 )
-from luthier.server.openai.protocol import Body, JsonObject, Metadata, absent
+from luthier.server.openai.protocol import Body, JsonObject, Metadata, absent, existing
 from luthier.server.stores.conversations import COMPLETION, RESPONSE
 from luthier.server.tables.conversations import StoredConversation
 
@@ -65,9 +65,7 @@ def find_stored(call: OpenAICall, kind: str, identifier: str) -> StoredConversat
         Fault: 404 for an unknown id.
     """
     found = call.context.conversations.get(call.account, kind, identifier)
-    if found is None:
-        raise absent(kind.replace(".", " "), identifier, "id")
-    return found
+    return existing(found, _noun(kind), identifier, "id")
 
 
 @router.get("/responses/{response}", name="responses.retrieve")
@@ -125,9 +123,7 @@ def update_completion(call: OpenAICall, completion: Name, body: UpdateCompletion
     call.record("chat.completion", completion)
     store = call.context.conversations
     row = store.update(call.account, COMPLETION, completion, body.metadata or {})
-    if row is None:
-        raise absent("chat completion", completion, "id")
-    return row.body
+    return existing(row, _noun(COMPLETION), completion, "id").body
 
 
 @router.delete("/chat/completions/{completion}", name="chat.completions.delete")
@@ -150,10 +146,14 @@ def list_messages(
     return _page_of(named, limit, order, after)
 
 
+def _noun(kind: str) -> str:
+    return kind.replace(".", " ")
+
+
 def _delete(call: OpenAICall, kind: str, identifier: str, noun: str) -> JsonObject:
     call.record(kind, identifier)
     if not call.context.conversations.delete(call.account, kind, identifier):
-        raise absent(kind.replace(".", " "), identifier, "id")
+        raise absent(_noun(kind), identifier, "id")
     return {"id": identifier, "object": noun, "deleted": True}
 
 

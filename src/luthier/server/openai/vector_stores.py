@@ -27,7 +27,7 @@ from luthier.server.openai.protocol import (
     JsonObject,
     Metadata,
     StrictBody,
-    absent,
+    existing,
     invalid,
     missing,
     seconds,
@@ -388,28 +388,23 @@ def list_batch_files(
 
 
 def _find(call: Call, session: Session, store_id: str, *, lock: bool = False) -> VectorStore:
-    row = table.find_store(session, call.account, store_id, lock=lock)
-    if row is None:
-        raise absent("vector store", store_id, "vector_store_id")
-    return row
+    found = table.find_store(session, call.account, store_id, lock=lock)
+    return existing(found, "vector store", store_id, "vector_store_id")
 
 
 def _find_file(
     call: Call, session: Session, store_id: str, file_id: str, *, lock: bool = False
 ) -> VectorStoreFile:
     _find(call, session, store_id)
-    row = table.find_file(session, store_id, file_id, lock=lock)
-    if row is None:
-        raise absent("file in the vector store", file_id, "file_id")
-    return row
+    found = table.find_file(session, store_id, file_id, lock=lock)
+    return existing(found, "file in the vector store", file_id, "file_id")
 
 
 def _find_batch(call: Call, session: Session, store_id: str, batch_id: str) -> VectorStoreBatch:
     _find(call, session, store_id)
-    row = table.find_batch(session, store_id, batch_id)
-    if row is None:
-        raise absent("file batch", batch_id, "batch_id")
-    return row
+    return existing(
+        table.find_batch(session, store_id, batch_id), "file batch", batch_id, "batch_id"
+    )
 
 
 def _wanted(
@@ -422,9 +417,8 @@ def _wanted(
     """Return the uploaded files with the attributes and chunking of each, or of all."""
     found: dict[str, Wanted] = {}
     for each in files:
-        file = call.context.files.get(call.account, each.file_id)
-        if file is None:
-            raise absent("File object", each.file_id, where)
+        found_file = call.context.files.get(call.account, each.file_id)
+        file = existing(found_file, "File object", each.file_id, where)
         own = each.chunking_strategy or chunking
         sizes = own.static if isinstance(own, StaticChunking) else None
         if sizes and 2 * sizes.chunk_overlap_tokens > sizes.max_chunk_size_tokens:
