@@ -95,6 +95,15 @@ def describe_constraint(error: Mapping[str, Any]) -> str:
     return f"{message[:1].lower()}{message[1:]}"
 
 
+def describe_located_error(error: Mapping[str, Any], whole: str, skip: int = 0) -> str:
+    """Return the path of the invalid field, or ``whole`` without a path, and the constraint.
+
+    ``skip`` first parts of the path are left out.
+    """
+    place = ".".join(map(str, error["loc"][skip:]))
+    return f"{place or whole}{describe_error(error)}"
+
+
 def describe_error(error: Mapping[str, Any]) -> str:
     """Return the constraint with a separator; a custom message follows a colon."""
     is_builtin = expected_type(error) is not None or error["type"] in _RULES

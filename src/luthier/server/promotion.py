@@ -25,6 +25,9 @@ from luthier.server.tables.endpoints import (
     open_change,
 )
 
+STOPPED = "Stopped by "
+"""Beginning of the note of a change that a person has ended."""
+
 
 class UnknownName(RefusedInput):
     """A name of no deployment or model of the account."""
@@ -103,7 +106,7 @@ def roll_back(session: Session, arns: Arns, account: str, deployment: str, user:
     """
     endpoint = _ready(session, arns, account, deployment)
     if open_change(session, endpoint.id) is not None:
-        endpoint.end_change(session, f"Stopped by {user}.")
+        endpoint.end_change(session, f"{STOPPED}{user}.")
         return endpoint
     earlier = [each for each in changes_of(session, endpoint.id) if each.state == SWITCHED]
     target = earlier[-1].previous if earlier else None

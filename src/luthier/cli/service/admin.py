@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,6 +21,7 @@ from luthier.cli.service.database import (
     ServiceDatabase,
     audited_write,
     open_database,
+    plain_record,
     show_record,
 )
 from luthier.cli.service.jobs import service_jobs_app
@@ -40,15 +41,6 @@ USER = ("account", "name", "role", "disabled", "created")
 BUILT_IN = "built-in default"
 """Source of a limit without an own quota of the account."""
 Role = Annotated[str, typer.Option(help="administrator, developer, invoker or read-only.")]
-
-
-def plain_record(row: Any, *names: str) -> Record:
-    """Return columns of a row as JSON values: moments become text."""
-    values = {name: getattr(row, name) for name in names}
-    return {
-        name: value.isoformat(timespec="seconds") if isinstance(value, datetime) else value
-        for name, value in values.items()
-    }
 
 
 def audit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,6 +111,15 @@ def audited_write(
             address="local", details=details or {},
         )  # fmt: skip
         append(session, event)
+
+
+def plain_record(row: Any, *names: str) -> Record:
+    """Return columns of a row as JSON values: moments become text."""
+    values = {name: getattr(row, name) for name in names}
+    return {
+        name: value.isoformat(timespec="seconds") if isinstance(value, datetime) else value
+        for name, value in values.items()
+    }
 
 
 def show_record(record: Record) -> None:

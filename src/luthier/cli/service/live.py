@@ -19,6 +19,7 @@ from luthier.cli.service.database import (
     audited_write,
     open_database,
     operator,
+    plain_record,
     show_record,
 )
 from luthier.cli.terminal.bridge import Command, CommandGroup
@@ -26,7 +27,6 @@ from luthier.cli.terminal.console import note, print_rows, print_text
 
 if TYPE_CHECKING:
     from luthier.server.live.health import Health, PeriodHealth
-    from luthier.server.tables.captures import CaptureSettings
     from luthier.server.tables.database import Database
 
 _NEEDED = {
@@ -41,7 +41,7 @@ LOADING_SECONDS = 60.0
 """Time limit for the loading of a new model, in seconds."""
 IMPORTED_ROWS = 200
 """Rows of imported feedback per transaction."""
-_SETTINGS = ("enabled", "share", "redact", "days", "most_bytes", "bucket", "prefix")
+_SETTINGS = ("account", "enabled", "share", "redact", "days", "most_bytes", "bucket", "prefix")
 
 
 def capture_on(
@@ -64,7 +64,7 @@ def capture_on(
     given = {"share": share, "days": days, "most_bytes": most_bytes, "redact": redact}
     values = {name: value for name, value in given.items() if value is not None}
     with audited_write(database, "capture.on", account, "", values) as session:
-        return _record(enable(session, account, **values))
+        return plain_record(enable(session, account, **values), *_SETTINGS)
 
 
 def capture_off(
@@ -108,7 +108,7 @@ def capture_show(*, account: Account = FIRST_ACCOUNT, database: ServiceDatabase 
         count, size, first, last = session.execute(query.where(rows.account == account)).one()
         models = session.execute(by_model).all()
     return {
-        **(_record(found) if found else {"account": account, "enabled": False}),
+        **(plain_record(found, *_SETTINGS) if found else {"account": account, "enabled": False}),
         "records": count,
         "bytes": int(size or 0),
         "first": first and first.isoformat(timespec="seconds"),
@@ -206,7 +206,7 @@ def feedback_add(
 
     from luthier.errors import RefusedInput
     from luthier.server.live.feedback import Statement, parse_value, store_feedback
-    from luthier.validation import describe_error
+    from luthier.validation import describe_located_error
 
     outcomes = {}
     for text in outcome:
@@ -222,9 +222,7 @@ def feedback_add(
     try:
         statement = Statement.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RefusedInput(f"{where}{describe_error(first)}") from error
+        raise RefusedInput(describe_located_error(error.errors()[0], "the feedback")) from error
     with open_database(database) as service, service.write() as session:
         found, added = store_feedback(session, account, statement, rater or operator())
         return {"request": found.id, "added": len(added)}
@@ -340,6 +338,7 @@ def promote(
         share: Try the model on a share of users or sessions first.
         answers: Answers of the canary before promotion (500).
     """
+    from luthier.server.live.canary import ANSWERS
     from luthier.server.promotion import promote
     from luthier.server.tables.arns import Arns
 
@@ -347,7 +346,9 @@ def promote(
         with service.write() as session:
             promote(session, Arns(region), account, deployment, model, operator(), share, answers)
         if share is not None and answers is None:
-            note("Promotion after 500 answers. Fewer often miss a rise of errors from 1 % to 5 %.")
+            note(
+                f"Promotion after {ANSWERS} answers. Fewer often miss a rise of errors from 1 % to 5 %."
+            )
         return _changed(service, account, deployment, region)
 
 
@@ -403,6 +404,7 @@ def _changed(service: Database, account: str, deployment: str, region: str) -> R
         RefusedInput: If the server could not load the model.
     """
     from luthier.errors import RefusedInput
+    from luthier.server.promotion import STOPPED
 
     deadline = time.monotonic() + LOADING_SECONDS
     while True:
@@ -414,7 +416,7 @@ def _changed(service: Database, account: str, deployment: str, region: str) -> R
             note("No server has loaded the model yet. A running server switches after loading.")
             break
         time.sleep(0.2)
-    if last["state"] == "ended" and not last["note"].startswith("Stopped by"):
+    if last["state"] == "ended" and not last["note"].startswith(STOPPED):
         raise RefusedInput(f"The deployment still serves {found['model']}: {last['note']}")
     return found
 
@@ -435,10 +437,6 @@ def show_history(record: Record) -> None:
         for each in record["history"]
     ]
     print_rows([*columns], rows)
-
-
-def _record(row: CaptureSettings) -> Record:
-    return {"account": row.account} | {name: getattr(row, name) for name in _SETTINGS}
 
 
 def show_settings(record: Record) -> None:

@@ -26,7 +26,7 @@ from luthier.server.tables.captures import (
     find_captured,
 )
 from luthier.server.tables.database import lock_by_name, now
-from luthier.validation import describe_error
+from luthier.validation import describe_located_error
 
 OUTCOME = "outcome."
 """Prefix of the names of outcomes among the names of feedback."""
@@ -162,8 +162,7 @@ def read_statements(path: Path) -> Iterator[tuple[int, Statement]]:
             statements.append((line, Statement.model_validate(_nested(record))))
         except ValidationError as error:
             for each in error.errors():
-                where = ".".join(map(str, each["loc"]))
-                problems.append(row_problem(path, line, f"{where}{describe_error(each)}"))
+                problems.append(row_problem(path, line, describe_located_error(each, "the row")))
     if problems:
         raise DataError(problems)
     yield from statements

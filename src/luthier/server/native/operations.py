@@ -19,7 +19,7 @@ from luthier.server.identifiers import find_model
 from luthier.server.jobs.submit import SETTABLE_DATA
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.foundation import FoundationModel
-from luthier.validation import describe_error
+from luthier.validation import describe_located_error
 
 STATUS = {
     "Validation": 400, "Serialization": 400, "Conflict": 409, "ServiceQuotaExceeded": 400,
@@ -110,12 +110,9 @@ class NativeRoute(ApiRoute):
     def invalid(self, error: RequestValidationError) -> Fault:
         """Return a fault that describes the first errors."""
         first = error.errors()[:MOST_ERRORS]
-        places = [".".join(map(str, each["loc"][1:])) for each in first]
-        text = "; ".join(
-            f"{place or 'the body'}{describe_error(each)}"
-            for place, each in zip(places, first, strict=True)
-        )
-        return Fault("Validation", text, parameter=places[0] or None)
+        text = "; ".join(describe_located_error(each, "the body", 1) for each in first)
+        parameter = ".".join(map(str, first[0]["loc"][1:]))
+        return Fault("Validation", text, parameter=parameter or None)
 
     async def parse(self, request: Request) -> Any:
         """Return the JSON body, or the body for an uploaded file."""
