@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from luthier.data.files.s3 import split_address
 from luthier.errors import ObjectRefused, RefusedInput
+from luthier.files import json_lines
 from luthier.server.bedrock.control import ControlRequest, Operate, invalid
 from luthier.server.jobs.submit import FINE_TUNING
 from luthier.server.live import settings
 from luthier.server.live.rows import logged_answers, training_rows
-from luthier.server.stores.uploaded_files import UploadedFiles, file_address
+from luthier.server.stores.uploaded_files import file_address
 from luthier.server.tables.captures import CaptureSettings
 
 
@@ -90,9 +90,8 @@ def logged_rows(request: ControlRequest, config: Mapping[str, Any], kind: str) -
         raise invalid(
             where, f"{address} has no invocation logs with responses that the filters keep."
         )
-    lines = (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-    files = UploadedFiles(request.control.database, objects)
-    file = files.add(request.account, lines, f"{request['jobName']}.jsonl", "fine-tune")
+    files, content = request.control.locations.uploads, json_lines(rows).encode()
+    file = files.add(request.account, [content], f"{request['jobName']}.jsonl", "fine-tune")
     return file_address(file.id)
 
 

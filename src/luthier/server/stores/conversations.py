@@ -16,7 +16,7 @@ from luthier.errors import DoesNotFit, QuotaExceeded, ReadOnlyDisk
 from luthier.limits import AccountQuotas, ServerLimits
 from luthier.server.tables import storage
 from luthier.server.tables.conversations import StoredConversation
-from luthier.server.tables.database import Database, now, page_of
+from luthier.server.tables.database import Database, find_row, now, page_of
 
 RESPONSE, COMPLETION = "response", "chat.completion"
 _log = logging.getLogger("luthier.server")
@@ -72,8 +72,7 @@ class Conversations:
         """Return an object; None for an unknown, expired or foreign id."""
         with self.database.read() as session:
             query = self._visible(account, kind).where(StoredConversation.id == identifier)
-            found: StoredConversation | None = session.scalars(query).first()
-            return found
+            return find_row(session, query)
 
     def list(
         self,
@@ -102,7 +101,7 @@ class Conversations:
         """Replace the metadata of an object."""
         with self.database.write() as session:
             query = self._visible(account, kind).where(StoredConversation.id == identifier)
-            row: StoredConversation | None = session.scalars(query.with_for_update()).first()
+            row = find_row(session, query, lock=True)
             if row is not None:
                 row.user_metadata = dict(metadata)
                 row.body = {**row.body, "metadata": dict(metadata)}
