@@ -328,13 +328,16 @@ def test_large_body_of_a_log_is_left_out(ask: Callable[..., str], running: Runni
 @pytest.mark.parametrize(
     "content",
     [
-        b"plain text",
-        log("Hello")[:-9],
-        gzip.compress(b"{"),
-        gzip.compress(b"[1]"),
-        gzip.compress(b'{"output": {}}'),
-        gzip.compress(b" " * (1 << 25)),
-        gzip.compress(b'{"input": {"inputBodyS3Path": "s3://luthier-capture/gone"}}'),
+        pytest.param(b"plain text", id="not compressed"),
+        pytest.param(log("Hello")[:-9], id="cut off"),
+        pytest.param(gzip.compress(b"{"), id="not JSON"),
+        pytest.param(gzip.compress(b"[1]"), id="not an object"),
+        pytest.param(gzip.compress(b'{"output": {}}'), id="no input"),
+        pytest.param(gzip.compress(b" " * (1 << 25)), id="too large"),
+        pytest.param(
+            gzip.compress(b'{"input": {"inputBodyS3Path": "s3://luthier-capture/gone"}}'),
+            id="body is gone",
+        ),
     ],
 )
 def test_damaged_logs(ask: Callable[..., str], running: Running, content: bytes) -> None:
