@@ -28,7 +28,7 @@ _HOMES = {
         "cli.launch": ["launch"],
         "cli.model": ["Model", "load"],
         "cli.pipeline": ["pipeline"],
-        "cli.predict": ["predict"],
+        "cli.inference.predict": ["predict"],
         "cli.pretrain": ["pretrain"],
         "cli.models.samples": ["samples"],
         "cli.safety": ["safety"],

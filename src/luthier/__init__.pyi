@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luthier.cli.documents import FoundPassages, IndexSummary
+from luthier.cli.inference.predict import Predictions
 from luthier.cli.model import Model as Model
 from luthier.cli.model import load as load
 from luthier.cli.models.samples import TrainingSamples
 from luthier.cli.pipeline import PipelineResult
-from luthier.cli.predict import Predictions
 from luthier.data.convert import Conversion
 from luthier.data.in_memory import Rows
 from luthier.documents.answers import DocumentAnswer

@@ -17,7 +17,7 @@ from luthier.cli.documents import (
     show_index,
     show_summary,
 )
-from luthier.cli.generate import chat
+from luthier.cli.inference.generate import chat
 from luthier.documents.index import DocumentIndex
 from luthier.documents.retriever import Reranker
 from luthier.errors import RefusedInput

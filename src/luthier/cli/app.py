@@ -29,21 +29,21 @@ from luthier.cli.data import (
 from luthier.cli.demo import demo, show_demo
 from luthier.cli.distil import distil, show_distillation
 from luthier.cli.documents import ask, index_app, show_answer
-from luthier.cli.embed import embed, show_embeddings
 from luthier.cli.estimate import estimate, show_estimate
 from luthier.cli.evaluate import evaluate, judge, show_agreement, show_evaluation
 from luthier.cli.examples import examples, show_examples
 from luthier.cli.forgetting import forgetting, show_forgetting
-from luthier.cli.generate import chat, generate, show_replies
-from luthier.cli.images import sample, show_images
 from luthier.cli.imports import import_app
+from luthier.cli.inference.embed import embed, show_embeddings
+from luthier.cli.inference.generate import chat, generate, show_replies
+from luthier.cli.inference.images import sample, show_images
+from luthier.cli.inference.nearest import nearest, show_neighbours
+from luthier.cli.inference.predict import predict, show_predictions
 from luthier.cli.launch import launch, print_launch_file
 from luthier.cli.mcp.command import mcp
 from luthier.cli.models.app import models_app
-from luthier.cli.nearest import nearest, show_neighbours
 from luthier.cli.pipeline import pipeline, show_stages
 from luthier.cli.plugins import plugins, show_plugins
-from luthier.cli.predict import predict, show_predictions
 from luthier.cli.pretrain import pretrain, show_pretraining
 from luthier.cli.safety import safety, show_safety
 from luthier.cli.service.admin import admin_app

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from luthier.cli.generate import generate
+from luthier.cli.inference.generate import generate
 from luthier.data.conversations.image_tokens import FIRST_IMAGE_ID
 from luthier.data.rows import load_rows
 from luthier.data.tree import build_tree

@@ -18,9 +18,9 @@ from luthier.server import background
 from luthier.server.http.messages import Fault
 from luthier.server.openai import batches as batches_module
 from luthier.server.openai.batches import AT_ONCE, BatchRunner
-from luthier.server.tables import batches as store
 from luthier.server.tables import principals, queue
 from luthier.server.tables.accounts import account_of
+from luthier.server.tables.openai import batches as store
 from luthier.server.tables.queue import LeaseWatch
 
 CHAT = "/v1/chat/completions"

@@ -25,10 +25,10 @@ from luthier.processes import KillHandle, cancellable
 from luthier.server.http.messages import Fault
 from luthier.server.openai import eval_runner
 from luthier.server.openai.eval_runner import AT_ONCE, EvalTask, EvaluationRunner
-from luthier.server.tables import evaluations as store
 from luthier.server.tables import principals, queue
 from luthier.server.tables.accounts import set_quota
 from luthier.server.tables.database import now
+from luthier.server.tables.openai import evaluations as store
 from luthier.server.tables.storage import stored_by
 
 pytestmark = pytest.mark.usefixtures("tiny_base")
@@ -317,7 +317,7 @@ import sys, threading
 from luthier.server.openai.eval_runner import EvaluationRunner, EvalTask
 from luthier.limits import AccountQuotas
 from luthier.server.tables.database import Database
-from luthier.server.tables.evaluations import GradedRow
+from luthier.server.tables.openai.evaluations import GradedRow
 
 class Slow(EvalTask):
     model_names = {}

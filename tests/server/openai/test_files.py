@@ -12,7 +12,7 @@ from sqlalchemy import update
 from luthier.server.openai.files import UploadRoute
 from luthier.server.stores.uploaded_files import UploadedFiles
 from luthier.server.tables.database import now
-from luthier.server.tables.uploaded_files import UploadedFile
+from luthier.server.tables.openai.uploaded_files import UploadedFile
 
 DATA = b'{"prompt": "a", "completion": "b"}\n\xff\x00 and whatever\r\n'
 

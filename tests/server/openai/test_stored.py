@@ -11,8 +11,8 @@ from sqlalchemy import select, update
 
 from luthier.limits import AccountQuotas, ServerLimits
 from luthier.server.stores.conversations import Conversations
-from luthier.server.tables.conversations import StoredConversation
 from luthier.server.tables.database import now
+from luthier.server.tables.openai.conversations import StoredConversation
 from luthier.server.tables.storage import stored_by
 
 ACCOUNT = "000000000000"

@@ -26,9 +26,9 @@ from luthier.server.openai.file_search import FileSearch
 from luthier.server.openai.generation import Inference
 from luthier.server.openai.ingestion import IngestionRunner
 from luthier.server.stores.store_indexes import StoreIndexes
-from luthier.server.tables import vector_stores as table
 from luthier.server.tables.accounts import set_quota
 from luthier.server.tables.database import now
+from luthier.server.tables.openai import vector_stores as table
 from luthier.server.tables.queue import LeaseWatch
 from luthier.server.tables.storage import stored_by
 

@@ -33,10 +33,10 @@ from luthier.server.openai.protocol import (
     shape_of,
 )
 from luthier.server.stores.uploaded_files import UploadedFiles
-from luthier.server.tables import batches as store
 from luthier.server.tables import storage
-from luthier.server.tables.batches import Batch
 from luthier.server.tables.database import Database, now
+from luthier.server.tables.openai import batches as store
+from luthier.server.tables.openai.batches import Batch
 from luthier.server.tables.usage import CountUsage
 
 Answered = tuple[bool, JsonObject]

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 from luthier.evaluation.significance import RowScores, differences
 from luthier.pages import shorten
 from luthier.server.openai.protocol import JsonObject
-from luthier.server.tables import evaluations as store
-from luthier.server.tables.evaluations import EvaluationRow, EvaluationRun
+from luthier.server.tables.openai import evaluations as store
+from luthier.server.tables.openai.evaluations import EvaluationRow, EvaluationRun
 
 MOST_RUNS = 20
 MOST_ROWS = 50

@@ -34,9 +34,9 @@ from luthier.server.openai.generation import Answers, Judge
 from luthier.server.openai.graders import grade_reply, text_content
 from luthier.server.openai.protocol import error_of, invalid, validate
 from luthier.server.stores.uploaded_files import UploadedFiles
-from luthier.server.tables import evaluations as store
 from luthier.server.tables.database import Database, now
-from luthier.server.tables.evaluations import EvaluationRun, GradedRow
+from luthier.server.tables.openai import evaluations as store
+from luthier.server.tables.openai.evaluations import EvaluationRun, GradedRow
 from luthier.server.tables.usage import CountUsage
 
 MOST_ROW_BYTES = 262_144

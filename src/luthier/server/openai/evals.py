@@ -43,10 +43,10 @@ from luthier.server.openai.protocol import (
     invalid,
     seconds,
 )
-from luthier.server.tables import evaluations as store
 from luthier.server.tables import storage
 from luthier.server.tables.database import now, page_of
-from luthier.server.tables.evaluations import Eval, EvaluationRow, EvaluationRun
+from luthier.server.tables.openai import evaluations as store
+from luthier.server.tables.openai.evaluations import Eval, EvaluationRow, EvaluationRun
 
 router, graders = openai_router(), openai_router(GraderRoute)
 RunStatus = Literal["queued", "in_progress", "completed", "canceled", "failed"]

@@ -21,9 +21,9 @@ from luthier.library.models import StoredModel, find
 from luthier.server.http.messages import Fault
 from luthier.server.openai.protocol import JsonObject, StrictBody, existing, invalid
 from luthier.server.stores.store_indexes import StoreIndexes
-from luthier.server.tables import vector_stores as table
 from luthier.server.tables.database import Database, now
-from luthier.server.tables.vector_stores import VectorStore, VectorStoreFile
+from luthier.server.tables.openai import vector_stores as table
+from luthier.server.tables.openai.vector_stores import VectorStore, VectorStoreFile
 
 MOST_RESULTS = 50
 MARGIN = 32

@@ -22,9 +22,9 @@ from luthier.server.openai.operations import (
     page,
 )
 from luthier.server.openai.protocol import JsonObject, absent, existing, invalid, seconds
-from luthier.server.tables import vector_stores
+from luthier.server.tables.openai import vector_stores
+from luthier.server.tables.openai.uploaded_files import UploadedFile
 from luthier.server.tables.text import check_storable
-from luthier.server.tables.uploaded_files import UploadedFile
 
 FILE_BYTES = 512_000_000
 """Maximum size of an uploaded file in bytes."""

@@ -25,10 +25,10 @@ from luthier.server.http.messages import Fault
 from luthier.server.openai.file_search import FileSearch, token_offsets
 from luthier.server.stores.uploaded_files import UploadedFiles
 from luthier.server.tables import storage
-from luthier.server.tables import vector_stores as table
 from luthier.server.tables.database import Database
+from luthier.server.tables.openai import vector_stores as table
+from luthier.server.tables.openai.vector_stores import VectorStoreFile
 from luthier.server.tables.usage import CountUsage
-from luthier.server.tables.vector_stores import VectorStoreFile
 
 Ingested = tuple[str | None, str | None, int]
 """Error code, error message and number of stored bytes. A file without bytes has failed."""

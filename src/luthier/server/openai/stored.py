@@ -21,7 +21,7 @@ from luthier.server.openai.operations import (
 )
 from luthier.server.openai.protocol import Body, JsonObject, Metadata, absent, existing
 from luthier.server.stores.conversations import COMPLETION, RESPONSE
-from luthier.server.tables.conversations import StoredConversation
+from luthier.server.tables.openai.conversations import StoredConversation
 
 router = openai_router()
 _PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}

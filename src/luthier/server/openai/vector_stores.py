@@ -33,10 +33,14 @@ from luthier.server.openai.protocol import (
     seconds,
 )
 from luthier.server.tables import storage
-from luthier.server.tables import vector_stores as table
 from luthier.server.tables.database import page_of
-from luthier.server.tables.uploaded_files import UploadedFile
-from luthier.server.tables.vector_stores import VectorStore, VectorStoreBatch, VectorStoreFile
+from luthier.server.tables.openai import vector_stores as table
+from luthier.server.tables.openai.uploaded_files import UploadedFile
+from luthier.server.tables.openai.vector_stores import (
+    VectorStore,
+    VectorStoreBatch,
+    VectorStoreFile,
+)
 
 router = openai_router()
 MOST_FILES, MOST_OF_BATCH = 500, 2_000

@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from luthier.errors import DoesNotFit, QuotaExceeded, ReadOnlyDisk
 from luthier.limits import AccountQuotas, ServerLimits
 from luthier.server.tables import storage
-from luthier.server.tables.conversations import StoredConversation
 from luthier.server.tables.database import Database, find_row, now, page_of
+from luthier.server.tables.openai.conversations import StoredConversation
 
 RESPONSE, COMPLETION = "response", "chat.completion"
 _log = logging.getLogger("luthier.server")

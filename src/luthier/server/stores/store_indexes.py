@@ -20,9 +20,9 @@ from luthier.documents.index import DocumentIndex, create, open_file
 from luthier.errors import LuthierError
 from luthier.files import luthier_home
 from luthier.library.models import StoredModel
-from luthier.server.tables import vector_stores as table
 from luthier.server.tables.database import Database
-from luthier.server.tables.vector_stores import VectorStore
+from luthier.server.tables.openai import vector_stores as table
+from luthier.server.tables.openai.vector_stores import VectorStore
 
 MOST_OPEN = 16
 """Maximum number of indexes whose embeddings stay in memory."""

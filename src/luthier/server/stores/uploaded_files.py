@@ -18,10 +18,10 @@ from sqlalchemy.orm import Session
 from luthier.errors import ObjectRefused
 from luthier.server.stores.object_files import FileWriter, WrittenFile
 from luthier.server.stores.objects import Objects
-from luthier.server.tables import vector_stores
 from luthier.server.tables.database import MIXED, Database, now, page_of, random_id
 from luthier.server.tables.objects import UPLOADS, ObjectMetadata
-from luthier.server.tables.uploaded_files import UploadedFile
+from luthier.server.tables.openai import vector_stores
+from luthier.server.tables.openai.uploaded_files import UploadedFile
 
 
 class _IdInUse(Exception):

@@ -14,12 +14,9 @@ from luthier.errors import LuthierError
 from luthier.server.tables import (
     accounts,
     audit,
-    batches,
     captures,
-    conversations,
     custom_models,
     endpoints,
-    evaluations,
     exports,
     idempotency,
     imports,
@@ -28,11 +25,16 @@ from luthier.server.tables import (
     principals,
     storage,
     tags,
-    uploaded_files,
     usage,
-    vector_stores,
 )
 from luthier.server.tables.database import Base, Database, lock_by_name
+from luthier.server.tables.openai import (
+    batches,
+    conversations,
+    evaluations,
+    uploaded_files,
+    vector_stores,
+)
 
 _MODULES = (
     accounts, audit, batches, captures, conversations, custom_models, endpoints, evaluations, exports,

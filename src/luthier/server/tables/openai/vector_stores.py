@@ -24,8 +24,8 @@ from luthier.server.tables.database import (
     now,
     random_id,
 )
+from luthier.server.tables.openai.uploaded_files import UploadedFile
 from luthier.server.tables.queue import BackgroundWork, next_turn
-from luthier.server.tables.uploaded_files import UploadedFile
 
 IN_PROGRESS, COMPLETED, FAILED, CANCELLED = "in_progress", "completed", "failed", "cancelled"
 ENDED = (COMPLETED, FAILED, CANCELLED)

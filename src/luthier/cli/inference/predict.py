@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.batch_inference import RowAnswers, RowProcesses, answer_rows
+from luthier.cli.inference.batch_inference import RowAnswers, RowProcesses, answer_rows
 from luthier.cli.terminal.console import (
     check_json_lines,
     check_output,

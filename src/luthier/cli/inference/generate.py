@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.batch_inference import RowAnswers, RowProcesses, answer_rows
 from luthier.cli.documents import fit_passages, open_retriever, show_sources
+from luthier.cli.inference.batch_inference import RowAnswers, RowProcesses, answer_rows
 from luthier.cli.terminal.bridge import KeywordOptions
 from luthier.cli.terminal.console import (
     check_json_lines,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.batch_inference import RowAnswers, RowProcesses
+from luthier.cli.inference.batch_inference import RowAnswers, RowProcesses
 from luthier.cli.terminal.console import check_output, heavy_imports, print_text
 from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RayAddress, RowSource
 

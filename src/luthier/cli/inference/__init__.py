@@ -1,0 +1,1 @@
+"""Commands that query models, and what they share."""
