@@ -99,6 +99,8 @@ def make_files(folder: Path) -> None:
         folder / "questions.jsonl",
         ({"query": row["anchor"], "positive": row["positive"]} for row in pairs[:30]),
     )
+    leave = {"question": "How many days of leave?", "answer": "thirty days"}
+    write(folder / "answers.jsonl", [leave])
     write(folder / "documents.jsonl", ({"text": row["positive"]} for row in pairs))
     write(
         folder / "candidates.jsonl",

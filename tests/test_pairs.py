@@ -23,6 +23,7 @@ from luthier.data.inputs import Media
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledAudio, LabelledImage
+from luthier.data.shapes.passages import CitedAnswer
 from luthier.data.shapes.preferences import Preference, RankedReplies, ThumbedReply
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import (
@@ -121,6 +122,10 @@ ROWS = {
 }
 ROWS["question"] = [
     AnsweredQuestion("f", n, "Which word?", text, (WORDS[n],), (text.index(WORDS[n]),))
+    for n, text in enumerate(TEXTS)
+]
+ROWS["passages"] = [
+    CitedAnswer("f", n, "Which word?", (text, "Another text."), WORDS[n], (1,))
     for n, text in enumerate(TEXTS)
 ]
 ROWS["history"] = [

@@ -87,6 +87,8 @@ class DataSpec(StrictModel):
     """Share of training rows to keep for a later test; the run folder lists the rows."""
     train_share: float | None = Field(default=None, gt=0, le=1)
     """Share of the remaining training rows to use, stratified by label; all by default."""
+    decline_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of rows with passages that decline: other passages replace the right ones; default 0.1."""
     split_seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Seed of the split into training and held-out rows; ``training.seed`` by default."""
     group_column: str | None = Field(default=None, min_length=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from luthier.cli import documents
+from luthier.cli.data import convert
 from luthier.cli.documents import (
     ask,
     index_documents,
@@ -187,3 +189,21 @@ def test_mistakes_are_refused(indexed: str, family_folder: Callable[[str], Path]
     ):
         with pytest.raises(RefusedInput):
             mistake()
+
+
+def test_questions_become_rows_with_passages(indexed: str, tmp_path: Path) -> None:
+    (tmp_path / "handbook" / "parking.md").write_text("Parking is free.")
+    index_documents([tmp_path / "handbook"], name=indexed)
+    questions = [
+        {"question": "How many days of leave?", "answer": "thirty days"},
+        {"question": "Who is the king?", "answer": "Nobody knows"},
+    ]
+    source, target = tmp_path / "questions.jsonl", tmp_path / "rows.jsonl"
+    source.write_text("\n".join(map(json.dumps, questions)))
+    assert convert(source, target, index=indexed).rows == 1
+    (row,) = [json.loads(line) for line in target.read_text().splitlines()]
+    assert sorted(row["passages"]) == [
+        "Leave\nEverybody has thirty days of leave.",
+        "Parking is free.",
+    ]
+    assert "thirty days" in row["passages"][row["cited"][0] - 1]

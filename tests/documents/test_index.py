@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from luthier.documents.answers import DocumentAnswer, add_passages, without_unknown_citations
+from luthier.data.conversations.citations import INSTRUCTIONS, add_passages
+from luthier.documents.answers import DocumentAnswer, without_unknown_citations
 from luthier.documents.index import DocumentIndex, FoundPassage, open_file
 from luthier.documents.passages import Passage
 from luthier.documents.readers import document_files
@@ -237,7 +238,6 @@ def test_citations_name_passages_of_the_prompt() -> None:
     assert text == "Yes [2], no , see [1] and [2]."
     assert DocumentAnswer("q", text, passages).cited == (2, 1)
     asked = [Message("user", "p?"), Message("assistant", "a [2]."), Message("user", "q?")]
-    system, _, earlier, user = add_passages(asked, passages)
-    assert earlier.content == "a ."  # another passage
-    assert (system.role, user.content) == ("system", "[1] a\n\n[2] b\n\nQuestion: q?")
-    assert len(add_passages(asked, passages, takes_system=False)) == 3
+    _, earlier, user = add_passages(asked, ["a", "b"])
+    assert earlier.content == "a."  # another passage
+    assert user.content == f"{INSTRUCTIONS}\n\n[1] a\n\n[2] b\n\nQuestion: q?"

@@ -11,6 +11,7 @@ import pytest
 import luthier
 from luthier.data.rows import load_rows
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
+from luthier.data.shapes.passages import CitedAnswer
 from luthier.data.shapes.texts import RawText
 from luthier.errors import DataError, GradingFailed, RecipeError, UnknownModel
 from luthier.evaluation.evaluate import (
@@ -54,6 +55,24 @@ TEXT = RawText("data.jsonl", 3, text="raw")
 
 def expected(rows: Sequence[Row]) -> list[str | None]:
     return [Answer.of(row, "").expected for row in rows]
+
+
+def test_citations_and_declined_questions_have_scores() -> None:
+    rows = [
+        CitedAnswer("f", 1, "Who?", ("Ann.", "Bob."), "Ann", (1,)),
+        CitedAnswer("f", 2, "Who else?", ("Ann.", "Bob."), "Bob", (2,)),
+        CitedAnswer("f", 3, "Why?", ("Ann.",), None, ()),
+        CitedAnswer("f", 4, "When?", ("Ann.",), None, ()),
+    ]
+    replies = ["Ann [1][2]", "The documents do not answer it.", rows[2].reply, "Ann"]
+    found = grade(rows, replies, default_graders(rows, print)).scores
+    assert found == {
+        "token_f1": pytest.approx((1 + 0 + 1 + 0) / 4),
+        "citation_precision": 1 / 2,
+        "citation_recall": 1 / 2,
+        "declined": 1 / 2,
+        "declined_wrongly": 1 / 2,
+    }
 
 
 def test_questions_have_all_turns_before_last_reply() -> None:

@@ -136,6 +136,16 @@ EXAMPLES: list[tuple[str, list[object], int]] = [
     ("pair.negative", [{"anchor": "a", "positive": "b", "negatives": ["c", "b"]}], 1),
     ("pair.negative", [{"anchor": "a", "positive": "Ａ b", "negatives": ["a  B\n"]}], 1),
     ("pair.label", [{"query": "a", "document": "b", "label": 2}], 1),
+    ("passages.type", [{"question": "a", "passages": [], "answer": "b", "cited": [1]}], 1),
+    ("cited.type", [{"question": "a", "passages": ["b"], "answer": "b", "cited": ["1"]}], 1),
+    ("cited.range", [{"question": "a", "passages": ["b"], "answer": "b", "cited": [2]}], 1),
+    ("cited.missing", [{"question": "a", "passages": ["b"], "answer": "b", "cited": []}], 1),
+    ("cited.declined", [{"question": "a", "passages": ["b"], "answer": None, "cited": [1]}], 1),
+    (
+        "cited.contradiction",
+        [{"question": "a", "passages": ["b", "c"], "answer": "b [2]", "cited": [1]}],
+        1,
+    ),
     ("answers.type", [{"question": "a", "context": "b", "answers": ["b"]}], 1),
     (
         "answers.impossible",

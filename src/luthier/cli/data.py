@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from luthier.cli.documents import open_retriever
 from luthier.cli.terminal import console
 from luthier.cli.terminal.bridge import FromText
 from luthier.cli.terminal.console import (
@@ -237,6 +238,7 @@ def convert(
     corpus: str | None = None,
     model: str | None = None,
     margin: Annotated[float, typer.Option(min=0, max=1)] = 0.05,
+    index: str | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Conversion | MinedNegatives:
@@ -244,7 +246,8 @@ def convert(
 
     A field outside the target format is an error unless dropped. The formats are rows (the format
     of luthier), prompt-completion, chat, openai, bedrock, bedrock-conversation, sharegpt,
-    alpaca and text. Hard negatives replace the negatives of rows with a query and a positive.
+    alpaca and text. Hard negatives replace the negatives of rows with a query and a positive. With
+    an index, questions with an answer become rows with passages, and cite the right passage.
 
     Args:
         source: Data file, folder, 'pattern*' or s3://.
@@ -257,6 +260,7 @@ def convert(
         corpus: File of documents to search for hard negatives.
         model: Embedding model that finds negatives; BM25 by default.
         margin: Share of the positive's score that is too close.
+        index: Index of documents with passages for the questions.
         overwrite: Replace an existing file.
         reporter: Receives progress; silent if not given.
 
@@ -284,6 +288,11 @@ def convert(
     from luthier.engine.metrics import Reporter
 
     reporter = reporter or Reporter()
+    if index is not None:
+        if to != "rows" or target.suffix != ".jsonl":
+            raise RefusedInput("--index writes rows as JSON Lines: name a file.jsonl, without --to")
+        check_output(target, str(source), overwrite=overwrite)
+        return _add_passages(source, target, index, columns, reporter)
     if has_documents(source):
         check_output(target, str(source), overwrite=overwrite)
         return _convert_documents(Path(source), target, to)
@@ -307,6 +316,33 @@ def _convert_documents(source: Path, target: Path, to: str) -> Conversion:
     write_bytes(target, json_lines(rows).encode())
     found = Recognition(("documents",), "text", len(rows), len(rows))
     return Conversion(found, len(rows), "text", "jsonl", (), ())
+
+
+def _add_passages(
+    source: str | Path,
+    target: Path,
+    index: str,
+    columns: Mapping[str, str] | None,
+    reporter: Reporter,
+) -> Conversion:
+    """Write the questions of ``source`` with passages of an index."""
+    from luthier.data.convert import Conversion
+    from luthier.data.rows import RowReader
+    from luthier.documents.cited_rows import draw_passages
+    from luthier.files import json_lines, write_bytes
+
+    reader = RowReader(str(source), columns)
+    rows = reader.read_all()
+    with open_retriever(index) as retriever:
+        drawn = draw_passages(
+            rows, retriever, lambda done, total: reporter.progress(done, total, "search")
+        )
+    if missed := len(rows) - len(drawn):
+        reporter.note(f"{missed:,} of {len(rows):,} rows left out: no passage has the answer")
+    if not drawn:
+        raise RefusedInput(f"No passage of the index {index} has the answer of a row.")
+    write_bytes(target, json_lines(row.record() for row in drawn).encode())
+    return Conversion(reader.recognition, len(drawn), "passages", "jsonl", (), ())
 
 
 def show_conversion(found: Conversion | MinedNegatives, target: Path, margin: float) -> None:

@@ -243,7 +243,8 @@ def ask(
         RefusedInput: for an unknown index or model.
     """
     with heavy_imports():
-        from luthier.documents.answers import DECLINED, PASSAGES, DocumentAnswer
+        from luthier.data.conversations.citations import DECLINED
+        from luthier.documents.answers import PASSAGES, DocumentAnswer
         from luthier.inference.generation import Generator
         from luthier.library.models import check_active, find
 
@@ -271,6 +272,7 @@ def ask(
 def _generate(
     generator: Generator, question: str, passages: tuple[FoundPassage, ...], max_tokens: int
 ) -> DocumentAnswer:
+    from luthier.data.conversations.citations import declines
     from luthier.documents.answers import DocumentAnswer, without_unknown_citations
     from luthier.models.decoding.sampling import Sampling
     from luthier.types import Message
@@ -278,7 +280,8 @@ def _generate(
     sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
     turns, kept = fit_passages(generator, [Message("user", question)], passages, sampling)
     (reply,) = generator.answers([turns], sampling)
-    return DocumentAnswer(question, without_unknown_citations(reply.text, len(kept)).strip(), kept)
+    text = without_unknown_citations(reply.text, len(kept)).strip()
+    return DocumentAnswer(question, text, kept, declines(text))
 
 
 def fit_passages(
@@ -292,11 +295,12 @@ def fit_passages(
     Raises:
         RecipeError: if no passage fits.
     """
-    from luthier.documents.answers import add_passages
+    from luthier.data.conversations.citations import add_passages
 
-    takes_system, refusal = generator.chat.supports_system_prompt, None
+    refusal = None
+    contents = [each.passage.content for each in passages]
     for count in range(len(passages), 0, -1):
-        asked = add_passages(turns, passages[:count], takes_system)
+        asked = add_passages(turns, contents[:count])
         refusal = generator.refusal(asked, sampling)
         if not refusal:
             return asked, tuple(passages[:count])
@@ -305,8 +309,9 @@ def fit_passages(
 
 def _read_answer(reader: Any, question: str, passages: tuple[FoundPassage, ...]) -> DocumentAnswer:
     """Return the likeliest span of the passages."""
+    from luthier.data.conversations.citations import DECLINED
     from luthier.data.shapes.questions import AnsweredQuestion
-    from luthier.documents.answers import DECLINED, DocumentAnswer
+    from luthier.documents.answers import DocumentAnswer
 
     rows = [
         AnsweredQuestion("index", n, question, each.passage.content, ())

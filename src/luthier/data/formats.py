@@ -28,6 +28,7 @@ from luthier.data.inputs import media_kind
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, tool_record
 from luthier.data.shapes.media import CAPTION_KEYS
+from luthier.data.shapes.passages import CitedAnswer
 from luthier.data.shapes.preferences import THUMB_KEYS, JudgedAnswers, Preference
 from luthier.data.shapes.texts import NEGATIVE_KEYS, RawText
 from luthier.errors import RowRefused
@@ -463,7 +464,7 @@ text."""
 
 def _conversation_of(row: Row, form: str) -> Turns:
     """Return a row as a conversation that ends with the assistant."""
-    if isinstance(row, Conversation | PromptCompletion):
+    if isinstance(row, Conversation | PromptCompletion | CitedAnswer):
         turns = row.turns()
         agent = any(turn.calls or turn.reasoning or turn.role == "tool" for turn in turns)
         agent = agent or (isinstance(row, Conversation) and bool(row.tools))

@@ -1,24 +1,16 @@
-"""Answers from passages: prompts with numbered passages, and citations in the form ``[1]``."""
+"""Answers from passages, and citations in a stream of text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from luthier.data.conversations.citations import CITATION, cited_numbers
 from luthier.documents.index import FoundPassage
 from luthier.pages import Displayed
-from luthier.types import Message
 
 PASSAGES = 4
 """Number of passages in a prompt."""
-INSTRUCTIONS = (
-    "Answer the question from the numbered passages alone, in the language of the question. After "
-    "each statement, cite its passage, such as [1]. If the passages do not contain the answer, say "
-    "that the documents do not answer the question."
-)
-DECLINED = "The documents do not answer this question."
-_CITATION = re.compile(r"\[(\d{1,3})\]")
 _UNFINISHED = re.compile(r"\[\d{0,3}$")
 
 
@@ -36,8 +28,7 @@ class DocumentAnswer(Displayed):
     @property
     def cited(self) -> tuple[int, ...]:
         """Numbers of the cited passages, from 1, in the order of their first citation."""
-        numbers = (int(each) for each in _CITATION.findall(self.text))
-        return tuple(dict.fromkeys(n for n in numbers if 1 <= n <= len(self.passages)))
+        return tuple(n for n in cited_numbers(self.text) if 1 <= n <= len(self.passages))
 
     def summary(self) -> list[str]:
         """Return the answer and the places of the cited passages."""
@@ -53,30 +44,6 @@ class DocumentAnswer(Displayed):
             "cited": list(self.cited),
             "passages": [each.plain() for each in self.passages],
         }
-
-
-def add_passages(
-    turns: Sequence[Message], passages: Sequence[FoundPassage], takes_system: bool = True
-) -> list[Message]:
-    """Return ``turns`` with ``passages`` in the last user turn, which has the question.
-
-    Instructions become part of the system prompt, or precede the passages without
-    ``takes_system``. Earlier replies lose their citations, which name other passages.
-    """
-    changed = [
-        replace(turn, content=_CITATION.sub("", turn.content)) if turn.role == "assistant" else turn
-        for turn in turns
-    ]
-    last = max(n for n, turn in enumerate(turns) if turn.role == "user")
-    numbered = [f"[{n}] {each.passage.content}" for n, each in enumerate(passages, 1)]
-    asked = "\n\n".join([*numbered, f"Question: {turns[last].content}"])
-    if not takes_system:
-        changed[last] = replace(turns[last], content=f"{INSTRUCTIONS}\n\n{asked}")
-        return changed
-    changed[last] = replace(turns[last], content=asked)
-    if turns[0].role != "system":
-        return [Message("system", INSTRUCTIONS), *changed]
-    return [Message("system", f"{turns[0].content}\n\n{INSTRUCTIONS}"), *changed[1:]]
 
 
 class Citations:
@@ -97,7 +64,7 @@ class Citations:
         self._held = unfinished[0] if unfinished else ""
         text = text.removesuffix(self._held)
         ready, found, start = "", list[tuple[int, int]](), 0
-        for each in _CITATION.finditer(text):
+        for each in CITATION.finditer(text):
             ready += text[start : each.start()]
             if 1 <= int(each[1]) <= self._passages:
                 found.append((self.length + len(ready), int(each[1])))

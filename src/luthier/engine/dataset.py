@@ -20,6 +20,7 @@ from luthier.data.loader import MixedSet
 from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader
 from luthier.data.shapes import SHAPES, describe_shapes
 from luthier.data.shapes.media import MediaRow
+from luthier.data.shapes.passages import CitedAnswer, decline_some
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, RecipeError, RowRefused
@@ -107,6 +108,8 @@ class Dataset:
 
 LikelyLabels = Mapping[tuple[str, int], str]
 """Likely label of rows with a label issue, by file and line."""
+DECLINE_SHARE = 0.1
+"""Share of rows with passages whose answer declines."""
 FIRST_ROWS = 200
 """Number of rows per source to check before a base model is chosen and loaded."""
 
@@ -266,7 +269,13 @@ def _split_rows(
 ) -> SplitRows:
     """Split off the held-out rows and fit the objective to the training rows."""
     choices = [*checked.choices]
-    rows, chosen, tested = _split(spec, checked.rows, group_of, seed, choices, refit)
+    rows = checked.rows
+    if isinstance(rows[0], CitedAnswer):
+        share = DECLINE_SHARE if spec.decline_share is None else spec.decline_share
+        rows, count = decline_some(rows, share, seed)
+        reason = f"{count:,} of {len(rows):,} rows get passages without the answer, and decline"
+        choices.append(("data.decline_share", share, reason))
+    rows, chosen, tested = _split(spec, rows, group_of, seed, choices, refit)
     if spec.train_share is not None and spec.train_share < 1:
         # With one seed, the rows of a smaller share are among the rows of a larger share.
         left_out = [1 - spec.train_share]

@@ -9,11 +9,13 @@ from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from luthier.data.conversations.citations import cited_numbers, declines, without_citations
 from luthier.data.files.sources import Source
 from luthier.data.languages import detect_languages
 from luthier.data.rows import load_prompts, load_rows
-from luthier.data.shapes import describe_shapes
+from luthier.data.shapes import describe_shapes, of_shape
 from luthier.data.shapes.conversations import Conversation
+from luthier.data.shapes.passages import CitedAnswer
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.breakdown import Calibration, LabelCounts, Slice, worst_rows
 from luthier.evaluation.significance import LESS_IS_BETTER, Interval, RowScores, Score, values
@@ -237,6 +239,32 @@ def questions(rows: Sequence[Row]) -> list[tuple[Message, ...]]:
     return asked
 
 
+def citation_scores(rows: Sequence[CitedAnswer], replies: Sequence[str]) -> dict[str, RowScores]:
+    """Return the scores of the citations in ``replies``, and of declined questions.
+
+    - ``citation_precision``: share of the citations that name a passage with the answer.
+    - ``citation_recall``: share of the passages with the answer that are cited.
+    - ``declined``: share of the questions without an answer that are declined.
+    - ``declined_wrongly``: share of the questions with an answer that are declined.
+    """
+    given = [{*cited_numbers(reply)} for reply in replies]
+    right = [len(one & {*row.cited}) for one, row in zip(given, rows, strict=True)]
+    declined = [declines(reply) for reply in replies]
+    answered = [row.answer is not None for row in rows]
+    scores = {
+        "citation_precision": RowScores.of(right, [*map(len, given)]),
+        "citation_recall": RowScores.of(right, [len(row.cited) for row in rows]),
+        "declined": RowScores.of(
+            [one and not known for one, known in zip(declined, answered, strict=True)],
+            [not known for known in answered],
+        ),
+        "declined_wrongly": RowScores.of(
+            [one and known for one, known in zip(declined, answered, strict=True)], answered
+        ),
+    }
+    return {name: score for name, score in scores.items() if score.wholes_R.any()}
+
+
 def load_graded(
     source: Source,
     columns: Mapping[str, str] | None,
@@ -300,6 +328,8 @@ def translated_languages(rows: Sequence[Row]) -> tuple[str, str] | None:
 
 def default_graders(rows: Sequence[Row], note: Callable[[str], None]) -> dict[str, Grader]:
     """Return the default graders for ``rows``. ``note`` receives the reason if not ``exact``."""
+    if of_shape(CitedAnswer, rows):
+        return {"token_f1": Similarity()}
     words = median_words(row.expected_reply() for row in rows)
     if words >= SENTENCE and (pair := translated_languages(rows)):
         note(
@@ -349,12 +379,16 @@ def grade(
         GradingFailed: a grader cannot grade a reply, unless ``on_error`` is ``zero``.
     """
     questions(rows)
-    answers = [Answer.of(row, reply) for row, reply in zip(rows, replies, strict=True)]
+    cited = of_shape(CitedAnswer, rows) or ()
+    answers = [
+        Answer.of(row, without_citations(reply) if cited else reply)
+        for row, reply in zip(rows, replies, strict=True)
+    ]
     found = {name: grade_answers(grader, answers, on_error) for name, grader in graders.items()}
     records = [
         {
             "prompt": answer.prompt[-1].content,
-            "reply": answer.reply,
+            "reply": replies[index],
             "expected": answer.expected,
             "scores": {name: grades.scores[index] for name, grades in found.items()},
         }
@@ -365,6 +399,8 @@ def grade(
         name: RowScores.of(found[name].scores, is_share=grader.is_share)
         for name, grader in graders.items()
     }
+    if cited:
+        scores |= citation_scores(cited, replies)
     remarks = []
     expected = {answer.expected for answer in answers}
     if len(replies) >= FEW_REPLIES and len({*replies}) == 1 < len(expected):

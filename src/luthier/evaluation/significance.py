@@ -28,6 +28,7 @@ LESS_IS_BETTER = frozenset(
     {
         "mean_absolute_error",
         "cer",
+        "declined_wrongly",
         "perplexity",
         "pseudo_perplexity",
         "loss",

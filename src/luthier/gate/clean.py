@@ -28,6 +28,7 @@ from luthier.data.files.writers import ColumnNames, Writer, check_columns, check
 from luthier.data.formats import TARGETS, Form, extra_keys
 from luthier.data.rows import Checker, Columns, RowReader
 from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.passages import CitedAnswer
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import TaggedWords
 from luthier.errors import (
@@ -434,6 +435,8 @@ def _replace_texts(draft: RowDraft, row: Row, given: Record) -> Record:
         made |= draft.row.label_record() if draft.row.label != row.label else {}
     if isinstance(draft.row, AnsweredQuestion):
         made |= {"answers": draft.row.record()["answers"]}
+    if isinstance(draft.row, CitedAnswer):
+        made["passages"] = list(draft.row.passages)
     if isinstance(draft.row, TaggedWords):
         made["tokens"] = list(draft.row.tokens)
         if "tags" in made:

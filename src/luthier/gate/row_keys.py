@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.shapes.media import BareWindow
+from luthier.data.shapes.passages import CitedAnswer
 from luthier.data.shapes.preferences import JudgedAnswers, JudgedReply
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import History, QueryDocument, TaggedWords, TextPair
@@ -115,6 +116,8 @@ def partner_of(row: Row) -> str:
         return normalize(row.text)
     if isinstance(row, AnsweredQuestion):
         return normalize(row.context)
+    if isinstance(row, CitedAnswer):
+        return normalize("\n".join(row.passages[n - 1] for n in row.cited))
     return f"{row.file}:{row.line // STRETCH}" if isinstance(row, BareWindow) else ""
 
 
@@ -131,7 +134,9 @@ def comparable_texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     :func:`context_key`.
     """
     inputs = [
-        normalize(row.question if isinstance(row, AnsweredQuestion) else question_of(row))
+        normalize(
+            row.question if isinstance(row, AnsweredQuestion | CitedAnswer) else question_of(row)
+        )
         for row in rows
     ]
     wholes = []
@@ -146,6 +151,8 @@ def context_key(row: Row) -> int:
 
     Questions are similar only within one context.
     """
+    if isinstance(row, CitedAnswer):
+        return hash_texts(*map(normalize, row.passages))
     return hash_texts(normalize(row.context)) if isinstance(row, AnsweredQuestion) else 0
 
 

@@ -172,11 +172,6 @@ class ModelPool:
 
         return store.find(model_id).writes
 
-    def supports_system_prompt(self, model_id: str) -> bool:
-        """Return whether the model's template renders a system prompt."""
-        with self._borrow(model_id) as entry:
-            return _writer(entry).chat.supports_system_prompt
-
     def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
         """Return embeddings of texts or token ids.
 

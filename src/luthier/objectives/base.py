@@ -178,7 +178,10 @@ class Objective(StrictModel):
     mixed_shapes: ClassVar[frozenset[str]] = frozenset()
     """Additional row shapes for files of ``data.mix``."""
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
-        {"choices", "messages", "preference", "prompt", "prompt_only", "rated", "text", "thumb"}
+        (
+            *("choices", "messages", "passages", "preference", "prompt", "prompt_only", "rated"),
+            *("text", "thumb"),
+        )
     )
     """Row shapes for ``luthier evaluate`` with models of this objective."""
     same_each_epoch: ClassVar[bool] = True

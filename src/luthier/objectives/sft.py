@@ -28,7 +28,7 @@ class SFT(ReplyObjective):
 
     method: Literal["sft"] = "sft"
     can_shard: ClassVar[bool] = True
-    shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages", "passages"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"rated"})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:

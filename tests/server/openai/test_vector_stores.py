@@ -14,7 +14,8 @@ import numpy as np
 import openai
 import pytest
 
-from luthier.documents import answers, retriever
+from luthier.data.conversations.citations import DECLINED
+from luthier.documents import retriever
 from luthier.documents.index import DocumentIndex
 from luthier.errors import DoesNotFit, RecipeError
 from luthier.files import write_json
@@ -131,8 +132,8 @@ def test_citations_name_passages_of_the_prompt(
     assert [(each.index, each.file_id) for each in noted] == [
         (7, results.results[0].file_id), (17, results.results[1].file_id),
     ]  # fmt: skip
-    system, user = prompts[0]
-    assert "cite" in system.content
+    (user,) = prompts[0]
+    assert "cite" in user.content
     for number, each in enumerate(results.results, 1):
         assert f"[{number}] {each.text}" in user.content
     events = list(client.responses.create(**request, stream=True))
@@ -163,7 +164,7 @@ def test_question_without_answer_is_declined(
     with service.openai.indexes.open("000000000000", store.id) as index:
         index.keep_threshold(0.6)
     made = client.responses.create(model="tiny", input="Why?", tools=search_tool(store))
-    assert made.output_text == answers.DECLINED and made.status == "completed" and not prompts
+    assert made.output_text == DECLINED and made.status == "completed" and not prompts
     function = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
     both: Any = [*search_tool(store), function]
     made = client.responses.create(model="tiny", input="Why?", tools=both)
@@ -173,7 +174,7 @@ def test_question_without_answer_is_declined(
     assert made.output_text == "Never."  # the sentence of a declined question is no JSON
     strict = search_tool(store, ranking_options={"score_threshold": 1.0})
     made = client.responses.create(model="tiny", input="Why?", tools=strict)
-    assert made.output_text == answers.DECLINED
+    assert made.output_text == DECLINED
 
 
 def test_queries_are_embedded_once(

@@ -315,7 +315,8 @@ def _answer_from(
     retriever: Retriever, generator: Generator, turns: Sequence[Message], sampling: Sampling
 ) -> Message:
     """Print the answer to the last turn from the documents, then the sources."""
-    from luthier.documents.answers import DECLINED, PASSAGES, Citations, DocumentAnswer
+    from luthier.data.conversations.citations import DECLINED
+    from luthier.documents.answers import PASSAGES, Citations, DocumentAnswer
     from luthier.types import Message
 
     question = turns[-1].content

@@ -21,6 +21,7 @@ from luthier.data.shapes.media import (
     LabelledAudio,
     LabelledImage,
 )
+from luthier.data.shapes.passages import CitedAnswer
 from luthier.data.shapes.preferences import Preference, RankedReplies, RatedReply, ThumbedReply
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import (
@@ -50,6 +51,7 @@ SHAPES: Mapping[str, type[Shape]] = {
         RatedText,
         TaggedWords,
         AnsweredQuestion,
+        CitedAnswer,
         TextPair,
         QueryDocument,
         History,

@@ -20,8 +20,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from luthier.data.conversations.citations import DECLINED, add_passages
 from luthier.data.inputs import Media
-from luthier.documents.answers import DECLINED, PASSAGES, Citations, add_passages
+from luthier.documents.answers import PASSAGES, Citations
 from luthier.inference.inference import (
     TURNS,
     Chat,
@@ -373,12 +374,10 @@ def _begin(
             return submit(), _Search(query, [])
         if body.is_plain:
             return _declined(), _Search(query, [])
-    with refusals(body.model, "input"):
-        takes_system = inference.pool.supports_system_prompt(target.stored_id)
     while True:
         try:
-            passages = [each.found for each in found]
-            return submit(add_passages(turns, passages, takes_system)), _Search(query, found)
+            passages = [each.found.passage.content for each in found]
+            return submit(add_passages(turns, passages)), _Search(query, found)
         except Fault as fault:
             if fault.details.get("reason") != "context_length_exceeded" or len(found) < 2:
                 raise

@@ -300,7 +300,7 @@ class _Replies:
         if isinstance(self.held[0], Labelled):  # untrained models write labels with capitals
             graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
         graded = grade_replies(generator, rows, graders, self.sampling.max_tokens or 1)
-        (score,) = graded.row_scores.values()
+        score = next(iter(graded.row_scores.values()))
         assert isinstance(score, RowScores)
         # Replies of the measurement include loading of kernels.
         timed = self._prompts(variant)[:TIMED_REPLIES]
