@@ -148,6 +148,7 @@ def convert(
     corpus: str | Path | Rows | None = None,
     model: str | None = None,
     margin: float = 0.05,
+    index: str | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Conversion | MinedNegatives: ...
