@@ -201,7 +201,7 @@ def test_model_pages_in_browser(url: str, root_key: str, tmp_path: Path) -> None
             page.until_text(text, selector)
 
         show("models", "labeller")
-        page.fill("#filter", "writ")
+        page.fill(".filter", "writ")
         page.until("!document.querySelector('main').textContent.includes('labeller')")
 
         show("models/writer", "Verdict")

@@ -6,7 +6,7 @@ import { learnNames, placeOf, withNames } from "./files.js";
 import { dateOf, duration, number, percent, time, words } from "./format.js";
 import { ModelName, Progress, StateChip, customizationOf, hasEnded, modelNames, queuePlace, timeTaken } from "./jobs.js";
 import {
-  ErrorBox, Facts, Heading, Pending, Table, announce, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
+  ErrorBox, Facts, Heading, Pending, Table, announce, confirmed, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
   useRef, useSignal,
 } from "./ui.js";
 
@@ -22,7 +22,9 @@ const ACTIONS = {
   stop: {
     label: "Stop",
     states: ["Queued", "Running", "Paused"],
-    ask: (name) => `Stop the job ${name}? A stopped job stores no model and cannot be resumed.`,
+    ask: (name) => ({
+      title: `Stop the job ${name}?`, text: "A stopped job stores no model and cannot be resumed.", verb: "Stop", danger: true,
+    }),
   },
 };
 const WAITING = {
@@ -58,7 +60,7 @@ function Followed({ path, first, nameOf }) {
     if (shown.value.state !== state) announce(`The job ${job.name} is ${shown.value.state.toLowerCase()}.`);
   };
   const action = useAction(async (name, { ask }) => {
-    if (ask && !window.confirm(ask(job.name))) return;
+    if (ask && !(await confirmed(ask(job.name)))) return;
     shown.value = await call("POST", `${path}/${name}`, { signal: left });
   });
   usePolling(REFRESH_SECONDS, async () => {

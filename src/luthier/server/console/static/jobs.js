@@ -3,7 +3,7 @@
 import { call, may } from "./api.js";
 import { age, dateOf, duration, number, shortName, time } from "./format.js";
 import { nameOf } from "./models.js";
-import { Chip, ErrorBox, Heading, Table, announce, html, link, options, useData, usePolling, useSignal } from "./ui.js";
+import { Chip, Empty, ErrorBox, Heading, PageButtons, Table, html, link, options, useData, usePages, usePolling } from "./ui.js";
 
 const PAGE = 25;
 const BUSY_SECONDS = 4;
@@ -43,8 +43,7 @@ export function Jobs({ query }) {
 }
 
 function List({ state }) {
-  // Positions in the list at which the pages begin, up to the page that is shown.
-  const pages = useSignal([null]);
+  const pages = usePages();
   const position = pages.value.at(-1);
   const names = useData(modelNames);
   const { data, error, read } = useData(
@@ -52,23 +51,19 @@ function List({ state }) {
     [position],
   );
   usePolling(data?.jobs.every((each) => hasEnded(each.state)) ? CALM_SECONDS : BUSY_SECONDS, read);
-  const turn = (to) => {
-    pages.value = to;
-    window.scrollTo(0, 0);
-    announce(`Page ${to.length} of the jobs`);
-  };
   if (!data || !names.data) return error ? html`<${ErrorBox} error=${error} again=${read} />` : html`<p class="soft">Loading …</p>`;
   const empty = state
     ? `No job is ${state.toLowerCase()}.`
-    : ["There are no jobs yet. ", may("develop") && html`<a href=${link("new")}>Train the first model</a>`];
+    : html`
+      <${Empty} text="There are no jobs yet. A job trains a model on your rows.">
+        ${may("develop") && html`<a class="button primary" href=${link("home")}>Bring a file or try a sample</a>`}
+      <//>
+    `;
   return html`
     <${ErrorBox} error=${error} again=${read} />
     <${Table} caption="Jobs, newest first" columns=${COLUMNS} empty=${empty}
       rows=${data.jobs.map((job) => rowOf(job, names.data))} />
-    <div class="actions pages">
-      ${pages.value.length > 1 && html`<button type="button" onclick=${() => turn(pages.value.slice(0, -1))}>Newer</button>`}
-      ${data.next && html`<button type="button" onclick=${() => turn([...pages.value, data.next])}>Older</button>`}
-    </div>
+    <${PageButtons} pages=${pages} next=${data.next} noun="jobs" />
   `;
 }
 

@@ -9,7 +9,7 @@ import { Model } from "./model.js";
 import { Models } from "./models.js";
 import { NewJob } from "./new_job.js";
 import { Playground } from "./playground.js";
-import { ErrorBox, Heading, html, link, render, signal, useAction, useEffect, useRef } from "./ui.js";
+import { ErrorBox, Heading, Overlays, html, link, render, signal, useAction, useEffect, useRef } from "./ui.js";
 import { Usage } from "./usage.js";
 import { useErrorBoundary } from "./vendor/preact-hooks.js";
 
@@ -25,6 +25,13 @@ const ROUTES = [
   ["evals/:eval/runs/:run", EvalRun],
   ["usage", Usage],
 ];
+/** Pages of the side bar with the permission that each needs; the pages of daily work come first. */
+const DAILY = [["home", "Home", "read"], ["jobs", "Jobs", "read"], ["models", "Models", "identify"]];
+const OTHERS = [["usage", "Usage", "read"]];
+/** Width from which the side bar is next to the page. */
+const WIDE = window.matchMedia("(min-width: 60rem)");
+const FOLDED = "luthier.folded";
+const folded = signal(!WIDE.matches || sessionStorage.getItem(FOLDED) === "yes");
 const REFUSED = "The server rejects this key. Check that the key is complete and belongs to this server.";
 /** `who` is signed in; without `who`, the sign-in form shows `message`, or the page shows `error`. */
 const session = signal({ who: null, message: "", error: null });
@@ -85,8 +92,10 @@ function App() {
   return html`
     <a class="skip" href="#main" onclick=${skip}>Skip to content</a>
     <header class="top">
+      ${who && html`
+        <button type="button" class="quiet" aria-expanded=${String(!folded.value)} aria-controls="navigation" onclick=${fold}>Menu</button>
+      `}
       <a class="brand" href=${home()}>luthier</a>
-      <${Menu} who=${who} />
       <div id="account" class="account">
         ${who && html`
           <span class="soft" title=${who.arn}>${who.account} · ${who.user}</span>
@@ -94,25 +103,34 @@ function App() {
         `}
       </div>
     </header>
-    <main id="main" tabindex="-1" ref=${main}>
-      ${who ? html`<${Shown} hash=${address.value} />`
-        : error ? html`<${Heading} title="luthier" /><${ErrorBox} error=${error} again=${start} />`
-        : html`<${SignIn} key=${message} message=${message} />`}
-    </main>
+    <div class="frame">
+      ${who && html`<${Menu} />`}
+      <main id="main" tabindex="-1" ref=${main}>
+        ${who ? html`<${Shown} hash=${address.value} />`
+          : error ? html`<${Heading} title="luthier" /><${ErrorBox} error=${error} again=${start} />`
+          : html`<${SignIn} key=${message} message=${message} />`}
+      </main>
+    </div>
+    <${Overlays} />
   `;
 }
 
-function Menu({ who }) {
-  if (!who) return null;
+function fold() {
+  folded.value = !folded.value;
+  if (WIDE.matches) sessionStorage.setItem(FOLDED, folded.value ? "yes" : "no");
+}
+
+function Menu() {
   const shown = address.value.split(/[/?]/)[1];
-  const item = (section, label) => {
-    const current = section === shown || (section === "models" && shown === "playground");
-    return html`<a href=${`#/${section}`} aria-current=${current ? "page" : null}>${label}</a>`;
-  };
+  const items = (pages) =>
+    pages.filter(([, , permission]) => may(permission)).map(([section, label]) => html`
+      <a href=${`#/${section}`} aria-current=${section === shown ? "page" : null}>${label}</a>
+    `);
+  const others = items(OTHERS);
   return html`
-    <nav aria-label="Main" id="navigation">
-      ${may("read") && item("home", "Home")} ${may("read") && item("jobs", "Jobs")} ${may("develop") && item("new", "New job")}
-      ${item("models", "Models")} ${may("read") && item("usage", "Usage")}
+    <nav aria-label="Main" id="navigation" hidden=${folded.value}>
+      ${may("develop") && html`<a class="button primary" href="#/new" aria-current=${shown === "new" ? "page" : null}>New job</a>`}
+      ${items(DAILY)} ${others.length > 0 && html`<hr />`} ${others}
     </nav>
   `;
 }
@@ -179,7 +197,10 @@ window.addEventListener("hashchange", () => {
   const { hash } = window.location;
   // Other fragments are locations within the page.
   if (["", "#", "#/"].includes(hash)) window.location.replace(home());
-  else if (hash.startsWith("#/")) address.value = hash;
+  else if (hash.startsWith("#/")) {
+    address.value = hash;
+    if (!WIDE.matches) folded.value = true;
+  }
 });
 window.addEventListener("luthier:signed-out", (event) => {
   if (!entering) session.value = { who: null, message: event.detail };

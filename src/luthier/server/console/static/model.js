@@ -7,7 +7,7 @@ import { age, bytes, time } from "./format.js";
 import { BaseLink, MADE_FOR, StatusChip, loadedModels, nameOf } from "./models.js";
 import { snippets } from "./snippets.js";
 import {
-  Chip, ErrorBox, Facts, Heading, Pending, Section, announce, bound, go, html, link, useAction, useData, usePolling, useSignal,
+  Chip, ErrorBox, Facts, Heading, Pending, announce, confirmed, go, html, link, toast, useAction, useData, usePolling, useSignal,
 } from "./ui.js";
 
 const SECONDS = 10;
@@ -159,25 +159,18 @@ function Copy({ name, code }) {
 }
 
 function Deletion({ model, path }) {
-  const typed = useSignal("");
   const { busy, error, run } = useAction(async () => {
+    const text = "The server removes the files of the model for good. The job that created the model stays.";
+    if (!(await confirmed({ title: "Delete this model?", text, verb: "Delete", danger: true, typed: model.name }))) return;
     await call("DELETE", path);
-    announce(`${model.name} was deleted.`);
+    toast(`${model.name} was deleted.`);
     go("models");
   });
-  const blocked = busy || typed.value.trim() !== model.name;
   return html`
-    <${Section} title="Delete">
-      <details>
-        <summary>Delete this model</summary>
-        <form class="narrow" onsubmit=${run}>
-          <p>The server removes the files of the model for good. The job that created the model stays.</p>
-          <label for="typed-name">Type the name <bdi><code>${model.name}</code></bdi> to confirm</label>
-          <input id="typed-name" autocomplete="off" spellcheck="false" ...${bound(typed, "oninput")} />
-          <${ErrorBox} error=${error} />
-          <div class="actions"><button type="submit" class="danger" disabled=${blocked}>Delete</button></div>
-        </form>
-      </details>
-    <//>
+    <section id="deletion">
+      <h2>Delete</h2>
+      <${ErrorBox} error=${error} />
+      <button type="button" class="danger" disabled=${busy} onclick=${run}>Delete this model</button>
+    </section>
   `;
 }

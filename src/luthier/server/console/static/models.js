@@ -2,15 +2,13 @@
 
 import { call, may } from "./api.js";
 import { age, bytes, shortName, time } from "./format.js";
-import { Chip, ErrorBox, Heading, Pending, Table, bound, html, link, useData, usePolling, useRef, useSignal } from "./ui.js";
+import { Chip, DataTable, Empty, ErrorBox, Heading, Pending, html, link, useData, usePolling, useRef } from "./ui.js";
 
 const SECONDS = 15;
 /** Models that are listed again in each round; a list twice as long is loaded half as often. */
 const EACH_TIME = 200;
 /** Rounds between two requests for the longest lists: five minutes. */
 const MOST_ROUNDS = 20;
-/** Rows of a table: an account may have ten thousand models. */
-const MOST_ROWS = 200;
 const STATUS = { Active: "good", ACTIVE: "good", Creating: "note", Failed: "error" };
 /** Kinds of base models (luthier/models/base_kinds.py) and their use. */
 export const MADE_FOR = {
@@ -29,7 +27,6 @@ export const MADE_FOR = {
 
 /** The page. */
 export function Models() {
-  const wanted = useSignal("");
   const round = useRef(0);
   const models = useData(async (signal) => (await call("GET", "/api/v1/models", { signal })).models);
   const loaded = useData(loadedModels);
@@ -40,20 +37,14 @@ export function Models() {
   });
   if (!models.data || !loaded.data)
     return html`<${Pending} title="Models" error=${models.error ?? loaded.error} read=${() => (models.read(), loaded.read())} />`;
-  const text = wanted.value.trim().toLowerCase();
-  const kept = models.data.filter((model) => textOf(model).includes(text));
-  const none = text && "No model has this name, id, base, job or status.";
+  const custom = models.data.filter((each) => each.kind === "custom").reverse();
   return html`
     <${Heading} title="Models">${may("develop") && html`<a class="button primary" href="#/new">New job</a>`}<//>
-    <div class="narrow">
-      <label for="filter">Filter</label>
-      <input type="search" id="filter" placeholder="name, id, base or status" autocomplete="off" ...${bound(wanted, "oninput")} />
-    </div>
     <${ErrorBox} error=${models.error ?? loaded.error} />
     <h2>Custom models</h2>
-    <${Custom} models=${kept.filter(isCustom).reverse()} all=${models.data} loaded=${loaded.data} none=${none} />
+    <${Custom} models=${custom} all=${models.data} loaded=${loaded.data} />
     <h2>Base models</h2>
-    <${Base} models=${kept.filter((each) => !isCustom(each))} none=${none} />
+    <${Base} models=${models.data.filter((each) => each.kind !== "custom")} />
   `;
 }
 
@@ -80,12 +71,6 @@ export function BaseLink({ arn, models }) {
   return html`<a href=${link("models", id)}><bdi>${nameOf(models.find((each) => each.arn === arn) ?? { name: id })}</bdi></a>`;
 }
 
-function textOf(model) {
-  return [nameOf(model), model.id, model.status, model.base ?? "", model.job ?? "", model.base_kind].join(" ").toLowerCase();
-}
-
-const isCustom = (model) => model.kind === "custom";
-
 /** Return the name of a model with the suffix of a job of the OpenAI API. */
 export const nameOf = ({ name, suffix }) => (suffix ? `${name} ${suffix}` : name);
 
@@ -95,44 +80,40 @@ function tryLink(model) {
   return may("invoke") && html`<a href=${link("playground", model.id)} aria-label=${`Try ${model.name}`}>Try</a>`;
 }
 
-function Custom({ models, all, loaded, none }) {
+function Custom({ models, all, loaded }) {
+  const baseOf = (model) => (model.base ? nameOf(all.find((each) => each.arn === model.base) ?? { name: shortName(model.base) }) : "–");
   const columns = [
-    "Name", "Status", "Base", "Created by", { name: "Age", kind: "nowrap" }, { name: "In memory", kind: "nowrap" },
-    { name: "Playground", hidden: true },
+    { name: "Name", value: nameOf, show: nameLink },
+    { name: "Status", value: (model) => model.status, show: (model) => html`<${StatusChip} status=${model.status} />` },
+    { name: "Base", value: baseOf, show: (model) => html`<${BaseLink} arn=${model.base} models=${all} />` },
+    { name: "Created by", value: (model) => model.job ?? (model.source ? "import" : "–"), show: (model) => madeBy(model) },
+    {
+      name: "Age", kind: "nowrap", value: (model) => model.created,
+      show: (model) => html`<span title=${time(model.created)}>${age(model.created)}</span>`,
+    },
+    { name: "In memory", kind: "nowrap", value: (model) => memoryOf(loaded[model.id]) },
+    { name: "Playground", hidden: true, show: (model) => model.status === "Active" && tryLink(model) },
   ];
-  const empty = none || ["This account has no custom models yet. ", may("develop") && html`<a href="#/new">Train a model</a>`];
-  const rows = models.slice(0, MOST_ROWS).map((model) => [
-    nameLink(model),
-    html`<${StatusChip} status=${model.status} />`,
-    html`<${BaseLink} arn=${model.base} models=${all} />`,
-    model.job ? html`<a href=${link("jobs", model.job)}>${model.job}</a>` : model.source ? "import" : "–",
-    html`<span title=${time(model.created)}>${age(model.created)}</span>`,
-    memoryOf(loaded[model.id]),
-    model.status === "Active" && tryLink(model),
-  ]);
-  return html`
-    <${Table} caption="Custom models, the newest first" columns=${columns} rows=${rows} empty=${empty} />
-    <${Cut} models=${models} which="newest" />
+  const empty = html`
+    <${Empty} text="This account has no custom models yet. A job trains a model on your rows.">
+      ${may("develop") && html`<a class="button primary" href="#/home">Bring a file or try a sample</a>`}
+    <//>
   `;
+  return html`<${DataTable} caption="Custom models, the newest first" filter="name, base or status" columns=${columns} rows=${models} empty=${empty} />`;
 }
 
-function Base({ models, none }) {
-  return html`
-    <${Table} caption="Base models" columns=${["Name", "Id", "Use", { name: "Playground", hidden: true }]}
-      rows=${models.slice(0, MOST_ROWS).map((model) => [
-        nameLink(model),
-        html`<code>${model.id}</code>`,
-        MADE_FOR[model.base_kind] ?? model.base_kind,
-        tryLink(model),
-      ])}
-      empty=${none || "The server offers no base models."} />
-    <${Cut} models=${models} which="first" />
-  `;
+function madeBy({ job, source }) {
+  return job ? html`<a href=${link("jobs", job)}>${job}</a>` : source ? "import" : "–";
 }
 
-function Cut({ models, which }) {
-  if (models.length <= MOST_ROWS) return null;
-  return html`<p class="soft">Showing the ${which} ${MOST_ROWS} of ${models.length} models. Filter to find others.</p>`;
+function Base({ models }) {
+  const columns = [
+    { name: "Name", value: nameOf, show: nameLink },
+    { name: "Id", value: (model) => model.id, show: (model) => html`<code>${model.id}</code>` },
+    { name: "Use", value: (model) => MADE_FOR[model.base_kind] ?? model.base_kind },
+    { name: "Playground", hidden: true, show: tryLink },
+  ];
+  return html`<${DataTable} caption="Base models" filter="name or use" columns=${columns} rows=${models} empty="The server offers no base models." />`;
 }
 
 function memoryOf(loaded) {

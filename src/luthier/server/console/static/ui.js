@@ -23,6 +23,71 @@ export function announce(text) {
   if (status) status.textContent = text;
 }
 
+/** The open question and the newest messages of the page, which `Overlays` shows. */
+const question = signal(null);
+const toasts = signal([]);
+const TOAST_SECONDS = 6;
+
+/** Show a message for some seconds, with an optional button `{label, act}`. */
+export function toast(text, button) {
+  const shown = { text, button };
+  announce(text);
+  toasts.value = [...toasts.value, shown];
+  setTimeout(() => closeToast(shown), 1000 * TOAST_SECONDS);
+}
+
+function closeToast(shown) {
+  toasts.value = toasts.value.filter((each) => each !== shown);
+}
+
+/** Ask `{title, text, verb, danger, typed}` in a dialog. Resolves to whether the user confirms; `typed` must be typed first. */
+export function confirmed(asked) {
+  return new Promise((resolve) => (question.value = { ...asked, resolve }));
+}
+
+/** Dialog and messages above the page. */
+export function Overlays() {
+  return html`
+    ${question.value && html`<${Question} key=${question.value} ...${question.value} />`}
+    <div class="toasts">
+      ${toasts.value.map((each) => html`
+        <div class="toast">
+          ${each.text}
+          ${each.button && html`
+            <button type="button" class="quiet" onclick=${() => (closeToast(each), each.button.act())}>${each.button.label}</button>
+          `}
+        </div>
+      `)}
+    </div>
+  `;
+}
+
+function Question({ title, text, verb, danger, typed, resolve }) {
+  const dialog = useRef(null);
+  const value = useSignal("");
+  useEffect(() => dialog.current.showModal(), []);
+  const close = () => {
+    question.value = null;
+    resolve(dialog.current.returnValue === "yes");
+  };
+  return html`
+    <dialog ref=${dialog} onclose=${close} aria-labelledby="question">
+      <form method="dialog">
+        <h2 id="question">${title}</h2>
+        <p>${text}</p>
+        ${typed && html`
+          <label for="typed-name">Type <bdi><code>${typed}</code></bdi> to confirm</label>
+          <input id="typed-name" autocomplete="off" spellcheck="false" ...${bound(value, "oninput")} />
+        `}
+        <div class="actions">
+          <button value="yes" class=${danger ? "danger" : "primary"} disabled=${typed && value.value.trim() !== typed}>${verb}</button>
+          <button value="no" formnovalidate>Cancel</button>
+        </div>
+      </form>
+    </dialog>
+  `;
+}
+
 /**
  * Call `load` with an AbortSignal when the component appears and when `deps` change. Returns `{data, error, read}`:
  * `data` stay until new data are loaded, and `read` loads again.
@@ -137,6 +202,22 @@ export function ErrorBox({ error, again, children }) {
 /** A coloured word; `kind` is good, note, warning, error or empty. */
 export const Chip = ({ kind = "", children }) => html`<span class=${`chip ${kind}`}>${children}</span>`;
 
+/** A place without content: a text, and links or buttons that change that. */
+export const Empty = ({ text, children }) => html`
+  <div class="empty"><p class="soft">${text}</p>${children && html`<div class="actions">${children}</div>`}</div>
+`;
+
+/** Texts of one example next to each other. Parts are `[name, text, kind]`, with the kinds of `Chip`. */
+export function ExampleCard({ title, parts, children }) {
+  return html`
+    <figure class="example">
+      ${title && html`<figcaption class="soft">${title}</figcaption>`}
+      <dl>${parts.map(([name, text, kind]) => html`<div class=${kind}><dt>${name}</dt><dd class="said" dir="auto">${text}</dd></div>`)}</dl>
+      ${children}
+    </figure>
+  `;
+}
+
 /** A labelled form field. */
 export function Field({ id, label, help, hidden, hideLabel, problem, children }) {
   return html`
@@ -159,7 +240,8 @@ export function options(pairs) {
 
 /**
  * A table. On a narrow screen each row is a block of lines, named by the columns (style.css). Columns are names or
- * `{name, kind, hidden}`, with the kinds number, code, nowrap and wide. The first cell of a row is its heading.
+ * `{name, kind, hidden, sort, sorted}`, with the kinds number, code, nowrap and wide; `sort` is called by a button in the
+ * heading. The first cell of a row is its heading.
  */
 export function Table({ caption, showCaption, columns, rows, empty = "Nothing to show." }) {
   const region = useRef(null);
@@ -168,18 +250,94 @@ export function Table({ caption, showCaption, columns, rows, empty = "Nothing to
     // The focus of a button that disappeared stays in the table.
     if (focused && document.activeElement === document.body) region.current?.focus({ preventScroll: true });
   });
-  if (!rows.length) return html`<p class="empty soft">${empty}</p>`;
+  if (!rows.length) return empty?.type ? empty : html`<${Empty} text=${empty} />`;
   const all = columns.map((each) => (typeof each === "string" ? { name: each } : each));
   const hide = (hidden) => (hidden ? "visually-hidden" : null);
   return html`
-    <div class="scroll" tabindex="0" role="region" aria-label=${caption} ref=${region}>
+    <div class=${all.some((each) => each.sort) ? "scroll sortable" : "scroll"} tabindex="0" role="region" aria-label=${caption} ref=${region}>
       <table>
         <caption class=${hide(!showCaption)}>${caption}</caption>
         <thead><tr>
-          ${all.map((each) => html`<th scope="col" class=${each.kind}><span class=${hide(each.hidden)}>${each.name}</span></th>`)}
+          ${all.map((each) => html`<th scope="col" class=${each.kind} aria-sort=${each.sorted || null}><${Head} ...${each} /></th>`)}
         </tr></thead>
         <tbody>${rows.map((row) => html`<tr>${row.map((cell, index) => cellOf(cell, index, all[index]))}</tr>`)}</tbody>
       </table>
+    </div>
+  `;
+}
+
+function Head({ name, hidden, sort, sorted }) {
+  if (!sort) return html`<span class=${hidden ? "visually-hidden" : null}>${name}</span>`;
+  const arrow = { ascending: " ▲", descending: " ▼" }[sorted] ?? "";
+  return html`<button type="button" class="quiet" onclick=${sort}>${name}<span aria-hidden="true">${arrow}</span></button>`;
+}
+
+/**
+ * A table of objects that the page has complete, with a filter, sorting and pages. Columns of `Table` with `value`, which
+ * returns the text or number of a row, and `show`, which returns the cell if it is not the value.
+ */
+export function DataTable({ caption, columns, rows, empty, filter, size = 25 }) {
+  const [wanted, order, page] = [useSignal(""), useSignal(null), useSignal(0)];
+  const id = `filter-${caption.replace(/\W+/g, "-")}`;
+  const text = wanted.value.trim().toLowerCase();
+  const kept = rows.filter((row) => !text || columns.some(({ value }) => String(value?.(row) ?? "").toLowerCase().includes(text)));
+  if (order.value) kept.sort(compareBy(columns[order.value.index].value, order.value.down));
+  const last = Math.max(0, Math.ceil(kept.length / size) - 1);
+  const shown = Math.min(page.value, last);
+  const sortBy = (index) => () => {
+    const { index: before, down } = order.value ?? {};
+    order.value = { index, down: before === index ? !down : columns[index].kind === "number" };
+    page.value = 0;
+  };
+  const heads = columns.map(({ value, show, ...each }, index) => ({
+    ...each,
+    sort: value && !each.hidden && rows.length > 1 && sortBy(index),
+    sorted: order.value?.index === index && (order.value.down ? "descending" : "ascending"),
+  }));
+  const cells = kept.slice(shown * size, (shown + 1) * size).map((row) => columns.map(({ value, show }) => (show ?? value)(row)));
+  return html`
+    ${(rows.length > size || (filter && rows.length > 0)) && html`
+      <div class="narrow">
+        <label for=${id}>Filter</label>
+        <input type="search" id=${id} class="filter" placeholder=${filter} autocomplete="off" ...${bound(wanted, "oninput")} />
+      </div>
+    `}
+    <${Table} caption=${caption} columns=${heads} rows=${cells} empty=${text ? "No row has this text." : empty} />
+    ${last > 0 && html`
+      <div class="actions pages">
+        <button type="button" disabled=${shown === 0} onclick=${() => (page.value = shown - 1)}>Previous</button>
+        <button type="button" disabled=${shown === last} onclick=${() => (page.value = shown + 1)}>Next</button>
+        <span class="soft" role="status">Page ${shown + 1} of ${last + 1}, ${kept.length.toLocaleString("en")} rows</span>
+      </div>
+    `}
+  `;
+}
+
+function compareBy(value, down) {
+  const sign = down ? -1 : 1;
+  const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
+  // Rows without a value are last in both orders.
+  const isMissing = (each) => (each ?? "") === "";
+  return (first, second) => {
+    const [a, b] = [value(first), value(second)];
+    return isMissing(a) || isMissing(b) ? isMissing(a) - isMissing(b) : sign * compare(a, b);
+  };
+}
+
+/** Positions in a list of the API at which the pages begin, up to the page that is shown: a signal for `PageButtons`. */
+export const usePages = () => useSignal([null]);
+
+/** Buttons for a list that the API returns page by page; `next` is the position of the next page. */
+export function PageButtons({ pages, next, noun, labels: [back, on] = ["Newer", "Older"] }) {
+  const turn = (to) => {
+    pages.value = to;
+    window.scrollTo(0, 0);
+    announce(`Page ${to.length} of the ${noun}`);
+  };
+  return html`
+    <div class="actions pages">
+      ${pages.value.length > 1 && html`<button type="button" onclick=${() => turn(pages.value.slice(0, -1))}>${back}</button>`}
+      ${(next ?? null) !== null && html`<button type="button" onclick=${() => turn([...pages.value, next])}>${on}</button>`}
     </div>
   `;
 }

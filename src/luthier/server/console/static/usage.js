@@ -3,12 +3,11 @@
 import { call } from "./api.js";
 import { DayChart } from "./charts.js";
 import { bytes, duration, number, percent, words } from "./format.js";
-import { Chip, ErrorBox, Field, Heading, Pending, Table, bound, html, options, useData, usePolling, useSignal } from "./ui.js";
+import { Chip, DataTable, Empty, ErrorBox, Field, Heading, Pending, Table, bound, html, options, useData, usePolling, useSignal } from "./ui.js";
 
 const SECONDS = 30;
 /** Models with a colour of their own; all other models share one colour. */
 const COLOURED = 3;
-const MOST_ROWS = 400;
 /** Days of a chart at most: the bars of more days are too narrow to see. */
 const MOST_DAYS = 400;
 const NEARLY = 0.8;
@@ -71,25 +70,19 @@ function Quotas({ quotas }) {
 function Days({ report, measure }) {
   const { days, first, last } = report;
   const shown = [...days].sort((a, b) => b.day.localeCompare(a.day) || b.requests - a.requests);
-  const columns = ["Requests", "Input tokens", "Output tokens", "Training", "Received", "Sent", "Stored"];
+  const figure = (name, value, show = number) => ({
+    name, kind: "number", value: (each) => each[value], show: (each) => (each[value] || show === number ? show(each[value]) : "–"),
+  });
+  const columns = [
+    { name: "Day", value: (each) => each.day, show: (each) => html`<span class="nowrap">${each.day}</span>` },
+    { name: "Model", value: (each) => nameOf(each.model), show: (each) => html`<bdi>${nameOf(each.model)}</bdi>` },
+    figure("Requests", "requests"), figure("Input tokens", "prompt_tokens"), figure("Output tokens", "generated_tokens"),
+    figure("Training", "training_seconds", duration), figure("Received", "bytes_in", bytes), figure("Sent", "bytes_out", bytes),
+    figure("Stored", "stored_bytes", bytes),
+  ];
   return html`
     <${Chart} days=${days} first=${first} last=${last} measure=${measure} />
-    <${Table} caption="Usage by day and model" empty="No usage on these days."
-      columns=${["Day", "Model", ...columns.map((name) => ({ name, kind: "number" }))]}
-      rows=${shown.slice(0, MOST_ROWS).map((each) => [
-        html`<span class="nowrap">${each.day}</span>`,
-        html`<bdi>${nameOf(each.model)}</bdi>`,
-        number(each.requests),
-        number(each.prompt_tokens),
-        number(each.generated_tokens),
-        each.training_seconds ? duration(each.training_seconds) : "–",
-        bytes(each.bytes_in),
-        bytes(each.bytes_out),
-        each.stored_bytes ? bytes(each.stored_bytes) : "–",
-      ])} />
-    ${shown.length > MOST_ROWS && html`
-      <p class="soft">Showing the latest ${MOST_ROWS} of ${number(shown.length)} rows. Choose fewer days to see all rows.</p>
-    `}
+    <${DataTable} caption="Usage by day and model" filter="day or model" empty="No usage on these days." columns=${columns} rows=${shown} />
     <p class="help">Days are in UTC. The last minute may be missing.</p>
   `;
 }
@@ -102,7 +95,7 @@ function Chart({ days: all, first, last, measure }) {
   const totals = new Map();
   for (const each of days) totals.set(each.model, (totals.get(each.model) ?? 0) + (each[measure] ?? 0));
   const ranked = [...totals].filter(([, sum]) => sum > 0).sort((a, b) => b[1] - a[1]).map(([model]) => model);
-  if (!ranked.length) return html`<p class="empty soft">No usage${cut && ` on the latest ${MOST_DAYS} days`}.</p>`;
+  if (!ranked.length) return html`<${Empty} text=${`No usage${cut ? ` on the latest ${MOST_DAYS} days` : ""}.`} />`;
   const others = ranked.length - COLOURED;
   const names = ranked.slice(0, COLOURED).map(nameOf);
   if (others > 0) names.push(others === 1 ? nameOf(ranked[COLOURED]) : `${others} others`);
