@@ -255,3 +255,31 @@ test("settings may be written by group or as --set takes them", async () => {
   });
   assert.deepEqual(byGroup({ base: "x" }), { base: "x" });
 });
+
+test("a verdict is one sentence of at most twenty words", async () => {
+  const { verdictOf } = await import(`${folder}/verdict.js`);
+  const sets = { shares: new Set(["accuracy"]), errors: new Set(["mean_absolute_error"]) };
+  const judge = (verdict, comparison) => verdictOf({ verdict, comparison }, 80, sets);
+  const rival = (measure, score, more) => ({ measure, rows: 80, baselines: [{ name: "naive Bayes", score, error: 0.02 }], ...more });
+  const cases = [
+    [{ outcome: "learned", before: { accuracy: 0.05 }, kept: { accuracy: 0.9 } }, rival("accuracy", 0.8), "Better", "good"],
+    [{ outcome: "learned", before: { accuracy: 0.7 }, kept: { accuracy: 0.8 } }, rival("accuracy", 0.8, { verdict: "as good" }), "Not clearly", "warning"],
+    [{ outcome: "learned", before: { accuracy: 0.05 }, kept: { accuracy: 0.6 } }, rival("accuracy", 0.8, { verdict: "better" }), "Worse", "error"],
+    [
+      { outcome: "still_improving", before: { mean_absolute_error: 2 }, kept: { mean_absolute_error: 1 } },
+      rival("mean_absolute_error", 0.9, { verdict: "better" }), "Worse", "error",
+    ],
+    [{ outcome: "worse", before: { loss: 1 }, kept: { loss: 1.5 } }, undefined, "No better", "error"],
+  ];
+  for (const [verdict, comparison, start, kind] of cases) {
+    const found = judge(verdict, comparison);
+    assert.ok(found.text.startsWith(start), found.text);
+    assert.ok(found.text.split(" ").length <= 20, found.text);
+    assert.equal(found.kind, kind);
+    assert.equal(found.bars.length, comparison ? 3 : 2);
+  }
+  const [before, , tuned] = judge(cases[0][0], cases[0][1]).bars;
+  assert.ok(tuned.low > 0.8 && tuned.high < 1 && before.low === 0.05 - 1.96 * Math.sqrt((0.05 * 0.95) / 80));
+  assert.equal(judge(undefined), null);
+  assert.deepEqual(judge({ outcome: "unmeasured" }).bars, []);
+});

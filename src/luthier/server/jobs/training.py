@@ -9,10 +9,12 @@ they only run the training (:mod:`luthier.engine.processes`).
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import select
@@ -65,6 +67,10 @@ from luthier.server.tables.jobs import (
 from luthier.workflows.pipeline import KINDS
 
 _log = logging.getLogger(__name__)
+EXAMPLES = 3
+"""Maximum number of validation rows in a result."""
+EXAMPLES_READ, LONGEST_EXAMPLE = 100, 2000
+"""Number of rows that are read for the examples, and the maximum length of an example as JSON."""
 
 
 class JobHeartbeat(Heartbeat):
@@ -223,6 +229,8 @@ class TrainingWorker(Worker[Job]):
         )
         if verdicts:
             result["verdicts"] = list(map(reporter.rename, verdicts))
+        if examples := _held_out_examples(model, data):
+            result["examples"] = examples
         if found:
             result["label_issues"] = found
         if job.output is not None:
@@ -314,6 +322,28 @@ def recipe_fields(job: Job, data: JobData) -> dict[str, Any]:
     if data.validation is not None:
         rows["validation"] = data.validation
     return {**job.recipe, "data": rows}
+
+
+def _held_out_examples(model: StoredModel, data: JobData) -> list[dict[str, Any]]:
+    """Return short rows that the model has not learned, with different targets if possible."""
+    from luthier.data.rows import RowReader
+    from luthier.engine.dataset import checker_for
+
+    lines = model.manifest.data.held_out if model.manifest.data else {}
+    files = [*lines] if lines or data.validation is None else [data.validation]
+    columns = (model.manifest.recipe or {}).get("data", {}).get("columns")
+    found: dict[str, dict[str, Any]] = {}
+    for file in files:
+        rows = RowReader(file, columns, checker_for(model.objective), accepts_own_keys=True)
+        held = (row for row in rows if not lines or row.line in lines[file])
+        for row in islice(held, EXAMPLES_READ):
+            wanted = row.expected_reply() or row.target()
+            turns = [{"role": each.role, "content": each.reply_text} for each in row.prompt_turns()]
+            example = {"messages": turns} if turns else row.input_record()
+            text = json.dumps({**example, "wanted": wanted}, ensure_ascii=False)
+            if wanted is not None and len(text) <= LONGEST_EXAMPLE:
+                found.setdefault(str(wanted), json.loads(text))
+    return [*found.values()][:EXAMPLES]
 
 
 def _validation_losses(

@@ -89,6 +89,8 @@ class JobResult(TypedDict):
     """Verdicts of the evaluation, with advice."""
     label_issues: NotRequired[dict[str, int]]
     """Number of suspicious labels (``issues``) and of examined ``rows``."""
+    examples: NotRequired[list[dict[str, Any]]]
+    """Validation rows that were not trained: ``messages`` or ``text``, and the answer ``wanted``."""
 
 
 class JobDetails(TypedDict, total=False):

@@ -95,7 +95,8 @@ function scores(metrics, shares) {
     ])} />`;
 }
 
-function baselines(comparison, errors) {
+/** The scores of the model and of simple methods on the same rows. */
+export function baselines(comparison, errors) {
   if (!comparison?.baselines?.length) return null;
   const measure = comparison.measure ?? "score";
   const rows = [

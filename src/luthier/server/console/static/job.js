@@ -1,14 +1,16 @@
-// One job while it runs: progress, curves, settings, label issues and messages.
+// One job: progress and curves while it runs; afterwards verdict, examples, baselines, label issues and rows.
 
 import { call, events, may } from "./api.js";
+import { baselines } from "./certificate.js";
 import { LineChart } from "./charts.js";
 import { learnNames, placeOf, withNames } from "./files.js";
 import { dateOf, duration, number, percent, time, words } from "./format.js";
 import { ModelName, Progress, StateChip, customizationOf, hasEnded, modelNames, queuePlace, timeTaken } from "./jobs.js";
 import {
-  ErrorBox, Facts, Heading, Pending, Table, announce, confirmed, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
+  ErrorBox, Facts, Heading, Pending, Section, Table, announce, confirmed, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
   useRef, useSignal,
 } from "./ui.js";
+import { HeldOut, ScoreBars, verdictOf } from "./verdict.js";
 
 const REFRESH_SECONDS = 5;
 /** Messages that are shown at most: the newest. */
@@ -97,12 +99,10 @@ function Followed({ path, first, nameOf }) {
         `,
       )}
     <//>
-    <${JobFacts} job=${job} nameOf=${nameOf} />
     <${ErrorBox} error=${action.error} />
     <${ErrorBox} error=${problem.value}>The page tries again automatically.<//>
     ${WAITING[job.state] && html`<p class="soft">${WAITING[job.state]} ${job.queue_position && `${queuePlace(job)}.`}</p>`}
-    <${Progress} job=${job} />
-    ${timeTaken(job) && html`<p class="soft">${hasEnded(job.state) ? "Time taken:" : "Time since the start:"} ${timeTaken(job)}</p>`}
+    ${!hasEnded(job.state) && html`<${Progress} job=${job} />`}
     <${Result} job=${job} />
     ${job.result?.label_issues?.issues ? html`<${LabelIssues} job=${job} />` : null}
     <section>
@@ -110,16 +110,14 @@ function Followed({ path, first, nameOf }) {
       <${LineChart} title="Loss" x="step" series=${losses} event=${event} />
       ${scores.length > 0 && html`<${LineChart} title=${words(measure)} x="step" series=${scores} event=${event} />`}
     </section>
+    <section><h2>Facts</h2><${JobFacts} job=${job} nameOf=${nameOf} /></section>
     <section>
-      <h2>Settings</h2>
-      <${Settings} job=${job} />
-      <details><summary>Complete recipe</summary><pre class="row">${withNames(JSON.stringify(job.recipe, null, 2))}</pre></details>
-    </section>
-    <section><h2>Steps of the job</h2><${Parts} job=${job} /></section>
-    <section>
-      <h2>Messages</h2>
-      <${Messages} messages=${messages} />
-      <details open=${first.state === "Failed"}><summary>End of the log</summary><pre class="row">${log}</pre></details>
+      <h2>Settings and log</h2>
+      <details class="rule"><summary>Settings with reasons</summary><div class="inside"><${Settings} job=${job} /></div></details>
+      <details class="rule"><summary>Complete recipe</summary><pre class="row">${withNames(JSON.stringify(job.recipe, null, 2))}</pre></details>
+      <details class="rule"><summary>Steps of the job</summary><div class="inside"><${Parts} job=${job} /></div></details>
+      <details class="rule" open=${!hasEnded(first.state)}><summary>Messages</summary><div class="inside"><${Messages} messages=${messages} /></div></details>
+      <details class="rule" open=${first.state === "Failed"}><summary>End of the log</summary><pre class="row">${log}</pre></details>
     </section>
   `;
 }
@@ -206,6 +204,10 @@ function JobFacts({ job, nameOf }) {
     ["Data", (job.details.sources ?? []).map((each) => html`<div>${withNames(each)}</div>`)],
     ["Created", time(job.created)],
     ["Ended", job.ended ? time(job.ended) : null],
+    [hasEnded(job.state) ? "Time taken" : "Time since the start", timeTaken(job)],
+    ["Steps", job.result && number(job.result.steps)],
+    ["Final training loss", job.result && number(job.result.train_loss, 4)],
+    ["Validation loss", job.result?.validation_losses?.map((each) => number(each, 4)).join(", ")],
     ["Workers started", job.attempts > 1 ? number(job.attempts) : null],
     ["Priority", job.priority ? number(job.priority) : null],
   ]} />`;
@@ -220,22 +222,54 @@ function Result({ job }) {
       </div>
     `;
   if (job.state !== "Completed") return null;
-  const { verdicts = [], validation_losses: losses = [], ...result } = job.result ?? {};
+  return html`<${Completed} job=${job} />`;
+}
+
+/** The verdict of a completed job, held-out examples, baselines and the number of rows. */
+function Completed({ job }) {
+  const path = `/api/v1/models/${encodeURIComponent(job.model_name)}`;
+  const found = useData(async (signal) => {
+    const [view, base] = await Promise.all([
+      call("GET", `${path}/certificate`, { signal }),
+      call("GET", `/api/v1/models/${encodeURIComponent(job.base)}`, { signal }).catch(() => null),
+    ]);
+    return { view, base };
+  });
+  const { verdicts = [], examples } = job.result ?? {};
+  const record = found.data?.view.certificate.record ?? {};
+  const metrics = record.metrics ?? {};
+  const [shares, errors] = [new Set(found.data?.view.shares), new Set(found.data?.view.errors)];
+  const verdict = verdictOf(metrics, record.data?.validation_rows, { shares, errors });
+  const { rows, validation_rows: held, dropped, truncated, learned_tokens: learned } = record.data ?? {};
   return html`
-    <div class=${`box ${verdicts.length ? "note" : "good"}`} id="result">
-      <p><strong>The model is trained.</strong></p>
-      ${verdicts.map((each) => html`<p>${sentence(each)}</p>`)}
+    <div class=${`box ${verdict?.kind ?? "note"}`} id="result">
+      <p><strong>${verdict?.text ?? "The model is trained."}</strong></p>
+      ${verdicts.length > 0 && html`
+        <details><summary>Reasons</summary>${verdicts.map((each) => html`<p>${sentence(each)}</p>`)}</details>
+      `}
     </div>
-    <${Facts} pairs=${[
-      ["Steps", number(result.steps)],
-      ["Tokens", number(result.tokens)],
-      ["Final training loss", number(result.train_loss, 4)],
-      ["Validation loss", losses.map((each) => number(each, 4)).join(", ")],
-    ]} />
     <div class="actions">
       <a class="button primary" href=${link("models", job.model_name)}>Open the model</a>
       ${may("invoke") && html`<a class="button" href=${link("playground", job.model_name)}>Playground</a>`}
     </div>
+    <${ErrorBox} error=${found.error?.status !== 404 && found.error} again=${found.read} />
+    ${verdict && html`<${ScoreBars} verdict=${verdict} />`}
+    ${found.data && may("invoke") && html`
+      <section id="examples"><h2>Held-out examples</h2><${HeldOut} job=${job} rows=${examples} base=${found.data.base} /></section>
+    `}
+    <${Section} title="Comparison with simple methods">${baselines(metrics.comparison, errors)}<//>
+    ${rows !== undefined && html`
+      <section>
+        <h2>Rows</h2>
+        <${Facts} pairs=${[
+          ["Learned", number(rows)],
+          ["Held out to measure", number(held)],
+          ["Left out: longer than the context", number(dropped)],
+          ["Cut to the context", number(truncated)],
+          ["Learned tokens", number(learned)],
+        ]} />
+      </section>
+    `}
   `;
 }
 

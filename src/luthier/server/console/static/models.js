@@ -39,7 +39,7 @@ export function Models() {
     return html`<${Pending} title="Models" error=${models.error ?? loaded.error} read=${() => (models.read(), loaded.read())} />`;
   const custom = models.data.filter((each) => each.kind === "custom").reverse();
   return html`
-    <${Heading} title="Models">${may("develop") && html`<a class="button primary" href="#/new">New job</a>`}<//>
+    <${Heading} title="Models" />
     <${ErrorBox} error=${models.error ?? loaded.error} />
     <h2>Custom models</h2>
     <${Custom} models=${custom} all=${models.data} loaded=${loaded.data} />
