@@ -27,7 +27,7 @@ from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.jobs.submit import submit_export
 from luthier.server.stores.locations import Locations
 from luthier.server.stores.objects import Objects
-from luthier.server.tables import exports, queue
+from luthier.server.tables import queue, results
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database, now
@@ -110,9 +110,9 @@ def row(database: Database, export_id: str) -> ModelExport:
 
 def stop(database: Database, export_id: str) -> None:
     with database.write() as session:
-        found = exports.get(session, ACCOUNT, export_id, lock=True)
+        found = results.get(session, ModelExport, ACCOUNT, export_id, lock=True)
         assert found is not None
-        exports.stop(session, found)
+        results.stop(session, found)
 
 
 def objects(database: Database, folder: Path) -> dict[str, Path]:

@@ -9,7 +9,7 @@ import pytest
 from luthier.errors import LeaseLost, RecipeError, WrongState
 from luthier.server.jobs.submit import submit_export
 from luthier.server.stores.removal import ModelInUse, remove
-from luthier.server.tables import exports, queue
+from luthier.server.tables import queue, results
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.server.tables.database import Database, now
@@ -62,9 +62,9 @@ def row(database: Database, export_id: str) -> ModelExport:
 
 def stop(database: Database, export_id: str) -> str:
     with database.write() as session:
-        found = exports.get(session, ACCOUNT, export_id, lock=True)
+        found = results.get(session, ModelExport, ACCOUNT, export_id, lock=True)
         assert found is not None
-        return exports.stop(session, found).state
+        return results.stop(session, found).state
 
 
 def test_export_is_finished_only_by_lease_holder(database: Database) -> None:
@@ -74,21 +74,21 @@ def test_export_is_finished_only_by_lease_holder(database: Database) -> None:
     assert export_id == made and row(database, made).state == RUNNING
     with database.write() as session:
         assert queue.claim(session, ModelExport, WORKER, 10**12) is None
-        exports.renew(session, made, lease, {"phase": "write", "done": 1, "total": 2})
+        results.renew(session, ModelExport, made, lease, {"phase": "write", "done": 1, "total": 2})
     assert row(database, made).progress == {"phase": "write", "done": 1, "total": 2}
     with database.write() as session:
         queue.release(session, ModelExport, made, lease, "given back")
     assert (row(database, made).state, row(database, made).progress) == (QUEUED, None)
     _, again = claimed(database)
     writes: list[tuple[Any, Any]] = [
-        (exports.finish, RESULT),
-        (exports.renew, None),
+        (results.finish, RESULT),
+        (results.renew, None),
     ]
     for write, given in writes:
         with pytest.raises(LeaseLost), database.write() as session:
-            write(session, made, lease, given)
+            write(session, ModelExport, made, lease, given)
     with database.write() as session:
-        exports.finish(session, made, again, RESULT)
+        results.finish(session, ModelExport, made, again, RESULT)
     done = row(database, made)
     assert (done.state, done.result, done.lease) == (COMPLETED, RESULT, None)
     assert done.ended is not None
@@ -110,7 +110,7 @@ def test_stop_of_waiting_and_running_exports(
             if end == "gives back":
                 queue.release(session, ModelExport, made, lease)
             elif end == "finishes":
-                exports.finish(session, made, lease, RESULT)
+                results.finish(session, ModelExport, made, lease, RESULT)
             else:
                 queue.expire(session, ModelExport, made, lease, "its worker is gone")
         ended = row(database, made)
@@ -134,13 +134,13 @@ def test_exports_are_listed_newest_first_per_account(database: Database) -> None
     theirs = submit(database, OTHER)
     stop(database, made[1])
     with database.read() as session:
-        listed = exports.list_exports(session, ACCOUNT, limit=2)
+        listed = results.list_works(session, ModelExport, ACCOUNT, limit=2)
         assert [each.id for each in listed] == made[:0:-1]
-        rest = exports.list_exports(session, ACCOUNT, limit=2, position=listed[-1].seq)
+        rest = results.list_works(session, ModelExport, ACCOUNT, limit=2, position=listed[-1].seq)
         assert [each.id for each in rest] == made[:1]
-        stopped = exports.list_exports(session, ACCOUNT, (STOPPED,), limit=9)
+        stopped = results.list_works(session, ModelExport, ACCOUNT, (STOPPED,), limit=9)
         assert [each.id for each in stopped] == [made[1]]
-        assert exports.get(session, ACCOUNT, theirs) is None
+        assert results.get(session, ModelExport, ACCOUNT, theirs) is None
 
 
 def test_invalid_export_settings_are_rejected(database: Database) -> None:

@@ -13,13 +13,14 @@ from job_rows import ACCOUNT, OTHER, add_job
 
 from luthier.errors import LeaseLost
 from luthier.server.jobs.submit import submit_export, submit_import
-from luthier.server.tables import exports, imports, jobs, queue
+from luthier.server.tables import imports, jobs, queue, results
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database, new_id, now
 from luthier.server.tables.exports import ModelExport
 from luthier.server.tables.imports import ModelImport
 from luthier.server.tables.jobs import Job
 from luthier.server.tables.queue import QueuedWork
+from luthier.server.tables.results import ResultWork
 
 WORKER = {"host": "here", "pid": 1, "born": 0.0}
 
@@ -81,10 +82,15 @@ class Kind:
             return queue.has_unfinished(session, self.table, row_id)
 
 
+def fail_result(table: type[ResultWork]) -> Callable[..., Any]:
+    """Return a function that ends a work of ``table`` with a reason."""
+    return lambda session, *arguments: results.finish(session, table, *arguments)
+
+
 KINDS = {
     "job": (Job, submit_job, jobs.fail, jobs.MOST_CRASHES),
     "import": (ModelImport, submit_model_import, imports.fail, imports.MOST_CRASHES),
-    "export": (ModelExport, submit_model_export, exports.finish, exports.MOST_CRASHES),
+    "export": (ModelExport, submit_model_export, fail_result(ModelExport), jobs.MOST_CRASHES),
 }
 
 

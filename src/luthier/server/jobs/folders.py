@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import ClassVar
 
 from luthier.engine.runs import GRIDS, SAMPLES
 from luthier.files import disk_errors, lock, luthier_home, sweep
@@ -120,18 +121,28 @@ class ImportFolders(JobFolders):
         self.remove_working_files()
 
 
-class ExportFolders(JobFolders):
-    """Lock, log and working folder of an export."""
+class ResultFolders(JobFolders):
+    """Lock, log and working folder of work that ends with a result."""
 
-    prefix = exports.files_name("")
+    prefix: ClassVar[str]
 
-    def __init__(self, export_id: str) -> None:
-        super().__init__(exports.files_name(export_id))
-        self.target = self.data / "export"
+    def __init__(self, row_id: str) -> None:
+        super().__init__(f"{self.prefix}{row_id}")
 
     def remove_files(self, *, model: bool) -> None:
-        """Remove working files. The caller holds the lock. ``model`` has no effect on an export."""
+        """Remove working files. The caller holds the lock. ``model`` has no effect."""
         self.remove_working_files()
+
+
+class ExportFolders(ResultFolders):
+    """Lock, log and working folder of an export."""
+
+    prefix = exports.ModelExport.prefix
+
+    @property
+    def target(self) -> Path:
+        """Folder of the written files."""
+        return self.data / "export"
 
 
 def tidy(database: Database, job: Job, folders: JobFolders) -> None:

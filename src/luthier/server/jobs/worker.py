@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -30,19 +31,22 @@ from luthier.errors import (
     RefusedInput,
     is_out_of_memory,
 )
-from luthier.files import is_disk_error
+from luthier.files import is_disk_error, luthier_home
 from luthier.limits import AccountQuotas
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.processes import LOST, NO_SPACE, this_process
 from luthier.server.jobs.runners import free
 from luthier.server.stores.locations import Locations
-from luthier.server.tables import queue
+from luthier.server.tables import queue, results
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database
+from luthier.server.tables.jobs import STOPPING
 from luthier.server.tables.queue import QueuedWork
+from luthier.server.tables.results import ResultWork
 
 Work = TypeVar("Work", bound=QueuedWork)
+Ended = TypeVar("Ended", bound=ResultWork)
 Done = TypeVar("Done")
 
 BEAT = 1.0
@@ -282,3 +286,77 @@ class Worker(ABC, Generic[Work]):
 def is_shortage(error: Exception) -> bool:
     """Return whether work failed only because memory or disk space is short now."""
     return is_disk_error(error) or is_out_of_memory(error)
+
+
+class ResultWorker(Worker[Ended]):
+    """Base class of workers of :class:`luthier.server.tables.results.ResultWork`.
+
+    The worker may be killed anywhere: the next worker starts again.
+    """
+
+    progress: dict[str, Any] | None = None
+    """Written by the main thread, stored by the heartbeat."""
+
+    @abstractmethod
+    def produce(self, row: Ended) -> Any:
+        """Do the work and return the result."""
+
+    def explain(self, error: Exception, row: Ended) -> str:
+        """Return the failure for the owner, without paths and names of the server."""
+        return explain_error(error, {})
+
+    def finish(self, session: Session, end: Any) -> None:
+        """End the row with a result, or with a failure (text)."""
+        results.finish(session, self.table, self.row_id, self.lease, end)
+
+    def work(self, row: Ended) -> int:
+        """Produce the result and end the row."""
+        self._renewed = time.monotonic()
+        self.heartbeat = Heartbeat(self.beat, BEAT)
+        self.heartbeat.start()
+        try:
+            shutil.rmtree(self.folders.data, ignore_errors=True)  # files of a killed worker
+            end: Any = self.produce(row)
+        except (Interrupted, KeyboardInterrupt, LeaseLost, OperationalError):
+            # Not failures of the work: another worker starts again, or the work was stopped.
+            raise
+        except Exception as error:
+            if is_shortage(error):
+                raise
+            _log.exception("%s %s failed", row.noun, self.row_id)
+            end = self.explain(error, row)
+        finally:
+            self.ending = True
+            self.heartbeat.finish()
+        # The row ends first. If the worker dies now, the scheduler removes the files of ended work.
+        self.write(lambda session: self.finish(session, end))
+        self.folders.remove_working_files()
+        self.folders.log.unlink(missing_ok=True)
+        return 0
+
+    def beat(self) -> None:
+        """Renew the lease, store the progress, and interrupt the main thread of stopped work."""
+        progress = self.progress
+        # Most beats only read, because SQLite allows one writer at a time.
+        with self.database.read() as session:
+            row = queue.read_leased(session, self.table, self.row_id, self.lease)
+            state, written = row.state, row.progress
+        if progress != written or time.monotonic() - self._renewed > RENEWAL:
+            with self.database.write() as session:
+                row = results.renew(session, self.table, self.row_id, self.lease, progress)
+                state = row.state
+            self._renewed = time.monotonic()
+        if state == STOPPING and not self.ending:
+            self.heartbeat.interrupt()
+
+    def show(self, phase: str, done: int, total: int) -> None:
+        """Show the progress to clients."""
+        self.progress = {"phase": phase, "done": done, "total": total}
+
+
+def explain_error(error: Exception, names: Mapping[str, str]) -> str:
+    """Return the text of an error with ``names`` and without the path of LUTHIER_HOME."""
+    text = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
+    for name, shown in {**names, f"{luthier_home()}/": ""}.items():
+        text = text.replace(name, shown)
+    return text

@@ -18,7 +18,7 @@ from luthier.server.native.operations import (
     native_router,
     not_found,
 )
-from luthier.server.tables import exports
+from luthier.server.tables import results
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.exports import ModelExport
 
@@ -108,10 +108,11 @@ def create_export(call: NativeCall, model: Name, body: NewExport) -> ExportView:
 def list_exports(call: NativeCall, page: Annotated[ExportsPage, Query()]) -> ExportsView:
     """List exports, newest first."""
     states = (page.state,) if page.state else ()
+    conditions = () if page.model is None else (ModelExport.model == page.model,)
     with call.context.database.read() as session:
         limit, position = page.limit + 1, page.position
-        rows = exports.list_exports(
-            session, call.account, states, model=page.model, limit=limit, position=position
+        rows = results.list_works(
+            session, ModelExport, call.account, states, *conditions, limit=limit, position=position
         )
     next_position = rows[page.limit - 1].seq if len(rows) > page.limit else None
     return ExportsView(exports=[_view(each) for each in rows[: page.limit]], next=next_position)
@@ -121,7 +122,7 @@ def list_exports(call: NativeCall, page: Annotated[ExportsPage, Query()]) -> Exp
 def get_export(call: NativeCall, export: Name) -> ExportView:
     """Return an export."""
     with call.context.database.read() as session:
-        row = exports.get(session, call.account, export)
+        row = results.get(session, ModelExport, call.account, export)
     return _view(_existing(export, row))
 
 
@@ -130,8 +131,8 @@ def stop_export(call: NativeCall, export: Name) -> ExportView:
     """Stop an export. Stopping an ended export is a conflict."""
     call.record(f"model-export/{export}")
     with call.context.database.write() as session:
-        row = exports.get(session, call.account, export, lock=True)
-        view = _view(exports.stop(session, _existing(export, row)))
+        row = results.get(session, ModelExport, call.account, export, lock=True)
+        view = _view(results.stop(session, _existing(export, row)))
     call.context.wake()
     return view
 
