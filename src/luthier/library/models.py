@@ -186,6 +186,12 @@ def catalogue_model(entry: CatalogEntry) -> StoredModel:
     return StoredModel(entry.id, base_folder(entry.id), entry.manifest())
 
 
+def describe(model_id: str) -> StoredModel:
+    """Open a model by id; a catalogue model that is missing is described without a download."""
+    is_missing = model_id in CATALOG and not is_base_here(model_id)
+    return catalogue_model(CATALOG[model_id]) if is_missing else find(model_id)
+
+
 def find(
     model_id: str,
     say: Callable[[str], None] = lambda text: None,

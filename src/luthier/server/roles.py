@@ -59,7 +59,8 @@ _OPERATIONS = {
             "GetModelInvocationLoggingConfiguration"
         ),
         "luthier": (
-            "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport "
+            "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport ListEvaluations "
+            "GetEvaluation GetEvaluationReport ListComparisons GetComparison GetComparisonReport "
             "GetFeedback GetModelHealth GetDeploymentHistory GetCertificate DownloadCertificate "
             "GetUsage GetDailyUsage "
             "openai.files.list openai.files.retrieve openai.files.content "
@@ -90,7 +91,9 @@ _OPERATIONS = {
             "openai.responses.delete openai.chat.completions.update "
             "openai.chat.completions.delete CreateJob PauseJob ResumeJob StopJob PreviewData "
             "StoreExample InspectData EstimateJob CreateExport "
-            "StopExport PromoteDeployment RollBackDeployment DeleteModel LoadModel UnloadModel "
+            "StopExport CreateEvaluation StopEvaluation DeleteEvaluation CreateComparison "
+            "StopComparison DeleteComparison PromoteDeployment RollBackDeployment DeleteModel "
+            "LoadModel UnloadModel "
             "openai.files.create "
             "openai.files.delete openai.fine_tuning.jobs.create openai.fine_tuning.jobs.cancel "
             "openai.fine_tuning.jobs.pause openai.fine_tuning.jobs.resume "

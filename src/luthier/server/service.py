@@ -54,6 +54,7 @@ from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.exports import ModelExport
 from luthier.server.tables.jobs import Job
+from luthier.server.tables.measurements import Measurement
 from luthier.server.tables.principals import matching_server_key
 from luthier.server.tables.schema import upgrade
 from luthier.server.tables.secrets import Sealing
@@ -242,7 +243,11 @@ class Service:
         with self.database.read() as session:
             counted = {
                 name: session.execute(select(kind.state, func.count()).group_by(kind.state)).all()
-                for name, kind in (("jobs", Job), ("exports", ModelExport))
+                for name, kind in (
+                    ("jobs", Job),
+                    ("exports", ModelExport),
+                    ("measurements", Measurement),
+                )
             }
         return {
             **{name: {s: float(count) for s, count in each} for name, each in counted.items()},

@@ -309,9 +309,7 @@ def compare(
 
     if not rows:
         raise RecipeError("the comparison needs rows")
-    names = [base.id, *(each.id for each in tuned)]
-    if duplicate := next((name for name in names if names.count(name) > 1), None):
-        raise RecipeError(f"{duplicate} is listed twice. Name each model once.")
+    check_models(base, tuned, bool(train), len(rivals))
     repeats = {*repeated_rows(rows)}
     rows = [row for number, row in enumerate(rows) if number not in repeats]
     remarks = check_leakage(rows, train)
@@ -327,11 +325,6 @@ def compare(
     readers = [each for each in tuned if not each.writes]
     generators = [*writers, *generative]
     writes = bool(generators or rivals)
-    if len(readers) + len(generators) + len(rivals) < 2 and not train:
-        raise RecipeError(
-            "a comparison needs two contenders. Give a generative base model, training rows for "
-            "baselines, or several tuned models."
-        )
     row_questions, train_questions = _questions(rows, train) if writes else ([], [])
     embed = None if encoder is None or not generators else Predictor.open(encoder).embed
     own: list[PromptVariant] = []
@@ -406,6 +399,20 @@ def _shown(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[ShownRo
         replies = {each.name: each.replies[number] for each in chosen if each.replies}
         shown.append(ShownRow(prompt, str(expected), replies))
     return shown
+
+
+def check_models(
+    base: StoredModel, tuned: Sequence[StoredModel], has_train: bool, rivals: int = 0
+) -> None:
+    """Raise :class:`RecipeError` for a model that is listed twice, or for a single contender."""
+    names = [base.id, *(each.id for each in tuned)]
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"{duplicate} is listed twice. Name each model once.")
+    if len(tuned) + base.writes + rivals < 2 and not has_train:
+        raise RecipeError(
+            "a comparison needs two contenders. Give a generative base model, training rows for "
+            "baselines, or several tuned models."
+        )
 
 
 def check_measures(measures: Mapping[str, str]) -> None:

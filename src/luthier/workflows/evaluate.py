@@ -79,6 +79,8 @@ if TYPE_CHECKING:
     from luthier.media.image_generation import ImageGenerator
     from luthier.models.networks.network import Network, TreeBatch
 
+SLICES = ("label", "length", "language")
+"""Slices that are no columns of the rows."""
 PSEUDO_TOKENS = 2_000
 """Number of tokens for the pseudo-perplexity, which costs a pass per token."""
 AnyGrader = TypeVar("AnyGrader", bound="Grader")

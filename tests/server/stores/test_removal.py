@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
+from luthier.errors import WrongState
 from luthier.files import luthier_home, write_json
 from luthier.library.folders import custom_folder, working_folders
 from luthier.library.models import custom_models
@@ -17,9 +18,16 @@ from luthier.library.removal import remove_side_files
 from luthier.models.manifest import MANIFEST
 from luthier.server.stores import removal
 from luthier.server.stores.removal import remove_files, remove_unneeded
+from luthier.server.tables import results
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database, now
+from luthier.server.tables.measurements import (
+    EVALUATION,
+    MeasuredModel,
+    create_measurement,
+    delete,
+)
 from luthier.server.tables.schema import upgrade
 
 
@@ -173,3 +181,19 @@ def test_deletion_killed_before_commit_keeps_files(database: Database) -> None:
     removal.finish_deletions(database)
     remove_files(stored("child", parent))
     assert left() == {"parent"}
+
+
+def test_measured_model_is_not_deleted(database: Database) -> None:
+    model = recorded(database, stored("parent", "tiny"))
+    measured = MeasuredModel(name="parent", arn=model.arn(Arns()), stored_id="tiny:parent")
+    with database.write() as session:
+        row = create_measurement(session, model.account, EVALUATION, {}, [measured])
+        with pytest.raises(WrongState):
+            delete(session, row)
+    with pytest.raises(removal.ModelInUse):
+        removal.delete(database, Arns(), model)
+    with database.write() as session:
+        stopped = results.stop(session, session.merge(row))
+        delete(session, stopped)
+    removal.delete(database, Arns(), model)
+    assert left() == set()

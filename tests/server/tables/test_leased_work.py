@@ -12,13 +12,14 @@ import pytest
 from job_rows import ACCOUNT, OTHER, add_job
 
 from luthier.errors import LeaseLost
-from luthier.server.jobs.submit import submit_export, submit_import
+from luthier.server.jobs.submit import submit_export, submit_import, submit_measurement
 from luthier.server.tables import imports, jobs, queue, results
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database, new_id, now
 from luthier.server.tables.exports import ModelExport
 from luthier.server.tables.imports import ModelImport
 from luthier.server.tables.jobs import Job
+from luthier.server.tables.measurements import EVALUATION, Measurement
 from luthier.server.tables.queue import QueuedWork
 from luthier.server.tables.results import ResultWork
 
@@ -46,6 +47,11 @@ def submit_model_export(database: Database, account: str) -> str:
         session.add(model)
         session.flush()
         return submit_export(session, model, model.id, "s3://b", "gguf").id
+
+
+def submit_evaluation(database: Database, account: str) -> str:
+    with database.write() as session:
+        return submit_measurement(session, account, EVALUATION, {"rows": "s3://b/x"}, []).id
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,12 @@ KINDS = {
     "job": (Job, submit_job, jobs.fail, jobs.MOST_CRASHES),
     "import": (ModelImport, submit_model_import, imports.fail, imports.MOST_CRASHES),
     "export": (ModelExport, submit_model_export, fail_result(ModelExport), jobs.MOST_CRASHES),
+    "measurement": (
+        Measurement,
+        submit_evaluation,
+        fail_result(Measurement),
+        jobs.MOST_CRASHES,
+    ),
 }
 
 

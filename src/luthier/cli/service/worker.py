@@ -18,8 +18,8 @@ Quotas = Annotated[
 
 
 def worker(
-    kind: Annotated[str, typer.Option(help="Kind of work: training, import or export.")],
-    row_id: Annotated[str, typer.Option("--id", help="Id of the job, model or export.")],
+    kind: Annotated[str, typer.Option(help="Kind of work, such as training.")],
+    row_id: Annotated[str, typer.Option("--id", help="Id of the work.")],
     lease: Annotated[str, typer.Option(help="Token of the lease.")],
     memory: Annotated[int | None, typer.Option(help="Memory for all workers, in bytes.")] = None,
     region: Annotated[str, typer.Option(help="Region in ARNs.")] = "us-east-1",

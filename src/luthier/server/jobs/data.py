@@ -33,6 +33,7 @@ from luthier.server.jobs.submit import DISTILLATION, Submission, recipe_of
 from luthier.server.stores.locations import Locations
 from luthier.server.tables.foundation import root_of
 from luthier.server.tables.jobs import Job
+from luthier.types import Row
 
 if TYPE_CHECKING:
     from luthier.gate.policy import GatePolicy
@@ -173,6 +174,7 @@ class PeekedRows:
     container: Container | None
     """Format of the file; ``None`` if unknown."""
     records: Sequence[Record] = ()
+    rows: Sequence[Row] = ()
     form: str | None = None
     """Name of the rows' form; ``None`` if unknown."""
     problems: Sequence[Problem] = ()
@@ -202,7 +204,7 @@ def peek_rows(
         problems: list[Problem] = []
         container = find_container(file, problems)
         whole = file.stat().st_size < PEEKED_BYTES
-        records, form = list[Record](), None
+        records, rows, form = list[Record](), list[Row](), None
         needs_whole = container is None or container.packing or container.kind in _COMPLETE
         if container is not None and (whole or not needs_whole):
             records = [record for _, record in islice(read_records(file, [], whole=False), PEEKED)]
@@ -222,7 +224,7 @@ def peek_rows(
         replace(each.at(address, each.line), message=each.message.replace(str(file), address))
         for each in problems
     ]
-    return PeekedRows(address, container, records, form, named)
+    return PeekedRows(address, container, records, rows, form, named)
 
 
 def _media_problem(address: str) -> Problem:
@@ -296,6 +298,22 @@ def _suffix(path: Path) -> str:
     except RowRefused:
         return ".jsonl"  # reading the rows reports the problem
     return ".jsonl" if kind == "json" else f".{kind}"
+
+
+def fetch_rows(locations: Locations, account: str, address: str, folder: Path, media: bool) -> Path:
+    """Fetch the rows at an address: return a file, or a folder with several files.
+
+    With ``media``, also fetch the files that the rows of a single file refer to.
+    """
+    folder.mkdir(parents=True)
+    locations.check(account, address)
+    files = locations.fetch(account, address, folder)
+    if len(files) > 1:
+        return folder
+    ((table, file),) = files
+    if media and file.is_file():
+        fetch_references(locations, account, file, table)
+    return file
 
 
 def fetch_references(

@@ -26,6 +26,7 @@ from luthier.server.tables import exports, imports
 from luthier.server.tables.custom_models import IMPORTED
 from luthier.server.tables.database import Database
 from luthier.server.tables.jobs import COMPLETED, Job, run_name
+from luthier.server.tables.measurements import Measurement
 from luthier.server.tables.queue import log_file
 
 LOG_TAIL, DEATH_TAIL = 20, 5
@@ -143,6 +144,12 @@ class ExportFolders(ResultFolders):
     def target(self) -> Path:
         """Folder of the written files."""
         return self.data / "export"
+
+
+class MeasurementFolders(ResultFolders):
+    """Lock, log and rows of a measurement."""
+
+    prefix = Measurement.prefix
 
 
 def tidy(database: Database, job: Job, folders: JobFolders) -> None:

@@ -19,12 +19,20 @@ from sqlalchemy import select
 from luthier.errors import LuthierError
 from luthier.files import luthier_home
 from luthier.server.jobs.admission import memory_of
-from luthier.server.jobs.folders import ExportFolders, ImportFolders, JobFolders, tidy
+from luthier.server.jobs.folders import (
+    ExportFolders,
+    ImportFolders,
+    JobFolders,
+    MeasurementFolders,
+    ResultFolders,
+    tidy,
+)
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.exports import ModelExport
 from luthier.server.tables.imports import ModelImport
 from luthier.server.tables.jobs import ENDED, QUEUED, Job
+from luthier.server.tables.measurements import Measurement
 from luthier.server.tables.queue import QueuedWork, has_unfinished
 
 ESTIMATES = 20
@@ -87,7 +95,7 @@ def _prepare_jobs(database: Database) -> None:
 
 
 def _remove_left_behind(
-    table: type[QueuedWork], folders_of: type[ImportFolders | ExportFolders], database: Database
+    table: type[QueuedWork], folders_of: type[ImportFolders | ResultFolders], database: Database
 ) -> None:
     """Remove files of ended works whose worker died, recognized by a free lock file."""
     prefix = folders_of.prefix
@@ -125,6 +133,14 @@ EXPORT = WorkKind(
     partial(_remove_left_behind, ModelExport, ExportFolders),
     max_running=1,  # like an import
 )
+MEASUREMENT = WorkKind(
+    "measurement",
+    Measurement,
+    "luthier.server.jobs.measurement_worker:MeasurementWorker",
+    MeasurementFolders,
+    partial(_remove_left_behind, Measurement, MeasurementFolders),
+    max_running=1,  # beside a training, which reserves all threads
+)
 TRAINING = WorkKind(
     "training",
     Job,
@@ -132,5 +148,7 @@ TRAINING = WorkKind(
     prepare=_prepare_jobs,
     distributed=True,
 )
-WORK_KINDS: Mapping[str, WorkKind] = {kind.name: kind for kind in (IMPORT, EXPORT, TRAINING)}
-"""Kinds by name, in the order of scheduling: imports and exports are few and short."""
+WORK_KINDS: Mapping[str, WorkKind] = {
+    kind.name: kind for kind in (IMPORT, EXPORT, MEASUREMENT, TRAINING)
+}
+"""Kinds by name, in the order of scheduling: the first kinds are few and short."""

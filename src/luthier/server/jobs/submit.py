@@ -1,4 +1,4 @@
-"""Submission of jobs, imports and exports to the queue: names, quotas and recipe, in one
+"""Submission of jobs, imports, exports and measurements to the queue: names, quotas and recipe, in one
 transaction.
 
 The registration of a CLI model for an account needs no queue.
@@ -47,6 +47,11 @@ from luthier.server.tables.foundation import (
     writes,
 )
 from luthier.server.tables.jobs import QUEUED, QUEUED_OR_RUNNING, Job, record, run_name
+from luthier.server.tables.measurements import (
+    MeasuredModel,
+    Measurement,
+    create_measurement,
+)
 from luthier.server.tables.queue import in_flight, next_turn
 
 if TYPE_CHECKING:
@@ -347,6 +352,29 @@ def submit_export(
     _stored_id(model)
     lock_by_name(session, f"submit {model.account}")
     return exports.create_export(session, model, arn, output, format, merged, quantization)
+
+
+def submit_measurement(
+    session: Session,
+    account: str,
+    kind: str,
+    request: Mapping[str, Any],
+    models: Sequence[MeasuredModel],
+    limits: AccountQuotas | None = None,
+) -> Measurement:
+    """Queue an evaluation or comparison, in the caller's transaction.
+
+    Raises:
+        QuotaExceeded: if the account has too many unfinished measurements, or no space for a report.
+    """
+    limits = limits or AccountQuotas()
+    lock_by_name(session, f"submit {account}")
+    storage.check_count(
+        in_flight(session, Measurement, account), limits, "jobs_in_flight",
+        "unfinished evaluations and comparisons", "Wait, or stop some of them.",
+    )  # fmt: skip
+    storage.check(session, account, limits, stored_bytes=1)
+    return create_measurement(session, account, kind, request, models)
 
 
 def recipe_of(submission: Submission, job_id: str) -> Recipe:

@@ -28,6 +28,7 @@ from luthier.errors import (
     Interrupted,
     LeaseLost,
     LuthierError,
+    QuotaExceeded,
     RefusedInput,
     is_out_of_memory,
 )
@@ -329,7 +330,11 @@ class ResultWorker(Worker[Ended]):
             self.ending = True
             self.heartbeat.finish()
         # The row ends first. If the worker dies now, the scheduler removes the files of ended work.
-        self.write(lambda session: self.finish(session, end))
+        try:
+            self.write(lambda session: self.finish(session, end))
+        except QuotaExceeded as error:
+            failure = self.explain(error, row)
+            self.write(lambda session: self.finish(session, failure))
         self.folders.remove_working_files()
         self.folders.log.unlink(missing_ok=True)
         return 0

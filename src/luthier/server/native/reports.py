@@ -21,7 +21,7 @@ from luthier.data.shapes import SHAPES
 from luthier.formatting import column_options, map_code, one_line
 from luthier.processes import python_command
 from luthier.server.http.messages import Fault
-from luthier.server.jobs.data import base_reads_media, fetch_references, peek_rows
+from luthier.server.jobs.data import base_reads_media, fetch_rows, peek_rows
 from luthier.server.jobs.processes import worker_environment
 from luthier.server.jobs.submit import Submission, check_client_grader, recipe_of
 from luthier.server.native.operations import (
@@ -224,20 +224,7 @@ def _fetch_held_out(
 
 
 def _fetch(call: Call, address: str, folder: Path, media: bool) -> Path:
-    """Fetch the rows at an address: return a file, or a folder with several files.
-
-    With ``media``, also fetch the files that the rows of a single file refer to.
-    """
-    folder.mkdir()
-    locations = call.context.locations
-    locations.check(call.account, address)
-    files = locations.fetch(call.account, address, folder)
-    if len(files) > 1:
-        return folder
-    ((table, file),) = files
-    if media and file.is_file():
-        fetch_references(locations, call.account, file, table)
-    return file
+    return fetch_rows(call.context.locations, call.account, address, folder, media)
 
 
 @contextmanager

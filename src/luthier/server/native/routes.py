@@ -12,6 +12,7 @@ from luthier.server.native import (
     inference,
     jobs,
     loaded_models,
+    measurements,
     models,
     reports,
     usage,
@@ -56,8 +57,8 @@ def who_am_i(call: NativeCall) -> WhoView:
 def native_api(context: Context, version: str) -> Api:
     """Return the API with all operations."""
     modules = (
-        jobs, models, deployments, examples, exports, feedback, loaded_models, inference, reports,
-        usage,
+        jobs, models, deployments, examples, exports, feedback, loaded_models, inference,
+        measurements, reports, usage,
     )  # fmt: skip
     routers = (router, *(module.router for module in modules))
     app = api_application(

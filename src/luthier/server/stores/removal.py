@@ -24,7 +24,7 @@ from luthier.library.folders import (
 from luthier.library.models import custom_models, lock_record
 from luthier.library.removal import dependents_of, remove_side_files
 from luthier.models.manifest import MANIFEST
-from luthier.server.tables import exports, storage, tags
+from luthier.server.tables import exports, measurements, storage, tags
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CREATING, RESERVED, CustomModel
 from luthier.server.tables.database import Database
@@ -71,7 +71,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     Call :func:`remove_files` after the transaction.
 
     Raises:
-        ModelInUse: if an endpoint, unfinished job, export or import uses the model.
+        ModelInUse: if an endpoint, unfinished job, export, measurement or import uses the model.
     """
     if model.status == CREATING:
         text = f"The model {model.name} is Creating. Wait until it is Active or Failed."
@@ -94,6 +94,8 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
         raise ModelInUse(f"The model {model.name} is the base of an unfinished job.")
     if exports.is_exported(session, arn):
         raise ModelInUse(f"The model {model.name} has a running export. Stop the export, or wait.")
+    if measurements.is_measured(session, model.account, arn):
+        raise ModelInUse(f"The model {model.name} is evaluated now. Stop the evaluation, or wait.")
     tags.drop(session, arn)
     session.delete(model)
     session.flush()

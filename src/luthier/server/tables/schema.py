@@ -21,6 +21,7 @@ from luthier.server.tables import (
     idempotency,
     imports,
     jobs,
+    measurements,
     objects,
     principals,
     storage,
@@ -38,7 +39,7 @@ from luthier.server.tables.openai import (
 
 _MODULES = (
     accounts, audit, batches, captures, conversations, custom_models, endpoints, evaluations, exports,
-    idempotency, imports, jobs, objects, principals, storage, tags, uploaded_files,
+    idempotency, imports, jobs, measurements, objects, principals, storage, tags, uploaded_files,
     usage, vector_stores,
 )  # fmt: skip
 """Modules that declare tables when imported."""

@@ -23,8 +23,8 @@ class Storage(Base):
 
     account: Mapped[str] = mapped_column(primary_key=True)
     stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
-    """Size of objects, files, parts of uploads, custom models, evals, their runs, and passages of
-    vector stores."""
+    """Size of objects, files, parts of uploads, custom models, evals, their runs, reports of
+    measurements, and passages of vector stores."""
 
 
 @dataclass

@@ -1,0 +1,111 @@
+"""Worker of an evaluation or comparison: fetches the rows, measures the models, stores the report."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from luthier.data.files.read import read_records
+from luthier.data.files.sources import files_of
+from luthier.data.rows import load_rows
+from luthier.evaluation.evaluate import load_graded
+from luthier.evaluation.report_page import page
+from luthier.files import folder_size
+from luthier.library.models import find
+from luthier.server.jobs.data import base_reads_media, fetch_rows
+from luthier.server.jobs.folders import MeasurementFolders
+from luthier.server.jobs.measurements import graders_of
+from luthier.server.jobs.worker import ResultWorker, explain_error
+from luthier.server.tables import results, storage
+from luthier.server.tables.accounts import quotas_of
+from luthier.server.tables.jobs import COMPLETED
+from luthier.server.tables.measurements import EVALUATION, Measurement
+from luthier.workflows.compare import compare, comparison_page
+from luthier.workflows.evaluate import evaluate
+
+FIXED_BYTES = 512 << 20
+"""Memory of a worker without a model."""
+
+
+class MeasurementWorker(ResultWorker[Measurement]):
+    """Worker of an evaluation or comparison."""
+
+    table = Measurement
+    folders_type = MeasurementFolders
+
+    def produce(self, row: Measurement) -> tuple[dict[str, Any], str]:
+        """Return the report and the page."""
+        models = [self.retry(partial(find, each["stored_id"])) for each in row.models]
+        # One model at a time is loaded: its weights, and its activations.
+        largest = max(folder_size(each.network_folder) for each in models)
+        self.reserve_memory(FIXED_BYTES + 2 * largest)
+        request = row.request
+        rows = self._fetch(row, "rows")
+        columns, max_tokens = request["columns"], request["max_tokens"]
+        graders = graders_of(request)
+        if row.kind == EVALUATION:
+            found = evaluate(
+                models[0], rows, graders, max_tokens, request["on_grader_error"],
+                long_rows=request.get("long_rows"), turns=request["turns"], columns=columns,
+                slices=request["slices"],
+                on_progress=lambda done, total: self.show("evaluate", done, total),
+            )  # fmt: skip
+            report, html = found.plain(), page(found, models[0].id, request["rows"])
+        else:
+            *tuned, base = models
+            train = self._fetch(row, "training") if request.get("training") else None
+            prompts = request["prompts"]
+            records = {
+                (str(path), line): record
+                for path in (files_of(str(rows)) if prompts else ())
+                for line, record in read_records(path, [])
+            }
+            compared = compare(
+                load_graded(rows, columns, (graders or {}).values()), base, tuned,
+                load_rows(train, columns) if train is not None else (),
+                graders=graders, max_tokens=max_tokens, prompts=prompts, records=records,
+                show=request["show"], seeds=request["seeds"],
+                on_progress=lambda done, total: self.show("compare", done, total),
+            )  # fmt: skip
+            report, html = compared.plain(), comparison_page(compared, request["rows"])
+        names = self._names(row)
+        # Names of models are also keys of objects; the replacement is the JSON text of a name.
+        quoted = {name: json.dumps(shown)[1:-1] for name, shown in names.items()}
+        return json.loads(_rename(json.dumps(report), quoted)), _rename(html, names)
+
+    def finish(self, session: Session, end: Any) -> None:
+        """Store the report and the page, which count towards the account's storage."""
+        report, html = (end, "") if isinstance(end, str) else end
+        row = results.finish(session, Measurement, self.row_id, self.lease, report)
+        if row.state == COMPLETED:
+            row.page, row.stored_bytes = html, len(json.dumps(report)) + len(html.encode())
+            quotas = quotas_of(session, row.account, self.quotas)
+            storage.charge(session, row.account, quotas, stored_bytes=row.stored_bytes)
+
+    def explain(self, error: Exception, row: Measurement) -> str:
+        """See :meth:`ResultWorker.explain`."""
+        return explain_error(error, self._names(row))
+
+    def _fetch(self, row: Measurement, member: str) -> Path:
+        media = any(base_reads_media(each["stored_id"]) for each in row.models)
+        folder, address = self.folders.data / member, row.request[member]
+        return self.retry(lambda: fetch_rows(self.locations, row.account, address, folder, media))
+
+    def _names(self, row: Measurement) -> dict[str, str]:
+        """Return the client's names of models and rows by the names on this machine."""
+        names = {each["stored_id"]: each["name"] for each in row.models if ":" in each["stored_id"]}
+        for member in ("rows", "training"):
+            folder = self.folders.data / member
+            names |= {str(path): row.request[member] for path in folder.glob("*")}
+            names[str(folder)] = str(row.request.get(member))
+        return names
+
+
+def _rename(text: str, names: dict[str, str]) -> str:
+    for name, shown in names.items():
+        text = text.replace(name, shown)
+    return text

@@ -1,0 +1,243 @@
+"""Evaluations and comparisons of the native API: background jobs that end with a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import Query, Response
+from pydantic import Field
+from sqlalchemy.orm import Session
+
+from luthier.server.http.messages import Fault
+from luthier.server.http.routes import Name
+from luthier.server.jobs.measurements import check_measurement
+from luthier.server.jobs.submit import submit_measurement
+from luthier.server.native.operations import (
+    Call,
+    Input,
+    NativeCall,
+    View,
+    native_router,
+    not_found,
+)
+from luthier.server.stores.uploaded_files import file_address
+from luthier.server.tables import measurements, results
+from luthier.server.tables.measurements import COMPARISON, EVALUATION, MeasuredModel, Measurement
+
+router = native_router()
+State = Literal["Queued", "Running", "Stopping", "Completed", "Failed", "Stopped"]
+"""State of a measurement."""
+Model = Annotated[str, Field(min_length=1, max_length=2048)]
+"""Base model, custom model or deployment, by any name."""
+Address = Annotated[str, Field(min_length=1, max_length=2048)]
+"""``s3://bucket/key``, a key that ends in ``/`` for all objects below, or the id of a file."""
+Graders = Annotated[
+    dict[str, str | dict[str, Any]] | list[str], Field(default_factory=dict, max_length=32)
+]
+"""Graders by name, or names of graders."""
+
+
+class _NewMeasurement(Input):
+    rows: Address
+    """Held-out rows: an address, or the id of an uploaded file."""
+    graders: Graders
+    """Graders of replies: names (``["exact"]``), or fields by name. The default follows from the
+    rows. In a comparison, the first grader decides."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column names of the rows by key; an empty name ignores the key or column."""
+
+
+class NewEvaluation(_NewMeasurement):
+    """Model, rows and graders of a new evaluation."""
+
+    model: Model
+    """Base model, custom model or deployment."""
+    max_tokens: int = Field(default=128, ge=1, le=8192)
+    """Token limit of a reply."""
+    on_grader_error: Literal["fail", "zero"] = "fail"
+    """Effect of a reply without a grade."""
+    turns: Literal["last", "calls", "all"] = "last"
+    """Replies of a conversation to generate."""
+    slices: tuple[str, ...] = Field(default=(), max_length=16)
+    """Score slices: ``label``, ``length``, ``language`` or a column of the rows."""
+    long_rows: Literal["error", "drop", "truncate"] | None = None
+    """How to handle rows longer than the context."""
+
+
+class NewComparison(_NewMeasurement):
+    """Models, rows and graders of a new comparison."""
+
+    models: tuple[Model, ...] = Field(min_length=1, max_length=10)
+    """Custom models or deployments."""
+    base: Model | None = None
+    """Model without tuning. The default is the foundation model of the first model."""
+    training: Address | None = None
+    """Rows for examples and baselines."""
+    prompts: dict[str, str] = Field(default_factory=dict, max_length=10)
+    """Own instructions or templates with ``{column}``, by name."""
+    max_tokens: int = Field(default=64, ge=1, le=8192)
+    """Token limit of a reply."""
+    show: int = Field(default=0, ge=0, le=50)
+    """Number of rows with replies in the report."""
+    seeds: int = Field(default=0, ge=0, le=16)
+    """Replies sampled per row, to measure consistency."""
+
+
+class MeasurementView(View):
+    """State and report of an evaluation or comparison."""
+
+    id: str
+    models: list[str]
+    """Names of the models, as sent. In a comparison, the base is the last model."""
+    request: dict[str, Any]
+    """Fields of the request."""
+    state: State
+    progress: dict[str, Any] | None = None
+    """Progress of a running measurement: ``phase``, ``done`` and ``total`` (rows or replies)."""
+    report: dict[str, Any] | None = None
+    """Report of ``luthier evaluate --json`` or ``luthier compare --json``; missing in lists."""
+    failure: str | None = None
+    created: datetime
+    started: datetime | None = None
+    ended: datetime | None = None
+
+
+class MeasurementsView(View):
+    """Evaluations or comparisons, newest first."""
+
+    measurements: list[MeasurementView]
+    next: int | None = None
+    """``position`` of the next page; missing on the last page."""
+
+
+class DeletedMeasurementView(View):
+    """Response to the deletion of an evaluation or comparison."""
+
+    id: str
+
+
+class MeasurementsPage(Input):
+    """Filter and page of a list of evaluations or comparisons."""
+
+    state: State | None = None
+    limit: int = Field(default=100, ge=1, le=1000)
+    position: int | None = Field(default=None, ge=0, le=2**62)
+    """``next`` of the previous page."""
+
+
+@router.post("/evaluations", status_code=201)
+def create_evaluation(call: NativeCall, body: NewEvaluation) -> MeasurementView:
+    """Create an evaluation of a model on held-out rows."""
+    return _create(call, EVALUATION, body, [_measured(call, body.model)])
+
+
+@router.post("/comparisons", status_code=201)
+def create_comparison(call: NativeCall, body: NewComparison) -> MeasurementView:
+    """Create a comparison of custom models with their base, prompting and baselines."""
+    from luthier.library.models import describe
+
+    models = [_measured(call, name) for name in body.models]
+    base = body.base or describe(models[0]["stored_id"]).root
+    return _create(call, COMPARISON, body, [*models, _measured(call, base)])
+
+
+def _add_operations(kind: str) -> None:
+    """Add the operations that evaluations and comparisons share."""
+
+    def list_all(call: NativeCall, page: Annotated[MeasurementsPage, Query()]) -> MeasurementsView:
+        states = (page.state,) if page.state else ()
+        with call.context.database.read() as session:
+            rows = results.list_works(
+                session, Measurement, call.account, states, Measurement.kind == kind,
+                limit=page.limit + 1, position=page.position,
+            )  # fmt: skip
+        following = rows[page.limit - 1].seq if len(rows) > page.limit else None
+        views = [_view(each, None) for each in rows[: page.limit]]
+        return MeasurementsView(measurements=views, next=following)
+
+    def get(call: NativeCall, id: Name) -> MeasurementView:
+        with call.context.database.read() as session:
+            row = _find(call, session, kind, id)
+            return _view(row, row.result)
+
+    def report(call: NativeCall, id: Name) -> Response:
+        with call.context.database.read() as session:
+            row = _find(call, session, kind, id)
+            html = row.page
+        if html is None:
+            raise Fault("Conflict", f"The {kind} {id} is {row.state} and has no report.")
+        return Response(html.encode("utf-8", "replace"), media_type="text/html; charset=utf-8")
+
+    def stop(call: NativeCall, id: Name) -> MeasurementView:
+        with call.context.database.write() as session:
+            row = _find(call, session, kind, id, lock=True)
+            view = _view(results.stop(session, row), None)
+        call.context.wake()
+        return view
+
+    def delete(call: NativeCall, id: Name) -> DeletedMeasurementView:
+        with call.context.database.write() as session:
+            measurements.delete(session, _find(call, session, kind, id, lock=True))
+        return DeletedMeasurementView(id=id)
+
+    one = f"/{kind}s/{{id}}"
+    for method, path, name, text, operation in (
+        ("GET", f"/{kind}s", f"list_{kind}s", f"List {kind}s, newest first.", list_all),
+        ("GET", one, f"get_{kind}", f"Return the {kind} with its report.", get),
+        ("GET", f"{one}/report", f"get_{kind}_report", f"Return the page of the {kind}.", report),
+        ("POST", f"{one}/stop", f"stop_{kind}", f"Stop the {kind}.", stop),
+        ("DELETE", one, f"delete_{kind}", f"Delete the ended {kind} with its report.", delete),
+    ):
+        # The name of the function determines the operation and the action.
+        operation.__name__, operation.__doc__ = name, text
+        router.add_api_route(path, operation, methods=[method])
+
+
+for _kind in (EVALUATION, COMPARISON):
+    _add_operations(_kind)
+
+
+def _create(
+    call: Call, kind: str, body: _NewMeasurement, models: Sequence[MeasuredModel]
+) -> MeasurementView:
+    context = call.context
+    call.record(f"{kind}/*")
+    request = body.model_dump(mode="json")
+    for member in ("rows", "training"):
+        if (value := request.get(member)) and context.locations.uploads.get(call.account, value):
+            request[member] = file_address(value)
+    check_measurement(context.locations, call.account, kind, request, models)
+    with context.database.write() as session:
+        limits = context.quotas(call.account)
+        row = submit_measurement(session, call.account, kind, request, models, limits)
+        call.record_created(f"{kind}/{row.id}")
+        view = _view(row, None)
+    context.wake()
+    return view
+
+
+def _measured(call: Call, name: str) -> MeasuredModel:
+    """Return the model that a name stands for now."""
+    target = call.context.models.target(call.account, name)
+    if target is None:
+        raise not_found("model", name)
+    return MeasuredModel(name=name, arn=target.model, stored_id=target.stored_id)
+
+
+def _find(call: Call, session: Session, kind: str, name: str, *, lock: bool = False) -> Measurement:
+    """Return the measurement, and record the ARN for the audit log."""
+    call.record(f"{kind}/{name}")
+    row = results.get(session, Measurement, call.account, name, lock=lock)
+    if row is None or row.kind != kind:
+        raise not_found(kind, name)
+    return row
+
+
+def _view(row: Measurement, report: dict[str, Any] | None) -> MeasurementView:
+    fields: dict[str, Any] = {"models": [each["name"] for each in row.models], "report": report}
+    fields |= {
+        name: getattr(row, name) for name in MeasurementView.model_fields.keys() - fields.keys()
+    }
+    return MeasurementView(**fields)

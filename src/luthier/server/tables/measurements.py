@@ -1,0 +1,93 @@
+"""Measurements: evaluations and comparisons of models, each with a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from sqlalchemy import BigInteger, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.errors import WrongState
+from luthier.server.tables import storage
+from luthier.server.tables.database import Base, JSONText, QuotingText, new_id, now
+from luthier.server.tables.jobs import ENDED
+from luthier.server.tables.queue import next_turn
+from luthier.server.tables.results import ResultWork
+
+EVALUATION, COMPARISON = "evaluation", "comparison"
+
+
+class MeasuredModel(TypedDict):
+    """A model of a measurement."""
+
+    name: str
+    """Name that the client sent."""
+    arn: str
+    """ARN of the foundation model or custom model."""
+    stored_id: str
+
+
+class Measurement(ResultWork, Base):
+    """An evaluation or a comparison."""
+
+    __tablename__ = "measurements"
+    noun = "the measurement"
+    unknown_memory = 1 << 29
+    prefix = "measurement-"
+
+    kind: Mapped[str]
+    request: Mapped[dict[str, Any]] = mapped_column(JSONText)
+    """Body of the request."""
+    models: Mapped[list[Any]]
+    """Each :class:`MeasuredModel`; in a comparison, the base last."""
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSONText)
+    """The report."""
+    page: Mapped[str | None] = mapped_column(QuotingText, deferred=True)
+    """The report as an HTML page."""
+    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+def create_measurement(
+    session: Session,
+    account: str,
+    kind: str,
+    request: Mapping[str, Any],
+    models: Sequence[MeasuredModel],
+) -> Measurement:
+    """Queue a measurement."""
+    moment = now()
+    made = Measurement(
+        id=new_id(),
+        account=account,
+        turn=next_turn(session, Measurement, account),
+        since=moment,
+        created=moment,
+        kind=kind,
+        request=dict(request),
+        models=list(models),
+    )
+    session.add(made)
+    session.flush()
+    return made
+
+
+def is_measured(session: Session, account: str, arn: str) -> bool:
+    """Return whether an unfinished measurement of the account reads the model of this ARN."""
+    unfinished = select(Measurement.models).where(
+        Measurement.account == account, Measurement.is_unfinished()
+    )
+    return any(each["arn"] == arn for models in session.scalars(unfinished) for each in models)
+
+
+def delete(session: Session, row: Measurement) -> None:
+    """Delete an ended measurement. The caller has locked the row.
+
+    Raises:
+        WrongState: if the measurement has not ended.
+    """
+    if row.state not in ENDED:
+        raise WrongState(f"{row.noun} {row.id} is {row.state}. Stop the {row.kind} first.")
+    session.delete(row)
+    session.flush()
+    storage.release(session, row.account, stored_bytes=row.stored_bytes)

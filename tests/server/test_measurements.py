@@ -1,0 +1,156 @@
+"""Evaluations and comparisons through ``luthier serve``, next to the reports of the CLI."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny, until
+
+ENDED = ("Completed", "Failed", "Stopped")
+ROWS = "s3://bucket/rows.jsonl"
+LINES = [{"prompt": f"number {n}?", "completion": f"it is {n}.", "half": n // 4} for n in range(8)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
+    """With the custom model ``mine``, a LoRA adapter, its deployment ``live``, and held-out rows."""
+    made = Served(home_with_tiny(tmp_path_factory.mktemp("measured"), tiny_model_folder))
+    made.start()
+    s3 = made.client("s3")
+    s3.create_bucket(Bucket="bucket")
+    train = [{"prompt": f"train {n}?", "completion": f"it is {n}."} for n in range(8)]
+    for name, lines in (("rows", LINES), ("train", train), ("text", [{"text": "a fox"}])):
+        body = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        s3.put_object(Bucket="bucket", Key=f"{name}.jsonl", Body=body)
+        (made.home / f"{name}.jsonl").write_bytes(body)
+    asked = {
+        "name": "job", "model_name": "mine", "base": BASE, "training": ["s3://bucket/train.jsonl"],
+        "settings": {"training": {"max_steps": 2}, "adaptation": {"method": "lora", "rank": 2}},
+    }  # fmt: skip
+    assert made.ask("POST", "/api/v1/jobs", asked)[0] == 201
+    until(lambda: made.ask("GET", "/api/v1/jobs/job")[1]["state"] in ENDED, 280)
+    arn = made.client("bedrock").get_custom_model(modelIdentifier="mine")["modelArn"]
+    bedrock = made.client("bedrock")
+    arn = bedrock.create_custom_model_deployment(modelDeploymentName="live", modelArn=arn)[
+        "customModelDeploymentArn"
+    ]
+    until(
+        lambda: (
+            bedrock.get_custom_model_deployment(customModelDeploymentIdentifier=arn)["status"]
+            == "Active"
+        )
+    )
+    yield made
+    made.end()
+
+
+def create(server: Served, kind: str, **fields: Any) -> str:
+    status, body = server.ask("POST", f"/api/v1/{kind}", {"rows": ROWS, "max_tokens": 4, **fields})
+    assert status == 201, body
+    return f"/api/v1/{kind}/{body['id']}"
+
+
+def ended(server: Served, path: str) -> dict[str, Any]:
+    until(lambda: server.ask("GET", path)[1]["state"] in ENDED, 280)
+    found: dict[str, Any] = server.ask("GET", path)[1]
+    return found
+
+
+def stored_id(server: Served) -> str:
+    (folder,) = (server.home / "models" / "custom").glob("*/job-*")
+    return f"{folder.parent.name}:{folder.name}"
+
+
+def test_evaluation_has_report_of_the_command(server: Served) -> None:
+    graders = {"near": {"method": "similarity"}, "exact": "exact"}
+    made = create(server, "evaluations", model="live", graders=graders, slices=["half"])
+    done = ended(server, made)
+    assert done["state"] == "Completed", done
+    config = server.home / "near.toml"
+    config.write_text('[near]\nmethod = "similarity"\n')
+    printed = server.command(
+        "evaluate", stored_id(server), str(server.home / "rows.jsonl"), "--grader", str(config),
+        "--grader", "exact", "--slice", "half", "--max-tokens", "4", "--json",
+    )  # fmt: skip
+    report = json.loads(printed.stdout)
+    for name in ("rows", "scores", "errors", "intervals", "slices"):
+        assert done["report"][name] == report[name]
+    assert done["report"]["model"] == "live"
+    status, html = server.ask("GET", f"{made}/report")
+    assert status == 200 and html.lower().startswith("<!doctype html>")
+    assert "live" in html and ROWS in html and "job-" not in html and str(server.home) not in html
+    listed = server.ask("GET", "/api/v1/evaluations?state=Completed&limit=1")[1]["measurements"]
+    assert [each["id"] for each in listed] == [done["id"]] and "report" not in listed[0]
+    assert server.ask("POST", f"{made}/stop")[0] == 409
+    assert server.ask("GET", made, account=OTHER)[0] == 404
+    assert server.ask("GET", made.replace("evaluations", "comparisons"))[0] == 404
+    assert server.ask("DELETE", made)[0] == 200 and server.ask("GET", made)[0] == 404
+
+
+def test_comparison_with_base_and_training_rows(server: Served) -> None:
+    made = create(
+        server, "comparisons", models=["mine"], training="s3://bucket/train.jsonl",
+        prompts={"own": "Reply shortly."}, show=1,
+    )  # fmt: skip
+    done = ended(server, made)
+    assert done["state"] == "Completed", done
+    assert done["models"] == ["mine", "tiny"]
+    names = [each["name"] for each in done["report"]["contenders"]]
+    assert any("mine" in name for name in names) and any("tiny" in name for name in names)
+    assert done["report"]["verdict"] and len(done["report"]["shown"]) == 1
+    assert "job-" not in json.dumps(done)
+    assert "mine" in server.ask("GET", f"{made}/report")[1]
+
+
+def test_rows_of_uploaded_file(server: Served) -> None:
+    headers = {"Authorization": f"Bearer {KEYS[ONE]['api_key']}"}
+    files = {"file": ("rows.jsonl", (server.home / "rows.jsonl").read_bytes())}
+    sent = {"purpose": "evals"}
+    stored = httpx.post(f"{server.url}/v1/files", headers=headers, data=sent, files=files).json()
+    made = create(server, "evaluations", model="mine", rows=stored["id"])
+    done = ended(server, made)
+    assert done["state"] == "Completed", done
+    assert done["report"]["rows"] == len(LINES)
+
+
+@pytest.mark.slow
+def test_evaluation_completes_after_killed_worker(server: Served) -> None:
+    made = create(server, "evaluations", model="mine")
+
+    def worker() -> int | None:
+        name = made.rpartition("/")[2]
+        processes = psutil.process_iter(["cmdline"])
+        return next((each.pid for each in processes if name in (each.info["cmdline"] or ())), None)
+
+    os.kill(int(until(worker)), signal.SIGKILL)
+    assert ended(server, made)["state"] == "Completed"
+
+
+def test_invalid_measurement_is_rejected_at_creation(server: Served) -> None:
+    for kind, fields, status in (
+        ("evaluations", {"model": "nobody"}, 404),
+        ("evaluations", {"model": "mine", "rows": "s3://bucket/none.jsonl"}, 400),
+        ("evaluations", {"model": "mine", "rows": "file-unknown"}, 400),
+        ("evaluations", {"model": "mine", "rows": "/etc/passwd"}, 400),
+        ("evaluations", {"model": "mine", "graders": ["judge"]}, 400),
+        ("evaluations", {"model": "mine", "graders": {"a": {"method": "regex"}}}, 400),
+        ("evaluations", {"model": "mine", "graders": {"j": "json_schema"}}, 400),
+        ("evaluations", {"model": "mine", "slices": ["colour"]}, 400),
+        ("evaluations", {"model": "mine", "columns": {"prompt": "none"}}, 400),
+        ("evaluations", {"model": "mine", "max_tokens": 0}, 400),
+        ("evaluations", {"model": "mine", "models": ["mine"]}, 400),
+        ("comparisons", {"models": ["mine", "live"]}, 400),
+        ("comparisons", {"models": []}, 400),
+        ("comparisons", {"models": ["mine"], "rows": "s3://bucket/text.jsonl"}, 400),
+    ):
+        found, body = server.ask("POST", f"/api/v1/{kind}", {"rows": ROWS, **fields})
+        assert found == status, (fields, body)
+        assert body["error"]["message"] and str(server.home) not in body["error"]["message"]
