@@ -93,7 +93,7 @@ def fail_result(table: type[ResultWork]) -> Callable[..., Any]:
     return lambda session, *arguments: results.finish(session, table, *arguments)
 
 
-KINDS = {
+KINDS: dict[str, tuple[Any, ...]] = {
     "job": (Job, submit_job, jobs.fail, jobs.MOST_CRASHES),
     "import": (ModelImport, submit_model_import, imports.fail, imports.MOST_CRASHES),
     "export": (ModelExport, submit_model_export, fail_result(ModelExport), jobs.MOST_CRASHES),
