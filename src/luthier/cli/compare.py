@@ -91,8 +91,6 @@ def compare(
     with heavy_imports():
         from luthier.chat_models.base import ModelSpec, address_fields
         from luthier.chat_models.endpoint import EndpointModel
-        from luthier.data.files.read import read_records
-        from luthier.data.files.sources import files_of
         from luthier.data.rows import load_rows
         from luthier.documents.readers import load_texts
         from luthier.engine.metrics import Reporter
@@ -102,6 +100,7 @@ def compare(
         from luthier.workflows.compare import compare as run
         from luthier.workflows.estimate.budget import read_prices
         from luthier.workflows.evaluate import attach_report
+        from luthier.workflows.prompting import records_of
 
     reporter = reporter or Reporter()
     models = [find(each) for each in tuned]
@@ -119,13 +118,6 @@ def compare(
     if local := next((each for each in rival if "url" not in address_fields(each)), None):
         raise RecipeError(f"the rival {local} is no address. Write https://host/v1#model")
     prompts = {path.name: read_text(path).strip() for path in prompt}
-    records = {}
-    if prompts:
-        records = {
-            (str(path), line): record
-            for path in files_of(str(data))
-            for line, record in read_records(path, [])
-        }
     found = run(
         rows,
         find(base or models[0].root),
@@ -138,7 +130,7 @@ def compare(
         None if encoder is None else find(encoder),
         None if judge is None else resolve_judge(judge),
         prompts,
-        records,
+        records_of(str(data)) if prompts else {},
         [EndpointModel(ModelSpec(model=each)) for each in rival],
         show,
         seeds,

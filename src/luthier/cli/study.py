@@ -58,7 +58,7 @@ def study(
     Args:
         data: Data file, folder, 'pattern*', s3:// or recipe (.toml).
         vary: KEY=a,b,c, e.g. adaptation.method=lora,full; repeatable.
-        preset: A usual question: methods, rows, domain=FILE, …
+        preset: A usual question: methods, rows, prompts=FILE, …
         seeds: Trainings of each combination, with different seeds.
         forgetting: Measure the drift from the base, for text generation.
         earlier: Rows of an earlier task, measured before and after.

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from luthier.data.files.read import read_records
+from luthier.data.files.sources import files_of
 from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.texts import LabelledText
 from luthier.documents.passages import cut
@@ -173,6 +175,15 @@ def own_prompts(
         context: list[Sequence[Question | str]] = [()] * len(rows)
         variants.append(PromptVariant("prompt engineering", name, context, asked))
     return variants
+
+
+def records_of(source: str) -> Records:
+    """Return the columns of all rows of ``source``."""
+    return {
+        (str(path), line): record
+        for path in files_of(source)
+        for line, record in read_records(path, [])
+    }
 
 
 def rows_of_variant(

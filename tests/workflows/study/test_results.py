@@ -67,6 +67,13 @@ def test_correction_grows_with_the_number_of_configurations() -> None:
     assert (many.smallest_difference or 0) > (two.smallest_difference or 0)
 
 
+def test_students_keep_a_share_of_the_score_of_the_teacher() -> None:
+    found = study_of({"teacher": [outcome(360)], "student": [outcome(324)]})
+    assert [found.kept(row) for row in found.rows] == [None, 0.9]
+    assert columns_of(found)["kept"] == ["", "90.0%"]
+    assert "kept" not in columns_of(study_of({"a": [outcome(360)], "b": [outcome(324)]}))
+
+
 def test_choice_is_the_cheapest_within_chance_and_the_limits() -> None:
     rows = {
         "slow": [outcome(380, 100, milliseconds=50.0)],

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,9 @@ from luthier.library.models import custom_models
 from luthier.recipe import Recipe
 from luthier.workflows.estimate.estimate import PredictionInterval
 from luthier.workflows.study import study as module
-from luthier.workflows.study.grid import Dimension, grid_of, parse_dimensions
+from luthier.workflows.study.cells import Outcome
+from luthier.workflows.study.grid import Configuration, Dimension, grid_of, parse_dimensions
+from luthier.workflows.study.presets import grid_from
 from luthier.workflows.study.results import Study
 from luthier.workflows.study.study import study
 
@@ -84,28 +87,71 @@ def test_losses_of_different_objectives_are_not_compared() -> None:
     module._check_comparable(varied, "accuracy")
 
 
+def pairs_recipe(folder: Path, base: Path) -> Recipe:
+    """A short training of ``base`` on 40 prompts with replies of one word."""
+    rows = [{"prompt": f"say {n}", "completion": WORDS[n % 5] * 2} for n in range(40)]
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = {"max_steps": 4, "threads": 1}
+    return Recipe.parse({"base": str(base), "data": {"train": str(path)}, "training": training})
+
+
+def test_several_prompts_become_rows_of_one_training() -> None:
+    trained = Outcome(value=1.0, seconds=9.0, contenders={
+        "tuned": {"value": 0.9}, "base with a.txt": {"value": 0.4, "seconds": 0},
+    })  # fmt: skip
+    rows = module._rows(Configuration({"prompts": "a.txt"}, "tuned"), [trained, trained])
+    assert {row.name: row.value for row in rows} == {"tuned": 0.9, "base with a.txt": 0.4}
+    assert [row.figure("seconds") for row in rows] == [9.0, 0]
+    failed = replace(trained, reason="diverged")
+    (row,) = module._rows(Configuration({}, "tuned"), [trained, failed])
+    assert not row.is_measured
+
+
+@pytest.mark.slow
+def test_prompts_of_base_and_tuned_model_answer_the_same_rows(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    instructions = tmp_path / "brief.txt"
+    instructions.write_text("Answer with one word.")
+    recipe = pairs_recipe(tmp_path, tiny_model_folder)
+    found = study(recipe, *grid_from(f"prompts={instructions}", ()))
+    assert {row.name for row in found.rows} >= {
+        f"{model}{prompt}"
+        for model in ("base", "tuned")
+        for prompt in ("", " with brief.txt", " with 4 examples")
+    }
+    assert len({row.order for row in found.rows}) == 1
+    assert {len(row.scores or ()) for row in found.rows} == {found.held_out}
+    tokens = {row.name: row.figure("prompt_tokens") or 0 for row in found.rows}
+    assert tokens["tuned with 4 examples"] > tokens["tuned with brief.txt"] > tokens["tuned"]
+
+
+@pytest.mark.slow
+def test_students_start_from_the_same_half_of_the_teacher(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    recipe = pairs_recipe(tmp_path, tiny_model_folder)
+    teacher, taught, alone = study(recipe, *grid_from("student", ())).rows
+    assert taught.is_measured and alone.is_measured, taught.reason + alone.reason
+    assert taught.outcomes[0].start == pytest.approx(alone.outcomes[0].start)
+    assert taught.value != alone.value
+    assert taught.outcomes[0].saved_bytes == alone.outcomes[0].saved_bytes
+    assert taught.outcomes[0].saved_bytes < teacher.outcomes[0].saved_bytes
+    assert [each.id.split(":")[1].split("-")[0] for each in custom_models()] == [
+        "teacher", "student",
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_training_on_text_first_changes_the_base_of_the_cell(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PROCESS_SECONDS", 1.0)
-    pairs, texts = tmp_path / "pairs.jsonl", tmp_path / "texts.jsonl"
-    pairs.write_text(
-        "".join(
-            json.dumps({"prompt": f"say {n}", "completion": WORDS[n % 5] * 2}) + "\n"
-            for n in range(40)
-        )
-    )
+    texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": " ".join(WORDS)}) + "\n" for _ in range(40)))
-    recipe = Recipe.parse(
-        {
-            "base": str(tiny_model_folder),
-            "data": {"train": str(pairs)},
-            "training": {"max_steps": 4, "threads": 1},
-        }
-    )
     dimensions = parse_dimensions([f"before=none,{texts}"])
-    found = study(recipe, grid_of(dimensions), dimensions)
+    found = study(pairs_recipe(tmp_path, tiny_model_folder), grid_of(dimensions), dimensions)
     none, after = found.rows
     assert none.is_measured, none.reason
     assert after.is_measured, after.reason

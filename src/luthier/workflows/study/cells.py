@@ -56,6 +56,9 @@ from luthier.workflows.child_processes import (
     run_processes,
 )
 from luthier.workflows.latency import measure_latency
+from luthier.workflows.study.grid import TAUGHT
+from luthier.workflows.study.prompts import with_prompts
+from luthier.workflows.study.students import student_recipe
 from luthier.workflows.tuning import tune
 
 if TYPE_CHECKING:
@@ -87,18 +90,28 @@ class Cell:
     """File with rows of an earlier task, to measure before and after the training."""
     media: str | None = None
     """Hash of images and sounds that the rows name."""
+    prompts: str | None = None
+    """File with instructions: the model and its base are measured with several prompts."""
+    student: str | None = None
+    """``taught`` for a student that learns from the teacher of ``recipe``, ``rows`` for the same
+    student without the teacher."""
 
     @cached_property
     def request(self) -> dict[str, Any]:
         """Everything that determines the measurements, as JSON values."""
         recipe, training = self.recipe, self.recipe.training
-        files = [*recipe.data.files, *(Path(p) for p in (self.before, self.earlier) if p)]
+        files = [
+            *recipe.data.files,
+            *(Path(p) for p in (self.before, self.earlier, self.prompts) if p),
+        ]
         others = {} if recipe.objective is None else recipe.objective.other_models
         return {
             "recipe": portable(recipe),
             "before": self.before,
             "forgetting": self.forgetting,
             "earlier": self.earlier,
+            "prompts": self.prompts,
+            "student": self.student,
             "base": find(recipe.base).content_hash,
             "others": {name: find(other).content_hash for name, other in others.items()},
             "data": [cached_sha256_of(p) if p.is_file() else sha256_of(p) for p in files],
@@ -126,8 +139,8 @@ class Outcome:
     """Standard error of the measurement, by the held-out rows."""
     rows: Mapping[str, Any] | None = None
     """Measurement by row, for :meth:`RowScores.read`."""
-    base: str = ""
-    """Model that the training started from: with ``before``, a custom model."""
+    recipe: Mapping[str, Any] | None = None
+    """The recipe of the training, with the custom models that it started from."""
     order: str = ""
     """Key of the held-out rows in their order; rows of equal keys are pairs."""
     start: float | None = None
@@ -157,6 +170,12 @@ class Outcome:
     """Measurements during the training, as numbers to minimize."""
     bounds: Sequence[float] = ()
     """Bounds by measurement of a training that a search stopped early."""
+    is_share: bool = False
+    """True for the score of a grader from 0 to 1."""
+    prompt_tokens: float | None = None
+    """Mean tokens of a prompt, for several prompts."""
+    contenders: Mapping[str, Mapping[str, Any]] | None = None
+    """Changed fields of each prompt with the model or its base, by name."""
 
 
 class CellRunner(ProcessRunner):
@@ -299,7 +318,10 @@ def _curve(folder: Path) -> list[float]:
 def _train(folder: Path, reporter: Reporter) -> None:
     request, path = read_json(folder / REQUEST), folder / TRAINED
     earlier = read_json(path)["processor_seconds"] if path.is_file() else 0.0
-    began, recipe = time.process_time(), Recipe.parse(request["recipe"])
+    recipe = Recipe.parse(request["recipe"])
+    if request["student"]:  # the time of the teacher's training is not the student's
+        recipe = student_recipe(recipe, request["student"] == TAUGHT, reporter)
+    began = time.process_time()
     try:
         recipe = _after(recipe, request["before"], reporter)
         store_trial(recipe, folder, _Watch(folder, request["bounds"]))
@@ -309,7 +331,7 @@ def _train(folder: Path, reporter: Reporter) -> None:
         write_json(folder / OUTCOME, asdict(outcome))
     finally:
         spent = earlier + time.process_time() - began
-        write_json(path, {"processor_seconds": spent, "base": recipe.base})
+        write_json(path, {"processor_seconds": spent, "recipe": portable(recipe)})
 
 
 def _after(recipe: Recipe, before: str | None, reporter: Reporter) -> Recipe:
@@ -334,7 +356,7 @@ def _measure(folder: Path, reporter: Reporter) -> None:
     from luthier.workflows.forgetting import measure_forgetting
 
     request, trained = read_json(folder / REQUEST), read_json(folder / TRAINED)
-    recipe = Recipe.parse({**request["recipe"], "base": trained["base"]})
+    recipe = Recipe.parse({**request["recipe"], "base": trained["recipe"]["base"]})
     result = Result.parse(read_json(folder / RUN_RESULT))
     parent = find(recipe.base)
     manifest = Manifest.read(folder / "model")
@@ -347,8 +369,17 @@ def _measure(folder: Path, reporter: Reporter) -> None:
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     fixed = Run("", folder.name, rehearsal=folder).read_request()
     job = prepare_job(recipe, parent, machine, Reporter(), fixed)
-    rows = best.get("rows", {}).get(measure)
     opened = _open(stored)
+    if request["student"] and opened is not None:
+        # The loss of a taught student is a divergence: both students are measured as the teacher is.
+        objective, validation = job.data.objective, job.data.validation
+        measure = objective.measure
+        lines = [
+            objective.validation_metrics(network, validation, READING_BUDGET)
+            for network in (open_network(parent), opened.network)
+        ]
+        best = lines[-1]
+    rows = best.get("rows", {}).get(measure)
     if rows is None and measure == "loss":
         network = open_network(stored) if opened is None else opened.network
         rows = _row_losses(network, job.data.objective, job.data.validation)
@@ -369,7 +400,7 @@ def _measure(folder: Path, reporter: Reporter) -> None:
         value=sign * best[field],
         error=best.get(f"{measure}_error", 0.0) if rows is None else RowScores.read(rows).error,
         rows=rows,
-        base=trained["base"],
+        recipe=trained["recipe"],
         order=_order(job.data.validation),
         start=None if lines[0].get("untrained_head") else sign * lines[0][field],
         seconds=result.seconds,
@@ -387,6 +418,8 @@ def _measure(folder: Path, reporter: Reporter) -> None:
         verdict="" if result.verdict is None else result.verdict.outcome,
         curve=_curve(folder),
     )
+    if request["prompts"]:
+        outcome = with_prompts(outcome, job, stored, parent, request["prompts"], reporter)
     write_json(folder / OUTCOME, asdict(outcome))
 
 

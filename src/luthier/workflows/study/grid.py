@@ -25,6 +25,8 @@ LOG_FROM = 10
 """Ratio of the ends from which a range is searched, and an axis is drawn, on a logarithmic scale."""
 SPECIAL = frozenset({"rows", "before", "mix.share"})
 """Keys without a field of the recipe."""
+_OF_PRESETS = frozenset({"prompts", "student"})
+"""Keys of presets alone."""
 FIXED = frozenset(
     {
         "name", "training.seed", "training.refit", "training.track", "training.baseline_seconds",
@@ -37,6 +39,8 @@ FIXED = frozenset(
 """Fields that a study sets, or that change the held-out rows."""
 _GROUPS = ("base", "objective", "adaptation")
 NONE, ALL = "none", "all"
+TEACHER, TAUGHT = "teacher", "taught"
+"""Name of a configuration, and value of the key ``student``."""
 _UNKNOWN = 10**12
 """Number of rows before the data is read: any count in a grid is a valid share."""
 
@@ -102,7 +106,8 @@ class Configuration:
         Raises:
             RecipeError: for a value that the recipe rejects.
         """
-        fields = {key: value for key, value in self.settings.items() if key not in SPECIAL}
+        others = SPECIAL | _OF_PRESETS
+        fields = {key: value for key, value in self.settings.items() if key not in others}
         fields["training.seed"] = seed
         fields["data.split_seed"] = _split_seed(recipe)
         if (count := self.settings.get("rows", ALL)) != ALL:
@@ -205,7 +210,7 @@ def check_grid(
     Raises:
         RecipeError: for fewer than two configurations, too many trainings, or an invalid value.
     """
-    if len(grid) < 2 and trials is None:
+    if len(grid) < 2 and trials is None and not any("prompts" in each.settings for each in grid):
         raise RecipeError(
             "A study needs a varied field: `--vary adaptation.method=lora,full`, or a `--preset`.",
             setting="vary",

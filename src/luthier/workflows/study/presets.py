@@ -11,6 +11,8 @@ from luthier.errors import RecipeError
 from luthier.formatting import did_you_mean
 from luthier.workflows.study.grid import (
     NONE,
+    TAUGHT,
+    TEACHER,
     Configuration,
     Dimension,
     grid_of,
@@ -86,6 +88,23 @@ PRESETS: Mapping[str, Preset] = {
             "5 % replay": {"data.mix": [{"train": FILE, "weight": 0.05}]},
             "25 % replay": {"data.mix": [{"train": FILE, "weight": 0.25}]},
         },
+        needs_file=True,
+    ),
+    "student": Preset(
+        "How much of its score does a smaller network keep?",
+        "A student of half the layers keeps 97 % of the teacher's score, and learns more from the "
+        "teacher than from the labels alone (Sanh et al. 2019, arXiv:1910.01108).",
+        configurations={
+            TEACHER: {"adaptation.method": "full"},
+            "student, taught": {"adaptation.method": "full", "student": TAUGHT},
+            "student, rows alone": {"adaptation.method": "full", "student": "rows"},
+        },
+    ),
+    "prompts": Preset(
+        "Does tuning pay, compared with a better prompt?",
+        "Fine-tuning is more accurate and cheaper per answer than examples in the prompt (Liu et al. "
+        "2022, arXiv:2205.05638).",
+        configurations={"tuned": {"prompts": FILE}},
         needs_file=True,
     ),
     "augmentation": Preset(

@@ -22,7 +22,7 @@ from luthier.evaluation.significance import (
 from luthier.pages import PAGE, Tabular
 from luthier.workflows.study.cells import Outcome
 from luthier.workflows.study.extrapolation import MIN_POINTS, CurvePoint, MoreRows
-from luthier.workflows.study.grid import Configuration, Dimension
+from luthier.workflows.study.grid import TEACHER, Configuration, Dimension
 
 LEVEL = 0.05
 """Probability of any false significance in a study."""
@@ -109,8 +109,12 @@ class StudyRow:
     def interval(self) -> tuple[float, float]:
         """95 % interval."""
         low, high = self.value - CHANCE * self.error, self.value + CHANCE * self.error
-        is_share = self.measure in SHARES
-        return (max(0.0, low), min(1.0, high)) if is_share else (low, high)
+        return (max(0.0, low), min(1.0, high)) if self.is_share else (low, high)
+
+    @property
+    def is_share(self) -> bool:
+        """True for a measurement in percent."""
+        return self.measure in SHARES or self.outcomes[0].is_share
 
     @property
     def gain(self) -> float | None:
@@ -274,10 +278,17 @@ class Study(Tabular):
         figures = {name: figure_of(row, name) for name in self.limits}
         return all(f is not None and f <= self.limits[name] for name, f in figures.items())
 
+    def kept(self, row: StudyRow) -> float | None:
+        """Return the share of the teacher's score that a student keeps; else ``None``."""
+        teacher = next((each for each in self.measured if each.name == TEACHER), None)
+        if teacher is None or row is teacher or not row.is_measured or not row.is_share:
+            return None
+        return row.value / teacher.value if teacher.value else None
+
     def text(self, value: float, signed: bool = False) -> str:
         """Return a measurement, or a difference, as text."""
         sign = "+" if signed else ""
-        return f"{value:{sign}.1%}" if self.best.measure in SHARES else f"{value:{sign}.3f}"
+        return f"{value:{sign}.1%}" if self.best.is_share else f"{value:{sign}.3f}"
 
     def verdict(self) -> str:
         """Return the best configuration, and the cheapest configuration within chance."""
@@ -288,6 +299,9 @@ class Study(Tabular):
         near = [row for row in self.measured[1:] if self.is_within_chance(row)]
         if failed := len(self.rows) - len(self.measured):
             text += f" ({failed} of {len(self.rows)} configurations not measured)"
+        for row in self.measured:
+            if (kept := self.kept(row)) is not None:
+                text += f", {row.name} keeps {kept:.1%} of it"
         if len(self.measured) == 1:
             text += "; no other configuration was measured."
         elif self.is_decided:
@@ -334,7 +348,7 @@ class Study(Tabular):
             for name in (
                 "seconds", "processor_seconds", "peak_memory_bytes", "trained_weights", "saved_bytes",
                 "milliseconds", "forgotten", "earlier", "training_rows", "steps", "batch_size",
-                "warmup_ratio",
+                "warmup_ratio", "prompt_tokens",
             )
         }  # fmt: skip
         return plain | {
@@ -344,6 +358,7 @@ class Study(Tabular):
             "seeds": [each.value for each in row.outcomes],
             "gain": row.gain,
             "relative_gain": row.relative_gain,
+            **({} if (kept := self.kept(row)) is None else {"kept": kept}),
             "behind_best": None if apart is None else apart.value,
             "significant": None if apart is None else apart.significant,
             **figures,
@@ -367,6 +382,7 @@ def columns_of(found: Study) -> dict[str, list[str]]:
         "score ±": [_score_text(found, row) if row.is_measured else "" for row in found.rows],
         "vs. best ±": [_apart_text(found, row) if row.is_measured else "" for row in found.rows],
         "gain": [_gain_text(found, row) if row.is_measured else "" for row in found.rows],
+        "kept": [f"{kept:.1%}" if (kept := found.kept(row)) else "" for row in found.rows],
     }
     for heading, (name, unit, form) in _COLUMNS.items():
         values = [row.figure(name) if row.is_measured else None for row in found.rows]
@@ -377,6 +393,7 @@ def columns_of(found: Study) -> dict[str, list[str]]:
 _COLUMNS = {
     "drift": ("forgotten", 1.0, ".3f"),
     "earlier": ("earlier", 1.0, "+.3f"),
+    "tokens": ("prompt_tokens", 1.0, ",.0f"),
     "steps": ("steps", 1.0, ",.0f"),
     "minutes": ("seconds", 60.0, ",.1f"),
     "CPU s": ("processor_seconds", 1.0, ",.0f"),

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
 
 from luthier.engine.dataset import NAMED_MEDIA
 from luthier.engine.job import prepare_job, with_base
@@ -31,6 +30,7 @@ from luthier.workflows.study.grid import (
     is_search,
     with_settings,
 )
+from luthier.workflows.study.prompts import check_prompts
 from luthier.workflows.study.results import FIGURES, Study, StudyRow
 from luthier.workflows.study.search import Search, default_space
 
@@ -115,6 +115,8 @@ def study(
             "A study compares on held-out rows, and none exist. Give --validation FILE, or at least "
             "20 rows."
         )
+    if file := grid[0].settings.get("prompts"):
+        check_prompts(job, file)
     if forgetting and not job.data.objective.task.writes:
         raise RecipeError("`forgetting` needs an objective for text generation.")
     if trials and not dimensions:
@@ -144,8 +146,13 @@ def study(
         }  # fmt: skip
         if not is_resumed(request_file, request, f"study {name}", resume):
             write_json(request_file, request)
-        measures = _Measures(forgetting, request["earlier"], job.data.hashes.get(NAMED_MEDIA))
-        work = _Work(recipe, seeds, measures, count, reporter, runner, parallel or 1, max_minutes)
+        cell = Cell(
+            recipe.model_copy(update={"name": None}),
+            forgetting=forgetting,
+            earlier=request["earlier"],
+            media=job.data.hashes.get(NAMED_MEDIA),
+        )
+        work = _Work(cell, seeds, count, reporter, runner, parallel or 1, max_minutes)
         searches = is_search(dimensions, trials)
         if trials and searches:
             for each in dimensions:
@@ -162,7 +169,7 @@ def study(
             limits,
             is_search=searches,
         )
-        return _complete(result, work, given)
+        return _complete(result, given)
 
 
 def _check_comparable(dimensions: Sequence[Dimension], measure: str) -> None:
@@ -196,42 +203,36 @@ class _Warnings(Reporter):
             self.outer.note(text)
 
 
-class _Measures(NamedTuple):
-    """Fields of all cells, in the order of :class:`Cell`."""
-
-    forgetting: bool
-    earlier: str | None
-    media: str | None
-
-
 class _Work:
     """The cells of a study."""
 
     def __init__(
         self,
-        recipe: Recipe,
+        cell: Cell,
         seeds: int,
-        measures: _Measures,
         rows: int,
         reporter: Reporter,
         runner: CellRunner,
         parallel: int,
         max_minutes: float | None,
     ) -> None:
-        self.recipe = recipe.model_copy(update={"name": None})
-        self.seeds, self.measures, self.rows = seeds, measures, rows
+        self.cell, self.seeds, self.rows = cell, seeds, rows
         self.reporter, self.runner, self.parallel = reporter, runner, parallel
         self.max_minutes, self.began = max_minutes, time.monotonic()
         self.done, self.spent, self.expected = 0, list[float](), 0.0
 
     def cells(self, configuration: Configuration) -> list[Cell]:
         """Return a cell for each seed."""
-        first = self.recipe.training.seed
+        recipe, settings = self.cell.recipe, configuration.settings
+        files = {key: settings.get(key, NONE) for key in ("before", "prompts")}
+        paths = {k: None if f == NONE else str(Path(f).absolute()) for k, f in files.items()}
         return [
-            Cell(
-                configuration.recipe(self.recipe, first + seed, self.rows),
-                _before(configuration),
-                *self.measures,
+            replace(
+                self.cell,
+                recipe=configuration.recipe(recipe, recipe.training.seed + seed, self.rows),
+                student=settings.get("student"),
+                before=paths["before"],
+                prompts=paths["prompts"],
             )
             for seed in range(self.seeds)
         ]
@@ -287,7 +288,9 @@ class _Work:
                 self._report(outcome)
         self.done += len(cells)
         complete = iter([each for each in outcomes if each is not None])
-        return [_row(each, [next(complete) for _ in range(self.seeds)]) for each in grid]
+        return [
+            row for each in grid for row in _rows(each, [next(complete) for _ in range(self.seeds)])
+        ]
 
     def _report(self, outcome: Outcome) -> None:
         if outcome.reason:
@@ -327,32 +330,33 @@ class _Work:
         return seconds
 
 
-def _before(configuration: Configuration) -> str | None:
-    """Return the absolute path of the file to train on first."""
-    file = str(configuration.settings.get("before", NONE))
-    return None if file == NONE else str(Path(file).absolute())
+def _rows(configuration: Configuration, outcomes: Sequence[Outcome]) -> list[StudyRow]:
+    """Return the row of a configuration, or with several prompts a row for each prompt."""
+    if reason := next((each.reason for each in outcomes if each.reason), ""):
+        return [StudyRow(configuration, outcomes, reason)]
+    return [
+        StudyRow(
+            replace(configuration, label=name or configuration.label),
+            [replace(each, **(each.contenders or {}).get(name, {})) for each in outcomes],
+        )
+        for name in outcomes[0].contenders or [""]
+    ]
 
 
-def _row(configuration: Configuration, outcomes: Sequence[Outcome]) -> StudyRow:
-    reasons = [each.reason for each in outcomes if each.reason]
-    return StudyRow(configuration, outcomes, reasons[0] if reasons else "")
-
-
-def _complete(found: Study, work: _Work, given: Training) -> Study:
+def _complete(found: Study, given: Training) -> Study:
     """Write result, pictures and the recipe of the choice, and return the study with their paths."""
     folder, command = Path(found.folder), ""
     pictures: list[str] = []
     if found.measured:
         pictures = draw_study(found, folder)
-        if found.chosen is not None and found.more_rows is None:
-            cell = work.cells(found.chosen.configuration)[0]
-            fields = portable(cell.recipe)
-            if cell.before is not None:
-                fields["base"] = found.chosen.outcomes[0].base
+        if found.chosen is not None and found.more_rows is None and found.chosen.figure("steps"):
+            fields = dict(found.chosen.outcomes[0].recipe or {})
             kept = given.model_dump(mode="json", exclude_unset=True)
-            for field in ("baseline_seconds", "refit"):
-                fields["training"].pop(field)
-                fields["training"] |= {field: kept[field]} if field in kept else {}
+            own = ("baseline_seconds", "refit")
+            fields["training"] = {
+                **{name: value for name, value in fields["training"].items() if name not in own},
+                **{name: kept[name] for name in own if name in kept},
+            }
             head = f"# Chosen by the study {found.name}: {found.chosen.name}.\n\n"
             write_bytes(folder / "chosen.toml", (head + to_toml(fields)).encode())
             command = shlex.join(["luthier", "tune", str(folder / "chosen.toml")])
