@@ -307,12 +307,12 @@ def _convert_documents(source: Path, target: Path, to: str) -> Conversion:
     """Write a row with the text of each document."""
     from luthier.data.convert import Conversion
     from luthier.data.rows import Recognition
-    from luthier.documents.readers import read_texts
+    from luthier.documents.readers import document_rows
     from luthier.files import json_lines, write_bytes
 
     if to != "text" or target.suffix != ".jsonl":
         raise RefusedInput("Documents become rows of text: name a file.jsonl and set `--to text`")
-    rows = [{"text": text, "source": path.name} for path, text in read_texts(source)]
+    rows = [*document_rows(source)]
     write_bytes(target, json_lines(rows).encode())
     found = Recognition(("documents",), "text", len(rows), len(rows))
     return Conversion(found, len(rows), "text", "jsonl", (), ())

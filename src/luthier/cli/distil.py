@@ -17,6 +17,7 @@ from luthier.cli.terminal.options import (
     parse_whole_numbers,
     recipe_keywords,
 )
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -42,16 +43,21 @@ DISTILLATION: Mapping[str, RecipeField] = {
 
 
 def distil(
-    prompts: str | Path,
+    prompts: str | Path | None = None,
     *,
+    documents: Sequence[str | Path] = (),
     resume: bool = False,
     reporter: Reporter | None = None,
     **fields: Annotated[Any, recipe_keywords(DISTILLATION)],
 ) -> Distilled:
     """Distil a teacher into a student.
 
+    From documents, the teacher writes questions with answers, and the student learns to answer them
+    from passages, with citations.
+
     Args:
         prompts: Prompts, conversations or rows, or a recipe (.toml).
+        documents: Document or folder for questions by the teacher.
         resume: Resume an interrupted distillation.
         reporter: Receives progress; silent if not given.
         **fields: Fields of the recipe, such as ``teacher="..."``, ``student="..."`` or
@@ -68,6 +74,16 @@ def distil(
     from luthier.recipe import fields_of
     from luthier.workflows.distil.recipe import DistilRecipe
 
+    if (prompts is None) == (not documents):
+        raise RecipeError("Give either prompts or --documents.", setting="documents")
+    if prompts is None:
+        from luthier.data.in_memory import store_rows
+        from luthier.documents.readers import load_texts
+        from luthier.workflows.distil.questions import prompts_of
+
+        prompts = store_rows(prompts_of(load_texts(documents)))
+        defaults = {"data.long_rows": "drop", "insights.minimum": 2}
+        fields = {**defaults, "insights.questions": True, **fields}
     plain = fields_of(prompts)
     if isinstance(plain.get("teacher"), str):
         plain["teacher"] = address_fields(plain["teacher"])

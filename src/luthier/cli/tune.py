@@ -36,7 +36,7 @@ def tune(
     """Tune a model on your data.
 
     Args:
-        data: Data file, folder, 'pattern*', s3:// or recipe (.toml).
+        data: Data file, folder, documents, s3:// or recipe (.toml).
         resume: Resume an interrupted run.
         processes: Processes of this machine that share each step.
         max_minutes: Reject a run that is estimated to take longer.
@@ -58,7 +58,9 @@ def tune(
         fields = {"forgetting": {}, **fields}
     if accept_forgetting:
         fields = {**fields, "forgetting.accept": True}
-    recipe = tuning_recipe(data, fields)
+    from luthier.documents.readers import as_rows
+
+    recipe = tuning_recipe(as_rows(data), fields)
     from luthier.engine.dataset import OpenedData
     from luthier.engine.metrics import Reporter
 

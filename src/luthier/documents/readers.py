@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.files.sources import TABLE_ENDINGS
+from luthier.data.in_memory import store_rows
 from luthier.data.languages import detect_languages
 from luthier.data.rows import load_documents
 from luthier.errors import DataError, Location, Problem, RecipeError
@@ -225,6 +226,19 @@ def read_texts(source: Path) -> Iterator[tuple[Path, str]]:
                 yield path, "\n\n".join(page.text for page in read.pages)
     if problems:
         raise DataError(problems)
+
+
+def as_rows(source: Any) -> Any:
+    """Return a file with one row of text for each document of ``source``; other sources unchanged."""
+    if not isinstance(source, str | Path) or not has_documents(source):
+        return source
+    return store_rows(document_rows(Path(source)))
+
+
+def document_rows(source: Path) -> Iterator[dict[str, str]]:
+    """Yield a row of text for each document of ``source``; see :func:`read_texts`."""
+    for path, text in read_texts(source):
+        yield {"text": text, "source": path.name}
 
 
 def load_texts(sources: Iterable[str | Path]) -> list[str]:

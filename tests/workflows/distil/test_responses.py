@@ -26,6 +26,7 @@ from luthier.errors import (
 from luthier.files import luthier_home, read_json, sha256_of
 from luthier.inference.reply_log import logged_for
 from luthier.library.models import find
+from luthier.workflows.distil.questions import prompts_of
 
 PROMPTS = [f"question {n}" for n in range(12)]
 QUICK = {
@@ -394,3 +395,31 @@ def test_killed_distillation_resumes_with_stored_replies(
     assert found["distillation"]["insights"]["accepted"] == 12
     assert len(lines(journal)) == 12
     assert read_json(Path(found["model_dir"]) / "luthier.json")["distillation"]
+
+
+def test_questions_about_documents_are_checked_and_cite_their_passage(
+    tmp_path: Path, endpoint: Any, tiny_model_folder: Path
+) -> None:
+    """Each passage has a right question, an answer from elsewhere, and a question about nothing."""
+    parts = []
+    for number in range(6):
+        words = " ".join(f"w{number}x{k}" for k in range(20))
+        parts.append(f"# Part {number}\n\n{words}")
+    (tmp_path / "handbook.md").write_text("\n\n".join(parts))
+    for row in prompts_of(["\n\n".join(parts)]):
+        word = row["passage"].split()[-1]
+        endpoint.answers[row["prompt"]] = (
+            f"**Question 1:** Where is {word}?\n**Answer:** {word}\n\nQuestion: Why?\nAnswer: elsewhere"
+        )
+    reporter = Notes()
+    luthier.distil(
+        documents=[tmp_path / "handbook.md"], name="s", teacher=f"{endpoint.url}#big",
+        student=str(tiny_model_folder), reporter=reporter, **QUICK,
+    )  # fmt: skip
+    rows = lines(folder_of("s") / "train.jsonl")
+    assert len(rows) == 6 and any(note.startswith("6 of 12 questions") for note in reporter.notes)
+    for row in rows:
+        assert row["answer"] in row["passages"][row["cited"][0] - 1]
+        assert sum(row["answer"] in each for each in row["passages"]) == 1
+    with pytest.raises(RecipeError):
+        luthier.distil(teacher="x", student=str(tiny_model_folder))

@@ -46,6 +46,8 @@ class InsightSpec(StrictModel):
     """Grader that compares the answers with the rows' own replies."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Minimum score of an answer with ``grader``."""
+    questions: bool = False
+    """True for prompts about passages whose replies are questions with answers."""
     minimum: int = Field(default=10, ge=2, le=1_000_000_000)
     """Minimum number of accepted answers (10 is the minimum of OpenAI's fine-tuning)."""
 

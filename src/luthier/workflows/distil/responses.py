@@ -55,6 +55,7 @@ from luthier.workflows.distil.insights import (
     repetition_warning,
     summary,
 )
+from luthier.workflows.distil.questions import cited_answers
 from luthier.workflows.distil.recipe import DistilRecipe, TeacherSpec
 
 INSIGHTS, ANSWERS, _REQUEST = "insights.jsonl", "train.jsonl", "request.json"
@@ -130,7 +131,14 @@ class _Responses:
             self.reporter.note(f"warning: {warning}")
         self._check_enough(counts)
         accepted = [each for each in insights if each.rule is None]
-        pairs = [_with_reply(each.row, each.answer or "").record() for each in accepted]
+        if self.recipe.insights.questions:
+            cited, about = cited_answers(accepted)
+            self.reporter.note(about)
+            if len(cited) < self.recipe.insights.minimum:
+                raise RefusedInput(f"Too few questions: {about}. Use a larger teacher.")
+            pairs = [row.record() for row in cited]
+        else:
+            pairs = [_with_reply(each.row, each.answer or "").record() for each in accepted]
         self._write(ANSWERS, pairs)
         lineage = self._lineage(teacher, counts)
         return Distilled(self._train(resume, lineage), lineage)
