@@ -153,8 +153,9 @@ def convert(
     reporter: Reporter | None = None,
 ) -> Conversion | MinedNegatives: ...
 def distil(
-    prompts: str | Path | Rows,
+    prompts: str | Path | Rows | None = None,
     *,
+    documents: Sequence[str | Path] = (),
     resume: bool = False,
     reporter: Reporter | None = None,
     teacher: str | Mapping[str, Any] | None = None,
