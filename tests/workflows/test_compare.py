@@ -33,7 +33,7 @@ from luthier.workflows.compare import (
     check_measures,
     comparison_page,
 )
-from luthier.workflows.estimate.budget import Prices
+from luthier.workflows.estimate.budget import Prices, TokenPrices
 from luthier.workflows.evaluate import open_graders
 from luthier.workflows.prompting import Technique
 
@@ -117,6 +117,29 @@ def test_prices_and_the_page() -> None:
     html = comparison_page(found, "rows.jsonl")
     assert "base &lt;b&gt;" in html and "<b>" not in html and plain["verdict"].split(":")[0] in html
     assert "EUR per 1,000" in html
+
+
+def test_monthly_costs_and_the_month_that_repays_the_training() -> None:
+    tokens = TokenPrices(per_million_input=1, per_million_output=4)
+    hosted: dict[str, Any] = {"endpoint": "big", "prompt_tokens": 100.0, "reply_tokens": 25.0}
+    found = head_to_head(
+        contender("tuned", "fine-tuning", 150, preparation_seconds=3600 * 400.0),
+        contender("big at host", "zero-shot", 140, **hosted),
+        contender("other at host", "zero-shot", 130, **hosted | {"endpoint": "other"}),
+        contender("base", "zero-shot", 100),
+        prices=Prices(per_hour=1, endpoints={"big": tokens}),
+        per_month=5_000_000,
+    )
+    lines = {each["name"]: each for each in found.plain()["contenders"]}
+    assert lines["big at host"]["cost_per_1000"] == pytest.approx(0.2)
+    assert lines["big at host"]["cost_per_month"] == pytest.approx(1000)
+    # 139 hours of work, on one machine that is rented for the whole month.
+    assert lines["tuned"]["cost_per_month"] == pytest.approx(730)
+    assert lines["big at host"]["break_even_month"] == 2
+    assert lines["base"]["break_even_month"] is None
+    assert "cost_per_month" not in lines["other at host"]
+    assert "in month 2" in found.verdict()
+    assert "EUR a month" in comparison_page(found, "rows.jsonl")
 
 
 def test_trained_rows_are_remarked_or_refused() -> None:
@@ -341,6 +364,7 @@ def test_own_prompts_and_an_endpoint_and_shown_replies(
     assert techniques["fine-tuning and instructions"] == techniques["fine-tuning and examples"] == 2
     assert techniques["zero-shot"] == 2 and techniques["prompt engineering"] == 6
     big = [each for each in found.contenders if each.name.startswith("big")]
+    assert all(each.endpoint == "big" and each.prompt_tokens and each.reply_tokens for each in big)
     assert len(big) == 3 and all(each.score.value == 1 and not each.is_tuned for each in big)
     bodies = [[turn["content"] for turn in body["messages"]] for body in endpoint.bodies]
     assert ["Say fox 12"] in bodies and ["tone 12: Say fox 12"] in bodies

@@ -24,7 +24,7 @@ from luthier.cli.terminal.console import (
     print_text,
     write_page,
 )
-from luthier.cli.terminal.options import Mapped, RowSource
+from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RowSource
 from luthier.errors import RecipeError
 from luthier.files import read_text
 
@@ -50,6 +50,7 @@ def compare(
     judge: OptionalJudge = None,
     show: int = 0,
     seeds: int = 0,
+    per_month: OptionalAtLeastOne = None,
     html: Path | None = None,
     figure: Path | None = None,
     attach: bool = False,
@@ -74,6 +75,7 @@ def compare(
         judge: Judge of replies: model, https://host/v1#model or TOML.
         show: Number of rows to print with the replies.
         seeds: Replies sampled per row, to measure consistency.
+        per_month: Answers a month, for monthly costs and the break-even.
         html: Write the comparison as an HTML page.
         figure: Write bars with 95 % intervals as FILE.svg, light and dark.
         attach: Store the result with the models, for certificates.
@@ -98,11 +100,13 @@ def compare(
         from luthier.library.models import find
         from luthier.library.reports import check_attachable
         from luthier.workflows.compare import compare as run
-        from luthier.workflows.estimate.budget import read_prices
+        from luthier.workflows.estimate.budget import check_load, read_prices
         from luthier.workflows.evaluate import attach_report
         from luthier.workflows.prompting import records_of
 
     reporter = reporter or Reporter()
+    table = read_prices(prices)
+    check_load(per_month, table)
     models = [find(each) for each in tuned]
     if not models:
         raise RecipeError("`tuned` needs at least one model id")
@@ -126,7 +130,7 @@ def compare(
         load_texts(documents),
         chosen,
         max_tokens,
-        read_prices(prices),
+        table,
         None if encoder is None else find(encoder),
         None if judge is None else resolve_judge(judge),
         prompts,
@@ -134,6 +138,7 @@ def compare(
         [EndpointModel(ModelSpec(model=each)) for each in rival],
         show,
         seeds,
+        per_month or 0,
         reporter.note,
         lambda done, total: reporter.progress(done, total, "compare"),
     )
@@ -162,8 +167,11 @@ def show_comparison(found: HeadToHead) -> None:
     print_text(f"{found.measure.replace('_', ' ')} on {found.rows:,} rows")
     style = ".1%" if found.best.score.is_share else ".3g"
     priced = [] if found.prices is None else [f"{found.prices.currency}/1,000"]
+    if found.prices is not None and found.per_month:
+        priced += [f"{found.prices.currency}/month", "repaid"]
     numbers = ("score ±", "vs. best ±", "tokens", "ms", "MB", *priced)
     table, behind = new_table("", *numbers, numbers=numbers), found.behind()
+    months = found.break_even()
     for each in found.contenders:
         difference = ""
         if each.name in behind:
@@ -178,7 +186,9 @@ def show_comparison(found: HeadToHead) -> None:
             f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
         ]  # fmt: skip
         cost = found.cost_per_thousand(each)
-        table.add_row(*cells, *([] if cost is None else [f"{cost:.3g}"]))
+        if found.prices is not None:
+            cells.append("" if cost is None else f"{cost:.3g}")
+        table.add_row(*cells, *found.monthly_cells(each, months))
     print_table(table)
     costs = "" if found.prices is None else f"; {found.prices.currency} per 1,000 replies"
     print_text(

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from luthier.cli.terminal.bridge import FromText
 from luthier.cli.terminal.console import heavy_imports, new_console, new_table, print_table
-from luthier.cli.terminal.options import DataSource, TuningFields, parse_duration, tuning_recipe
+from luthier.cli.terminal.options import (
+    DataSource,
+    OptionalAtLeastOne,
+    TuningFields,
+    parse_duration,
+    tuning_recipe,
+)
 from luthier.errors import RecipeError
 from luthier.formatting import format_duration
 
@@ -23,6 +29,7 @@ def estimate(
     finish_by: str | None = None,
     within: Annotated[float | None, FromText(str, parse_duration)] = None,
     prices: Path | None = None,
+    per_month: OptionalAtLeastOne = None,
     reporter: Reporter | None = None,
     **fields: TuningFields,
 ) -> Estimate:
@@ -35,6 +42,7 @@ def estimate(
         finish_by: Plan for a time of day, e.g. 18:00.
         within: Plan for a duration, e.g. 2h or 90m; in Python seconds.
         prices: Price table; prices.toml in LUTHIER_HOME by default.
+        per_month: Answers a month, to compare with the endpoints of the table.
         reporter: Receives progress; silent if not given.
         **fields: Fields of the recipe, as in :func:`luthier.tune`.
 
@@ -45,10 +53,18 @@ def estimate(
     Raises:
         RefusedInput: for invalid data or settings.
     """
-    from luthier.workflows.estimate.budget import cost_of, plan, read_prices, seconds_until
+    from luthier.workflows.estimate.budget import (
+        check_load,
+        cost_of,
+        monthly_costs,
+        plan,
+        read_prices,
+        seconds_until,
+    )
 
     recipe = tuning_recipe(data, fields)
     table = read_prices(prices)
+    check_load(per_month, table)
     if finish_by and within:
         raise RecipeError("`finish_by` and `within` exclude each other")
     if finish_by:
@@ -63,6 +79,7 @@ def estimate(
         found,
         cost=cost_of(found, table) if table else None,
         plan=plan(found, seconds) if seconds is not None else None,
+        monthly=monthly_costs(found, table, per_month) if table and per_month else (),
     )
 
 
@@ -99,6 +116,8 @@ def show_estimate(found: Estimate) -> None:
             out.print(f"    {part.value / whole:>4.0%}  {PARTS[name]}", style="dim")
     if cost is None:
         out.print(f"  For a cost, write a price table to {prices_file()}", style="dim")
+    for month in found.monthly:
+        out.print(f"  {month.verdict()}")
     if (planned := found.plan) is None:
         return
     if planned.fits:

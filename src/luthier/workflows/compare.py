@@ -47,6 +47,7 @@ from luthier.objectives import OBJECTIVES
 from luthier.objectives.by_shape import task_of
 from luthier.pages import PAGE, Table, Tabular, interval_text, render_page
 from luthier.types import Example, Row
+from luthier.workflows.estimate.budget import BreakEven
 from luthier.workflows.evaluate import grade_replies, open_graders
 from luthier.workflows.latency import measure_latency
 from luthier.workflows.prompting import (
@@ -63,6 +64,7 @@ from luthier.workflows.prompting import (
 from luthier.workflows.score_predictions import score_predictions
 
 if TYPE_CHECKING:
+    from luthier.data.conversations.chat import ChatFormat
     from luthier.evaluation.evaluate import Evaluation
     from luthier.graders import Grader, Ruler
     from luthier.library.models import StoredModel
@@ -97,12 +99,18 @@ class Contender:
     """Seconds per answer, in batches, on this machine."""
     prompt_tokens: float | None = None
     """Mean input tokens per answer of a generative model."""
+    reply_tokens: float = 0.0
+    """Mean output tokens per answer of a model at an endpoint."""
+    endpoint: str = ""
+    """Name of the model at an endpoint."""
     model_bytes: int = 0
     """Size of the weights, including the base model's."""
     memory_bytes: int = 0
     """Peak of resident memory with weights, beyond the memory before loading."""
     preparation_seconds: float = 0.0
     """Duration of the tuning."""
+    preparation_tokens: float = 0.0
+    """Training tokens of the tuning, over all epochs."""
     replies: Sequence[str] = ()
     """Replies to the rows, of a generative model."""
     consistency: RowScores | None = None
@@ -136,6 +144,8 @@ class HeadToHead(Tabular):
     remarks: list[str] = field(default_factory=list)
     prices: Prices | None = None
     shown: Sequence[ShownRow] = ()
+    per_month: int = 0
+    """Number of answers in a month, for monthly costs."""
 
     def summary(self) -> list[str]:
         """Return the first contenders and the verdict."""
@@ -164,7 +174,38 @@ class HeadToHead(Tabular):
 
     def cost_per_thousand(self, contender: Contender) -> float | None:
         """Return the price of 1,000 answers, if prices are known."""
-        return None if self.prices is None else self.prices.cost(1000 * contender.seconds, 0)
+        if self.prices is None:
+            return None
+        if not contender.endpoint:
+            return self.prices.cost(1000 * contender.seconds, 0)
+        tokens, prompt = self.prices.endpoints.get(contender.endpoint), contender.prompt_tokens
+        return (
+            tokens.cost(1000 * (prompt or 0.0), 1000 * contender.reply_tokens) if tokens else None
+        )
+
+    def cost_per_month(self, contender: Contender) -> float | None:
+        """Return the price of a month with :attr:`per_month` answers, if prices are known."""
+        if self.prices is None or not self.per_month:
+            return None
+        if not contender.endpoint:
+            return self.prices.month(self.per_month * contender.seconds)
+        cost = self.cost_per_thousand(contender)
+        return None if cost is None else cost * self.per_month / 1000
+
+    def break_even(self) -> dict[str, BreakEven]:
+        """Return the costs of the best tuned contender against each untuned contender, by name."""
+        tuned = next((each for each in self.contenders if each.is_tuned), None)
+        own = None if tuned is None else self.cost_per_month(tuned)
+        if tuned is None or own is None or self.prices is None:
+            return {}
+        training = self.prices.cost(tuned.preparation_seconds, tuned.preparation_tokens)
+        return {
+            each.name: BreakEven(
+                tuned.name, each.name, self.per_month, self.prices.currency, own, cost, training
+            )
+            for each in self.contenders
+            if not each.is_tuned and (cost := self.cost_per_month(each)) is not None
+        }
 
     @property
     def rivals(self) -> tuple[Contender, Contender] | None:
@@ -211,7 +252,10 @@ class HeadToHead(Tabular):
                 f"Tuning is not significantly better: {scores}. {self.rows:,} rows show differences of "
                 f"{self._text(least)} and more."
             )
-        return f"{text} {self._speed_text(tuned, rival)}".strip()
+        text = f"{text} {self._speed_text(tuned, rival)}".strip()
+        # The best untuned contender with a price.
+        month = next(iter(self.break_even().values()), None)
+        return text if month is None else f"{text} {month.verdict()}"
 
     def _speed_text(self, tuned: Contender, rival: Contender) -> str:
         """Compare the times of an answer, if the difference exceeds the error of measurement."""
@@ -227,13 +271,21 @@ class HeadToHead(Tabular):
             text += f" and repays the time of tuning after {answers:,.0f} answers"
         return f"{text}."
 
+    def monthly_cells(self, contender: Contender, months: Mapping[str, BreakEven]) -> list[str]:
+        """Return the monthly cost and the month of break-even as text; empty without a load."""
+        if self.prices is None or not self.per_month:
+            return []
+        cost, found = self.cost_per_month(contender), months.get(contender.name)
+        repaid = "" if found is None else f"month {found.month:,}" if found.month else "never"
+        return ["" if cost is None else f"{cost:,.2f}", repaid]
+
     def _text(self, score: float, signed: bool = False) -> str:
         sign = "+" if signed else ""
         return f"{score:{sign}.1%}" if self.best.score.is_share else f"{score:{sign}.3g}"
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""
-        behind = self.behind()
+        behind, months = self.behind(), self.break_even()
         contenders = []
         for each in self.contenders:
             line: dict[str, Any] = {
@@ -251,6 +303,10 @@ class HeadToHead(Tabular):
                 line["preparation_seconds"] = each.preparation_seconds
             if (cost := self.cost_per_thousand(each)) is not None:
                 line["cost_per_1000"] = cost
+            if (cost := self.cost_per_month(each)) is not None:
+                line["cost_per_month"] = cost
+            if each.name in months:
+                line["break_even_month"] = months[each.name].month
             if each.name in behind:
                 line["behind_best"] = behind[each.name].plain()
             contenders.append(line)
@@ -278,6 +334,7 @@ def compare(
     rivals: Sequence[ChatModel] = (),
     show: int = 0,
     seeds: int = 0,
+    per_month: int = 0,
     note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadToHead:
@@ -299,6 +356,7 @@ def compare(
         rivals: models at endpoints.
         show: number of rows whose replies of base and tuned models are returned.
         seeds: number of sampled replies to each row, for the consistency of base and tuned models.
+        per_month: number of answers in a month, for monthly costs.
         note: called with progress messages.
         on_progress: called with the number of answers and the total.
 
@@ -371,7 +429,8 @@ def compare(
     for stored in generative:
         contenders += contest.generate(stored, rows, row_questions, variants)
     for rival in rivals:
-        contenders += contest.ask(rival, rows, row_questions, [variants[0], *own])
+        count = partial(_count_tokens, base.chat)
+        contenders += contest.ask(rival, rows, row_questions, [variants[0], *own], count)
     if train_questions and not labelled:
         contenders += contest.copies(rows, row_questions, train_questions)
     measure = next(iter(measures.values()))
@@ -386,7 +445,7 @@ def compare(
             f"nearly all replies score 0 by {measure}. If replies are right, use a different grader"
         )
     shown = _shown(rows[:show], contenders)
-    return HeadToHead(measure, len(rows), contenders, remarks, prices, shown)
+    return HeadToHead(measure, len(rows), contenders, remarks, prices, shown, per_month)
 
 
 def _shown(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[ShownRow]:
@@ -504,7 +563,8 @@ class _Contenders:
             contender = Contender(
                 stored.id, "fine-tuning", score, evaluation.scores, 0.0,
                 model_bytes=_weight_bytes(stored), memory_bytes=peak_memory() - base_memory,
-                preparation_seconds=_training_seconds(stored),
+                preparation_seconds=_training(stored, "seconds"),
+                preparation_tokens=_training(stored, "tokens"),
                 replies=[task.show(each, predictor.threshold, 1).strip() for each in answers],
             )  # fmt: skip
             contenders.append(contender)
@@ -549,10 +609,12 @@ class _Contenders:
             contenders.append(
                 Contender(
                     name, technique, _first_score(graded), graded.scores,
-                    graded.reply_seconds / len(rows), tokens, _weight_bytes(stored),
-                    peak_memory() - base_memory, _training_seconds(stored) if is_tuned else 0.0,
-                    [each["reply"] for each in graded.records],
-                    self._consistency(generator, prompts) if technique in SHOWN else None,
+                    graded.reply_seconds / len(rows), tokens, model_bytes=_weight_bytes(stored),
+                    memory_bytes=peak_memory() - base_memory,
+                    preparation_seconds=_training(stored, "seconds") if is_tuned else 0.0,
+                    preparation_tokens=_training(stored, "tokens") if is_tuned else 0.0,
+                    replies=[each["reply"] for each in graded.records],
+                    consistency=self._consistency(generator, prompts) if technique in SHOWN else None,
                 )
             )  # fmt: skip
         return contenders
@@ -576,8 +638,9 @@ class _Contenders:
         rows: Sequence[Row],
         questions: Sequence[Question],
         variants: Sequence[PromptVariant],
+        count: Callable[[Sequence[str]], float],
     ) -> list[Contender]:
-        """Measure a model at an endpoint in several variants.
+        """Measure a model at an endpoint in several variants. ``count`` returns the mean tokens.
 
         Raises:
             LuthierError: if the endpoint answers no row.
@@ -605,7 +668,8 @@ class _Contenders:
             contenders.append(
                 Contender(
                     name, variant.technique, _first_score(graded), graded.scores, seconds,
-                    replies=replies,
+                    count([_prompt_text(row) for row in prompt_rows]), count(replies),
+                    str(model.identity["model"]), replies=replies,
                 )
             )  # fmt: skip
         return contenders
@@ -691,8 +755,17 @@ def _weight_bytes(stored: StoredModel) -> int:
     return sum(folder_size(folder, ".safetensors") for folder in folders)
 
 
-def _training_seconds(stored: StoredModel) -> float:
-    return float((stored.manifest.metrics or {}).get("seconds", 0.0))
+def _training(stored: StoredModel, name: str) -> float:
+    """Return ``seconds`` or ``tokens`` of the training."""
+    return float((stored.manifest.metrics or {}).get(name, 0.0))
+
+
+def _prompt_text(row: Row) -> str:
+    return "\n".join(turn.content for turn in row.prompt_turns())
+
+
+def _count_tokens(chat: ChatFormat, texts: Sequence[str]) -> float:
+    return sum(len(chat.tokenizer.encode(text)) for text in texts) / len(texts)
 
 
 def _first_score(graded: Evaluation) -> RowScores:
@@ -745,6 +818,9 @@ def _cost_table(comparison: HeadToHead) -> Table:
     }  # fmt: skip
     prices = comparison.prices
     columns |= {} if prices is None else {f"{prices.currency} per 1,000": "number"}
+    months = comparison.break_even()
+    if prices is not None and comparison.per_month:
+        columns |= {f"{prices.currency} a month": "number", "repaid": "text"}
     rows = []
     for each in comparison.contenders:
         cost = comparison.cost_per_thousand(each)
@@ -754,7 +830,8 @@ def _cost_table(comparison: HeadToHead) -> Table:
                 f"{1000 * each.seconds:,.1f}",
                 f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
                 f"{each.preparation_seconds:,.0f}" if each.preparation_seconds else "",
-                *([] if cost is None else [f"{cost:.3g}"]),
+                *([] if prices is None else ["" if cost is None else f"{cost:.3g}"]),
+                *comparison.monthly_cells(each, months),
             ]
         )  # fmt: skip
     return Table.of("Cost of an answer", columns, rows)

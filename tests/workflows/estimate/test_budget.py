@@ -10,10 +10,12 @@ import pytest
 
 from luthier.errors import DoesNotFit, RecipeError
 from luthier.workflows.estimate.budget import (
+    BreakEven,
     Prices,
     advice,
     check_limits,
     duration,
+    monthly_costs,
     plan,
     prices_file,
     read_prices,
@@ -27,6 +29,32 @@ def test_rent_electricity_and_tokens_add_up() -> None:
     # Two hours: 1.00 rent, 0.4 kWh at 0.3, and three million tokens.
     assert prices.cost(7200, 3e6) == pytest.approx(1.0 + 0.12 + 6.0)
     assert Prices().cost(7200, 3e6) == 0
+
+
+def test_rent_of_a_month_covers_the_idle_hours_of_all_machines() -> None:
+    prices = Prices(per_hour=2, per_kwh=0.5, watts=100)
+    assert prices.month(0) == 0
+    assert prices.month(36_000) == pytest.approx(730 * 2 + 10 * 0.1 * 0.5)
+    assert prices.month(731 * 3600) == pytest.approx(2 * 730 * 2 + 731 * 0.1 * 0.5)
+
+
+def test_break_even_is_the_first_month_in_which_savings_exceed_the_training() -> None:
+    def month(rival_cost: float) -> int | None:
+        return BreakEven("tuned", "rival", 1000, "EUR", 10.0, rival_cost, 25.0).month
+
+    assert [month(cost) for cost in (35.0, 20.0, 10.0, 5.0)] == [1, 3, None, None]
+
+
+def test_estimated_month_of_an_endpoint_has_the_tokens_of_the_rows() -> None:
+    prices = Prices.model_validate(
+        {"per_hour": 1, "endpoints": {"big": {"per_million_input": 2, "per_million_output": 10}}}
+    )
+    tokens = {"tokens": PredictionInterval.exactly(400), "learned": PredictionInterval.exactly(100)}
+    found = estimate(rows=10, epochs=2.0, **tokens)
+    (month,) = monthly_costs(found, prices, 1_000_000)
+    # 15 tokens of prompt and 5 of reply a row.
+    assert month.rival_cost == pytest.approx(15 * 2 + 5 * 10)
+    assert month.tuned_cost == pytest.approx(730)
 
 
 def test_default_price_table_is_optional(luthier_home: Path) -> None:

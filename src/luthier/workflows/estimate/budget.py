@@ -16,6 +16,23 @@ from luthier.formatting import format_duration
 from luthier.validation import StrictModel, describe_constraint
 from luthier.workflows.estimate.estimate import Estimate
 
+MONTH_HOURS = 730
+"""Hours of a month."""
+
+
+class TokenPrices(StrictModel):
+    """Prices of a model at an endpoint."""
+
+    per_million_input: float = Field(ge=0)
+    """Price of a million tokens of prompts."""
+    per_million_output: float = Field(ge=0)
+    """Price of a million tokens of replies."""
+
+    def cost(self, prompt_tokens: float, reply_tokens: float) -> float:
+        """Return the cost of prompts and replies."""
+        price = prompt_tokens * self.per_million_input + reply_tokens * self.per_million_output
+        return price / 1e6
+
 
 class Prices(StrictModel):
     """Prices in one currency; missing prices are 0."""
@@ -30,12 +47,62 @@ class Prices(StrictModel):
     """Power of the machine under load, in watts."""
     per_million_tokens: float = Field(default=0.0, ge=0)
     """Price of a million tokens of training rows, each counted in every epoch."""
+    endpoints: dict[str, TokenPrices] = Field(default_factory=dict)
+    """Prices of models at endpoints, by the name of the model."""
 
     def cost(self, seconds: float, tokens: float) -> float:
         """Return the cost of a run of ``seconds`` over ``tokens``."""
         hours = seconds / 3600
         energy = hours * self.watts / 1000 * self.per_kwh
         return hours * self.per_hour + energy + tokens / 1e6 * self.per_million_tokens
+
+    def month(self, seconds: float) -> float:
+        """Return the cost of a month in which a machine is busy for ``seconds``.
+
+        The rent is due for all hours, of as many machines as ``seconds`` need.
+        """
+        machines = math.ceil(seconds / 3600 / MONTH_HOURS)
+        idle = machines * MONTH_HOURS - seconds / 3600
+        return self.cost(seconds, 0) + idle * self.per_hour
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """Monthly cost of a tuned model and of a rival."""
+
+    tuned: str
+    rival: str
+    answers: int
+    """Answers in a month."""
+    currency: str
+    tuned_cost: float
+    """Cost of a month."""
+    rival_cost: float
+    training_cost: float
+
+    @property
+    def month(self) -> int | None:
+        """Month in which the training is repaid; ``None`` for a cheaper rival."""
+        saved = self.rival_cost - self.tuned_cost
+        return max(1, math.ceil(self.training_cost / saved)) if saved > 0 else None
+
+    def verdict(self) -> str:
+        """Return the costs and the month in a sentence."""
+        end = "never" if self.month is None else f"in month {self.month:,}"
+        return (
+            f"At {self.answers:,} answers a month, {self.tuned} costs {self.tuned_cost:,.2f} "
+            f"{self.currency} a month and {self.rival} {self.rival_cost:,.2f}; the training "
+            f"({self.training_cost:,.2f}) is repaid {end}."
+        )
+
+
+def check_load(per_month: int | None, prices: Prices | None) -> None:
+    """Raise :class:`RecipeError` for a number of answers without prices."""
+    if per_month and prices is None:
+        raise RecipeError(
+            "`per_month` needs a price table. See the example in docs/guide/decisions.md.",
+            setting="per_month",
+        )
 
 
 @dataclass(frozen=True)
@@ -57,6 +124,24 @@ def cost_of(estimate: Estimate, prices: Prices) -> Cost:
         prices.cost(times.low, tokens.low),
         prices.cost(times.high, tokens.high),
     )
+
+
+def monthly_costs(estimate: Estimate, prices: Prices, answers: int) -> list[BreakEven]:
+    """Return the monthly cost of the tuned model, and of each endpoint with the same tokens.
+
+    The time of an answer is unknown before the training: the tuned model keeps one machine busy.
+    """
+    rows = estimate.rows * estimate.epochs
+    replies = estimate.learned.value / rows
+    prompts = estimate.tokens.value / rows - replies
+    own, training = prices.month(3600 * MONTH_HOURS), cost_of(estimate, prices).value
+    return [
+        BreakEven(
+            "the tuned model", name, answers, prices.currency, own,
+            tokens.cost(answers * prompts, answers * replies), training,
+        )
+        for name, tokens in prices.endpoints.items()
+    ]  # fmt: skip
 
 
 def prices_file() -> Path:

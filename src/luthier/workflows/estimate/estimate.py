@@ -20,7 +20,7 @@ from luthier.recipe import Recipe
 from luthier.workflows.estimate.trial import Measurement, measure
 
 if TYPE_CHECKING:
-    from luthier.workflows.estimate.budget import BudgetPlan, Cost
+    from luthier.workflows.estimate.budget import BreakEven, BudgetPlan, Cost
 
 _T90 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
 """Student's t for a two-sided interval of 90 %, for 1 to 10 degrees of freedom."""
@@ -155,6 +155,8 @@ class Estimate(Displayed):
     """Distinct tokens and seconds of each measured step."""
     cost: Cost | None = None
     plan: BudgetPlan | None = None
+    monthly: Sequence[BreakEven] = ()
+    """Monthly cost compared with each endpoint of the price table."""
 
     def summary(self) -> list[str]:
         """Return time, memory and disk with 90 % intervals."""

@@ -422,6 +422,7 @@ def _apart_text(found: Study, row: StudyRow) -> str:
 
 
 def _gain_text(found: Study, row: StudyRow) -> str:
-    if row.gain is None or row.relative_gain is None:
+    if row.gain is None:
         return ""
-    return f"{found.text(row.gain, signed=True)} ({row.relative_gain:+.0%})"
+    points = found.text(row.gain, signed=True)
+    return points if row.relative_gain is None else f"{points} ({row.relative_gain:+.0%})"
