@@ -215,12 +215,17 @@ def test_refused_document_is_read_again(folder: Path) -> None:
     assert build(folder).problems == []
 
 
-def test_composed_and_decomposed_letters_are_equal(folder: Path) -> None:
-    (folder / "menu.md").write_text(unicodedata.normalize("NFD", "Ph\u1edf b\u00f2"))
+def test_spellings_of_a_word_are_equal(folder: Path) -> None:
+    (folder / "menu.md").write_text(unicodedata.normalize("NFD", "Ph\u1edf h\u00f2a"))
     build(folder, language="vi")
     with DocumentIndex.open("handbook") as index:
         for form in ("NFC", "NFD"):
             assert index._by_words(unicodedata.normalize(form, "ph\u1edf"))
+        assert index._by_words("ho\u00e0")  # the other place of the tone mark
+    (folder / "menu.md").unlink()
+    build(folder, language="vi")
+    with DocumentIndex.open("handbook") as index:
+        assert not index._by_words("h\u00f2a")
 
 
 def test_removed_index_is_unknown(folder: Path) -> None:

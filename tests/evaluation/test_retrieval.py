@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -138,6 +139,9 @@ def test_bm25_index_matches_formula() -> None:
         expected = [sum(score >= own for score in scores) for own in scores]
         assert bm25_ranks([query] * 4, texts).tolist() == expected
     assert bm25_ranks(["Boat!"], ["a BOAT, small"]).tolist() == [1]
+    texts = ["h\u00f2a nh\u1ea1c", "ph\u1edf b\u00f2"]
+    spellings = ["ho\u00e0 nh\u1ea1c", unicodedata.normalize("NFD", texts[1])]
+    assert bm25_ranks(spellings, texts).tolist() == [1, 1]
 
 
 def test_texts_without_words_share_none() -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.data.spelling import unify_spelling
 from luthier.documents.passages import Passage, cut
 from luthier.documents.readers import DocumentReader, ReadDocument, normalize
 from luthier.errors import CorruptFile, DiskFull, RecipeError
@@ -41,7 +42,7 @@ MOST_WORDS = 256
 """Maximum number of words of a question in the search for words."""
 READ_AT_ONCE = 10_000
 """Number of embeddings read together: all at once take three times the memory."""
-FORM = 1
+FORM = 2
 """Version of the file's tables."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -312,7 +313,10 @@ class DocumentIndex:
                 ).lastrowid
                 vector = np.asarray(vector_H, np.float16).tobytes()
                 insert("INSERT INTO vectors VALUES (?, ?)", (added, vector))
-                insert("INSERT INTO words (rowid, heading, text) VALUES (?, ?, ?)", (added, *text))
+                insert(
+                    "INSERT INTO words (rowid, heading, text) VALUES (?, ?, ?)",
+                    (added, *map(unify_spelling, text)),
+                )
 
     def delete(self, paths: Iterable[str]) -> None:
         """Delete documents, in a transaction."""
@@ -331,7 +335,7 @@ class DocumentIndex:
         ).fetchall():
             execute(
                 "INSERT INTO words (words, rowid, heading, text) VALUES ('delete', ?, ?, ?)",
-                (number, heading, text),
+                (number, unify_spelling(heading), unify_spelling(text)),
             )
             execute("DELETE FROM vectors WHERE passage = ?", (number,))
             execute("DELETE FROM passages WHERE id = ?", (number,))
@@ -405,7 +409,7 @@ class DocumentIndex:
 
     def _by_words(self, question: str, documents: list[int] | None = None) -> list[int]:
         """Return the passages with words of the question, the best first."""
-        words = _WORD.findall(normalize(question))
+        words = _WORD.findall(unify_spelling(normalize(question)))
         if self.language in UNSPACED:
             words = [word[n : n + 3] for word in words for n in range(max(1, len(word) - 2))]
         if not words:

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from luthier.data.spelling import unify_spelling
 from luthier.evaluation.significance import RowScores
 from luthier.graders.base import Embedder
 
@@ -296,7 +297,8 @@ def reciprocal_rank_fusion(
 def _words(texts: Sequence[str], ids: bool = True) -> Any:
     import bm25s
 
-    return bm25s.tokenize(list(texts), stopwords=None, return_ids=ids, show_progress=False)
+    unified = [*map(unify_spelling, texts)]
+    return bm25s.tokenize(unified, stopwords=None, return_ids=ids, show_progress=False)
 
 
 def bm25_ranks(anchors: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64]:

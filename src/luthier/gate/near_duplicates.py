@@ -22,6 +22,7 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
+from luthier.data.spelling import unify_spelling
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.types import FloatArray, IntArray
 
@@ -58,7 +59,7 @@ def normalize(text: str) -> str:
     if text.isascii():
         bare = text.translate(_ASCII)
     else:
-        text = unicodedata.normalize("NFKC", text)
+        text = unify_spelling(unicodedata.normalize("NFKC", text))
         bare = _PUNCTUATION.sub(" ", _APOSTROPHES.sub("", text))
     return " ".join(bare.casefold().split()) or " ".join(text.casefold().split())
 

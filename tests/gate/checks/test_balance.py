@@ -138,6 +138,10 @@ def test_visually_equal_labels_share_a_spelling(name: str, usual: str) -> None:
     assert spellings(Counter({name: 9, usual: 1, "other": 3})) == {name: usual}
 
 
+def test_tone_mark_of_both_rules_is_one_spelling() -> None:
+    assert spellings(Counter({"thu\u1ef7": 5, "th\u1ee7y": 2})) == {"th\u1ee7y": "thu\u1ef7"}
+
+
 def test_integers_and_decimals_share_a_spelling() -> None:
     assert spellings(Counter({"1.0": 5, "1": 2, "1.5": 1, "-1": 3, "10": 3})) == {"1": "1.0"}
 
