@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ import httpx
 import psutil
 import pytest
 from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny, until
+from sqlalchemy import select, update
+
+from luthier.server.tables.database import Database, now
+from luthier.server.tables.measurements import EvaluationSchedule, Measurement
 
 ENDED = ("Completed", "Failed", "Stopped")
 ROWS = "s3://bucket/rows.jsonl"
@@ -154,3 +159,54 @@ def test_invalid_measurement_is_rejected_at_creation(server: Served) -> None:
         found, body = server.ask("POST", f"/api/v1/{kind}", {"rows": ROWS, **fields})
         assert found == status, (fields, body)
         assert body["error"]["message"] and str(server.home) not in body["error"]["message"]
+
+
+def test_scheduled_evaluations_report_a_significant_fall(server: Served) -> None:
+    path = "/api/v1/deployments/live/schedule"
+    body = {"rows": ROWS, "every": "week", "graders": ["exact"], "max_tokens": 4}
+    assert server.ask("GET", path)[0] == 404
+    for fields in ({"every": "hour"}, {"rows": "s3://bucket/none"}, {"graders": ["judge"]}):
+        assert server.ask("PUT", path, body | fields)[0] == 400
+    assert server.ask("PUT", path.replace("live", "none"), body)[0] == 404
+    assert server.ask("PUT", path, body)[0] == 200
+
+    def results(count: int) -> Any:
+        found = server.ask("GET", path)[1]["results"]
+        return found if [each["state"] in ENDED for each in found] == [True] * count else None
+
+    (first,) = until(lambda: results(1), 280)
+    assert (first["state"], first["measure"], first["rows"]) == ("Completed", "exact", len(LINES))
+    assert first["model"] == "mine" and "change" not in first
+    low, high = first["interval"]
+    assert low <= first["score"] <= high
+    # The first replies were all right, and the schedule is due again since three weeks.
+    perfect = {"measure": "exact", "parts": [1.0] * len(LINES)}
+    database = Database(f"sqlite:///{server.home / 'luthier.db'}")
+    with database.write() as session:
+        run = session.scalars(select(Measurement).filter_by(id=first["evaluation"])).one()
+        run.row_scores = {**(run.row_scores or {}), **perfect}
+        session.execute(update(EvaluationSchedule).values(next_run=now() - timedelta(weeks=3)))
+    database.close()
+    _, second = until(lambda: results(2), 280)
+    assert second["change"]["reference"] == first["evaluation"]
+    assert second["change"]["is_fall"] and second["change"]["difference"] == -1
+    assert datetime.fromisoformat(server.ask("GET", path)[1]["next_run"]) > now()
+    log = server.home / "server.log"
+    until(lambda: "exact of live fell significantly" in log.read_text())
+    shown = server.command("live", "schedule", "show", "live")
+    assert "significant" in shown.stdout and "mine" in shown.stdout
+    report = f"/api/v1/evaluations/{second['evaluation']}/report"
+    assert server.ask("GET", report)[0] == 200
+    assert server.ask("DELETE", path)[0] == 200 and server.ask("GET", path)[0] == 404
+
+
+def test_schedule_with_command(server: Served) -> None:
+    rows = str(server.home / "rows.jsonl")
+    unknown = server.command("live", "schedule", "set", "none", rows, fails=True)
+    assert "no deployment" in unknown.stderr
+    text = str(server.home / "text.jsonl")
+    server.command("live", "schedule", "set", "live", text, "--grader", "exact", fails=True)
+    made = server.command("live", "schedule", "set", "live", rows, "--every", "day")
+    assert "day" in made.stdout
+    server.command("live", "schedule", "remove", "live")
+    server.command("live", "schedule", "show", "live", fails=True)

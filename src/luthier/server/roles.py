@@ -60,7 +60,8 @@ _OPERATIONS = {
         ),
         "luthier": (
             "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport ListEvaluations "
-            "GetEvaluation GetEvaluationReport ListComparisons GetComparison GetComparisonReport "
+            "GetSchedule GetEvaluation GetEvaluationReport ListComparisons GetComparison "
+            "GetComparisonReport "
             "GetFeedback GetModelHealth GetDeploymentHistory GetCertificate DownloadCertificate "
             "GetUsage GetDailyUsage "
             "openai.files.list openai.files.retrieve openai.files.content "
@@ -91,7 +92,8 @@ _OPERATIONS = {
             "openai.responses.delete openai.chat.completions.update "
             "openai.chat.completions.delete CreateJob PauseJob ResumeJob StopJob PreviewData "
             "StoreExample InspectData EstimateJob CreateExport "
-            "StopExport CreateEvaluation StopEvaluation DeleteEvaluation CreateComparison "
+            "StopExport SetSchedule DeleteSchedule CreateEvaluation StopEvaluation "
+            "DeleteEvaluation CreateComparison "
             "StopComparison DeleteComparison PromoteDeployment RollBackDeployment DeleteModel "
             "LoadModel UnloadModel "
             "openai.files.create "

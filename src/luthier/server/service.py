@@ -42,6 +42,7 @@ from luthier.server.native.routes import native_api
 from luthier.server.openai import OpenAIService
 from luthier.server.openai.chat import InvokedChat
 from luthier.server.s3.routes import s3_api
+from luthier.server.schedules import Schedules
 from luthier.server.settings import Settings
 from luthier.server.stores import bootstrap, removal
 from luthier.server.stores.locations import Locations
@@ -118,6 +119,7 @@ class Service:
         self.trail = AuditTrail(self.database)
         self.capture = Capture(self.objects, settings.region)
         self.canaries = Canaries(self.database)
+        self.schedules = Schedules(self.database, settings.limits, self.scheduler.wake)
         components = Components(
             database=self.database,
             arns=self.arns,
@@ -173,6 +175,7 @@ class Service:
         self.memory.start()
         if work:
             self.scheduler.start()
+            self.schedules.start()
 
     def close(self, release_work: bool = False) -> None:
         """Stop the background work.
@@ -181,6 +184,7 @@ class Service:
         first.
         """
         self._later.cancel()
+        self.schedules.close()
         self.scheduler.stop(release_work)
         self.openai.close()
         self.capture.close()

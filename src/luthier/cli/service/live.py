@@ -439,6 +439,107 @@ def show_history(record: Record) -> None:
     print_rows([*columns], rows)
 
 
+def schedule_set(
+    deployment: str,
+    rows: str,
+    *,
+    every: Literal["day", "week"] = "week",
+    grader: Sequence[str] = (),
+    max_tokens: int = 128,
+    account: Account = FIRST_ACCOUNT,
+    region: Region = "us-east-1",
+    database: ServiceDatabase = None,
+) -> Record:
+    """Evaluate a deployment now, then every day or week.
+
+    Args:
+        deployment: Name or ARN of the deployment.
+        rows: Held-out rows: a file, s3:// address or file id.
+        every: Time between two evaluations.
+        grader: Grader of replies, such as exact; repeatable.
+        max_tokens: Token limit of a reply.
+    """
+    from luthier.server.native.measurements import request_of
+    from luthier.server.native.schedules import NewSchedule
+    from luthier.server.promotion import find_deployment
+    from luthier.server.schedules import set_schedule
+    from luthier.server.stores.locations import Locations
+    from luthier.server.tables.arns import Arns
+
+    arns, file = Arns(region), Path(rows)
+    with open_database(database) as service:
+        locations = Locations(service, None)
+        with service.read() as session:
+            find_deployment(session, arns, account, deployment)
+        if file.is_file():
+            rows = locations.uploads.add(account, [file.read_bytes()], file.name, "evals").id
+        body = NewSchedule(rows=rows, every=every, graders=list(grader), max_tokens=max_tokens)
+        request = request_of(locations, account, body)
+        set_schedule(service, locations, arns, account, deployment, request.pop("every"), request)
+    details = {"every": every, "rows": request["rows"]}
+    with audited_write(database, "schedule.set", account, deployment, details):
+        pass  # the schedule has transactions of its own
+    return schedule_show(deployment, account=account, region=region, database=database)
+
+
+def schedule_show(
+    deployment: str,
+    *,
+    account: Account = FIRST_ACCOUNT,
+    region: Region = "us-east-1",
+    database: ServiceDatabase = None,
+) -> Record:
+    """Show the schedule of a deployment and its results.
+
+    Args:
+        deployment: Name or ARN of the deployment.
+    """
+    from luthier.server.schedules import describe, find_schedule
+    from luthier.server.tables.arns import Arns
+
+    with open_database(database) as service, service.read() as session:
+        return describe(session, *find_schedule(session, Arns(region), account, deployment))
+
+
+def schedule_remove(
+    deployment: str,
+    *,
+    account: Account = FIRST_ACCOUNT,
+    region: Region = "us-east-1",
+    database: ServiceDatabase = None,
+) -> Record:
+    """End the scheduled evaluations of a deployment. The evaluations stay.
+
+    Args:
+        deployment: Name or ARN of the deployment.
+    """
+    from luthier.server.schedules import find_schedule
+    from luthier.server.tables.arns import Arns
+
+    with audited_write(database, "schedule.remove", account, deployment) as session:
+        session.delete(find_schedule(session, Arns(region), account, deployment)[1])
+    return {"deployment": deployment, "schedule": "removed"}
+
+
+def show_schedule(record: Record) -> None:
+    """Print the schedule, and a row for each result."""
+    show_record({name: record[name] for name in ("deployment", "every", "next_run")})
+    rows = []
+    for each in record["results"]:
+        row = {"created": f"{each['created']:%Y-%m-%d %H:%M}", "model": each["model"]}
+        row |= {"state": each["state"], "score": "", "95 % interval": "", "since the first": ""}
+        if each["score"] is not None:
+            row["score"] = f"{each['measure']} {each['score']:.3g}"
+        if each["interval"] is not None:
+            row["95 % interval"] = "{:.3g} to {:.3g}".format(*each["interval"])
+        if (change := each["change"]) is not None:
+            mark = ", significant" if change["significant"] else ""
+            row["since the first"] = f"{change['difference']:+.3g}{mark}"
+        rows.append(row | {"failure": each["failure"] or ""})
+    if rows:
+        print_rows([*rows[0]], rows)
+
+
 def show_settings(record: Record) -> None:
     """Print the settings with a clear first line."""
     state = "on" if record["enabled"] else "off"
@@ -456,6 +557,11 @@ feedback_app.add(Command(feedback_import, show_record, "import"))
 live_app = CommandGroup("Keep a deployed model good: capture, rate, watch.", extra="server")
 live_app.add_typer(capture_app, name="capture")
 live_app.add_typer(feedback_app, name="feedback")
+schedule_app = CommandGroup("Evaluate a deployment every day or week.", extra="server")
+schedule_app.add(Command(schedule_set, show_schedule, "set"))
+schedule_app.add(Command(schedule_show, show_schedule, "show"))
+schedule_app.add(Command(schedule_remove, show_record, "remove"))
+live_app.add_typer(schedule_app, name="schedule")
 live_app.add(Command(health, show_health))
 live_app.add(Command(promote, show_history))
 live_app.add(Command(rollback, show_history))

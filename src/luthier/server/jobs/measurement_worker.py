@@ -14,7 +14,8 @@ from luthier.data.files.sources import files_of
 from luthier.data.rows import load_rows
 from luthier.evaluation.evaluate import load_graded
 from luthier.evaluation.report_page import page
-from luthier.files import folder_size
+from luthier.evaluation.significance import RowScores, as_gain, paired_differences
+from luthier.files import folder_size, sha256_of
 from luthier.library.models import find
 from luthier.server.jobs.data import base_reads_media, fetch_rows
 from luthier.server.jobs.folders import MeasurementFolders
@@ -23,7 +24,7 @@ from luthier.server.jobs.worker import ResultWorker, explain_error
 from luthier.server.tables import results, storage
 from luthier.server.tables.accounts import quotas_of
 from luthier.server.tables.jobs import COMPLETED
-from luthier.server.tables.measurements import EVALUATION, Measurement
+from luthier.server.tables.measurements import EVALUATION, Measurement, runs_of
 from luthier.workflows.compare import compare, comparison_page
 from luthier.workflows.evaluate import evaluate
 
@@ -36,6 +37,8 @@ class MeasurementWorker(ResultWorker[Measurement]):
 
     table = Measurement
     folders_type = MeasurementFolders
+    row_scores: dict[str, Any] | None = None
+    """Scores of the rows of a scheduled evaluation."""
 
     def produce(self, row: Measurement) -> tuple[dict[str, Any], str]:
         """Return the report and the page."""
@@ -55,6 +58,9 @@ class MeasurementWorker(ResultWorker[Measurement]):
                 on_progress=lambda done, total: self.show("evaluate", done, total),
             )  # fmt: skip
             report, html = found.plain(), page(found, models[0].id, request["rows"])
+            measure, score = next(iter(found.row_scores.items()))
+            if row.schedule is not None and isinstance(score, RowScores):
+                self.row_scores = {"measure": measure, "rows": sha256_of(rows), **score.plain()}
         else:
             *tuned, base = models
             train = self._fetch(row, "training") if request.get("training") else None
@@ -84,6 +90,8 @@ class MeasurementWorker(ResultWorker[Measurement]):
         if row.state == COMPLETED:
             row.page, row.stored_bytes = html, len(json.dumps(report)) + len(html.encode())
             quotas = quotas_of(session, row.account, self.quotas)
+            row.row_scores = self.row_scores
+            row.change = _change(session, row)
             storage.charge(session, row.account, quotas, stored_bytes=row.stored_bytes)
 
     def explain(self, error: Exception, row: Measurement) -> str:
@@ -103,6 +111,26 @@ class MeasurementWorker(ResultWorker[Measurement]):
             names |= {str(path): row.request[member] for path in folder.glob("*")}
             names[str(folder)] = str(row.request.get(member))
         return names
+
+
+def _change(session: Session, row: Measurement) -> dict[str, Any] | None:
+    """Return the difference of a scheduled evaluation to the first on the same rows.
+
+    The reference is fixed: several small falls in sequence add up, and no best of many is chosen.
+    """
+    scores = row.row_scores
+    if scores is None or row.schedule is None:
+        return None
+    for first in runs_of(session, row.schedule):
+        known = first.row_scores or {}
+        if first.seq < row.seq and all(
+            known.get(each) == scores[each] for each in ("measure", "rows")
+        ):
+            pair = RowScores.read(known), RowScores.read(scores)
+            difference = paired_differences({"": pair})[""]
+            fell = difference.significant and as_gain(scores["measure"], difference.value) < 0
+            return {**difference.plain(), "reference": first.id, "is_fall": fell}
+    return None
 
 
 def _rename(text: str, names: dict[str, str]) -> str:

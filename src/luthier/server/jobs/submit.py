@@ -361,6 +361,7 @@ def submit_measurement(
     request: Mapping[str, Any],
     models: Sequence[MeasuredModel],
     limits: AccountQuotas | None = None,
+    schedule: str | None = None,
 ) -> Measurement:
     """Queue an evaluation or comparison, in the caller's transaction.
 
@@ -374,7 +375,7 @@ def submit_measurement(
         "unfinished evaluations and comparisons", "Wait, or stop some of them.",
     )  # fmt: skip
     storage.check(session, account, limits, stored_bytes=1)
-    return create_measurement(session, account, kind, request, models)
+    return create_measurement(session, account, kind, request, models, schedule)
 
 
 def recipe_of(submission: Submission, job_id: str) -> Recipe:

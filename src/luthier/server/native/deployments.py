@@ -87,7 +87,7 @@ class DeploymentView(View):
 @router.get("/deployments/{deployment}")
 def get_deployment_history(call: NativeCall, deployment: Name) -> DeploymentView:
     """Return a deployment with the history of its models."""
-    with call.context.database.read() as session, _faults():
+    with call.context.database.read() as session, deployment_faults():
         return _view(call, session, deployment)
 
 
@@ -97,7 +97,7 @@ def promote_deployment(
 ) -> DeploymentView:
     """Switch a deployment to a new model, after the server has loaded the model."""
     call.record(f"custom-model-deployment/{deployment}")
-    with call.context.database.write() as session, _faults():
+    with call.context.database.write() as session, deployment_faults():
         arns, user = call.context.arns, call.caller.user
         promotion.promote(
             session, arns, call.account, deployment, body.model, user, body.share, body.answers
@@ -109,7 +109,7 @@ def promote_deployment(
 def roll_back_deployment(call: NativeCall, deployment: Name) -> DeploymentView:
     """End the pending change of a deployment, or return to the model before."""
     call.record(f"custom-model-deployment/{deployment}")
-    with call.context.database.write() as session, _faults():
+    with call.context.database.write() as session, deployment_faults():
         arns, user = call.context.arns, call.caller.user
         promotion.roll_back(session, arns, call.account, deployment, user)
         return _view(call, session, deployment)
@@ -121,7 +121,8 @@ def _view(call: NativeCall, session: Session, name: str) -> DeploymentView:
 
 
 @contextmanager
-def _faults() -> Iterator[None]:
+def deployment_faults() -> Iterator[None]:
+    """Translate an unknown deployment or model to `ResourceNotFound`."""
     try:
         yield
     except promotion.UnknownName as unknown:

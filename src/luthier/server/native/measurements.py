@@ -22,6 +22,7 @@ from luthier.server.native.operations import (
     native_router,
     not_found,
 )
+from luthier.server.stores.locations import Locations
 from luthier.server.stores.uploaded_files import file_address
 from luthier.server.tables import measurements, results
 from luthier.server.tables.measurements import COMPARISON, EVALUATION, MeasuredModel, Measurement
@@ -49,11 +50,9 @@ class _NewMeasurement(Input):
     """Column names of the rows by key; an empty name ignores the key or column."""
 
 
-class NewEvaluation(_NewMeasurement):
-    """Model, rows and graders of a new evaluation."""
+class EvaluationFields(_NewMeasurement):
+    """Rows and graders of evaluations."""
 
-    model: Model
-    """Base model, custom model or deployment."""
     max_tokens: int = Field(default=128, ge=1, le=8192)
     """Token limit of a reply."""
     on_grader_error: Literal["fail", "zero"] = "fail"
@@ -64,6 +63,13 @@ class NewEvaluation(_NewMeasurement):
     """Score slices: ``label``, ``length``, ``language`` or a column of the rows."""
     long_rows: Literal["error", "drop", "truncate"] | None = None
     """How to handle rows longer than the context."""
+
+
+class NewEvaluation(EvaluationFields):
+    """Model, rows and graders of a new evaluation."""
+
+    model: Model
+    """Base model, custom model or deployment."""
 
 
 class NewComparison(_NewMeasurement):
@@ -204,10 +210,7 @@ def _create(
 ) -> MeasurementView:
     context = call.context
     call.record(f"{kind}/*")
-    request = body.model_dump(mode="json")
-    for member in ("rows", "training"):
-        if (value := request.get(member)) and context.locations.uploads.get(call.account, value):
-            request[member] = file_address(value)
+    request = request_of(context.locations, call.account, body)
     check_measurement(context.locations, call.account, kind, request, models)
     with context.database.write() as session:
         limits = context.quotas(call.account)
@@ -216,6 +219,15 @@ def _create(
         view = _view(row, None)
     context.wake()
     return view
+
+
+def request_of(locations: Locations, account: str, body: _NewMeasurement) -> dict[str, Any]:
+    """Return the fields of a body, with addresses in place of the ids of files."""
+    request = body.model_dump(mode="json")
+    for member in ("rows", "training"):
+        if (value := request.get(member)) and locations.uploads.get(account, value):
+            request[member] = file_address(value)
+    return request
 
 
 def _measured(call: Call, name: str) -> MeasuredModel:

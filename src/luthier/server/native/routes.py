@@ -15,6 +15,7 @@ from luthier.server.native import (
     measurements,
     models,
     reports,
+    schedules,
     usage,
 )
 from luthier.server.native.operations import (
@@ -58,7 +59,7 @@ def native_api(context: Context, version: str) -> Api:
     """Return the API with all operations."""
     modules = (
         jobs, models, deployments, examples, exports, feedback, loaded_models, inference,
-        measurements, reports, usage,
+        measurements, reports, schedules, usage,
     )  # fmt: skip
     routers = (router, *(module.router for module in modules))
     app = api_application(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any, TypedDict
 
 from sqlalchemy import BigInteger, select
@@ -16,6 +17,7 @@ from luthier.server.tables.queue import next_turn
 from luthier.server.tables.results import ResultWork
 
 EVALUATION, COMPARISON = "evaluation", "comparison"
+PERIODS = {"day": timedelta(days=1), "week": timedelta(weeks=1)}
 
 
 class MeasuredModel(TypedDict):
@@ -46,6 +48,31 @@ class Measurement(ResultWork, Base):
     page: Mapped[str | None] = mapped_column(QuotingText, deferred=True)
     """The report as an HTML page."""
     stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    schedule: Mapped[str | None] = mapped_column(index=True)
+    """Id of the :class:`EvaluationSchedule` that created the evaluation."""
+    row_scores: Mapped[dict[str, Any] | None] = mapped_column(JSONText, deferred=True)
+    """``measure``, ``rows`` (SHA-256 of the rows) and the first score of a scheduled evaluation."""
+    change: Mapped[dict[str, Any] | None]
+    """Difference to the first evaluation of the schedule on the same rows, and ``is_fall``."""
+
+
+class EvaluationSchedule(Base):
+    """Rows and graders on which the model of a deployment is evaluated regularly."""
+
+    __tablename__ = "evaluation_schedules"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    account: Mapped[str] = mapped_column(index=True)
+    endpoint: Mapped[str] = mapped_column(unique=True)
+    """Id of the deployment."""
+    every: Mapped[str]
+    """A key of :data:`PERIODS`."""
+    request: Mapped[dict[str, Any]] = mapped_column(JSONText)
+    """Body of the evaluations."""
+    next_run: Mapped[datetime]
+    announced: Mapped[int] = mapped_column(default=0)
+    """Number (``seq``) of the last evaluation whose result was announced."""
+    created: Mapped[datetime]
 
 
 def create_measurement(
@@ -54,6 +81,7 @@ def create_measurement(
     kind: str,
     request: Mapping[str, Any],
     models: Sequence[MeasuredModel],
+    schedule: str | None = None,
 ) -> Measurement:
     """Queue a measurement."""
     moment = now()
@@ -66,6 +94,7 @@ def create_measurement(
         kind=kind,
         request=dict(request),
         models=list(models),
+        schedule=schedule,
     )
     session.add(made)
     session.flush()
@@ -78,6 +107,14 @@ def is_measured(session: Session, account: str, arn: str) -> bool:
         Measurement.account == account, Measurement.is_unfinished()
     )
     return any(each["arn"] == arn for models in session.scalars(unfinished) for each in models)
+
+
+def runs_of(
+    session: Session, schedule: str, *, limit: int | None = None, after: int = 0
+) -> list[Measurement]:
+    """Return the evaluations of a schedule, the oldest first."""
+    query = select(Measurement).where(Measurement.schedule == schedule, Measurement.seq > after)
+    return list(session.scalars(query.order_by(Measurement.seq).limit(limit)))
 
 
 def delete(session: Session, row: Measurement) -> None:

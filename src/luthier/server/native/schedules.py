@@ -1,0 +1,92 @@
+"""Scheduled evaluations of the native API."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from luthier.server import schedules
+from luthier.server.http.routes import Name
+from luthier.server.native.deployments import deployment_faults
+from luthier.server.native.measurements import EvaluationFields, request_of
+from luthier.server.native.operations import NativeCall, View, native_router
+
+router = native_router()
+
+
+class NewSchedule(EvaluationFields):
+    """Rows and graders of the evaluations of a deployment."""
+
+    every: Literal["day", "week"]
+    """Time between two evaluations. The first evaluation starts at once."""
+
+
+class ScheduledResultView(View):
+    """Result of a scheduled evaluation."""
+
+    evaluation: str
+    """Id of the evaluation."""
+    created: datetime
+    model: str
+    """Model that was active."""
+    state: str
+    failure: str | None = None
+    rows: int | None = None
+    measure: str | None = None
+    score: float | None = None
+    interval: tuple[float, float] | None = None
+    """95 % confidence interval of the score."""
+    change: dict[str, Any] | None = None
+    """Paired ``difference`` to the first evaluation on the same rows (``reference``), with ``error``,
+    ``p_value``, ``significant`` and ``is_fall``."""
+
+
+class ScheduleView(View):
+    """Schedule of a deployment, with all results."""
+
+    deployment: str
+    every: str
+    request: dict[str, Any]
+    next_run: datetime
+    results: list[ScheduledResultView]
+    """Results, oldest first."""
+
+
+class DeletedScheduleView(View):
+    """Response to the deletion of a schedule."""
+
+    deployment: str
+
+
+@router.put("/deployments/{deployment}/schedule")
+def set_schedule(call: NativeCall, deployment: Name, body: NewSchedule) -> ScheduleView:
+    """Evaluate a deployment now and regularly. Replaces the schedule and begins a new series."""
+    call.record(f"custom-model-deployment/{deployment}")
+    context, account = call.context, call.account
+    request = request_of(context.locations, account, body)
+    every = request.pop("every")
+    with deployment_faults():
+        schedules.set_schedule(
+            context.database, context.locations, context.arns, account, deployment, every, request
+        )
+    return get_schedule(call, deployment)
+
+
+@router.get("/deployments/{deployment}/schedule")
+def get_schedule(call: NativeCall, deployment: Name) -> ScheduleView:
+    """Return the schedule of a deployment with the series of results."""
+    arns = call.context.arns
+    with call.context.database.read() as session, deployment_faults():
+        found = schedules.find_schedule(session, arns, call.account, deployment)
+        view = schedules.describe(session, *found)
+    return ScheduleView.model_validate(view)
+
+
+@router.delete("/deployments/{deployment}/schedule")
+def delete_schedule(call: NativeCall, deployment: Name) -> DeletedScheduleView:
+    """End the scheduled evaluations of a deployment. The evaluations stay."""
+    call.record(f"custom-model-deployment/{deployment}")
+    arns = call.context.arns
+    with call.context.database.write() as session, deployment_faults():
+        session.delete(schedules.find_schedule(session, arns, call.account, deployment)[1])
+    return DeletedScheduleView(deployment=deployment)

@@ -1,0 +1,208 @@
+"""Scheduled evaluations: the model behind a deployment, on the same rows every day or week.
+
+The evaluations are leased work. The results are a series with intervals, and a significant fall is
+announced.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from luthier.errors import QuotaExceeded
+from luthier.limits import AccountQuotas
+from luthier.server.identifiers import model_name, stored_id_of
+from luthier.server.jobs.measurements import check_measurement
+from luthier.server.jobs.submit import submit_measurement
+from luthier.server.promotion import UnknownName, find_deployment
+from luthier.server.stores.locations import Locations
+from luthier.server.tables.accounts import quotas_of
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.database import Database, new_id, now
+from luthier.server.tables.endpoints import Endpoint
+from luthier.server.tables.jobs import ENDED
+from luthier.server.tables.measurements import (
+    EVALUATION,
+    PERIODS,
+    EvaluationSchedule,
+    MeasuredModel,
+    Measurement,
+    runs_of,
+)
+
+TICK = 5.0
+"""Interval between two searches for due evaluations, in seconds."""
+_log = logging.getLogger(__name__)
+
+
+def set_schedule(
+    database: Database, locations: Locations, arns: Arns, account: str, deployment: str,
+    every: str, request: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Evaluate a deployment now and then every ``day`` or ``week``.
+
+    Replaces the schedule of the deployment, and begins a new series.
+
+    Raises:
+        RefusedInput: for an unknown deployment, or for evaluations that would fail.
+    """
+    with database.read() as session:
+        endpoint = find_deployment(session, arns, account, deployment)
+        measured = _measured(session, endpoint)
+    check_measurement(locations, account, EVALUATION, request, [measured])
+    made = EvaluationSchedule(
+        id=new_id(), account=account, endpoint=endpoint.id, every=every, request=dict(request),
+        next_run=now(), created=now(),
+    )  # fmt: skip
+    with database.write() as session:
+        find_deployment(session, arns, account, deployment, lock=True)
+        session.execute(delete(EvaluationSchedule).filter_by(endpoint=endpoint.id))
+        session.add(made)
+
+
+def find_schedule(
+    session: Session, arns: Arns, account: str, deployment: str
+) -> tuple[Endpoint, EvaluationSchedule]:
+    """Return a deployment and its schedule.
+
+    Raises:
+        UnknownName: for an unknown deployment, or a deployment without a schedule.
+    """
+    endpoint = find_deployment(session, arns, account, deployment)
+    schedule = session.scalar(select(EvaluationSchedule).filter_by(endpoint=endpoint.id))
+    if schedule is None:
+        raise UnknownName(f'The deployment "{endpoint.name}" has no schedule.')
+    return endpoint, schedule
+
+
+def describe(session: Session, endpoint: Endpoint, schedule: EvaluationSchedule) -> dict[str, Any]:
+    """Return a schedule with the series of its results, oldest first."""
+    return {
+        "deployment": endpoint.name,
+        "every": schedule.every,
+        "request": schedule.request,
+        "next_run": schedule.next_run,
+        "results": [_result(session, each) for each in runs_of(session, schedule.id)],
+    }
+
+
+def _result(session: Session, run: Measurement) -> dict[str, Any]:
+    report = run.result or {}
+    measure, score = next(iter(report.get("scores", {}).items()), (None, None))
+    return {
+        "evaluation": run.id,
+        "created": run.created,
+        "model": model_name(session, run.models[0]["arn"]),
+        "state": run.state,
+        "failure": run.failure,
+        "rows": report.get("rows"),
+        "measure": measure,
+        "score": score,
+        "interval": report.get("intervals", {}).get(measure),
+        "change": run.change,
+    }
+
+
+def _measured(session: Session, endpoint: Endpoint) -> MeasuredModel:
+    stored_id = stored_id_of(session, endpoint.model) or ""
+    return MeasuredModel(name=endpoint.name, arn=endpoint.model, stored_id=stored_id)
+
+
+class Schedules:
+    """Thread that starts due evaluations and announces results."""
+
+    def __init__(
+        self, database: Database, limits: AccountQuotas, wake: Callable[[], None] = lambda: None
+    ) -> None:
+        self.database, self.limits, self.wake = database, limits, wake
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="schedules", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closed.wait(TICK):
+            try:
+                self.tick()
+            except Exception:
+                # The database is unreachable; the next pass tries again.
+                _log.exception("scheduled evaluations could not be started")
+
+    def tick(self) -> None:
+        """Start due evaluations, and announce the results since the last call."""
+        ended = (
+            select(EvaluationSchedule.id)
+            .join(Measurement, Measurement.schedule == EvaluationSchedule.id)
+            .where(Measurement.seq > EvaluationSchedule.announced, Measurement.state.in_(ENDED))
+        )
+        with self.database.read() as session:
+            due = session.scalars(
+                select(EvaluationSchedule.id).where(EvaluationSchedule.next_run <= now())
+            ).all()
+            new = session.scalars(ended.distinct()).all()
+        for name, act in [
+            *((each, self._start) for each in due),
+            *((each, self._announce) for each in new),
+        ]:
+            with self.database.write() as session:
+                # Another server may have done this since.
+                schedule = session.get(EvaluationSchedule, name, with_for_update=True)
+                if schedule is not None:
+                    act(session, schedule)
+        if due:
+            self.wake()
+
+    def _start(self, session: Session, schedule: EvaluationSchedule) -> None:
+        endpoint = session.scalar(select(Endpoint).where(Endpoint.id == schedule.endpoint))
+        if endpoint is None:
+            session.delete(schedule)
+            return
+        moment = now()
+        if schedule.next_run > moment:
+            return
+        period = PERIODS[schedule.every]
+        # After a pause of the server, one evaluation stands for the missed evaluations.
+        schedule.next_run += period * ((moment - schedule.next_run) // period + 1)
+        try:
+            submit_measurement(
+                session, schedule.account, EVALUATION, schedule.request,
+                [_measured(session, endpoint)],
+                quotas_of(session, schedule.account, self.limits), schedule.id,
+            )  # fmt: skip
+        except QuotaExceeded as error:
+            _log.warning("no scheduled evaluation of %s: %s", endpoint.name, error)
+
+    def _announce(self, session: Session, schedule: EvaluationSchedule) -> None:
+        endpoint = session.scalar(select(Endpoint).where(Endpoint.id == schedule.endpoint))
+        for run in runs_of(session, schedule.id, after=schedule.announced):
+            if run.state not in ENDED:
+                return
+            schedule.announced = run.seq
+            if endpoint is not None and (run.failure or (run.change or {}).get("is_fall")):
+                _log.warning("%s", alert_text(endpoint, run))
+
+
+def alert_text(endpoint: Endpoint, run: Measurement) -> str:
+    """Return the sentence of an alert: a significant fall, or a failed evaluation."""
+    if run.change is None or not run.change["is_fall"]:
+        return f"The scheduled evaluation {run.id} of {endpoint.name} failed: {run.failure}"
+    measure, score = next(iter((run.result or {})["scores"].items()))
+    difference, error = run.change["difference"], run.change["error"]
+    return (
+        f"{measure} of {endpoint.name} fell significantly to {score:.3g} "
+        f"({difference:+.3g} \N{PLUS-MINUS SIGN} {error:.2g} since the evaluation "
+        f"{run.change['reference']}). See the evaluation {run.id}."
+    )
