@@ -61,8 +61,8 @@ class Predictor:
         return predicts(objective)
 
     @staticmethod
-    def open(stored: StoredModel) -> Predictor:
-        """Load ``stored`` on the best device of this machine.
+    def open(stored: StoredModel, precise: bool = False) -> Predictor:
+        """Load ``stored`` on the best device of this machine, with ``precise`` in float32.
 
         Raises:
             RecipeError: for a model that generates text or images.
@@ -71,7 +71,8 @@ class Predictor:
 
         objective = Predictor.check(stored)
         chat = stored.chat
-        return Predictor(open_network(stored), objective, chat, stored.room)
+        network = open_network(stored, precise=precise)
+        return Predictor(network, objective, chat, stored.room)
 
     @staticmethod
     def check(stored: StoredModel) -> Objective:

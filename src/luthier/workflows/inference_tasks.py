@@ -22,8 +22,9 @@ from luthier.data.shapes.conversations import Conversation, PromptOnly
 from luthier.errors import DataError, Location, Problem, RecipeError
 from luthier.files import json_lines
 from luthier.inference.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line
+from luthier.inference.explanation import explain as explain_label
 from luthier.inference.inference import Chat
-from luthier.inference.prediction import BLOCK_PROMPTS, BLOCK_ROWS
+from luthier.inference.prediction import BLOCK_PROMPTS, BLOCK_ROWS, keep_likeliest
 from luthier.models.decoding.sampling import Sampling
 from luthier.types import Row
 
@@ -131,13 +132,15 @@ class PredictTask(InferenceTask):
     answer_key: ClassVar[str] = PREDICTED
 
     top: int | None = None
+    explain: bool = False
 
     def open(self) -> Answer:
         """See :class:`InferenceTask`."""
-        predictor = _open_predictor(self.model)
+        predictor = _open_predictor(self.model, self.explain)
 
         def answer(rows: Sequence[InputRow], done: OnDone) -> ShardAnswer:
-            answers = predictor.answers([row.content for row in rows], done, self.top)
+            contents = [row.content for row in rows]
+            answers = predict_rows(predictor, contents, done, self.top, self.explain)
             lines = prediction_lines(self.records(rows), answers)
             return ShardAnswer(lines.encode(), anomaly_counts(answers))
 
@@ -318,8 +321,21 @@ def reasoning_of(answer: GeneratedReply) -> dict[str, str]:
     return {REASONING: answer.reasoning} if answer.reasoning else {}
 
 
-def _open_predictor(model: str) -> Predictor:
+def predict_rows(
+    predictor: Predictor, rows: Sequence[Row], done: OnDone, top: int | None, explain: bool
+) -> list[dict[str, Any]]:
+    """Return the prediction for each row, with ``explain`` also the contribution of each word."""
+    answers = predictor.answers(rows, (lambda count: None) if explain else done)
+    if explain:
+        for number, (row, answer) in enumerate(zip(rows, answers, strict=True), 1):
+            answer["explanation"] = explain_label(predictor, row, answer)
+            done(number)
+    keep_likeliest(answers, top)
+    return answers
+
+
+def _open_predictor(model: str, precise: bool = False) -> Predictor:
     from luthier.inference.prediction import Predictor
     from luthier.library.models import check_active, find
 
-    return Predictor.open(check_active(find(model, is_able=Predictor.is_able)))
+    return Predictor.open(check_active(find(model, is_able=Predictor.is_able)), precise)

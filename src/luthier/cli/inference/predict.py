@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier import __version__
 from luthier.cli.inference.batch_inference import RowAnswers, RowProcesses, answer_rows
 from luthier.cli.terminal.console import (
     check_json_lines,
@@ -18,10 +20,11 @@ from luthier.cli.terminal.console import (
     print_text,
     print_written,
     write_json,
+    write_page,
 )
 from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RayAddress
 from luthier.errors import RecipeError
-from luthier.pages import Tabular, shorten
+from luthier.pages import PAGE, Tabular, render_page, shorten
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -64,6 +67,8 @@ def predict(
     output: Path | None = None,
     columns: Mapped = None,
     top: OptionalAtLeastOne = None,
+    explain: bool = False,
+    html: Path | None = None,
     overwrite: bool = False,
     processes: OptionalAtLeastOne = None,
     ray_address: RayAddress = None,
@@ -82,6 +87,8 @@ def predict(
         output: File for the result (JSONL); standard output by default.
         columns: Column of a key, e.g. prompt=question; repeatable.
         top: Number of classes; 5 for a text, all for a file by default.
+        explain: Add the contribution of each word to the label.
+        html: Write a page with marked words; needs --explain.
         overwrite: Replace an existing file.
         processes: Processes that share the rows of a file.
         ray_address: Head of a Ray cluster that runs the processes.
@@ -100,7 +107,7 @@ def predict(
         from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find, ignores_classes
         from luthier.objectives.base import threshold_of
-        from luthier.workflows.inference_tasks import PredictTask, prediction_lines
+        from luthier.workflows.inference_tasks import PredictTask, predict_rows, prediction_lines
 
     reporter = reporter or Reporter()
     output = None if is_standard_output(output) else output
@@ -112,7 +119,10 @@ def predict(
         raise RecipeError("the text is empty")
     if text is not None and _holds_rows(text):
         raise RecipeError(f"{text} is a file or folder of rows. Use --input {shlex.quote(text)}")
+    if html is not None and (not explain or output is not None):
+        raise RecipeError("`html` needs `explain`, and excludes `output`")
     check_json_lines(output)
+    check_output(html, input)
     check_output(output, input, overwrite=overwrite)
     shared = RowProcesses(processes, ray_address, ray_gpus)
     is_shared = shared.check(input, output)
@@ -121,16 +131,40 @@ def predict(
     threshold = threshold_of(objective)
     if ignores_classes(stored):
         reporter.note(f"{stored.id} has classes of its pre-training only: the output is embeddings")
-    work = PredictTask(model=stored.id, source=str(input), columns=columns or {}, top=top)
+    work = PredictTask(
+        model=stored.id, source=str(input), columns=columns or {}, top=top, explain=explain
+    )
     if is_shared and output is not None:
         return Predictions(shared.answer(work, output, reporter), objective.task, threshold)
     with heavy_imports():
         if input is not None:
-            return Predictions(answer_rows(work, output, reporter), objective.task, threshold)
-        row = input_row(text or "", "the command line")
-        found = Predictor.open(stored).answers([row], top=top)
-    answers = RowAnswers(stored.id, 1, 0.0, None, prediction_lines([{}], found))
+            answers = answer_rows(work, output, reporter)
+        else:
+            row = input_row(text or "", "the command line")
+            predictor = Predictor.open(stored, precise=explain)
+            found = predict_rows(predictor, [row], lambda count: None, top, explain)
+            answers = RowAnswers(stored.id, 1, 0.0, None, prediction_lines([{}], found))
+    if html is not None:
+        write_page(html, _explanation_page(answers), reporter)
     return Predictions(answers, objective.task, threshold)
+
+
+def _explanation_page(answers: RowAnswers) -> str:
+    """Return the page of explained predictions."""
+    found = [json.loads(line)["predicted"] for line in answers.lines.splitlines()]
+    return render_page(
+        "luthier.workflows", "explanation.html", PAGE, version=__version__,
+        model=answers.model, rows=[_marked(each) for each in found],
+    )  # fmt: skip
+
+
+def _marked(predicted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return label and probability, and the words with a strength from -4 to 4."""
+    found = predicted["explanation"]
+    words, label = found["words"], found["label"]
+    most = max((abs(each["contribution"]) for each in words), default=0.0) or 1.0
+    marks = [(e["word"], round(4 * e["contribution"] / most), e["contribution"]) for e in words]
+    return {"label": label, "share": predicted["scores"].get(label, 0.0), "words": marks}
 
 
 def show_predictions(found: Predictions, text: str | None, top: int | None) -> None:
@@ -142,6 +176,10 @@ def show_predictions(found: Predictions, text: str | None, top: int | None) -> N
             print_text(json.dumps(predicted["embedding"]))
         else:
             print_text(found.task.show(predicted, threshold, top or SHOWN))
+        if explained := predicted.get("explanation"):
+            print_text(f"contribution of each word to {explained['label']}:")
+            for each in sorted(explained["words"], key=lambda each: -abs(each["contribution"])):
+                print_text(f"  {each['contribution']:+.3f}  {each['word']}")
     elif answers.output is None:
         write_json(answers.lines)
     else:
