@@ -313,6 +313,8 @@ def predict(
     output: Path | str | None = None,
     columns: Mapping[str, str] | None = None,
     top: int | None = None,
+    explain: bool = False,
+    html: Path | str | None = None,
     overwrite: bool = False,
     processes: int | None = None,
     ray_address: str | None = None,
