@@ -115,7 +115,8 @@ def test_roles_of_users_and_keys() -> None:
 
     assert permissions("administrator") == {*Permission}
     assert permissions("administrator") - permissions("developer") == {"administer"}
-    assert permissions("invoker") == {"identify", "invoke"}
+    assert permissions("invoker") == {"identify", "invoke", "rate"}
+    assert permissions("reviewer") == {"identify", "rate", "review"}
     assert permissions("read-only") == {"identify", "read"}
     assert permissions("administrator", "invoker") == permissions("invoker")
     assert permissions("invoker", "administrator") == permissions("invoker")

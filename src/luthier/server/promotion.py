@@ -1,19 +1,23 @@
-"""Promotion, rollback and history of the models behind deployments."""
+"""Creation, promotion, rollback and history of the models behind deployments."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.library import models
+from luthier.limits import AccountQuotas
 from luthier.server.identifiers import find_endpoint, find_model, model_name, stored_id_of
 from luthier.server.live.canary import ANSWERS, comparisons
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
+from luthier.server.tables.database import count_rows, new_id, now
 from luthier.server.tables.endpoints import (
     CANARY,
+    CREATE,
     DEPLOYMENT,
     PROMOTE,
     READY,
@@ -24,6 +28,7 @@ from luthier.server.tables.endpoints import (
     changes_of,
     open_change,
 )
+from luthier.server.tables.storage import check_count
 
 STOPPED = "Stopped by "
 """Beginning of the note of a change that a person has ended."""
@@ -46,6 +51,38 @@ def find_deployment(
     endpoint = find_endpoint(session, arns, account, DEPLOYMENT, name, lock=lock)
     if endpoint is None:
         raise UnknownName(f'There is no deployment "{name}".')
+    return endpoint
+
+
+def deploy(
+    session: Session,
+    arns: Arns,
+    account: str,
+    name: str,
+    model: str,
+    user: str,
+    quotas: AccountQuotas,
+) -> Endpoint:
+    """Create a deployment of a model. The server loads the model first.
+
+    Raises:
+        UnknownName: For an unknown model.
+        WrongState: If the model is not ready, or the name is in use.
+        QuotaExceeded: If the account has too many deployments.
+    """
+    custom = _active_model(session, arns, account, model)
+    own = Endpoint.account == account, Endpoint.kind == DEPLOYMENT
+    if session.scalar(select(Endpoint.seq).where(*own, Endpoint.name == name)) is not None:
+        raise WrongState(f'A deployment "{name}" exists already. Choose a different name.')
+    count = count_rows(session, *own)
+    check_count(count, quotas, "deployments", "model deployments", "Delete some of them.")
+    endpoint = Endpoint(
+        id=new_id(), account=account, kind=DEPLOYMENT, name=name, model=custom.arn(arns),
+        foundation=custom.bottom, created=now(), modified=now(),
+    )  # fmt: skip
+    session.add(endpoint)
+    session.add(DeploymentChange.of(endpoint.id, CREATE, endpoint.model, None, user))
+    session.flush()
     return endpoint
 
 
@@ -78,11 +115,7 @@ def promote(
     if answers is not None and answers < 1:
         raise RefusedInput("`answers` must be at least 1", setting="answers")
     endpoint = _ready(session, arns, account, deployment)
-    custom = find_model(session, arns, account, model, lock=True)
-    if custom is None:
-        raise UnknownName(f'There is no model "{model}".')
-    if custom.status != ACTIVE:
-        raise WrongState(f"The model is {custom.status}; only an Active model can be promoted.")
+    custom = _active_model(session, arns, account, model)
     arn = custom.arn(arns)
     if arn == endpoint.model:
         raise WrongState(f'The model "{model}" already serves the deployment.')
@@ -174,6 +207,15 @@ def _change(change: DeploymentChange, model: str) -> dict[str, Any]:
     names = ("action", "user", "state", "requested", "finished", "note")
     found = {name: getattr(change, name) for name in names}
     return {"model": model} | {name: value for name, value in found.items() if value is not None}
+
+
+def _active_model(session: Session, arns: Arns, account: str, name: str) -> CustomModel:
+    custom = find_model(session, arns, account, name, lock=True)
+    if custom is None:
+        raise UnknownName(f'There is no model "{name}".')
+    if custom.status != ACTIVE:
+        raise WrongState(f"The model is {custom.status}; only an Active model can be deployed.")
+    return custom
 
 
 def _ready(session: Session, arns: Arns, account: str, name: str) -> Endpoint:

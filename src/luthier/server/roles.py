@@ -17,6 +17,10 @@ class Permission(StrEnum):
     """Read the caller's identity and the list of models."""
     INVOKE = "invoke"
     """Query models."""
+    RATE = "rate"
+    """Add feedback about captured requests."""
+    REVIEW = "review"
+    """Read captured answers that wait for a rating."""
     READ = "read"
     """Read all resources of the account, including the content of files."""
     DEVELOP = "develop"
@@ -29,7 +33,8 @@ ROLES: Mapping[str, frozenset[Permission]] = MappingProxyType(
     {
         "administrator": frozenset(Permission),
         "developer": frozenset(Permission) - {Permission.ADMINISTER},
-        "invoker": frozenset({Permission.IDENTIFY, Permission.INVOKE}),
+        "invoker": frozenset({Permission.IDENTIFY, Permission.INVOKE, Permission.RATE}),
+        "reviewer": frozenset({Permission.IDENTIFY, Permission.RATE, Permission.REVIEW}),
         "read-only": frozenset({Permission.IDENTIFY, Permission.READ}),
     }
 )
@@ -47,10 +52,11 @@ _OPERATIONS = {
         "luthier": (
             "Predict SampleImages ReconstructImages openai.chat.completions.create "
             "openai.completions.create openai.embeddings.create openai.images.generate "
-            "openai.responses.create openai.rerank.create openai.vector_stores.search "
-            "AddFeedback"
+            "openai.responses.create openai.rerank.create openai.vector_stores.search"
         ),
     },
+    Permission.RATE: {"luthier": "AddFeedback"},
+    Permission.REVIEW: {"luthier": "ListAnswersToReview"},
     Permission.READ: {
         "bedrock": (
             "GetCustomModel ListCustomModels GetModelCustomizationJob ListModelCustomizationJobs "
@@ -62,8 +68,8 @@ _OPERATIONS = {
             "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport ListEvaluations "
             "GetSchedule GetEvaluation GetEvaluationReport ListComparisons GetComparison "
             "GetComparisonReport "
-            "GetFeedback GetModelHealth GetDeploymentHistory GetCertificate DownloadCertificate "
-            "GetUsage GetDailyUsage "
+            "GetCapture ListDeployments GetFeedback GetModelHealth GetDeploymentHistory "
+            "GetCertificate DownloadCertificate GetUsage GetDailyUsage "
             "openai.files.list openai.files.retrieve openai.files.content "
             "openai.fine_tuning.jobs.list openai.fine_tuning.jobs.retrieve "
             "openai.fine_tuning.jobs.list_events openai.fine_tuning.jobs.list_checkpoints "
@@ -95,7 +101,7 @@ _OPERATIONS = {
             "StopExport SetSchedule DeleteSchedule CreateEvaluation StopEvaluation "
             "DeleteEvaluation CreateComparison "
             "StopComparison DeleteComparison PromoteDeployment RollBackDeployment DeleteModel "
-            "LoadModel UnloadModel "
+            "SetCapture CreateRows CreateDeployment LoadModel UnloadModel "
             "openai.files.create "
             "openai.files.delete openai.fine_tuning.jobs.create openai.fine_tuning.jobs.cancel "
             "openai.fine_tuning.jobs.pause openai.fine_tuning.jobs.resume "

@@ -78,6 +78,7 @@ def home(
 def url(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("LUTHIER_HOME", str(home))
     service = Service(Settings(work=False))
+    service.start(work=False)
     with served(service.application) as url:
         yield url
     service.close()
@@ -243,6 +244,76 @@ def test_model_pages_in_browser(url: str, root_key: str, tmp_path: Path) -> None
             show(place, heading, "h1")
             page.until("document.activeElement.tagName === 'H1'")
             page.until_text(page.script("return document.title"), "#status")
+        assert page.script("return window.hit ?? null") is None
+
+
+def test_deployments_health_and_review_in_browser(
+    url: str, root_key: str, get: Get, tmp_path: Path
+) -> None:
+    with browser(tmp_path) as page:
+        page.get(f"{url}/console/")
+        page.until_text("Sign in", "h1")
+        page.fill("#key", root_key)
+        page.click(".sign-in button")
+        page.until_text("Sign out", "#account")
+
+        page.click('#navigation a[href="#/review"]')
+        page.until_text("No answer is captured yet", "main")
+        page.click(".heading .primary")
+        page.until_text("personal data hidden", ".heading")
+        page.script("location.hash = '#/playground/labeller'")
+        for number in range(3):
+            page.until("document.querySelector('#input') !== null")
+            page.fill("#input", f"fox {number} {HOSTILE}")
+            page.click(".ask .primary")
+            page.until_text("Label:", "#answer")
+        page.click('#navigation a[href="#/review"]')
+        page.until_text("0 rated, 3 to rate", "#progress")
+        assert "fox 2" in page.text("#card") and HOSTILE in page.text("#card")
+        keyboard = "document.dispatchEvent(new KeyboardEvent('keydown', { key: arguments[0] }))"
+        for key, shown in (("u", "1 rated, 2 to rate"), ("z", "0 rated, 3"), ("u", "1 rated, 2")):
+            page.script(keyboard, key)
+            page.until_text(shown, "#progress")
+        page.script(keyboard, "e")
+        page.until("document.querySelector('#corrected') !== null")
+        page.fill("#corrected", "wolf")
+        page.click("main form .primary")
+        page.until_text("2 rated, 1 to rate", "#progress")
+        page.script("document.querySelector('main details.rule').open = true")
+        page.choose("#rows-kind", "classification")
+        page.click("main details.rule .primary")
+        page.until_text("2 rows from 3 answers", "[role=status].box")
+        listed = json.loads(get("review?model=labeller")[1])
+        assert listed["rated"] == 2 and "fox 0" in listed["answers"][0]["prompt"]
+        page.click("main details.rule .box a")
+        page.until_text("review-classification.jsonl", ".drop")
+        page.script("location.hash = '#/health/labeller'")
+        page.until_text("Too few requests", "#summary")
+        assert "0 %" in page.text("main tbody")
+
+        page.click('#navigation a[href="#/deployments"]')
+        page.until_text("Nothing is deployed yet", "main")
+        page.fill("#deployment-name", "router")
+        page.until("document.querySelector('#deployment-model').options.length > 2")
+        page.script("document.querySelector('#deployment-model').value = arguments[0]",
+                    json.loads(get("models/labeller")[1])["id"])  # fmt: skip
+        page.click("main form .primary")
+        page.until_text("Ready", ".chip")
+        page.choose("#promoted", "writer")
+        page.click("#promotion .primary")
+        page.click("dialog .primary")
+        page.until_text("a different task", "#promotion [role=alert]")
+        page.choose("#promoted", "sorter")
+        page.click("#promotion .primary")
+        page.click("dialog .primary")
+        page.until_text("sorter", ".facts")
+        page.click(".heading .danger")
+        page.click("dialog .danger")
+        page.until_text("labeller", ".facts")
+        states = json.loads(get("deployments/router")[1])["history"]
+        assert [each["action"] for each in states] == ["create", "promote", "rollback"]
+        listed = json.loads(get("deployments")[1])["deployments"]
+        assert [(each["deployment"], each["model"]) for each in listed] == [("router", "labeller")]
         assert page.script("return window.hit ?? null") is None
 
 

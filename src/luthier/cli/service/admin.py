@@ -40,7 +40,9 @@ MOST_DAYS = 36_500
 USER = ("account", "name", "role", "disabled", "created")
 BUILT_IN = "built-in default"
 """Source of a limit without an own quota of the account."""
-Role = Annotated[str, typer.Option(help="administrator, developer, invoker or read-only.")]
+Role = Annotated[
+    str, typer.Option(help="administrator, developer, invoker, reviewer or read-only.")
+]
 
 
 def audit(

@@ -333,7 +333,7 @@ def _lacks_media(value: Any) -> bool:
     return isinstance(value, list) and any(map(_lacks_media, value))
 
 
-def _text_of(reply: Message) -> str:
+def text_of(reply: Message) -> str:
     """Return the text of a reply, without the blocks of reasoning and tool calls of Converse."""
     content = reply.get("content") or ""
     if isinstance(content, list):
@@ -413,7 +413,7 @@ def training_rows(answers: Iterable[Answer], kind: RowKind, rated: bool = False)
 
 def _rows_of(answer: Answer, kind: RowKind, rated: bool) -> Iterator[Row]:
     better = answer.latest("corrected", "preferred")
-    text = _text_of(answer.reply)
+    text = text_of(answer.reply)
     if kind in ("classification", "regression"):
         label = answer.latest("label")
         if label is None and rated:
@@ -454,11 +454,11 @@ def _rated_pairs(answers: Iterable[Answer]) -> Iterator[tuple[Row, list[str]]]:
     """Yield the best and the worst rated answer to each prompt."""
     groups: dict[str, list[tuple[float, Answer]]] = {}
     for each in answers:
-        if (rating := each.rating) is not None and _text_of(each.reply):
+        if (rating := each.rating) is not None and text_of(each.reply):
             groups.setdefault(json.dumps(each.prompt), []).append((rating, each))
     for group in groups.values():
         (worst, bad), (best, good) = min(group, key=_first), max(group, key=_first)
-        sides = {"chosen": _text_of(good.reply), "rejected": _text_of(bad.reply)}
+        sides = {"chosen": text_of(good.reply), "rejected": text_of(bad.reply)}
         if worst < best and sides["chosen"] != sides["rejected"]:
             yield {"prompt": good.prompt, **sides, **_tools(good)}, [good.request, bad.request]
 

@@ -1,4 +1,4 @@
-"""Deployments: history, promotion and rollback."""
+"""Deployments: list, creation, history, promotion and rollback."""
 
 from __future__ import annotations
 
@@ -7,15 +7,62 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Annotated
 
+from fastapi import Query
 from pydantic import Field
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.server import promotion
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
+from luthier.server.identifiers import model_name
 from luthier.server.native.operations import Input, NativeCall, View, native_router
+from luthier.server.tables.custom_models import LONGEST_NAME, NAME
+from luthier.server.tables.database import lock_by_name
+from luthier.server.tables.endpoints import DEPLOYMENT, UPDATING, Endpoint
 
 router = native_router()
+
+
+class NewDeployment(Input):
+    """Name and model of a new deployment."""
+
+    name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME, pattern=f"^{NAME}$")]
+    """Name that clients send as the model."""
+    model: Annotated[str, Field(min_length=1)]
+    """Name, id or ARN of a custom model."""
+
+
+class DeploymentsPage(Input):
+    """Page of a list of deployments."""
+
+    limit: int = Field(default=100, ge=1, le=1000)
+    position: int | None = Field(default=None, ge=0, le=2**62)
+    """``next`` of the previous page."""
+
+
+class DeploymentSummary(View):
+    """A deployment without its history."""
+
+    deployment: str
+    status: str
+    failure: str | None = None
+    model: str
+    """Name of the serving model."""
+    next_model: str | None = None
+    """Name of the model of a running update or canary."""
+    canary_share: float | None = None
+    """Share of the requests that the canary answers."""
+    created: datetime
+    modified: datetime
+
+
+class DeploymentsView(View):
+    """Deployments, newest first."""
+
+    deployments: list[DeploymentSummary]
+    next: int | None = None
+    """``position`` of the next page; missing on the last page."""
 
 
 class PromotionRequest(Input):
@@ -84,6 +131,43 @@ class DeploymentView(View):
     """Changes, oldest first."""
 
 
+@router.get("/deployments")
+def list_deployments(
+    call: NativeCall, page: Annotated[DeploymentsPage, Query()]
+) -> DeploymentsView:
+    """List deployments, newest first."""
+    own = select(Endpoint).where(Endpoint.account == call.account, Endpoint.kind == DEPLOYMENT)
+    if page.position is not None:
+        own = own.where(Endpoint.seq < page.position)
+    with call.context.database.read() as session:
+        rows = session.scalars(own.order_by(Endpoint.seq.desc()).limit(page.limit + 1)).all()
+        views = [
+            DeploymentSummary(
+                deployment=row.name, status=row.status, failure=row.failure,
+                model=model_name(session, row.model),
+                next_model=_next_model(session, row),
+                canary_share=row.canary_share, created=row.created, modified=row.modified,
+            )
+            for row in rows[: page.limit]
+        ]  # fmt: skip
+    next_position = rows[page.limit - 1].seq if len(rows) > page.limit else None
+    return DeploymentsView(deployments=views, next=next_position)
+
+
+@router.post("/deployments", status_code=201)
+def create_deployment(call: NativeCall, body: NewDeployment) -> DeploymentView:
+    """Deploy a custom model under a name. The server loads the model first."""
+    context, quotas = call.context, call.context.quotas(call.account)
+    call.record("custom-model-deployment/*")
+    with context.database.write() as session, deployment_faults():
+        lock_by_name(session, f"endpoints {call.account}")
+        endpoint = promotion.deploy(
+            session, context.arns, call.account, body.name, body.model, call.caller.user, quotas
+        )
+        call.record_created(f"custom-model-deployment/{endpoint.id}")
+        return _view(call, session, body.name)
+
+
 @router.get("/deployments/{deployment}")
 def get_deployment_history(call: NativeCall, deployment: Name) -> DeploymentView:
     """Return a deployment with the history of its models."""
@@ -113,6 +197,11 @@ def roll_back_deployment(call: NativeCall, deployment: Name) -> DeploymentView:
         arns, user = call.context.arns, call.caller.user
         promotion.roll_back(session, arns, call.account, deployment, user)
         return _view(call, session, deployment)
+
+
+def _next_model(session: Session, row: Endpoint) -> str | None:
+    updating = row.update_status == UPDATING and row.next_model is not None
+    return model_name(session, row.next_model or "") if updating else None
 
 
 def _view(call: NativeCall, session: Session, name: str) -> DeploymentView:

@@ -15,6 +15,7 @@ from luthier.server.native import (
     measurements,
     models,
     reports,
+    review,
     schedules,
     usage,
 )
@@ -59,7 +60,7 @@ def native_api(context: Context, version: str) -> Api:
     """Return the API with all operations."""
     modules = (
         jobs, models, deployments, examples, exports, feedback, loaded_models, inference,
-        measurements, reports, schedules, usage,
+        measurements, reports, review, schedules, usage,
     )  # fmt: skip
     routers = (router, *(module.router for module in modules))
     app = api_application(

@@ -26,7 +26,7 @@ from luthier.server.tables.accounts import Account, account_of, invalidate_cache
 from luthier.server.tables.database import Base, new_id, now
 from luthier.server.tables.secrets import ENVIRONMENT, KEY_FILE, Sealing, has_server_key, server_key
 
-ROLES = ("administrator", "developer", "invoker", "read-only")
+ROLES = ("administrator", "developer", "invoker", "reviewer", "read-only")
 """Roles of users and keys; :mod:`luthier.server.roles` has their permissions."""
 ISSUED, BOOTSTRAP = "issued", "bootstrap"
 """Origins of a key."""

@@ -11,9 +11,9 @@ const WHOLE = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7].flatMap((power) => [power, 2
 
 /**
  * A line chart. Series are `{name, points, marks}` with points `[x, y]` in order; `marks` draws each point.
- * `event` is a dashed vertical line `{at, name}`, or null.
+ * `event` is a dashed vertical line `{at, name}`, or null. With `names`, x is an index of a name.
  */
-export function LineChart({ title, x, series, event }) {
+export function LineChart({ title, x, series, event, names }) {
   const shown = series
     .map((each) => ({ ...each, points: each.points.filter((point) => point.every(Number.isFinite)) }))
     .filter((each) => each.points.length);
@@ -27,8 +27,9 @@ export function LineChart({ title, x, series, event }) {
     points: { show: marks || points.length === 1, size: 6 },
     value: (plot, value) => number(value, 4),
   }));
-  const axes = { x, label: x, event, places: (plot, splits) => splits.map((each) => number(each)) };
-  const words = [...shown.map((each) => inWords(each, x)), event && `${event.name}: from ${x} ${number(event.at)}.`].filter(Boolean).join(" ");
+  const name = (at) => (names ? (names[at] ?? "") : number(at));
+  const axes = { x, label: x, event, name, places: (plot, splits) => splits.map(name) };
+  const words = [...shown.map((each) => inWords(each, x, name)), event && `${event.name}: from ${x} ${number(event.at)}.`].filter(Boolean).join(" ");
   return html`<${Plot} title=${title} words=${words} data=${data} lines=${lines} axes=${axes} />`;
 }
 
@@ -140,9 +141,9 @@ export function widen([low, high], share) {
   return [low - more, high + more];
 }
 
-function inWords({ name, points }, x) {
+function inWords({ name, points }, x, nameOf) {
   const [first, last] = [points[0], points.at(-1)];
   const least = points.reduce((best, each) => (each[1] < best[1] ? each : best));
-  const at = ([step, value]) => `${number(value, 4)} at ${x} ${number(step)}`;
+  const at = ([step, value]) => `${number(value, 4)} at ${x} ${nameOf(step)}`;
   return points.length === 1 ? `${name}: ${at(first)}.` : `${name}: from ${at(first)} to ${at(last)}, lowest ${at(least)}.`;
 }

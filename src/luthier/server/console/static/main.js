@@ -1,7 +1,9 @@
 // Start of the console: sign-in and routing.
 
 import { InputError, call, key, may, messageOf, problemOfKey, rights, signIn, signOut } from "./api.js";
+import { Deployment, Deployments } from "./deployments.js";
 import { EvalRun } from "./eval_run.js";
+import { HealthPage } from "./health.js";
 import { Home } from "./home.js";
 import { Job } from "./job.js";
 import { Jobs } from "./jobs.js";
@@ -9,6 +11,7 @@ import { Model } from "./model.js";
 import { Models } from "./models.js";
 import { NewJob } from "./new_job.js";
 import { Playground } from "./playground.js";
+import { Review } from "./review.js";
 import { ErrorBox, Heading, Overlays, html, link, render, signal, useAction, useEffect, useRef } from "./ui.js";
 import { Usage } from "./usage.js";
 import { useErrorBoundary } from "./vendor/preact-hooks.js";
@@ -23,10 +26,17 @@ const ROUTES = [
   ["models/:id", Model],
   ["playground/:id", Playground],
   ["evals/:eval/runs/:run", EvalRun],
+  ["deployments", Deployments],
+  ["deployments/:name", Deployment],
+  ["health/:name", HealthPage],
+  ["review", Review],
   ["usage", Usage],
 ];
 /** Pages of the side bar with the permission that each needs; the pages of daily work come first. */
-const DAILY = [["home", "Home", "read"], ["jobs", "Jobs", "read"], ["models", "Models", "identify"]];
+const DAILY = [
+  ["home", "Home", "read"], ["jobs", "Jobs", "read"], ["models", "Models", "identify"], ["deployments", "Deployments", "read"],
+  ["review", "Review", "review"],
+];
 const OTHERS = [["usage", "Usage", "read"]];
 /** Width from which the side bar is next to the page. */
 const WIDE = window.matchMedia("(min-width: 60rem)");
@@ -73,7 +83,7 @@ const isRefusal = (error) => error.status === 401 || error.status === 403;
 
 const textOf = (error) => (isRefusal(error) ? REFUSED : messageOf(error));
 
-const home = () => link(may("read") ? "home" : "models");
+const home = () => link(may("read") ? "home" : may("review") ? "review" : "models");
 
 function leave() {
   // The next user starts at the first page.

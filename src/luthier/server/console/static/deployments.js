@@ -1,0 +1,187 @@
+// Deployments: names that applications send, the models behind the names, promotion and rollback.
+
+import { call, may } from "./api.js";
+import { age, duration, number, percent, time, words } from "./format.js";
+import {
+  Chip, Empty, ErrorBox, Facts, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link,
+  options, toast, useAction, useData, usePages, usePolling, useSignal,
+} from "./ui.js";
+
+const SECONDS = 5;
+const PAGE = 25;
+const SHARES = [["", "all requests at once"], ["0.05", "5 % of users first"], ["0.1", "10 % of users first"], ["0.25", "25 % of users first"]];
+const STATES = { Ready: "good", Failed: "error", Creating: "note" };
+const CHANGES = { switched: "good", canary: "note", preparing: "note", ended: "warning" };
+
+const pathOf = (name) => `/api/v1/deployments/${encodeURIComponent(name)}`;
+
+/** Return the active custom models of the account, newest first. */
+async function deployableModels(signal) {
+  const { models } = await call("GET", "/api/v1/models", { signal });
+  return models.filter((each) => each.kind === "custom" && each.status === "Active").reverse();
+}
+
+/** The list of deployments. */
+export function Deployments() {
+  const pages = usePages();
+  const position = pages.value.at(-1);
+  const { data, error, read } = useData((signal) => call("GET", "/api/v1/deployments", { query: { limit: PAGE, position }, signal }), [position]);
+  usePolling(SECONDS, read);
+  if (!data) return html`<${Pending} title="Deployments" error=${error} read=${read} />`;
+  const rows = data.deployments.map((each) => [
+    html`<a href=${link("deployments", each.deployment)}><bdi>${each.deployment}</bdi></a>`,
+    html`<${Chip} kind=${STATES[each.status]}>${each.status}<//>${each.failure && html`<p class="soft">${each.failure}</p>`}`,
+    html`<a href=${link("models", each.model)}><bdi>${each.model}</bdi></a>`,
+    each.canary_share ? `${each.next_model}: ${percent(each.canary_share)}` : each.next_model ? `${each.next_model}: loading` : "–",
+    html`<span title=${time(each.modified)}>${age(each.modified)}</span>`,
+  ]);
+  const empty = html`<${Empty} text="Nothing is deployed yet. A deployment is a name that applications use while you change the model behind the name." />`;
+  return html`
+    <${Heading} title="Deployments" />
+    <${ErrorBox} error=${error} again=${read} />
+    <${Table} caption="Deployments, newest first" columns=${["Name", "State", "Answers now", "Canary", { name: "Changed", kind: "nowrap" }]} rows=${rows} empty=${empty} />
+    <${PageButtons} pages=${pages} next=${data.next} noun="deployments" />
+    ${may("develop") && html`<${NewDeployment} />`}
+  `;
+}
+
+function NewDeployment() {
+  const models = useData(deployableModels);
+  const { busy, error, run } = useAction(async (event) => {
+    const { name, model } = event.target.elements;
+    const body = { name: name.value.trim(), model: model.value };
+    await call("POST", "/api/v1/deployments", { body });
+    toast(`${body.name} is being deployed.`);
+    go("deployments", body.name);
+  });
+  if (models.data?.length === 0)
+    return html`<p class="soft">A deployment needs a trained model. <a href=${link("home")}>Train one from a file or a sample</a>.</p>`;
+  return html`
+    <section>
+      <h2>New deployment</h2>
+      <${ErrorBox} error=${models.error} again=${models.read} />
+      <form onsubmit=${run}>
+        <div class="fields">
+          <${Field} id="deployment-name" label="Name" help="Applications send this name as the model.">
+            <input id="deployment-name" name="name" required maxlength="63" autocomplete="off" spellcheck="false" />
+          <//>
+          <${Field} id="deployment-model" label="Model">
+            <select id="deployment-model" name="model" required>${options((models.data ?? []).map((each) => [each.id, each.name]))}</select>
+          <//>
+        </div>
+        <${ErrorBox} error=${error} />
+        <div class="actions"><button type="submit" class="primary" disabled=${busy}>Deploy</button></div>
+      </form>
+    </section>
+  `;
+}
+
+/** One deployment. */
+export function Deployment({ params }) {
+  const path = pathOf(params.name);
+  const { data, error, read } = useData((signal) => call("GET", path, { signal }));
+  const watch = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(params.name)}/health`, { query: { since: "7d" }, signal }));
+  usePolling(SECONDS, read);
+  const back = useAction(async () => {
+    const pending = data.history.some((each) => ["preparing", "canary"].includes(each.state));
+    const text = pending ? "The pending change ends. The model that answers now stays." : "The model before answers again.";
+    if (!(await confirmed({ title: `Roll back ${params.name}?`, text, verb: "Roll back", danger: true }))) return;
+    await call("POST", `${path}/rollback`);
+    toast(pending ? "The pending change has ended." : "The rollback has begun.");
+    await read();
+  });
+  if (!data) return html`<${Pending} title="Deployment" error=${error} read=${read} />`;
+  const { canary, history } = data;
+  return html`
+    <p class="soft"><a href=${link("deployments")}>Deployments</a> /</p>
+    <${Heading} title=${data.deployment} chips=${html`<${Chip} kind=${STATES[data.status]}>${data.status}<//>`}>
+      <a class="button" href=${link("health", data.deployment)}>Health</a>
+      ${may("develop") && history.length > 1 && html`<button type="button" class="danger" onclick=${back.run}>Roll back</button>`}
+    <//>
+    <${ErrorBox} error=${error} /><${ErrorBox} error=${back.error} />
+    <${Facts} pairs=${[
+      ["Answers now", html`<a href=${link("models", data.model)}><bdi>${data.model}</bdi></a>`],
+      ["Canary", canary && html`<bdi>${canary.model}</bdi>`],
+      ["Share of the canary", canary && percent(canary.share)],
+      ...figuresOf(watch.data),
+    ]} />
+    ${watch.data && html`<p class="soft">${watch.data.summary}</p>`}
+    ${watch.error?.status === 404 && html`
+      <p class="soft">No request of the last 7 days is captured under this name. <a href=${link("review")}>Capture requests</a> to see figures.</p>
+    `}
+    ${canary && html`<${Canary} canary=${canary} />`}
+    ${may("develop") && html`<${Promotion} path=${path} deployment=${data} done=${read} />`}
+    <${Section} title="History"><${History} history=${history} /><//>
+  `;
+}
+
+/** Return requests, latency and errors of the last days as facts. */
+function figuresOf(health) {
+  if (!health) return [];
+  const { requests, measures: { errors, milliseconds }, first } = health.periods.at(-1);
+  return [
+    [`Requests since ${first}`, number(requests)],
+    ["Median latency", milliseconds && duration(milliseconds.value / 1000)],
+    ["Errors", errors && percent(errors.value)],
+  ];
+}
+
+function Canary({ canary }) {
+  const rows = canary.comparisons.map((each) => [words(each.measure), each.canary, each.serving, `${number(each.evidence)} of ${number(each.needed)}`]);
+  return html`
+    <section>
+      <h2>Canary</h2>
+      <progress max=${canary.promoted_at} value=${canary.answers} aria-label="Answers of the canary" />
+      <p class="soft">${number(canary.answers)} of ${number(canary.promoted_at)} answers until the canary serves all requests.</p>
+      <${Table} caption="Canary and serving model" columns=${["Measure", "Canary", "Serving model", { name: "Evidence against the canary", kind: "number" }]}
+        rows=${rows} empty="No measure has enough answers yet." />
+    </section>
+  `;
+}
+
+function Promotion({ path, deployment, done }) {
+  const models = useData(deployableModels);
+  const share = useSignal("");
+  const { busy, error, run } = useAction(async (event) => {
+    const name = event.target.elements.model.value;
+    const who = share.value ? `${percent(Number(share.value))} of the users get ${name} first.` : `${name} answers all requests, once the server has loaded the model.`;
+    if (!(await confirmed({ title: `Promote ${name}?`, text: who, verb: "Promote" }))) return;
+    await call("POST", `${path}/promote`, { body: { model: name, ...(share.value && { share: Number(share.value) }) } });
+    toast(`${name} is being prepared.`);
+    await done();
+  });
+  const others = (models.data ?? []).filter((each) => each.name !== deployment.model);
+  return html`
+    <section id="promotion">
+      <h2>Promote another model</h2>
+      <${ErrorBox} error=${models.error} again=${models.read} />
+      ${models.data && !others.length && html`<p class="soft">There is no other model. <a href=${link("new")}>Train a new one</a>.</p>`}
+      ${others.length > 0 && html`
+        <form onsubmit=${run}>
+          <div class="fields">
+            <${Field} id="promoted" label="Model">
+              <select id="promoted" name="model">${options(others.map((each) => [each.name, each.name]))}</select>
+            <//>
+            <${Field} id="share" label="Share" help="A canary that is worse is rolled back automatically.">
+              <select id="share" ...${bound(share)}>${options(SHARES)}</select>
+            <//>
+          </div>
+          <${ErrorBox} error=${error} />
+          <div class="actions"><button type="submit" class="primary" disabled=${busy}>Promote</button></div>
+        </form>
+      `}
+    </section>
+  `;
+}
+
+function History({ history }) {
+  const rows = history.toReversed().map((each) => [
+    html`<time datetime=${each.requested}>${time(each.requested)}</time>`,
+    html`<bdi>${each.model}</bdi>`,
+    words(each.action),
+    html`<${Chip} kind=${CHANGES[each.state]}>${each.state}<//>`,
+    each.user,
+    each.note ?? "–",
+  ]);
+  return html`<${Table} caption="Changes, newest first" columns=${[{ name: "Time", kind: "nowrap" }, "Model", "Action", "State", "User", "Note"]} rows=${rows} />`;
+}

@@ -1,0 +1,74 @@
+// Health of a model or deployment: figures of captured requests over weeks or days, with intervals.
+
+import { call, may } from "./api.js";
+import { LineChart } from "./charts.js";
+import { number, percent, words } from "./format.js";
+import { CaptureSwitch } from "./review.js";
+import { Empty, Field, Heading, Pending, Table, bound, html, link, options, useData, useSignal } from "./ui.js";
+
+const RANGES = [["7d", "7 days"], ["30d", "30 days"], ["90d", "90 days"], ["365d", "a year"]];
+const NAMES = { errors: "Errors", milliseconds: "Median latency in ms", tokens: "Tokens per answer", empty: "Empty answers", rating: "Rating" };
+
+/** Return the name of a measure such as `label.refund`. */
+const nameOf = (measure) => NAMES[measure] ?? words(measure.replace(".", ": "));
+
+/** Return a figure with its interval as text. */
+export function figureText(figure) {
+  if (!figure) return "–";
+  const show = (value) => (figure.is_share ? percent(value) : number(value));
+  const interval = typeof figure.low === "number" ? ` (${show(figure.low)} to ${show(figure.high)})` : "";
+  return `${show(figure.value)}${interval}`;
+}
+
+/** The page. */
+export function HealthPage({ params }) {
+  const since = useSignal("30d");
+  const measure = useSignal("");
+  const path = `/api/v1/models/${encodeURIComponent(params.name)}/health`;
+  const { data, error, read } = useData((signal) => call("GET", path, { query: { since: since.value }, signal }), [since.value]);
+  const range = html`
+    <label for="since" class="visually-hidden">Period</label>
+    <select id="since" ...${bound(since)}>${options(RANGES)}</select>
+  `;
+  if (error?.status === 404)
+    return html`
+      <${Heading} title=${`Health of ${params.name}`} tab="Health">${range}<//>
+      <${Empty} text=${error.message}>${may("develop") && html`<${CaptureSwitch} />`}<//>
+    `;
+  if (!data || error) return html`<${Pending} title="Health" error=${error} read=${read} />`;
+  const { periods } = data;
+  const measures = [...new Set(periods.flatMap((each) => Object.keys(each.measures)))];
+  const shown = measures.includes(measure.value) ? measure.value : measures[0];
+  const line = (name, field) => ({
+    name, marks: field === "value",
+    points: periods.flatMap(({ measures: { [shown]: figure } }, index) => (typeof figure?.[field] === "number" ? [[index, figure[field]]] : [])),
+  });
+  const unit = periods.length > 1 && Date.parse(periods[1].first) - Date.parse(periods[0].first) > 86_400_000 ? "Week" : "Day";
+  return html`
+    <${Heading} title=${`Health of ${params.name}`} tab="Health">
+      ${range}
+      <a class="button" href=${`${link("review")}?model=${encodeURIComponent(params.name)}`}>Rate answers</a>
+    <//>
+    <p class=${`box ${data.changes.length ? "warning" : "note"}`} id="summary"><strong>${data.summary}</strong></p>
+    ${data.label_stability && html`
+      <p>
+        Shares of labels: stability index ${number(data.label_stability.index)} compared with the ${data.label_stability.compared_with}
+        ${" "}(${number(data.label_stability.by_chance)} by chance).
+      </p>
+    `}
+    ${periods.length > 1 && html`
+      <div class="narrow">
+        <${Field} id="measure" label="Measure">
+          <select id="measure" value=${shown} onchange=${(event) => (measure.value = event.target.value)}>
+            ${options(measures.map((each) => [each, nameOf(each)]))}
+          </select>
+        <//>
+      </div>
+      <${LineChart} title=${nameOf(shown)} x=${unit.toLowerCase()} names=${periods.map((each) => each.first)}
+        series=${[line("Value", "value"), line("Lower bound (95 %)", "low"), line("Upper bound (95 %)", "high")]} />
+    `}
+    <${Table} caption=${`Figures by ${unit.toLowerCase()}, newest first, with 95 % intervals`}
+      columns=${[unit, ...["Requests", ...measures.map(nameOf)].map((name) => ({ name, kind: "number" }))]}
+      rows=${periods.toReversed().map((each) => [each.first, number(each.requests), ...measures.map((name) => figureText(each.measures[name]))])} />
+  `;
+}

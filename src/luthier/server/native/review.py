@@ -1,0 +1,217 @@
+"""Capture of requests, and captured answers for review: settings, the queue of a rater, and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import Query
+from pydantic import Field
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from luthier.errors import RefusedInput
+from luthier.files import json_lines
+from luthier.server.http.messages import Fault
+from luthier.server.live import rows as live_rows
+from luthier.server.live import settings
+from luthier.server.live.rows import RowKind
+from luthier.server.native.operations import Input, NativeCall, View, native_router
+from luthier.server.stores.uploaded_files import file_address
+from luthier.server.tables.captures import CapturedRequest, CaptureSettings, Feedback
+
+router = native_router()
+RATINGS = ("thumb", "rating", "preferred", "corrected", "label")
+"""Names of feedback that complete an answer for a rater."""
+MOST_READ = 20
+"""Records that are read for each answer of a page, because some records have no text."""
+
+
+class CaptureView(View):
+    """Capture settings of the account."""
+
+    enabled: bool
+    share: float
+    """Share of captured requests, from 0 to 1."""
+    redact: bool
+    """True if personal data and secrets are replaced before anything is written."""
+    days: int
+    """Days until records are deleted."""
+
+
+class CaptureChange(Input):
+    """New state of the capture."""
+
+    enabled: bool
+
+
+class ReviewPage(Input):
+    """Filter and page of the queue."""
+
+    model: str | None = Field(default=None, max_length=2048)
+    """Name that clients sent, or a custom model; all models by default."""
+    limit: int = Field(default=10, ge=1, le=100)
+    position: int | None = Field(default=None, ge=0, le=2**62)
+    """``next`` of the previous page."""
+
+
+class ReviewedAnswer(View):
+    """A captured answer that the caller has not rated."""
+
+    request: str
+    """Request id for feedback."""
+    position: int
+    """Number of the input or choice, from 0."""
+    model: str
+    """Model as named by the client."""
+    created: datetime
+    prompt: str | list[dict[str, Any]]
+    """Text, or messages in OpenAI's form."""
+    reply: str
+    """Text of the answer; empty for a prediction."""
+    prediction: dict[str, Any] | None = None
+    """Fields of a prediction, such as ``label``."""
+
+
+class ReviewView(View):
+    """Answers to rate, newest first."""
+
+    answers: list[ReviewedAnswer]
+    waiting: int
+    """Number of captured requests that the caller has not rated."""
+    rated: int
+    """Number of captured requests that the caller has rated."""
+    models: list[str]
+    """Models with captured requests."""
+    next: int | None = None
+    """``position`` of the next page; missing on the last page."""
+
+
+class RowsRequest(Input):
+    """Answers for training rows."""
+
+    model: Annotated[str, Field(min_length=1, max_length=2048)]
+    """Name that clients sent, or a custom model."""
+    to: RowKind = "sft"
+    """Kind of rows."""
+    rating: str | None = Field(default=None, max_length=64)
+    """Only answers with this mean rating, such as ``>=4``."""
+
+
+class RowsView(View):
+    """Training rows as a file of the account."""
+
+    address: str
+    """Address for the ``training`` of a job."""
+    rows: int
+    answers: int
+    """Number of captured answers before the filter."""
+
+
+@router.get("/capture")
+def get_capture(call: NativeCall) -> CaptureView:
+    """Return the capture settings of the account."""
+    with call.context.database.read() as session:
+        return _settings_view(session.get(CaptureSettings, call.account))
+
+
+@router.put("/capture")
+def set_capture(call: NativeCall, body: CaptureChange) -> CaptureView:
+    """Enable or disable the capture of requests. Records of earlier requests stay until they expire."""
+    call.record("capture/settings")
+    with call.context.database.write() as session:
+        if body.enabled:
+            settings.enable(session, call.account)
+        else:
+            settings.disable(session, call.account)
+        session.flush()
+        view = _settings_view(session.get(CaptureSettings, call.account))
+    call.context.capture.reload()
+    return view
+
+
+@router.get("/review")
+def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()]) -> ReviewView:
+    """List captured answers that the caller has not rated, newest first."""
+    capture, database = call.context.capture, call.context.database
+    capture.flush()  # requests may be younger than the last write
+    everything = select(CapturedRequest).where(CapturedRequest.account == call.account)
+    own = live_rows.requests_to(call.account, page.model) if page.model else everything
+    own = own.where(CapturedRequest.error == "").order_by(None)
+    mine = select(Feedback.request_seq).where(
+        Feedback.account == call.account,
+        Feedback.rater == call.caller.user,
+        Feedback.name.in_(RATINGS),
+    )
+    waits = CapturedRequest.seq.not_in(mine)
+    with database.read() as session:
+        waiting, rated = (
+            _count(session, own.where(condition))
+            for condition in (waits, CapturedRequest.seq.in_(mine))
+        )
+        names = (
+            select(CapturedRequest.model).distinct().where(CapturedRequest.account == call.account)
+        )
+        models = sorted(session.scalars(names))
+        query = own.where(waits).order_by(CapturedRequest.seq.desc())
+        if page.position is not None:
+            query = query.where(CapturedRequest.seq < page.position)
+        records = session.scalars(query.limit(page.limit * MOST_READ)).all()
+    answers: list[ReviewedAnswer] = []
+    last = None
+    for record in records:
+        if len(answers) >= page.limit:
+            break
+        answers += _answers(call, record)
+        last = record.seq
+    more = last is not None and (last != records[-1].seq or len(records) == page.limit * MOST_READ)
+    return ReviewView(
+        answers=answers, waiting=waiting, rated=rated, models=models, next=last if more else None
+    )
+
+
+@router.post("/review/rows", status_code=201)
+def create_rows(call: NativeCall, body: RowsRequest) -> RowsView:
+    """Store captured answers with feedback as training rows in a file of the account."""
+    call.record("file")
+    capture = call.context.capture
+    capture.flush()
+    wanted = live_rows.Condition.parse(body.rating) if body.rating else None
+    answers = [*live_rows.captured_answers(capture.objects, call.account, body.model)]
+    kept = live_rows.filtered(answers, wanted, {})
+    found = live_rows.training_rows(kept, body.to, rated=wanted is not None)
+    if not found:
+        text = f"{len(answers)} captured answers give no rows of the kind {body.to}."
+        raise Fault("Validation", f"{text} Rate or edit more answers first.", parameter="to")
+    file = call.context.locations.uploads.add(
+        call.account, [json_lines(found).encode()], f"review-{body.to}.jsonl", "fine-tune"
+    )
+    return RowsView(address=file_address(file.id), rows=len(found), answers=len(answers))
+
+
+def _settings_view(row: CaptureSettings | None) -> CaptureView:
+    row = row or CaptureSettings(enabled=False, share=1.0, redact=True, days=0)
+    return CaptureView(enabled=row.enabled, share=row.share, redact=row.redact, days=row.days)
+
+
+def _count(session: Session, query: Any) -> int:
+    return session.scalar(select(func.count()).select_from(query.subquery())) or 0
+
+
+def _answers(call: NativeCall, record: CapturedRequest) -> Iterator[ReviewedAnswer]:
+    try:
+        found = live_rows.read_record(call.context.capture.objects, record)
+    except RefusedInput:  # a client deleted or replaced the object
+        return
+    for answer in live_rows.answers_of(found):
+        is_reply = "role" in answer.reply
+        yield ReviewedAnswer(
+            request=record.id,
+            position=answer.position,
+            model=record.model,
+            created=record.created,
+            prompt=answer.prompt,
+            reply=live_rows.text_of(answer.reply) if is_reply else "",
+            prediction=None if is_reply else answer.reply,
+        )
