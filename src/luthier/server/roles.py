@@ -26,7 +26,7 @@ class Permission(StrEnum):
     DEVELOP = "develop"
     """Create, change and delete files, jobs, models, deployments, batches and evals."""
     ADMINISTER = "administer"
-    """Delete jobs."""
+    """Delete jobs, manage users and keys, and read the audit log."""
 
 
 ROLES: Mapping[str, frozenset[Permission]] = MappingProxyType(
@@ -116,7 +116,9 @@ _OPERATIONS = {
         ),
         "s3": "CreateBucket DeleteBucket PutObject DeleteObject AbortMultipartUpload",
     },
-    Permission.ADMINISTER: {"luthier": "DeleteJob"},
+    Permission.ADMINISTER: {
+        "luthier": "DeleteJob ListUsers CreateUser CreateKey DeleteKey ListAuditEntries"
+    },
 }
 PERMISSIONS: Mapping[str, Permission] = MappingProxyType(
     {

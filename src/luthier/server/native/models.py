@@ -13,6 +13,8 @@ from sqlalchemy import select
 from luthier.engine.metrics import SHARES
 from luthier.errors import LuthierError
 from luthier.evaluation.significance import LESS_IS_BETTER
+from luthier.library.folders import is_base_here
+from luthier.models.catalog import CATALOG
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
 from luthier.server.identifiers import find_foundation, find_model
@@ -30,6 +32,22 @@ from luthier.server.tables.custom_models import RESERVED, CustomModel
 from luthier.server.tables.foundation import FoundationModel, foundation_models, kind_of
 
 router = native_router()
+
+
+class BaseFacts(View):
+    """Facts about a base model of the catalogue."""
+
+    parameters: int
+    licence: str
+    languages: list[str]
+    """ISO 639-1 codes of the training languages."""
+    context: int
+    """Longest input in tokens."""
+    download_bytes: int
+    memory_bytes: int
+    """Memory of the weights in 32 bits."""
+    here: bool
+    """True if the files are on this server; other base models are fetched on demand."""
 
 
 class ModelView(View):
@@ -59,6 +77,8 @@ class ModelView(View):
     writes: bool
     """True if the model generates text. If the files are on another server, the base model's kind
     decides."""
+    facts: BaseFacts | None = None
+    """Missing for custom models and pre-trained models."""
     abilities: Abilities | None = None
     """Supported operations. Missing in lists, and if the model's files or package are not on this
     server."""
@@ -192,7 +212,19 @@ def _foundation(arns: Arns, model: FoundationModel) -> ModelView:
         created=model.created,
         base_kind=model.kind,
         writes=writes(model),
+        facts=_facts(model.base),
     )
+
+
+def _facts(base: str) -> BaseFacts | None:
+    entry = CATALOG.get(base)
+    if entry is None:
+        return None
+    return BaseFacts(
+        parameters=entry.parameters, licence=entry.licence, languages=list(entry.languages),
+        context=entry.context, download_bytes=entry.download_bytes,
+        memory_bytes=4 * entry.parameters, here=is_base_here(base),
+    )  # fmt: skip
 
 
 def _custom(arns: Arns, model: CustomModel) -> ModelView:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from luthier.server.http.application import Api
 from luthier.server.http.routes import api_application
 from luthier.server.native import (
+    administration,
     deployments,
     examples,
     exports,
@@ -60,7 +61,7 @@ def native_api(context: Context, version: str) -> Api:
     """Return the API with all operations."""
     modules = (
         jobs, models, deployments, examples, exports, feedback, loaded_models, inference,
-        measurements, reports, review, schedules, usage,
+        measurements, administration, reports, review, schedules, usage,
     )  # fmt: skip
     routers = (router, *(module.router for module in modules))
     app = api_application(

@@ -49,6 +49,8 @@ export class StreamedAnswer {
     this.tools = [];
     this.finish = null;
     this.usage = null;
+    this.id = null;
+    this.model = null;
     this.firstAt = null;
     this.lastAt = null;
   }
@@ -56,6 +58,8 @@ export class StreamedAnswer {
   /** Add a chunk of the OpenAI API and return its text and reasoning. */
   add(chunk, now) {
     if (chunk?.usage) this.usage = chunk.usage;
+    this.id ??= chunk?.id ?? null;
+    this.model ??= chunk?.model ?? null;
     const choice = chunk?.choices?.find((each) => (each.index ?? 0) === 0);
     if (!choice) return { text: "", reasoning: "" };
     if (choice.finish_reason) this.finish = choice.finish_reason;

@@ -208,7 +208,7 @@ function reports(kept) {
 }
 
 /** The result of a report: single values as facts, lists of objects as tables, the rest by its parts. */
-function resultView(result) {
+export function resultView(result) {
   const isList = (value) => Array.isArray(value) && !value.some((each) => typeof each === "object");
   const isObject = (value) => typeof value === "object" && value !== null && !isList(value);
   const shown = (value) => {

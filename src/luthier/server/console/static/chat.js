@@ -1,10 +1,10 @@
 // A chat with one model, or with two models that get the same messages.
 
 import { ENDINGS, StreamedAnswer, turnsOf } from "./answers.js";
-import { call, chat, messageOf } from "./api.js";
+import { call, chat, may, messageOf } from "./api.js";
 import { duration, number } from "./format.js";
 import { writes } from "./models.js";
-import { Field, announce, html, options, signal, useData, useEffect, useLeaving, useRef, useSignal } from "./ui.js";
+import { Field, announce, html, link, options, signal, toast, useAction, useData, useEffect, useLeaving, useRef, useSignal } from "./ui.js";
 
 /** The chat with `model`. */
 export function Chat({ model }) {
@@ -184,17 +184,39 @@ function Turn({ state }) {
   const tools = busy ? [] : answer.tools.filter(Boolean);
   return html`
     <div class="turn model" aria-busy=${busy ? "true" : null} ref=${place}>
-      <p class="who">Model</p>
+      <p class="who">${answer.model ?? "Model"}</p>
       ${reasoning && html`<details class="reasoning"><summary>Reasoning</summary><p class="said" dir="auto">${reasoning}</p></details>`}
       ${busy && !text && !reasoning && html`<p class="soft">…</p>`}
       <p class="said" dir="auto">${text}</p>
       ${tools.map((each) => html`<p>Tool call: <code>${each.name}</code></p><pre class="row">${each.given}</pre>`)}
       ${!busy && !text && !tools.length && !problem && html`<p class="soft">The reply is empty.</p>`}
       ${!busy && html`<p class="help">${measures(answer)}</p>`}
+      ${!busy && !problem && answer.id && may("rate") && html`<${Thumbs} id=${answer.id} />`}
       ${problem && html`
         <p class=${problem === "Stopped." ? "soft" : "box error"} role=${problem === "Stopped." ? null : "alert"}>${problem}</p>
       `}
     </div>
+  `;
+}
+
+/** Buttons that rate an answer, if the capture stores the answer. */
+function Thumbs({ id }) {
+  const chosen = useSignal("");
+  const { error, run } = useAction(async (thumb) => {
+    await call("POST", "/api/v1/feedback", { body: { request: id, thumb } });
+    chosen.value = thumb;
+    toast("The rating is stored.");
+  });
+  const button = (thumb, label) => html`
+    <button type="button" class="quiet" aria-pressed=${String(chosen.value === thumb)} onclick=${() => run(thumb)}>${label}</button>
+  `;
+  return html`
+    <div class="actions">${button("up", "Good answer")} ${button("down", "Bad answer")}</div>
+    ${error && html`
+      <p class="soft" role="alert">
+        ${error.status === 404 ? html`Ratings need captured requests. <a href=${link("review")}>Capture requests</a>, then ask again.` : messageOf(error)}
+      </p>
+    `}
   `;
 }
 

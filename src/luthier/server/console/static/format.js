@@ -14,6 +14,11 @@ export function number(value, digits = 3) {
   return value.toLocaleString(LOCALE, { maximumSignificantDigits: Math.max(1, digits, whole) });
 }
 
+/** Return a count such as `135M`. */
+export function compact(value) {
+  return isNumber(value) ? value.toLocaleString(LOCALE, { notation: "compact", maximumSignificantDigits: 3 }) : "–";
+}
+
 /** Return a size such as `1.4 GB`. */
 export function bytes(value) {
   if (!isNumber(value)) return "–";

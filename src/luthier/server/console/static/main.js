@@ -1,7 +1,9 @@
 // Start of the console: sign-in and routing.
 
+import { Administration } from "./administration.js";
 import { InputError, call, key, may, messageOf, problemOfKey, rights, signIn, signOut } from "./api.js";
 import { Deployment, Deployments } from "./deployments.js";
+import { Comparison, Evaluation, Evaluations } from "./evaluate.js";
 import { EvalRun } from "./eval_run.js";
 import { HealthPage } from "./health.js";
 import { Home } from "./home.js";
@@ -10,7 +12,7 @@ import { Jobs } from "./jobs.js";
 import { Model } from "./model.js";
 import { Models } from "./models.js";
 import { NewJob } from "./new_job.js";
-import { Playground } from "./playground.js";
+import { ChooseModel, Playground } from "./playground.js";
 import { Review } from "./review.js";
 import { ErrorBox, Heading, Overlays, html, link, render, signal, useAction, useEffect, useRef } from "./ui.js";
 import { Usage } from "./usage.js";
@@ -24,7 +26,12 @@ const ROUTES = [
   ["new", NewJob],
   ["models", Models],
   ["models/:id", Model],
+  ["playground", ChooseModel],
   ["playground/:id", Playground],
+  ["evaluations", Evaluations],
+  ["evaluations/:id", Evaluation],
+  ["comparisons/:id", Comparison],
+  ["administration", Administration],
   ["evals/:eval/runs/:run", EvalRun],
   ["deployments", Deployments],
   ["deployments/:name", Deployment],
@@ -34,10 +41,13 @@ const ROUTES = [
 ];
 /** Pages of the side bar with the permission that each needs; the pages of daily work come first. */
 const DAILY = [
-  ["home", "Home", "read"], ["jobs", "Jobs", "read"], ["models", "Models", "identify"], ["deployments", "Deployments", "read"],
+  ["home", "Home", "read"], ["jobs", "Jobs", "read"], ["models", "Models", "identify"], ["playground", "Playground", "invoke"],
   ["review", "Review", "review"],
 ];
-const OTHERS = [["usage", "Usage", "read"]];
+const OTHERS = [
+  ["evaluations", "Evaluate", "read"], ["deployments", "Deployments", "read"], ["usage", "Usage", "read"],
+  ["administration", "Administration", "administer"],
+];
 /** Width from which the side bar is next to the page. */
 const WIDE = window.matchMedia("(min-width: 60rem)");
 const FOLDED = "luthier.folded";

@@ -2,9 +2,10 @@
 
 import { ApiError, call, may } from "./api.js";
 import { Certificate, CertificateDownload } from "./certificate.js";
+import { ModelEvaluations } from "./evaluate.js";
 import { Exports } from "./exports.js";
-import { age, bytes, time } from "./format.js";
-import { BaseLink, MADE_FOR, StatusChip, loadedModels, nameOf } from "./models.js";
+import { age, bytes, number, time } from "./format.js";
+import { BaseLink, MADE_FOR, StatusChip, languagesOf, loadedModels, nameOf, whereOf } from "./models.js";
 import { snippets } from "./snippets.js";
 import {
   Chip, ErrorBox, Facts, Heading, Pending, announce, confirmed, go, html, link, toast, useAction, useData, usePolling, useSignal,
@@ -43,6 +44,7 @@ export function Model({ params }) {
       html`<a class="button primary" href=${link("playground", model.id)}>Playground</a>`}
       ${(active || !isCustom) && may("develop") &&
       html`<a class="button" href=${`${link("new")}?base=${encodeURIComponent(model.id)}`}>Train from this model</a>`}
+      ${active && may("read") && html`<a class="button" href=${link("health", model.name)}>Health</a>`}
       ${active && may("read") && html`<${CertificateDownload} model=${model} />`}
     <//>
     ${model.failure && html`<p class="box error">${model.failure}</p>`}
@@ -55,15 +57,29 @@ export function Model({ params }) {
       ["Method", model.abilities?.method],
       ["Use", isCustom ? null : (MADE_FOR[model.base_kind] ?? model.base_kind)],
       ["Abilities", abilityText(model.abilities)],
+      ...baseFacts(model),
     ]} />
     <p class="soft">ARN <code>${model.arn}</code></p>
     ${active && html`<${Memory} path=${path} model=${model} first=${loaded[model.id]} />`}
     <${ErrorBox} error=${certified?.error} />
     ${certificate && html`<${Certificate} view=${certified} models=${models} job=${model.job} />`}
+    ${(active || !isCustom) && may("read") && html`<${ModelEvaluations} model=${model} />`}
     ${(active || !isCustom) && html`<${Calls} model=${model} storedId=${certificate?.id ?? (isCustom ? null : model.name)} />`}
     ${active && may("read") && html`<${Exports} model=${model} />`}
     ${isCustom && may("develop") && html`<${Deletion} model=${model} path=${path} />`}
   `;
+}
+
+function baseFacts({ facts, ...model }) {
+  if (!facts) return [];
+  return [
+    ["Parameters", number(facts.parameters)],
+    ["Memory (32-bit weights)", bytes(facts.memory_bytes)],
+    ["Longest input", facts.context ? `${number(facts.context)} tokens` : null],
+    ["Languages", languagesOf({ facts })],
+    ["Licence", facts.licence],
+    ["Files", whereOf({ ...model, facts })],
+  ];
 }
 
 function abilityText(abilities) {

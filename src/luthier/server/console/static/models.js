@@ -1,7 +1,7 @@
 // All models: the custom models of the account, then the base models.
 
 import { call, may } from "./api.js";
-import { age, bytes, shortName, time } from "./format.js";
+import { age, bytes, compact, shortName, time } from "./format.js";
 import { Chip, DataTable, Empty, ErrorBox, Heading, Pending, html, link, useData, usePolling, useRef } from "./ui.js";
 
 const SECONDS = 15;
@@ -109,11 +109,30 @@ function madeBy({ job, source }) {
 function Base({ models }) {
   const columns = [
     { name: "Name", value: nameOf, show: nameLink },
-    { name: "Id", value: (model) => model.id, show: (model) => html`<code>${model.id}</code>` },
     { name: "Use", value: (model) => MADE_FOR[model.base_kind] ?? model.base_kind },
+    { name: "Parameters", kind: "number", value: (model) => model.facts?.parameters, show: (model) => compact(model.facts?.parameters) },
+    { name: "Memory", kind: "number", value: (model) => model.facts?.memory_bytes, show: (model) => bytes(model.facts?.memory_bytes) },
+    { name: "Languages", value: (model) => languagesOf(model) },
+    { name: "Licence", value: (model) => model.facts?.licence ?? "–" },
+    { name: "Files", value: (model) => (isHere(model) ? "here" : "download"), show: whereOf },
     { name: "Playground", hidden: true, show: tryLink },
   ];
   return html`<${DataTable} caption="Base models" filter="name or use" columns=${columns} rows=${models} empty="The server offers no base models." />`;
+}
+
+const MOST_LANGUAGES = 4;
+const isHere = (model) => model.facts?.here !== false;
+
+/** Return the languages of a base model. */
+export function languagesOf({ facts }) {
+  const all = facts?.languages ?? [];
+  return all.length > MOST_LANGUAGES ? `${all.slice(0, MOST_LANGUAGES).join(", ")} and ${all.length - MOST_LANGUAGES} more` : all.join(", ") || "–";
+}
+
+/** Whether the files of a base model are on the server. */
+export function whereOf(model) {
+  const text = isHere(model) ? "here" : model.facts.download_bytes ? `fetched on first use, ${bytes(model.facts.download_bytes)}` : "created on first use";
+  return html`<${Chip} kind=${isHere(model) ? "good" : ""}>${text}<//>`;
 }
 
 function memoryOf(loaded) {

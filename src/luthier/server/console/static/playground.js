@@ -2,9 +2,9 @@
 
 import { call } from "./api.js";
 import { Chat } from "./chat.js";
-import { StatusChip } from "./models.js";
+import { MADE_FOR, StatusChip, nameOf, writes } from "./models.js";
 import { Prediction, Reconstruction, Samples, Similarity } from "./predictions.js";
-import { Chip, Heading, Pending, html, link, useData, useSignal } from "./ui.js";
+import { Chip, DataTable, Heading, Pending, html, link, useData, useSignal } from "./ui.js";
 
 const TABS = {
   write: ["Chat", Chat],
@@ -13,6 +13,23 @@ const TABS = {
   make_images: ["Generate images", Samples],
   reconstruct: ["Reconstruct images", Reconstruction],
 };
+
+/** The page without a model: a list of models to choose from. */
+export function ChooseModel() {
+  const { data, error, read } = useData(async (signal) => (await call("GET", "/api/v1/models", { signal })).models);
+  if (!data) return html`<${Pending} title="Playground" error=${error} read=${read} />`;
+  const active = data.filter((each) => /^active$/i.test(each.status));
+  const rows = [...active.filter((each) => each.kind === "custom").reverse(), ...active.filter((each) => each.kind !== "custom")];
+  return html`
+    <${Heading} title="Playground" />
+    <p>Choose a model. A chat can be compared with a second model.</p>
+    <${DataTable} caption="Models to try" filter="name or use" rows=${rows} columns=${[
+      { name: "Name", value: nameOf, show: (each) => html`<a href=${link("playground", each.id)}><bdi>${nameOf(each)}</bdi></a>` },
+      { name: "Kind", value: (each) => (each.kind === "custom" ? "custom model" : "base model") },
+      { name: "Use", value: (each) => (writes(each) ? "chat" : each.kind === "custom" ? "predictions" : (MADE_FOR[each.base_kind] ?? each.base_kind)) },
+    ]} />
+  `;
+}
 
 /** The page. */
 export function Playground({ params }) {
