@@ -274,7 +274,7 @@ def test_pages_and_buttons_follow_the_rights_of_the_key(server: Served, page: Br
 
     sign_in(page, new_key(server, "read-only"))
     page.until_text("What would you like", "h1")
-    menu = ["Home", "Jobs", "Models", "Deployments", "Usage"]
+    menu = ["Home", "Jobs", "Models", "Evaluate", "Deployments", "Usage"]
     assert shown("jobs", "There are no jobs yet") == menu
     assert shown("models", "Base models") == menu
     assert shown("models/luthier.tiny", "Use the model") == [*menu, "Copy"]
@@ -283,8 +283,13 @@ def test_pages_and_buttons_follow_the_rights_of_the_key(server: Served, page: Br
     sign_in(page, new_key(server, "invoker"))
     page.until_text("Base models", "main")
     assert page.script("return location.hash") == "#/models"
-    assert page.texts("nav a:not([hidden])") == ["Models"]
-    assert shown("models/luthier.tiny", "Use the model") == ["Models", "Playground", "Copy"]
+    assert page.texts("nav a:not([hidden])") == ["Models", "Playground"]
+    assert shown("models/luthier.tiny", "Use the model") == [
+        "Models",
+        "Playground",
+        "Playground",
+        "Copy",
+    ]
     check_quiet(page)
 
 

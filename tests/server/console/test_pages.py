@@ -317,6 +317,80 @@ def test_deployments_health_and_review_in_browser(
         assert page.script("return window.hit ?? null") is None
 
 
+def test_models_playground_evaluation_and_keys_in_browser(
+    url: str, root_key: str, get: Get, home: Path, tmp_path: Path
+) -> None:
+    with browser(tmp_path) as page:
+        page.get(f"{url}/console/")
+        page.until_text("Sign in", "h1")
+        page.fill("#key", root_key)
+        page.click(".sign-in button")
+        page.until_text("Sign out", "#account")
+
+        page.click('#navigation a[href="#/models"]')
+        page.until_text("Apache-2.0", "main")
+        page.click(".scroll:last-of-type thead th:nth-child(3) button")
+        first = "return document.querySelector('.scroll:last-of-type tbody th').innerText"
+        most = max(
+            (each for each in json.loads(get("models")[1])["models"] if each.get("facts")),
+            key=lambda each: each["facts"]["parameters"],
+        )
+        page.until_text(most["name"], ".scroll:last-of-type tbody tr:first-child th")
+        assert page.script(first) == most["name"]
+        page.script("location.hash = arguments[0]", f"#/models/{most['id']}")
+        page.until_text(most["facts"]["licence"], ".facts")
+        page.until_text("This model has no evaluations yet", "#evaluations")
+
+        page.click('#navigation a[href="#/playground"]')
+        page.until_text("writer", "main tbody")
+        page.fill("main .filter", "writer")
+        page.click("main tbody a")
+        page.until("document.querySelector('#message') !== null")
+        page.fill("#message", "say fox")
+        page.click(".ask .primary")
+        page.until_text("Good answer", ".turn.model")
+        page.click(".turn.model .actions button")
+        page.until_text("", ".turn.model")
+
+        page.click('#navigation a[href="#/evaluations"]')
+        page.until_text("There are no evaluations yet", "main")
+        page.write("#held-file", str(home / "labels.jsonl"))
+        page.until_text("is uploaded", ".drop")
+        labeller = json.loads(get("models/labeller")[1])["id"]
+        page.script("document.querySelector('#measured').value = arguments[0]", labeller)
+        page.click("main form .primary")
+        page.until_text("Waiting for a worker", "main")
+        page.click(".heading .danger")
+        page.until_text("Stopped", ".chip")
+        page.click(".heading .danger")
+        page.click("dialog .danger")
+        page.until_text("There are no evaluations yet", "main")
+
+        page.click('#navigation a[href="#/administration"]')
+        page.until_text("Audit log", "main")
+        page.script(
+            "document.querySelectorAll('main details').forEach((each) => (each.open = true))"
+        )
+        page.fill("#user-name", "rita")
+        page.choose("#user-role", "reviewer")
+        page.click("main details form .primary")
+        page.until(
+            "[...document.querySelector('#key-user').options].some((each) => each.value === 'rita')"
+        )
+        page.choose("#key-user", "rita")
+        page.click("#new-key .primary")
+        page.until_text("sk-", "#secret")
+        secret = page.text("#secret")
+        assert secret.encode() not in get("users")[1]
+        page.click("button[aria-label$='of rita']")
+        page.click("dialog .danger")
+        page.until("document.querySelector(`button[aria-label$='of rita']`) === null")
+        page.fill("#audit-action", "deletekey")
+        page.script("document.querySelector('#audit-action').dispatchEvent(new Event('change'))")
+        page.until("document.querySelectorAll('section tbody tr').length === 1")
+        assert page.script("return window.hit ?? null") is None
+
+
 STUBBED = """
 return (async () => {
   const asked = [];

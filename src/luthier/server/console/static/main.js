@@ -140,8 +140,12 @@ function fold() {
   if (WIDE.matches) sessionStorage.setItem(FOLDED, folded.value ? "yes" : "no");
 }
 
+/** Pages that belong to another entry of the side bar. */
+const WITHIN = { comparisons: "evaluations", evals: "evaluations", health: "deployments" };
+
 function Menu() {
-  const shown = address.value.split(/[/?]/)[1];
+  const page = address.value.split(/[/?]/)[1];
+  const shown = WITHIN[page] ?? page;
   const items = (pages) =>
     pages.filter(([, , permission]) => may(permission)).map(([section, label]) => html`
       <a href=${`#/${section}`} aria-current=${section === shown ? "page" : null}>${label}</a>
