@@ -350,7 +350,7 @@ def test_models_playground_evaluation_and_keys_in_browser(
         page.click(".ask .primary")
         page.until_text("Good answer", ".turn.model")
         page.click(".turn.model .actions button")
-        page.until_text("", ".turn.model")
+        page.until("document.querySelector('.toast, .turn.model [role=alert]') !== null")
 
         page.click('#navigation a[href="#/evaluations"]')
         page.until_text("There are no evaluations yet", "main")
@@ -441,6 +441,31 @@ await wait(0.2);
 late();
 await until(() => root.innerText.includes("Stopped"));
 return { asked, focused, text: root.innerText };
+"""
+
+REPORTS = """
+const { Comparison, Evaluation } = await import("/console/evaluate.js");
+const request = { rows: "s3://b/rows.jsonl" };
+const made = { id: "one", state: "Completed", models: ["m"], request, created: "2026-01-01T00:00:00Z" };
+const report = {
+  model: "m", rows: 80, scores: { accuracy: 0.9 }, errors: { accuracy: 0.03 },
+  intervals: { accuracy: [0.83, 0.96] }, mistakes: [{ label: "a", answer: "b", rows: 3 }],
+  slices: [{ by: "label", value: "a", rows: 9, scores: { accuracy: 0.5 }, interval: [0.2, 0.8] }],
+  labels: { a: { recall: 0.5 } }, remarks: ["A remark."],
+};
+answers["GET /api/v1/evaluations/one"] = () => ({ ...made, report });
+render(html`<${Evaluation} params=${{ id: "one" }} />`, root);
+await until(() => root.querySelector("#summary"));
+const evaluation = root.innerText;
+const contender = (name, score) => ({
+  name, score, interval: [score - 0.05, score + 0.05], scores: {}, seconds: 0.01, memory_bytes: 1e6,
+});
+const contenders = [contender("m", 0.9), contender("base", 0.5)];
+const compared = { measure: "accuracy", rows: 80, worth_it: true, verdict: "Tuning pays.", contenders };
+answers["GET /api/v1/comparisons/one"] = () => ({ ...made, report: compared });
+render(html`<${Comparison} params=${{ id: "one" }} />`, root);
+await until(() => root.querySelector("svg.tuned line"));
+return { evaluation, comparison: root.innerText };
 """
 
 DAYS = """
@@ -569,6 +594,11 @@ def test_pages_handle_rare_responses(url: str, root_key: str, tmp_path: Path) ->
         page.until_text("Bring a file", "main")
         page.script("location.hash = '#/jobs'")
         page.until_text("There are no jobs yet", "main")
+
+        found = page.script(STUBBED % REPORTS)
+        assert "Accuracy 90 % on 80 rows (95 % interval 83 % to 96 %)" in found["evaluation"]
+        assert "label: a" in found["evaluation"] and "20 % to 80 %" in found["evaluation"]
+        assert "Tuning pays." in found["comparison"] and "45 % to 55 %" in found["comparison"]
 
         found = page.script(STUBBED % EXPORTS)
         assert found["focused"] == "scroll"

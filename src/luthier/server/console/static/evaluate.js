@@ -1,0 +1,245 @@
+// Evaluations of a model and comparisons of models as jobs, with their reports.
+
+import { call, may } from "./api.js";
+import { resultView } from "./certificate.js";
+import { DataField, EMPTY } from "./data_field.js";
+import { learnNames, withNames } from "./files.js";
+import { age, bytes, duration, number, percent, time, words } from "./format.js";
+import { hasEnded } from "./jobs.js";
+import { nameOf } from "./models.js";
+import {
+  Chip, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link, options, toast,
+  useAction, useData, usePages, usePolling, useSignal,
+} from "./ui.js";
+import { ScoreBars } from "./verdict.js";
+
+const SECONDS = 4;
+const PAGE = 25;
+const KINDS = { evaluations: "Evaluate a model", comparisons: "Compare with the base and simple methods" };
+const STATES = { Completed: "good", Failed: "error", Running: "note" };
+/** Evaluations in the table of a model. */
+const MOST_SHOWN = 10;
+const LOWER = ["loss", "perplexity", "cer", "wer", "mean_absolute_error"];
+
+const pathOf = (kind, id) => `/api/v1/${kind}/${encodeURIComponent(id)}`;
+
+/** The lists of evaluations and comparisons, and a form. */
+export function Evaluations({ query }) {
+  return html`
+    <${Heading} title="Evaluate and compare" tab="Evaluate" />
+    ${may("develop") && html`<${NewMeasurement} chosen=${query.get("model")} />`}
+    <${List} kind="evaluations" title="Evaluations" />
+    <${List} kind="comparisons" title="Comparisons" />
+  `;
+}
+
+function List({ kind, title }) {
+  const pages = usePages();
+  const position = pages.value.at(-1);
+  const { data, error, read } = useData(async (signal) => {
+    const found = await call("GET", `/api/v1/${kind}`, { query: { limit: PAGE, position }, signal });
+    await learnNames(found.measurements.map((each) => each.request.rows), signal);
+    return found;
+  }, [position]);
+  usePolling(SECONDS, async () => data?.measurements.some((each) => !hasEnded(each.state)) && read());
+  if (!data) return html`<${ErrorBox} error=${error} again=${read} />`;
+  const rows = data.measurements.map((each) => [
+    html`<a href=${link(kind, each.id)}><bdi>${each.models.join(", ")}</bdi></a>`,
+    html`<${Chip} kind=${STATES[each.state]}>${each.state}<//>`,
+    withNames(each.request.rows),
+    html`<span title=${time(each.created)}>${age(each.created)}</span>`,
+  ]);
+  return html`
+    <section>
+      <h2>${title}</h2>
+      <${ErrorBox} error=${error} again=${read} />
+      <${Table} caption=${`${title}, newest first`} columns=${["Models", "State", "Rows", { name: "Age", kind: "nowrap" }]} rows=${rows}
+        empty=${html`<${Empty} text=${`There are no ${kind} yet. Choose a model and a file with rows that the model has not learned.`} />`} />
+      <${PageButtons} pages=${pages} next=${data.next} noun=${kind} />
+    </section>
+  `;
+}
+
+function NewMeasurement({ chosen }) {
+  const kind = useSignal("evaluations");
+  const rows = useSignal(EMPTY);
+  const models = useData(async (signal) => {
+    const found = (await call("GET", "/api/v1/models", { signal })).models.filter((each) => /^active$/i.test(each.status));
+    return [...found.filter((each) => each.kind === "custom").reverse(), ...found.filter((each) => each.kind !== "custom")];
+  });
+  const { busy, error, run } = useAction(async (event) => {
+    const model = event.target.elements.model.value;
+    const body = { rows: rows.value.address, ...(kind.value === "evaluations" ? { model } : { models: [model] }) };
+    const made = await call("POST", `/api/v1/${kind.value}`, { body });
+    go(kind.value, made.id);
+  });
+  const shown = (models.data ?? []).filter((each) => kind.value === "evaluations" || each.kind === "custom");
+  return html`
+    <section class="box">
+      <form onsubmit=${run}>
+        <div class="fields">
+          <${Field} id="kind" label="Task"><select id="kind" ...${bound(kind)}>${options(Object.entries(KINDS))}</select><//>
+          <${Field} id="measured" label="Model">
+            <select id="measured" name="model" required>
+              ${shown.map((each) => html`<option value=${each.id} selected=${each.id === chosen}>${nameOf(each)}</option>`)}
+            </select>
+          <//>
+        </div>
+        <${DataField} id="held" label="Held-out rows" field=${rows} onchange=${() => {}}
+          help="Rows that the model has not learned, in the form of the training rows." />
+        <${ErrorBox} error=${models.error} again=${models.read} /><${ErrorBox} error=${error} />
+        ${models.data && !shown.length && html`<p class="soft">A comparison needs a trained model. <a href=${link("home")}>Train one</a>.</p>`}
+        <div class="actions">
+          <button type="submit" class="primary" disabled=${busy || !rows.value.address || !shown.length}>Start</button>
+        </div>
+      </form>
+    </section>
+  `;
+}
+
+/** The evaluations of a model as a table, newest first. */
+export function ModelEvaluations({ model }) {
+  const { data, error, read } = useData(async (signal) => {
+    const { measurements } = await call("GET", "/api/v1/evaluations", { query: { limit: 100, state: "Completed" }, signal });
+    const own = measurements.filter((each) => [model.id, model.name, model.arn].includes(each.models[0])).slice(0, MOST_SHOWN);
+    await learnNames(own.map((each) => each.request.rows), signal);
+    return Promise.all(own.map((each) => call("GET", pathOf("evaluations", each.id), { signal })));
+  });
+  const rows = (data ?? []).map(({ id, ended, request, report }) => {
+    const [name, score] = Object.entries(report.scores)[0];
+    return [
+      html`<a href=${link("evaluations", id)}>${time(ended)}</a>`, withNames(request.rows), number(report.rows), words(name),
+      showScore(name, score), rangeText(name, report.intervals?.[name]),
+    ];
+  });
+  return html`
+    <section id="evaluations">
+      <h2>Evaluations</h2>
+      <${ErrorBox} error=${error} again=${read} />
+      ${data && html`
+        <${Table} caption="Evaluations of this model, newest first" rows=${rows}
+          columns=${["Time", "File", ...["Rows", "Measure", "Score", "95 % interval"].map((name) => ({ name, kind: name === "Measure" ? null : "number" }))]}
+          empty=${html`
+            <${Empty} text="This model has no evaluations yet.">
+              ${may("develop") && html`<a class="button" href=${`${link("evaluations")}?model=${encodeURIComponent(model.id)}`}>Evaluate on a file</a>`}
+            <//>
+          `} />
+      `}
+    </section>
+  `;
+}
+
+const showScore = (name, score) => (isShare(name, [score]) ? percent(score) : number(score, 4));
+const rangeText = (name, interval) => (interval ? `${showScore(name, interval[0])} to ${showScore(name, interval[1])}` : "–");
+
+/** The page of one evaluation. */
+export const Evaluation = ({ params }) => html`<${Measured} kind="evaluations" id=${params.id} />`;
+
+/** The page of one comparison. */
+export const Comparison = ({ params }) => html`<${Measured} kind="comparisons" id=${params.id} />`;
+
+function Measured({ kind, id }) {
+  const path = pathOf(kind, id);
+  const { data, error, read } = useData(async (signal) => {
+    const found = await call("GET", path, { signal });
+    await learnNames([found.request.rows], signal);
+    return found;
+  });
+  usePolling(SECONDS, async () => data && !hasEnded(data.state) && read());
+  const stop = useAction(() => call("POST", `${path}/stop`).then(read));
+  const remove = useAction(async () => {
+    if (!(await confirmed({ title: "Delete this report?", text: "The models and the rows stay.", verb: "Delete", danger: true }))) return;
+    await call("DELETE", path);
+    toast("The report was deleted.");
+    go("evaluations");
+  });
+  if (!data) return html`<${Pending} title="Evaluation" error=${error} read=${read} />`;
+  const { report, progress } = data;
+  const title = kind === "evaluations" ? `Evaluation of ${data.models[0]}` : `Comparison of ${data.models.join(" and ")}`;
+  return html`
+    <p class="soft"><a href=${link("evaluations")}>Evaluate and compare</a> /</p>
+    <${Heading} title=${title} chips=${html`<${Chip} kind=${STATES[data.state]}>${data.state}<//>`}>
+      ${data.state === "Completed" && html`<${Download} path=${path} name=${kind} />`}
+      ${may("develop") && (hasEnded(data.state)
+        ? html`<button type="button" class="danger" onclick=${remove.run}>Delete</button>`
+        : html`<button type="button" class="danger" onclick=${stop.run}>Stop</button>`)}
+    <//>
+    <p class="soft">Rows: ${withNames(data.request.rows)}</p>
+    <${ErrorBox} error=${error} /><${ErrorBox} error=${stop.error} /><${ErrorBox} error=${remove.error} />
+    ${data.failure && html`<p class="box error" role="alert">${withNames(data.failure)}</p>`}
+    ${!hasEnded(data.state) && html`
+      <p class="soft">${progress?.phase ?? "Waiting for a worker …"}</p>
+      ${progress?.total && html`<progress max=${progress.total} value=${progress.done} aria-label=${progress.phase} />`}
+    `}
+    ${report && (kind === "evaluations" ? html`<${EvaluationReport} report=${report} />` : html`<${ComparisonReport} report=${report} />`)}
+  `;
+}
+
+function Download({ path, name }) {
+  const { error, run } = useAction(async () => {
+    const file = URL.createObjectURL(await call("GET", `${path}/report`, { accept: "text/html" }));
+    Object.assign(document.createElement("a"), { href: file, download: `${name}-report.html` }).click();
+    setTimeout(() => URL.revokeObjectURL(file), 10_000);
+  });
+  return html`<button type="button" onclick=${run}>Download the report</button><${ErrorBox} error=${error} />`;
+}
+
+const isShare = (name, values) => !LOWER.includes(name) && values.every((value) => value >= 0 && value <= 1);
+
+/** Return bars for `ScoreBars` from scores `[name, value, interval]` of one measure. */
+function barsOf(measure, scores) {
+  const asShare = isShare(measure, scores.map(([, value]) => value));
+  const show = (value) => (asShare ? percent(value) : number(value, 4));
+  const bars = scores.map(([name, value, interval], index) => ({
+    name, value, shown: show(value), low: interval?.[0] ?? null, high: interval?.[1] ?? null, kind: index ? "base" : "tuned",
+  }));
+  return { bars, measure: words(measure), isLess: LOWER.includes(measure), show };
+}
+
+function EvaluationReport({ report }) {
+  const { model, rows, scores, errors, intervals = {}, slices = [], mistakes = [], remarks = [], ...others } = report;
+  const [[first, value] = []] = Object.entries(scores);
+  const figure = (name) => ({ name, kind: "number" });
+  return html`
+    <div class="box note" id="summary">
+      <p><strong>${words(first ?? "")} ${showScore(first, value)} on ${number(rows)} rows${intervals[first] && ` (95 % interval ${rangeText(first, intervals[first])})`}.</strong></p>
+      ${remarks.map((each) => html`<p>${each}</p>`)}
+    </div>
+    <${Section} title="Scores">
+      <${Table} caption="Scores" columns=${["Measure", figure("Score"), figure("95 % interval")]}
+        rows=${Object.entries(scores).map(([name, score]) => [words(name), showScore(name, score), rangeText(name, intervals[name])])} />
+    <//>
+    <${Section} title="Most frequent mistakes">
+      ${mistakes.length > 0 && html`<${Table} caption="Mistakes" columns=${["Label", "Answer", figure("Rows")]}
+        rows=${mistakes.map((each) => [each.label, each.answer, number(each.rows)])} />`}
+    <//>
+    <${Section} title="Parts of the rows">
+      ${slices.length > 0 && html`<${Table} caption="Parts of the rows" columns=${["Part", figure("Rows"), figure(words(first)), figure("95 % interval")]}
+        rows=${slices.map((each) => [`${each.by}: ${each.value}`, number(each.rows), showScore(first, each.scores?.[first]), rangeText(first, each.interval)])} />`}
+    <//>
+    ${Object.keys(others).length > 0 && html`<details class="rule"><summary>More figures</summary><div class="inside">${resultView(others)}</div></details>`}
+  `;
+}
+
+function ComparisonReport({ report }) {
+  const { measure, rows, contenders, verdict, remarks = [], shown = [] } = report;
+  const picture = barsOf(measure, contenders.map((each) => [each.name, each.score, each.interval]));
+  const figure = (name) => ({ name, kind: "number" });
+  return html`
+    <div class=${`box ${{ true: "good", false: "warning" }[report.worth_it] ?? "note"}`} id="summary">
+      <p><strong>${verdict}</strong></p>
+      ${remarks.map((each) => html`<p>${each}</p>`)}
+    </div>
+    <${ScoreBars} verdict=${picture} />
+    <${Section} title=${`All contenders on ${number(rows)} rows`}>
+      <${Table} caption="Contenders, the best first" columns=${["Name", figure(words(measure)), figure("95 % interval"), figure("Time per answer"), figure("Memory")]}
+        rows=${contenders.map((each) => [
+          each.name, picture.show(each.score), each.interval ? each.interval.map(picture.show).join(" to ") : "–",
+          duration(each.seconds), each.memory_bytes ? bytes(each.memory_bytes) : "–",
+        ])} />
+    <//>
+    <${Section} title="Answers">
+      ${shown.map((row) => html`<${ExampleCard} title=${row.prompt} parts=${[...Object.entries(row.replies), ["Wanted", row.expected]]} />`)}
+    <//>
+  `;
+}
