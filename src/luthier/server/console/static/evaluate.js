@@ -8,8 +8,8 @@ import { age, bytes, duration, number, percent, time, words } from "./format.js"
 import { hasEnded } from "./jobs.js";
 import { nameOf } from "./models.js";
 import {
-  Chip, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link, options, toast,
-  useAction, useData, usePages, usePolling, useSignal,
+  Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link, options,
+  toast, useAction, useData, usePages, usePolling, useSignal,
 } from "./ui.js";
 import { ScoreBars } from "./verdict.js";
 
@@ -210,8 +210,10 @@ function EvaluationReport({ report }) {
         rows=${Object.entries(scores).map(([name, score]) => [words(name), showScore(name, score), rangeText(name, intervals[name])])} />
     <//>
     <${Section} title="Most frequent mistakes">
-      ${mistakes.length > 0 && html`<${Table} caption="Mistakes" columns=${["Label", "Answer", figure("Rows")]}
-        rows=${mistakes.map((each) => [each.label, each.answer, number(each.rows)])} />`}
+      ${mistakes.length > 0 && html`<${DataTable} caption="Mistakes" filter="label" size=${10} rows=${mistakes} columns=${[
+        { name: "Label", value: (each) => each.label }, { name: "Answer", value: (each) => each.answer },
+        { ...figure("Rows"), value: (each) => each.rows },
+      ]} />`}
     <//>
     <${Section} title="Parts of the rows">
       ${slices.length > 0 && html`<${Table} caption="Parts of the rows" columns=${["Part", figure("Rows"), figure(words(first)), figure("95 % interval")]}

@@ -63,6 +63,9 @@ function CaptureState() {
   `;
 }
 
+/** Move the focus to a field that appears. */
+const focus = (element) => element?.focus();
+
 /** The queue of one model, or of all models. */
 class Queue {
   constructor(model) {
@@ -184,7 +187,7 @@ function Rating({ model }) {
     ${editing.value !== null && html`
       <form onsubmit=${(event) => (event.preventDefault(), rate({ [field]: editing.value.trim() }))}>
         <${Field} id="corrected" label=${field === "label" ? "Correct label" : "Corrected answer"}>
-          <textarea id="corrected" rows=${field === "label" ? 1 : 5} dir="auto" ...${bound(editing, "oninput")} />
+          <textarea id="corrected" rows=${field === "label" ? 1 : 5} dir="auto" ref=${focus} ...${bound(editing, "oninput")} />
         <//>
         <div class="actions">
           <button type="submit" class="primary" disabled=${!editing.value.trim() || editing.value === String(given)}>Save</button>
