@@ -131,8 +131,8 @@ export function languagesOf({ facts }) {
 
 /** Whether the files of a base model are on the server. */
 export function whereOf(model) {
-  const text = isHere(model) ? "here" : model.facts.download_bytes ? `fetched on first use, ${bytes(model.facts.download_bytes)}` : "created on first use";
-  return html`<${Chip} kind=${isHere(model) ? "good" : ""}>${text}<//>`;
+  if (isHere(model)) return html`<${Chip} kind="good">here<//>`;
+  return model.facts.download_bytes ? `fetched on first use, ${bytes(model.facts.download_bytes)}` : "created on first use";
 }
 
 function memoryOf(loaded) {
