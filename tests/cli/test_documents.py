@@ -22,6 +22,7 @@ from luthier.cli.documents import (
 from luthier.cli.inference.generate import chat
 from luthier.documents.index import DocumentIndex
 from luthier.documents.retriever import Reranker
+from luthier.engine.metrics import Reporter
 from luthier.errors import RefusedInput
 from luthier.library.models import find
 
@@ -207,3 +208,29 @@ def test_questions_become_rows_with_passages(indexed: str, tmp_path: Path) -> No
         "Parking is free.",
     ]
     assert "thirty days" in row["passages"][row["cited"][0] - 1]
+
+
+def test_watched_folder_is_indexed_after_each_change(
+    indexed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, steps = tmp_path / "handbook", iter(range(9))
+
+    def sleep(_: float) -> None:
+        match next(steps):
+            case 1:
+                (folder / "parking.md").write_text("Parking is free.")
+            case 3:
+                (folder / "leave.md").unlink()
+            case 5:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("luthier.cli.documents.time.sleep", sleep)
+    notes: list[str] = []
+    reporter = Reporter()
+    monkeypatch.setattr(reporter, "note", notes.append)
+    summary = index_documents([folder], name=indexed, watch=True, reporter=reporter)
+    assert [note.split(", ")[0::2] for note in notes[1:]] == [
+        ["2 documents added", "0 removed"],  # the broken file, read again
+        ["1 documents added", "1 removed"],
+    ]
+    assert [Path(each.path).name for each in summary.documents] == ["broken.pdf", "parking.md"]

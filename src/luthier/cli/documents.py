@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from luthier.cli.terminal.console import (
     print_text,
 )
 from luthier.cli.terminal.options import AtLeastOne, OptionalAtLeastOne
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, RefusedInput
 from luthier.files import luthier_home
 from luthier.pages import Displayed
 
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from luthier.library.models import StoredModel
     from luthier.models.decoding.sampling import Sampling
     from luthier.types import Message
+
+
+WATCH_SECONDS = 2.0
+"""Time between two looks at a watched folder."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,6 +92,7 @@ def index_documents(
     *,
     name: str,
     model: str | None = None,
+    watch: bool = False,
     reporter: Reporter | None = None,
 ) -> IndexSummary:
     """Index documents, or update the index after changes.
@@ -98,6 +104,7 @@ def index_documents(
         sources: Documents (PDF, office files, HTML, EPUB, text) or folders.
         name: Name of the index.
         model: Embedding model; by default that of the index or language.
+        watch: Update the index after each change, until Ctrl-C.
         reporter: Receives progress; silent if not given.
 
     Returns:
@@ -106,18 +113,56 @@ def index_documents(
     Raises:
         RefusedInput: for missing files, missing libraries, or a model without embeddings.
     """
+    from luthier.engine.metrics import Reporter
+
+    reporter = reporter or Reporter()
+    paths = [Path(source) for source in sources]
+    before = _files_state(paths)
+    summary = _update_index(paths, name, model, reporter)
+    if watch:
+        reporter.note("watching for changes; Ctrl-C ends")
+    with suppress(KeyboardInterrupt):
+        while watch:
+            time.sleep(WATCH_SECONDS)
+            now = _files_state(paths)
+            if now == before:
+                continue
+            before = now
+            try:
+                summary = _update_index(paths, name, model, reporter)
+            except RefusedInput as error:  # an empty folder, or another process writes
+                reporter.note(f"not updated: {error}")
+            else:
+                assert summary.update is not None
+                reporter.note(summary.update.text)
+    return summary
+
+
+def _files_state(sources: Sequence[Path]) -> dict[Path, tuple[int, int]]:
+    """Return size and modification time of the files in ``sources``."""
+    from luthier.documents.readers import visible_files
+
+    found = {}
+    for source in sources:
+        for path in visible_files(source) if source.is_dir() else [source]:
+            with suppress(OSError):  # removed since the list was made
+                status = path.stat()
+                found[path] = status.st_size, status.st_mtime_ns
+    return found
+
+
+def _update_index(
+    paths: Sequence[Path], name: str, model: str | None, reporter: Reporter
+) -> IndexSummary:
+    """Read the new and changed documents of ``paths``."""
     with heavy_imports():
         from luthier.documents.index import DocumentIndex, IndexedDocument
         from luthier.documents.readers import document_files, main_language, outward_links
         from luthier.documents.retriever import calibrate
-        from luthier.engine.metrics import Reporter
         from luthier.gate.inspect import encoder_of_language
         from luthier.inference.embeddings import check_embeds
-        from luthier.inference.prediction import Predictor
         from luthier.library.models import find
 
-    reporter = reporter or Reporter()
-    paths = [Path(source) for source in sources]
     files = document_files(paths)
     with DocumentIndex.open(name) if name in DocumentIndex.names() else nullcontext() as before:
         language = main_language(files) if before is None else before.language
@@ -132,7 +177,7 @@ def index_documents(
             # Documents of other folders stay.
             listed = [Path(each.path) for each in before.documents()]
             files = sorted({*files, *(path for path in listed if path.is_file())})
-    embed = Predictor.open(stored).embed
+    embed = load_once(stored).embed
     with DocumentIndex.update(name, stored, language) as index:
         update = index.synchronize(
             files, paths, embed, lambda done, total: reporter.progress(done, total, "index")
@@ -392,10 +437,7 @@ def show_summary(found: IndexSummary | list[IndexSummary]) -> None:
         return
     update = found.update
     if update is not None:
-        print_text(
-            f"{update.added:,} documents added, {update.changed:,} changed, {update.removed:,} "
-            f"removed, {update.unchanged:,} unchanged"
-        )
+        print_text(update.text)
     for document in found.documents if update is None else update.problems:
         state = f"left out: {document.refused}"
         if not document.refused:

@@ -123,6 +123,14 @@ class IndexUpdate:
     problems: list[IndexedDocument] = field(default_factory=list)
     """Refused documents, and documents read in part."""
 
+    @property
+    def text(self) -> str:
+        """The numbers of documents as a line."""
+        return (
+            f"{self.added:,} documents added, {self.changed:,} changed, {self.removed:,} removed, "
+            f"{self.unchanged:,} unchanged"
+        )
+
 
 class DocumentIndex:
     """An index on disk, opened for search or for an update."""

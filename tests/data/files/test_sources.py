@@ -51,7 +51,15 @@ def test_single_file_path_and_url(tmp_path: Path) -> None:
 
 def test_folder_lists_data_files_in_order(tmp_path: Path) -> None:
     make(tmp_path, "b.jsonl", "a.csv.gz", "sub/c.parquet", ".hidden.jsonl", "_x/d.jsonl")
-    make(tmp_path, "README.md", "LICENSE", "sub/dataset_info.json", ".git/x.jsonl", "NOTICE.txt")
+    make(
+        tmp_path,
+        "README.md",
+        "LICENSE",
+        "sub/dataset_info.json",
+        ".git/x.jsonl",
+        "NOTICE.txt",
+        "a.jsonl.changes.jsonl",
+    )
     make(tmp_path, "_SUCCESS", "_delta_log/0.json", "README.vi.md", "notice.jsonl", "state.csv")
     assert names(tmp_path, tmp_path) == [
         "_x/d.jsonl", "a.csv.gz", "b.jsonl", "notice.jsonl", "state.csv", "sub/c.parquet",

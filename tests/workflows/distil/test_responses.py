@@ -406,20 +406,20 @@ def test_questions_about_documents_are_checked_and_cite_their_passage(
         words = " ".join(f"w{number}x{k}" for k in range(20))
         parts.append(f"# Part {number}\n\n{words}")
     (tmp_path / "handbook.md").write_text("\n\n".join(parts))
-    for row in prompts_of(["\n\n".join(parts)]):
-        word = row["passage"].split()[-1]
-        endpoint.answers[row["prompt"]] = (
+    for each in prompts_of(["\n\n".join(parts)]):
+        word = each["passage"].split()[-1]
+        endpoint.answers[each["prompt"]] = (
             f"**Question 1:** Where is {word}?\n**Answer:** {word}\n\nQuestion: Why?\nAnswer: elsewhere"
         )
-    reporter = Notes()
+    reporter, quick = Notes(), dict[str, Any](QUICK)
     luthier.distil(
         documents=[tmp_path / "handbook.md"], name="s", teacher=f"{endpoint.url}#big",
-        student=str(tiny_model_folder), reporter=reporter, **QUICK,
+        student=str(tiny_model_folder), reporter=reporter, **quick,
     )  # fmt: skip
     rows = lines(folder_of("s") / "train.jsonl")
     assert len(rows) == 6 and any(note.startswith("6 of 12 questions") for note in reporter.notes)
     for row in rows:
         assert row["answer"] in row["passages"][row["cited"][0] - 1]
-        assert sum(row["answer"] in each for each in row["passages"]) == 1
+        assert sum(row["answer"] in text for text in row["passages"]) == 1
     with pytest.raises(RecipeError):
         luthier.distil(teacher="x", student=str(tiny_model_folder))

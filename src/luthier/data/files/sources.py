@@ -48,6 +48,7 @@ _CLUTTER = re.compile(
       | (?: thumbs\.db | desktop\.ini
           | _success | _(?:common_)?metadata | _(?:started|committed)_\d+             # Spark
           | dataset_infos?\.json | dataset_dict\.json | state\.json                  # Hugging Face
+          | [^/]*\.changes\.jsonl                                                   # luthier clean
           | (?:readme|licen[cs]e|notice|changelog|citation)
             (?:\.[a-z]{2}|-[\w-]+)?(?:\.(?:md|txt|rst|html?|bib|cff))?
         )$
