@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from luthier.data.conversations.citations import INSTRUCTIONS, add_passages
-from luthier.documents.answers import DocumentAnswer, without_unknown_citations
+from luthier.documents.answers import DocumentAnswer, search_text, without_unknown_citations
 from luthier.documents.index import DocumentIndex, FoundPassage, open_file
 from luthier.documents.passages import Passage
 from luthier.documents.readers import document_files
@@ -235,6 +235,18 @@ def test_removed_index_is_unknown(folder: Path) -> None:
     for name in ("handbook", "../x"):
         with pytest.raises(RecipeError):
             DocumentIndex.remove(name)
+
+
+def test_short_follow_up_is_searched_with_message_before() -> None:
+    first = Message("user", "How many days of leave does everybody have?")
+    turns = [Message("system", "Be brief."), first, Message("assistant", "30 [1]")]
+    assert (
+        search_text([*turns, Message("user", "And in winter?")])
+        == f"{first.content} And in winter?"
+    )
+    for alone in ("Where may employees park their cars at night?", "", " "):
+        assert search_text([*turns, Message("user", alone)]) == alone.strip()
+    assert search_text([Message("user", "Leave?")]) == "Leave?"
 
 
 def test_citations_name_passages_of_the_prompt() -> None:

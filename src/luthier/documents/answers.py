@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from luthier.data.conversations.citations import CITATION, cited_numbers
 from luthier.documents.index import FoundPassage
+from luthier.documents.passages import count_words
 from luthier.pages import Displayed
+from luthier.types import Message
 
 PASSAGES = 4
 """Number of passages in a prompt."""
+SHORT_WORDS = 5
+"""Maximum number of words of a message that is searched together with the message before."""
 _UNFINISHED = re.compile(r"\[\d{0,3}$")
+
+
+def search_text(turns: Sequence[Message]) -> str:
+    """Return the text to search for: the last user message, after the one before if it is short.
+
+    A short message, such as "And in winter?", is often a follow-up without a topic of its own.
+    """
+    *earlier, last = [turn.content.strip() for turn in turns if turn.role == "user"] or [""]
+    if not last or count_words(last) > SHORT_WORDS:
+        return last
+    return " ".join([*earlier[-1:], last])
 
 
 @dataclass(frozen=True, repr=False)

@@ -316,11 +316,11 @@ def _answer_from(
 ) -> Message:
     """Print the answer to the last turn from the documents, then the sources."""
     from luthier.data.conversations.citations import DECLINED
-    from luthier.documents.answers import PASSAGES, Citations, DocumentAnswer
+    from luthier.documents.answers import PASSAGES, Citations, DocumentAnswer, search_text
     from luthier.types import Message
 
     question = turns[-1].content
-    found, may_answer = retriever.search(question, PASSAGES)
+    found, may_answer = retriever.search(search_text(turns), PASSAGES)
     if not may_answer:
         print_text(DECLINED)
         return Message("assistant", DECLINED)

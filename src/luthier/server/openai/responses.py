@@ -1,9 +1,10 @@
 """``/responses``: a response as output items, or as a stream of events.
 
 Responses are stored unless the client sends ``store: false``, and ``previous_response_id`` continues a
-stored conversation. The tool ``file_search`` searches for the last user message before the reply. The
-API rejects members that would change the response and are not supported: stored prompts,
-``/v1/conversations``, background work, and other tools that run on the server.
+stored conversation. The tool ``file_search`` searches for the last user message, together with the
+message before if the last is short. The API rejects members that would change the response and are not
+supported: stored prompts, ``/v1/conversations``, background work, and other tools that run on the
+server.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pydantic import Field
 
 from luthier.data.conversations.citations import DECLINED, add_passages
 from luthier.data.inputs import Media
-from luthier.documents.answers import PASSAGES, Citations
+from luthier.documents.answers import PASSAGES, Citations, search_text
 from luthier.inference.inference import (
     TURNS,
     Chat,
@@ -363,7 +364,7 @@ def _begin(
         return submit(), None
     inference.check(account, body.model, "model")
     turns = body.turns()
-    query = next((turn.content for turn in reversed(turns) if turn.role == "user"), "").strip()
+    query = search_text(turns)
     if not query:
         raise invalid("The tool 'file_search' needs a user message with text.", "input")
     found, may_answer = inference.documents.search(
