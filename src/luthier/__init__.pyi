@@ -249,6 +249,7 @@ def index_documents(
     *,
     name: str,
     model: str | None = None,
+    watch: bool = False,
     reporter: Reporter | None = None,
 ) -> IndexSummary: ...
 def inspect(
