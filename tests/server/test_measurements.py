@@ -32,7 +32,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
     s3 = made.client("s3")
     s3.create_bucket(Bucket="bucket")
     train = [{"prompt": f"train {n}?", "completion": f"it is {n}."} for n in range(8)]
-    for name, lines in (("rows", LINES), ("train", train), ("text", [{"text": "a fox"}])):
+    for name, lines in (
+        ("rows", LINES),
+        ("train", train),
+        ("text", [{"text": "a fox"}]),
+        ("labels", [{"text": "a fox", "label": "animal"}]),
+    ):
         body = "".join(json.dumps(line) + "\n" for line in lines).encode()
         s3.put_object(Bucket="bucket", Key=f"{name}.jsonl", Body=body)
         (made.home / f"{name}.jsonl").write_bytes(body)
@@ -152,13 +157,15 @@ def test_invalid_measurement_is_rejected_at_creation(server: Served) -> None:
         ("evaluations", {"model": "mine", "columns": {"prompt": "none"}}, 400),
         ("evaluations", {"model": "mine", "max_tokens": 0}, 400),
         ("evaluations", {"model": "mine", "models": ["mine"]}, 400),
+        ("evaluations", {"model": "mine", "rows": "s3://bucket/labels.jsonl"}, 400),
         ("comparisons", {"models": ["mine", "live"]}, 400),
         ("comparisons", {"models": []}, 400),
         ("comparisons", {"models": ["mine"], "rows": "s3://bucket/text.jsonl"}, 400),
     ):
         found, body = server.ask("POST", f"/api/v1/{kind}", {"rows": ROWS, **fields})
         assert found == status, (fields, body)
-        assert body["error"]["message"] and str(server.home) not in body["error"]["message"]
+        message = body["error"]["message"]
+        assert message and str(server.home) not in message and "luthier-peek" not in message
 
 
 def test_scheduled_evaluations_report_a_significant_fall(server: Served) -> None:
@@ -206,6 +213,8 @@ def test_schedule_with_command(server: Served) -> None:
     assert "no deployment" in unknown.stderr
     text = str(server.home / "text.jsonl")
     server.command("live", "schedule", "set", "live", text, "--grader", "exact", fails=True)
+    missing = server.command("live", "schedule", "set", "live", "none.jsonl", fails=True)
+    assert "none.jsonl is no file" in missing.stderr
     made = server.command("live", "schedule", "set", "live", rows, "--every", "day")
     assert "day" in made.stdout
     server.command("live", "schedule", "remove", "live")

@@ -35,6 +35,8 @@ from luthier.server.tables.measurements import (
     runs_of,
 )
 
+MOST_RESULTS = 100
+"""Number of results in the view of a schedule."""
 TICK = 5.0
 """Interval between two searches for due evaluations, in seconds."""
 _log = logging.getLogger(__name__)
@@ -81,13 +83,15 @@ def find_schedule(
 
 
 def describe(session: Session, endpoint: Endpoint, schedule: EvaluationSchedule) -> dict[str, Any]:
-    """Return a schedule with the series of its results, oldest first."""
+    """Return a schedule with the series of its newest results, oldest first."""
     return {
         "deployment": endpoint.name,
         "every": schedule.every,
         "request": schedule.request,
         "next_run": schedule.next_run,
-        "results": [_result(session, each) for each in runs_of(session, schedule.id)],
+        "results": [
+            _result(session, each) for each in runs_of(session, schedule.id)[-MOST_RESULTS:]
+        ],
     }
 
 
@@ -187,7 +191,7 @@ class Schedules:
 
     def _announce(self, session: Session, schedule: EvaluationSchedule) -> None:
         endpoint = session.scalar(select(Endpoint).where(Endpoint.id == schedule.endpoint))
-        for run in runs_of(session, schedule.id, after=schedule.announced):
+        for run in runs_of(session, schedule.id, schedule.announced):
             if run.state not in ENDED:
                 return
             schedule.announced = run.seq

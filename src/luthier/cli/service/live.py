@@ -459,6 +459,7 @@ def schedule_set(
         grader: Grader of replies, such as exact; repeatable.
         max_tokens: Token limit of a reply.
     """
+    from luthier.errors import RefusedInput
     from luthier.server.native.measurements import request_of
     from luthier.server.native.schedules import NewSchedule
     from luthier.server.promotion import find_deployment
@@ -467,6 +468,8 @@ def schedule_set(
     from luthier.server.tables.arns import Arns
 
     arns, file = Arns(region), Path(rows)
+    if not file.is_file() and not rows.startswith(("s3://", "file-")):
+        raise RefusedInput(f"{rows} is no file. Name a file, an s3:// address or the id of a file.")
     with open_database(database) as service:
         locations = Locations(service, None)
         with service.read() as session:

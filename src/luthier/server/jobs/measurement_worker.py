@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from luthier.library.models import find
 from luthier.server.jobs.data import base_reads_media, fetch_rows
 from luthier.server.jobs.folders import MeasurementFolders
 from luthier.server.jobs.measurements import graders_of
-from luthier.server.jobs.worker import ResultWorker, explain_error
+from luthier.server.jobs.worker import ResultWorker, explain_error, rename
 from luthier.server.tables import results, storage
 from luthier.server.tables.accounts import quotas_of
 from luthier.server.tables.jobs import COMPLETED
@@ -58,9 +59,10 @@ class MeasurementWorker(ResultWorker[Measurement]):
                 on_progress=lambda done, total: self.show("evaluate", done, total),
             )  # fmt: skip
             report, html = found.plain(), page(found, models[0].id, request["rows"])
-            measure, score = next(iter(found.row_scores.items()))
-            if row.schedule is not None and isinstance(score, RowScores):
-                self.row_scores = {"measure": measure, "rows": sha256_of(rows), **score.plain()}
+            if row.schedule is not None:
+                measure, score = next(iter(found.row_scores.items()))
+                if isinstance(score, RowScores):
+                    self.row_scores = {"measure": measure, "rows": sha256_of(rows), **score.plain()}
         else:
             *tuned, base = models
             train = self._fetch(row, "training") if request.get("training") else None
@@ -79,9 +81,10 @@ class MeasurementWorker(ResultWorker[Measurement]):
             )  # fmt: skip
             report, html = compared.plain(), comparison_page(compared, request["rows"])
         names = self._names(row)
-        # Names of models are also keys of objects; the replacement is the JSON text of a name.
+        # Names of models are also keys of objects. Keys of S3 may contain quotes and tags.
         quoted = {name: json.dumps(shown)[1:-1] for name, shown in names.items()}
-        return json.loads(_rename(json.dumps(report), quoted)), _rename(html, names)
+        escaped = {name: escape(shown) for name, shown in names.items()}
+        return json.loads(rename(json.dumps(report), quoted)), rename(html, escaped)
 
     def finish(self, session: Session, end: Any) -> None:
         """Store the report and the page, which count towards the account's storage."""
@@ -131,9 +134,3 @@ def _change(session: Session, row: Measurement) -> dict[str, Any] | None:
             fell = difference.significant and as_gain(scores["measure"], difference.value) < 0
             return {**difference.plain(), "reference": first.id, "is_fall": fell}
     return None
-
-
-def _rename(text: str, names: dict[str, str]) -> str:
-    for name, shown in names.items():
-        text = text.replace(name, shown)
-    return text

@@ -74,13 +74,18 @@ def check_measurement(
         raise DataError(problems)
     if not (rows := peeked[0].rows):
         return  # the reader needs the whole file
-    for each in stored:
-        if kind == EVALUATION or not each.writes:
-            check_shapes(rows, each.objective)
-        else:
-            questions_of(rows)
-        if kind == EVALUATION and each.writes and graders:
-            check(rows, graders)
+    try:
+        for each in stored:
+            if kind == EVALUATION or not each.writes:
+                check_shapes(rows, each.objective)
+            else:
+                questions_of(rows)
+            if kind == EVALUATION and each.writes and graders:
+                check(rows, graders)
+    except DataError as error:
+        # The rows were read from a copy.
+        named = [problem.at(peeked[0].address, problem.line) for problem in error.problems]
+        raise DataError(named) from error
     for by in request.get("slices", ()):
         if by not in SLICES and not any(by in each for each in peeked[0].records):
             text = f"No row has the column {by!r}. Use {', '.join(SLICES)} or a column of the rows."

@@ -362,6 +362,11 @@ class ResultWorker(Worker[Ended]):
 def explain_error(error: Exception, names: Mapping[str, str]) -> str:
     """Return the text of an error with ``names`` and without the path of LUTHIER_HOME."""
     text = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
-    for name, shown in {**names, f"{luthier_home()}/": ""}.items():
+    return rename(text, {**names, f"{luthier_home()}/": ""})
+
+
+def rename(text: str, names: Mapping[str, str]) -> str:
+    """Replace each of ``names`` by its value, in order."""
+    for name, shown in names.items():
         text = text.replace(name, shown)
     return text

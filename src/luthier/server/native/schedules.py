@@ -42,14 +42,14 @@ class ScheduledResultView(View):
 
 
 class ScheduleView(View):
-    """Schedule of a deployment, with all results."""
+    """Schedule of a deployment with results."""
 
     deployment: str
     every: str
     request: dict[str, Any]
     next_run: datetime
     results: list[ScheduledResultView]
-    """Results, oldest first."""
+    """The newest 100 results, oldest first."""
 
 
 class DeletedScheduleView(View):

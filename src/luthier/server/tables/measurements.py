@@ -43,7 +43,7 @@ class Measurement(ResultWork, Base):
     """Body of the request."""
     models: Mapped[list[Any]]
     """Each :class:`MeasuredModel`; in a comparison, the base last."""
-    result: Mapped[dict[str, Any] | None] = mapped_column(JSONText)
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSONText, deferred=True)
     """The report."""
     page: Mapped[str | None] = mapped_column(QuotingText, deferred=True)
     """The report as an HTML page."""
@@ -109,12 +109,10 @@ def is_measured(session: Session, account: str, arn: str) -> bool:
     return any(each["arn"] == arn for models in session.scalars(unfinished) for each in models)
 
 
-def runs_of(
-    session: Session, schedule: str, *, limit: int | None = None, after: int = 0
-) -> list[Measurement]:
-    """Return the evaluations of a schedule, the oldest first."""
+def runs_of(session: Session, schedule: str, after: int = 0) -> list[Measurement]:
+    """Return the evaluations of a schedule since the number ``after``, the oldest first."""
     query = select(Measurement).where(Measurement.schedule == schedule, Measurement.seq > after)
-    return list(session.scalars(query.order_by(Measurement.seq).limit(limit)))
+    return list(session.scalars(query.order_by(Measurement.seq)))
 
 
 def delete(session: Session, row: Measurement) -> None:
