@@ -97,7 +97,7 @@ _OPERATIONS = {
         "luthier": (
             "openai.responses.delete openai.chat.completions.update "
             "openai.chat.completions.delete CreateJob PauseJob ResumeJob StopJob PreviewData "
-            "StoreExample InspectData EstimateJob CreateExport "
+            "StoreExample InspectData EstimateJob RetrainModel CreateExport "
             "StopExport SetSchedule DeleteSchedule CreateEvaluation StopEvaluation "
             "DeleteEvaluation CreateComparison "
             "StopComparison DeleteComparison PromoteDeployment RollBackDeployment DeleteModel "

@@ -320,7 +320,7 @@ class HeadToHead(Tabular):
 
 def compare(
     rows: Sequence[Row],
-    base: StoredModel,
+    base: StoredModel | None,
     tuned: Sequence[StoredModel],
     train: Sequence[Row] = (),
     documents: Sequence[str] = (),
@@ -342,7 +342,7 @@ def compare(
 
     Args:
         rows: held-out rows.
-        base: the model without training.
+        base: the model without training; None to compare tuned models only.
         tuned: tuned models.
         train: rows for examples and baselines.
         documents: texts for retrieval.
@@ -374,7 +374,7 @@ def compare(
     if repeats:
         remarks.append(f"{len(repeats):,} duplicate rows omitted")
     labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
-    generative = [base] if base.writes else []
+    generative = [base] if base and base.writes else []
     if judge is not None and (labelled or not generative):
         raise RecipeError(
             "`judge` needs rows of prompt and reply, and a generative base", setting="judge"
@@ -419,7 +419,7 @@ def compare(
     for contender in contest.predict(readers, rows, show):
         measures[contender.name] = next(iter(contender.scores))
         contenders.append(contender)
-    if train and (labelled or not generative):
+    if base and train and (labelled or not generative):
         baselines = contest.baselines(base, rows, train)
         measures |= {each.name: next(iter(each.scores)) for each in baselines}
         contenders += baselines
@@ -461,13 +461,13 @@ def _shown(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[ShownRo
 
 
 def check_models(
-    base: StoredModel, tuned: Sequence[StoredModel], has_train: bool, rivals: int = 0
+    base: StoredModel | None, tuned: Sequence[StoredModel], has_train: bool, rivals: int = 0
 ) -> None:
     """Raise :class:`RecipeError` for a model that is listed twice, or for a single contender."""
-    names = [base.id, *(each.id for each in tuned)]
+    names = [each.id for each in (base, *tuned) if each]
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise RecipeError(f"{duplicate} is listed twice. Name each model once.")
-    if len(tuned) + base.writes + rivals < 2 and not has_train:
+    if len(tuned) + bool(base and base.writes) + rivals < 2 and not has_train:
         raise RecipeError(
             "a comparison needs two contenders. Give a generative base model, training rows for "
             "baselines, or several tuned models."

@@ -24,10 +24,12 @@ from luthier.cli.service.database import (
 )
 from luthier.cli.terminal.bridge import Command, CommandGroup
 from luthier.cli.terminal.console import note, print_rows, print_text
+from luthier.formatting import format_duration
 
 if TYPE_CHECKING:
     from luthier.server.live.health import Health, PeriodHealth
     from luthier.server.tables.database import Database
+    from luthier.server.tables.jobs import Job
 
 _NEEDED = {
     "sft": "The rows need requests with text.",
@@ -320,6 +322,78 @@ def _health_row(period: PeriodHealth) -> Record:
     return row
 
 
+def retrain(
+    model: str,
+    *,
+    base: str | None = None,
+    since: str = "30d",
+    start: bool = False,
+    show: bool = False,
+    account: Account = FIRST_ACCOUNT,
+    region: Region = "us-east-1",
+    database: ServiceDatabase = None,
+) -> Record:
+    """Draft a retraining on old rows and on captured requests with feedback; start and show the job.
+
+    Args:
+        model: Custom model, or a deployment.
+        base: New base model; the model's base by default.
+        since: Only requests of this period: 30d, 12h or 2026-01-31.
+        start: Start the draft.
+        show: Show the last retraining and its verdict.
+    """
+    from luthier.errors import RefusedInput
+    from luthier.limits import AccountQuotas
+    from luthier.server import retraining
+    from luthier.server.live.rows import parse_since
+    from luthier.server.stores.locations import Locations
+    from luthier.server.tables.accounts import quotas_of
+    from luthier.server.tables.arns import Arns
+
+    with open_database(database) as service:
+        if start:
+            with service.write() as session:
+                job = retraining.start(session, account, model)
+        elif show:
+            with service.read() as session:
+                found = retraining.latest(session, account, model)
+            if found is None:
+                raise RefusedInput(f'Model "{model}" has no retraining.')
+            job = found
+        else:
+            with service.read() as session:
+                quotas = quotas_of(session, account, AccountQuotas())
+            job = retraining.draft(
+                Locations(service), Arns(region), account, model, parse_since(since), base, quotas
+            )
+    return _retraining(job)
+
+
+def _retraining(job: Job) -> Record:
+    plan = job.details["retraining"]
+    seconds = plan["estimated_seconds"]
+    compared = job.result["retraining"] if job.result and "retraining" in job.result else {}
+    return {
+        "model": plan["model"],
+        "job": job.name,
+        "state": "Draft" if job.state == "Paused" and not job.attempts else job.state,
+        "base": job.recipe["base"],
+        "rows": plan["rows"],
+        "estimate": None if seconds is None else format_duration(seconds),
+        "failure": job.failure,
+        "verdict": compared.get("verdict"),
+    }
+
+
+def show_retraining(record: Record) -> None:
+    """Print the plan or the verdict, and the next command."""
+    show_record(record)
+    if record["state"] == "Draft":
+        print_text(f"\nTrain on the rows: luthier live retrain {record['model']} --start")
+    elif record["state"] in ("Queued", "Running"):
+        print_text(f"\nSee the result: luthier live retrain {record['model']} --show")
+
+
 def promote(
     deployment: str,
     model: str,
@@ -566,6 +640,7 @@ schedule_app.add(Command(schedule_show, show_schedule, "show"))
 schedule_app.add(Command(schedule_remove, show_record, "remove"))
 live_app.add_typer(schedule_app, name="schedule")
 live_app.add(Command(health, show_health))
+live_app.add(Command(retrain, show_retraining))
 live_app.add(Command(promote, show_history))
 live_app.add(Command(rollback, show_history))
 live_app.add(Command(history, show_history))

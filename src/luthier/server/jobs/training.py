@@ -40,6 +40,7 @@ from luthier.library import models
 from luthier.library.models import StoredModel, find
 from luthier.recipe import DataSpec, parse
 from luthier.server.jobs import output_files as outputs
+from luthier.server.jobs.comparison import compare_with_active
 from luthier.server.jobs.data import JobData, fetch_data
 from luthier.server.jobs.folders import tidy
 from luthier.server.jobs.job_reporter import JobReporter
@@ -228,6 +229,12 @@ class TrainingWorker(Worker[Job]):
             validation_losses=_validation_losses(model, job, data, run["validation_loss"]),
         )
         if verdicts:
+            result["verdicts"] = list(map(reporter.rename, verdicts))
+        if plan := job.details.get("retraining"):
+            reporter.stage("Comparison with the model before")
+            result["retraining"] = compare_with_active(job, plan, model, self.locations)
+            verdicts.append(result["retraining"]["verdict"])
+            reporter.note(verdicts[-1])
             result["verdicts"] = list(map(reporter.rename, verdicts))
         if examples := _held_out_examples(model, data):
             result["examples"] = examples

@@ -140,7 +140,10 @@ def health(objects: Objects, account: str, model: str, since: datetime) -> Healt
     with objects.database.read() as session:
         rows = session.scalars(requests_to(account, model, since)).all()
         if not rows:
-            raise _no_requests(session, account, model, since)
+            raise unknown_model(session, account, model) or NoRequests(
+                f'Model "{model}" has no captured requests since {since:%Y-%m-%d}.',
+                advice="Turn capture on with `luthier live capture on`, or choose an earlier `since`.",
+            )
     periods = _periods(rows)
     for period in periods:
         _add_answers(objects, period)
@@ -161,16 +164,14 @@ def health(objects: Objects, account: str, model: str, since: datetime) -> Healt
     )  # fmt: skip
 
 
-def _no_requests(session: Session, account: str, model: str, since: datetime) -> NoRequests:
+def unknown_model(session: Session, account: str, model: str) -> NoRequests | None:
+    """Return the error for a model that the account does not have; None for other models."""
     names = {name for each in foundation_models() for name in (each.id, each.base)}
     for column in (CapturedRequest.model, CustomModel.name, CustomModel.stored_id, Endpoint.name):
         mine = select(column).distinct().where(column.class_.account == account)
         names.update(filter(None, session.scalars(mine)))
     if model in names:
-        return NoRequests(
-            f'Model "{model}" has no captured requests since {since:%Y-%m-%d}.',
-            advice="Turn capture on with `luthier live capture on`, or choose an earlier `since`.",
-        )
+        return None
     near = nearest_name(model, names)
     advice = f'Did you mean "{near}"?' if near else "`luthier live capture show` lists the models."
     return NoRequests(f'There is no model "{model}".', advice=advice)

@@ -214,7 +214,7 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
     with context.database.write() as session:
         job = submit(session, submission, context.arns, context.quotas(call.account))
         call.record_created(f"model-customization-job/{job.foundation}/{job.id}")
-        view = _view(job)
+        view = view_job(job)
     context.wake()
     return view
 
@@ -229,7 +229,7 @@ def list_jobs(call: NativeCall, page: Annotated[JobsPage, Query()]) -> JobsView:
         )
         places = _places(call, session, rows)
     next_position = rows[page.limit - 1].seq if len(rows) > page.limit else None
-    views = [_view(job, places) for job in rows[: page.limit]]
+    views = [view_job(job, places) for job in rows[: page.limit]]
     return JobsView(jobs=views, next=next_position)
 
 
@@ -239,7 +239,7 @@ def get_job(call: NativeCall, job: Name) -> JobView:
     row = _find(call, job)
     with call.context.database.read() as session:
         places = _places(call, session, [row])
-    return _view(row, places, JobFolders(row.id).log_tail())
+    return view_job(row, places, JobFolders(row.id).log_tail())
 
 
 @router.delete("/jobs/{job}")
@@ -329,7 +329,7 @@ def _events(call: Call, job: Job, after: int) -> tuple[str, Sequence[JobEvent]]:
 def _change(call: Call, name: str, act: Callable[[Session, Job], Job]) -> JobView:
     with call.context.database.write() as session:
         job = queue.get(session, call.account, name, lock=True)
-        view = _view(act(session, _existing(call, name, job)))
+        view = view_job(act(session, _existing(call, name, job)))
     call.context.wake()
     return view
 
@@ -355,9 +355,10 @@ def _places(call: NativeCall, session: Session, rows: Sequence[Job]) -> Mapping[
     return call.context.queue_places(session) if waits else {}
 
 
-def _view(
+def view_job(
     job: Job, places: Mapping[str, QueuePlace] | None = None, log: list[str] | None = None
 ) -> JobView:
+    """Return a job for a response."""
     fields: dict[str, Any] = {"base": job.base_model, "log": log}
     place = (places or {}).get(job.id)
     fields["queue_position"] = place and place.position

@@ -20,6 +20,7 @@ from luthier.server.http.routes import Name
 from luthier.server.identifiers import find_foundation, find_model
 from luthier.server.live.health import Health, NoRequests, health
 from luthier.server.live.rows import parse_since
+from luthier.server.native.jobs import JobView, view_job
 from luthier.server.native.model_operations import (
     Abilities,
     abilities_of,
@@ -27,6 +28,7 @@ from luthier.server.native.model_operations import (
     writes,
 )
 from luthier.server.native.operations import Input, NativeCall, View, native_router
+from luthier.server.retraining import draft
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import RESERVED, CustomModel
 from luthier.server.tables.foundation import FoundationModel, foundation_models, kind_of
@@ -118,6 +120,15 @@ class HealthQuery(Input):
     """Age of the oldest request (``30d``, ``12h``), or an ISO date."""
 
 
+class RetrainRequest(Input):
+    """New rows and base of a retraining."""
+
+    base: str | None = Field(default=None, min_length=1, max_length=2048)
+    """Base model: id, alias, name or ARN; by default the base of the model."""
+    since: str = Field(default="30d", max_length=64)
+    """Age of the oldest request (``30d``, ``12h``), or an ISO date."""
+
+
 @router.get("/models")
 def list_models(call: NativeCall) -> ModelsView:
     """List foundation models and the account's own models."""
@@ -164,6 +175,23 @@ def get_model_health(
         return health(capture.objects, call.account, model, parse_since(query.since))
     except NoRequests as error:
         raise Fault("ResourceNotFound", error.text, parameter="model") from error
+
+
+@router.post("/models/{model}/retrain", status_code=201)
+def retrain_model(call: NativeCall, model: Name, body: RetrainRequest) -> JobView:
+    """Prepare a retraining on the model's rows and on new rows from captured requests.
+
+    The job is a draft in the state ``Paused``. ``resumeJob`` starts the training.
+    """
+    context = call.context
+    context.capture.flush()  # requests may be younger than the last write
+    since, quotas = parse_since(body.since), context.quotas(call.account)
+    try:
+        job = draft(context.locations, context.arns, call.account, model, since, body.base, quotas)
+    except NoRequests as error:
+        raise Fault("ResourceNotFound", error.text, parameter="model") from error
+    call.record_created(f"model-customization-job/{job.foundation}/{job.id}")
+    return view_job(job)
 
 
 @router.get("/models/{model}/certificate")

@@ -75,6 +75,26 @@ class JobRefit(TypedDict):
     rows: int
 
 
+class Retraining(TypedDict):
+    """Plan of a retraining: the model, and rows for the comparison with the model."""
+
+    model: str
+    """Name of the model."""
+    stored_id: str
+    """Library id of the model."""
+    deployment: str | None
+    """Deployment of the model, if any."""
+    base_changed: bool
+    fresh: str
+    """Address of new rows that neither model was trained on."""
+    frozen: str | None
+    """Address of old rows that neither model was trained on, if any."""
+    rows: dict[str, int]
+    """Number of ``old`` and ``new`` training rows, and of ``fresh`` and ``frozen`` rows."""
+    estimated_seconds: float | None
+    """Duration by the training of the model; None for a different base."""
+
+
 class JobResult(TypedDict):
     """Result of a completed job."""
 
@@ -89,6 +109,8 @@ class JobResult(TypedDict):
     """Verdicts of the evaluation, with advice."""
     label_issues: NotRequired[dict[str, int]]
     """Number of suspicious labels (``issues``) and of examined ``rows``."""
+    retraining: NotRequired[dict[str, Any]]
+    """Comparison with the retrained model: ``verdict``, and figures for ``fresh`` and ``frozen``."""
     examples: NotRequired[list[dict[str, Any]]]
     """Validation rows that were not trained: ``messages`` or ``text``, and the answer ``wanted``."""
 
@@ -98,6 +120,8 @@ class JobDetails(TypedDict, total=False):
 
     sources: list[str]
     """Addresses of the training files."""
+    retraining: Retraining
+    """For a retraining."""
     chosen: dict[str, Any]
     """Settings chosen by the engine, by name."""
     reasons: dict[str, str]

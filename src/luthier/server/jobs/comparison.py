@@ -1,0 +1,91 @@
+"""Comparison of a retrained model with the model before, and the verdict on a promotion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from luthier.data.rows import load_rows
+from luthier.errors import LuthierError
+from luthier.evaluation.significance import as_gain
+from luthier.library.models import StoredModel, find
+from luthier.server.stores.locations import Locations
+from luthier.server.tables.jobs import Job, Retraining
+
+if TYPE_CHECKING:
+    from luthier.workflows.compare import Contender, HeadToHead
+
+MOST_ROWS = 500
+"""Maximum number of rows of a set."""
+
+
+def compare_with_active(
+    job: Job, plan: Retraining, model: StoredModel, locations: Locations
+) -> dict[str, Any]:
+    """Return the comparisons on fresh and frozen rows, and the verdict.
+
+    A failed comparison is a verdict, too: the model is stored in any case.
+    """
+    found: dict[str, HeadToHead] = {}
+    try:
+        for part, address in (("fresh", plan["fresh"]), ("frozen", plan["frozen"])):
+            if address is not None:
+                found[part] = _compare(job.account, address, plan, model, locations)
+    except LuthierError as error:
+        return {"verdict": f"{job.model_name} and {plan['model']} cannot be compared: {error}"}
+    figures = {part: each.plain() for part, each in found.items()}
+    return {"verdict": _verdict(job.model_name, plan, model.id, found), **figures}
+
+
+def _compare(
+    account: str, address: str, plan: Retraining, model: StoredModel, locations: Locations
+) -> HeadToHead:
+    from luthier.workflows.compare import compare
+
+    with TemporaryDirectory() as folder:
+        ((_, file),) = locations.fetch(account, address, Path(folder))
+        rows = load_rows(str(file))[:MOST_ROWS]
+    return compare(rows, None, [find(plan["stored_id"]), model])
+
+
+def _verdict(name: str, plan: Retraining, model_id: str, found: dict[str, HeadToHead]) -> str:
+    """Return a sentence on the promotion, with figures and the command."""
+    from luthier.workflows.compare import EQUAL_TIME_RATIO
+
+    texts, gains = [], []
+    for part, each in found.items():
+        new, old = _contenders(each, model_id)
+        (difference,) = each.behind().values()
+        sign = 1 if new is not each.best else -1
+        change = as_gain(each.measure, sign * difference.value)
+        if difference.significant:
+            gains.append(change)
+        style = ".1%" if new.score.is_share else ".3g"
+        texts.append(
+            f"{each.measure.replace('_', ' ')} {new.score.value:{style}} against "
+            f"{old.score.value:{style}} on {each.rows:,} {part} rows (difference "
+            f"{change + 0.0:+{style}} \N{PLUS-MINUS SIGN} {difference.error:{style}})"
+        )
+    new, old = _contenders(found["fresh"], model_id)
+    faster = new.seconds * EQUAL_TIME_RATIO < old.seconds
+    if plan["base_changed"]:
+        texts.append(
+            f"{1000 * new.seconds:,.1f} against {1000 * old.seconds:,.1f} ms per answer, "
+            f"{new.memory_bytes / 1e6:,.0f} against {old.memory_bytes / 1e6:,.0f} MB of memory"
+        )
+    figures = "; ".join(texts)
+    if any(gain < 0 for gain in gains):
+        return f"Do not promote {name}: significantly worse than {plan['model']}: {figures}."
+    if not gains and not (plan["base_changed"] and faster):
+        return f"Keep {plan['model']}: {name} is not significantly better: {figures}."
+    why = "significantly better" if gains else "faster, and not significantly worse"
+    command = f"luthier live promote {plan['deployment'] or 'DEPLOYMENT'} {name}"
+    return f"Promote {name}: {why} than {plan['model']}: {figures}. Command: {command}"
+
+
+def _contenders(found: HeadToHead, model_id: str) -> tuple[Contender, Contender]:
+    """Return the new model and the model before."""
+    new = next(each for each in found.contenders if each.name.startswith(model_id))
+    old = next(each for each in found.contenders if each is not new)
+    return new, old

@@ -1,0 +1,409 @@
+"""Retraining of a model: a draft job on the model's rows and on new rows from captured requests.
+
+A draft is a paused job, so that the operations of jobs start, show and delete the draft.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from luthier.data.files.read import read_records
+from luthier.data.files.sources import files_of
+from luthier.data.rows import Checker, load_rows
+from luthier.errors import (
+    DataError,
+    DownloadError,
+    LocationRefused,
+    LuthierError,
+    Problem,
+    RefusedInput,
+    WrongState,
+)
+from luthier.files import json_lines, sha256_of, write_bytes
+from luthier.gate.row_keys import hash_texts, match_questions, question_of
+from luthier.library import models
+from luthier.library.models import StoredModel
+from luthier.limits import AccountQuotas
+from luthier.recipe import Recipe, parse
+from luthier.server.identifiers import ModelIds, find_endpoint, find_model
+from luthier.server.jobs.deletion import delete_job
+from luthier.server.jobs.submit import FINE_TUNING, SETTABLE_DATA, Submission, submit
+from luthier.server.live.health import unknown_model
+from luthier.server.live.rows import (
+    GOOD,
+    KINDS,
+    Answer,
+    Row,
+    RowKind,
+    captured_answers,
+    training_rows,
+)
+from luthier.server.stores.locations import Locations
+from luthier.server.stores.uploaded_files import file_address
+from luthier.server.tables import jobs
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import LONGEST_NAME, CustomModel
+from luthier.server.tables.endpoints import DEPLOYMENT, Endpoint
+from luthier.server.tables.jobs import PAUSED, Job, Retraining
+
+LEAST_NEW = 20
+"""Minimum number of different new inputs."""
+FRESH_SHARE = 0.2
+"""Share of the new inputs that no model is trained on, for the comparison."""
+DRAFT = "Draft of a retraining. Nothing is trained before a person resumes the job."
+_KEPT_DATA = tuple(name for name in SETTABLE_DATA if name not in ("columns", "group_column"))
+"""Data settings of the model that still apply: columns are renamed, and the split is explicit."""
+
+
+@dataclass(frozen=True)
+class _Active:
+    """The model to retrain, with the addresses or paths of its rows."""
+
+    model: CustomModel
+    stored: StoredModel
+    job: Job | None
+    """Job of the model; None for a model of the CLI."""
+    deployment: str | None
+    recipe: Recipe
+    train: Sequence[str]
+    held_out: Sequence[str]
+    """Validation rows, and fresh rows of an earlier retraining."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows in luthier's keys."""
+
+    old: list[Row]
+    new: list[Row]
+    fresh: list[Row]
+    """New rows for the comparison only."""
+    frozen: list[Row]
+    """Old rows that the model was not trained on."""
+
+
+def draft(
+    locations: Locations,
+    arns: Arns,
+    account: str,
+    model: str,
+    since: datetime,
+    base: str | None = None,
+    quotas: AccountQuotas | None = None,
+) -> Job:
+    """Prepare a retraining as a paused job. The draft replaces an earlier draft of the model.
+
+    Args:
+        model: name of a custom model, or of a deployment.
+        since: time of the oldest request for new rows.
+        base: new base model; by default the base of the model.
+
+    Raises:
+        NoRequests: for an unknown model.
+        RefusedInput: for an unsupported model, missing old rows, or too few new rows.
+        DataError: for old rows that cannot be read.
+    """
+    database = locations.uploads.database
+    with database.read() as session:
+        active = _find_active(session, arns, account, model)
+    rows = _collect(locations, account, active, {model, active.model.name}, since)
+    base_model = ModelIds(database, arns).base(account, base or active.model.base_model)
+    if base_model is None:
+        missing = base or active.model.base_model or "of an imported model"
+        raise RefusedInput(
+            f"The base {missing} does not exist. Choose a different base with `base`.",
+            setting="base",
+        )
+    _discard(locations, arns, account, active.model.name)
+    name = _free_name(database, account, active.model.name)
+    kept = {"train": [*rows.old, *rows.new], "fresh": rows.fresh, "frozen": rows.frozen}
+    addresses = {
+        part: file_address(
+            locations.uploads.add(
+                account, [json_lines(found).encode()], f"{name}-{part}.jsonl", "fine-tune"
+            ).id
+        )
+        for part, found in kept.items()
+        if found
+    }
+    frozen = addresses.get("frozen")
+    submission = Submission(
+        account=account,
+        api="native",
+        job_name=name,
+        model_name=name,
+        customization_type=FINE_TUNING,
+        base=base_model,
+        training=[addresses["train"]],
+        validators=[frozen] if frozen else [],
+        settings=_settings(active, with_base=base is not None),
+    )
+    with database.write() as session:
+        job = submit(session, submission, arns, quotas)
+        plan = Retraining(
+            model=active.model.name, stored_id=active.stored.id, fresh=addresses["fresh"],
+            frozen=frozen, deployment=active.deployment, base_changed=base is not None,
+            rows={
+                "old": len(rows.old), "new": len(rows.new), "fresh": len(rows.fresh),
+                "frozen": len(rows.frozen),
+            },
+            estimated_seconds=None if base else _estimated_seconds(active, len(kept["train"])),
+        )  # fmt: skip
+        job.details = {**job.details, "retraining": plan}
+        return jobs.move(session, job, PAUSED, DRAFT)
+
+
+def latest(session: Session, account: str, model: str) -> Job | None:
+    """Return the last retraining of a model, by the name of the model or of its deployment."""
+    found = session.scalars(select(Job).where(Job.account == account).order_by(Job.seq.desc()))
+    for job in found:
+        plan = job.details.get("retraining")
+        if plan and model in (plan["model"], plan["deployment"]):
+            return job
+    return None
+
+
+def start(session: Session, account: str, model: str) -> Job:
+    """Queue the draft of a model.
+
+    Raises:
+        WrongState: without a draft.
+    """
+    job = latest(session, account, model)
+    if job is None or not _is_draft(job):
+        state = f" The last retraining, {job.name}, is {job.state}." if job else ""
+        raise WrongState(
+            f'Model "{model}" has no draft.{state} Prepare a draft with `luthier live retrain {model}`.'
+        )
+    return jobs.resume(session, job)
+
+
+def _is_draft(job: Job) -> bool:
+    return job.state == PAUSED and not job.attempts
+
+
+def _discard(locations: Locations, arns: Arns, account: str, model: str) -> None:
+    """Delete the draft of a model with its files."""
+    database = locations.uploads.database
+    with database.write() as session:
+        job = latest(session, account, model)
+        if job is None or not _is_draft(job):
+            return
+        jobs.stop(session, job)
+    delete_job(database, arns, job)
+    plan = job.details["retraining"]
+    for address in (*job.details["sources"], plan["fresh"], plan["frozen"]):
+        if address:
+            locations.uploads.delete(account, address.rpartition("/")[2])
+
+
+def _find_active(session: Session, arns: Arns, account: str, name: str) -> _Active:
+    endpoint = find_endpoint(session, arns, account, DEPLOYMENT, name)
+    custom = find_model(session, arns, account, endpoint.model if endpoint else name)
+    if custom is None:
+        raise unknown_model(session, account, name) or RefusedInput(
+            f'"{name}" is no custom model and has no training rows.', setting="model"
+        )
+    if custom.stored_id is None:
+        raise RefusedInput(f'Model "{custom.name}" is {custom.status}.', setting="model")
+    stored = models.find(custom.stored_id)
+    if stored.objective.method not in KINDS:
+        raise RefusedInput(
+            f'Model "{custom.name}" was trained with `{stored.objective.method}`. Feedback gives rows '
+            f"for {', '.join(KINDS)}.",
+            setting="model",
+        )
+    if endpoint is None:
+        serves = Endpoint.kind == DEPLOYMENT, Endpoint.model == custom.arn(arns)
+        endpoint = session.scalar(select(Endpoint).where(*serves).order_by(Endpoint.seq))
+    job = custom.job_id and session.scalar(select(Job).where(Job.id == custom.job_id))
+    recipe = parse(Recipe, job.recipe if job else stored.manifest.recipe or {})
+    if job:
+        plan = job.details.get("retraining")
+        train, held_out = (
+            job.details["sources"],
+            [*job.validators, *([plan["fresh"]] if plan else [])],
+        )
+    else:
+        spec = recipe.data
+        train = [spec.train, *(each.train for each in spec.mix)]
+        held_out = [spec.validation] if spec.validation else []
+    deployment = endpoint.name if endpoint else None
+    return _Active(custom, stored, job or None, deployment, recipe, train, held_out)
+
+
+def _settings(active: _Active, with_base: bool) -> dict[str, Any]:
+    """Return the settings of the model that differ from the defaults.
+
+    Training and adaptation were chosen for the base: a different base gets the defaults.
+    """
+    recipe = active.recipe
+    if active.job is None:
+        # The manifest has resolved values; the run has the request.
+        from luthier.engine.runs import run_of
+
+        requested = run_of(active.stored.id).read_request().get("recipe")
+        recipe = parse(Recipe, requested) if requested else recipe
+    fields = recipe.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    groups = () if with_base else ("training", "adaptation")
+    data = {name: value for name, value in fields["data"].items() if name in _KEPT_DATA}
+    data.pop("validation_share", None)
+    settings = {name: fields[name] for name in groups if fields.get(name)}
+    method = {"method": active.stored.objective.method}
+    return {**settings, "objective": {**fields.get("objective", {}), **method}, "data": data}
+
+
+def _estimated_seconds(active: _Active, rows: int) -> float | None:
+    """Return the duration of the model's training, scaled to ``rows``."""
+    manifest = active.stored.manifest
+    seconds = (manifest.metrics or {}).get("seconds")
+    if not seconds or manifest.data is None or not manifest.data.rows:
+        return None
+    return float(seconds * rows / manifest.data.rows)
+
+
+def _free_name(database: Any, account: str, name: str) -> str:
+    """Return the first of ``name-r2``, ``name-r3``, … that no job or model has."""
+    stem = re.sub(r"-r\d+$", "", name)[: LONGEST_NAME - 5]
+    with database.read() as session:
+        mine = (
+            Job.account == account,
+            or_(Job.name.startswith(stem), Job.model_name.startswith(stem)),
+        )
+        taken = {
+            each
+            for row in session.scalars(select(Job).where(*mine))
+            for each in (row.name, row.model_name)
+        }
+        taken |= set(
+            session.scalars(select(CustomModel.name).where(CustomModel.account == account))
+        )
+    return next(free for number in count(2) if (free := f"{stem}-r{number}") not in taken)
+
+
+def _collect(
+    locations: Locations, account: str, active: _Active, names: Iterable[str], since: datetime
+) -> _Rows:
+    """Return old and new rows, without test rows among the training rows."""
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        old, frozen = _old_rows(locations, account, active, folder)
+        answers = [
+            answer
+            for name in names
+            for answer in captured_answers(locations.uploads.objects, account, name, since)
+        ]
+        kind = cast(RowKind, active.stored.objective.method)
+        rated = [each for each in answers if kind != "sft" or _is_good(each)]
+        new = [_in_form(row, old) for row in training_rows(rated, kind)]
+        parsed = {}
+        for part, records in (("old", old), ("new", new), ("frozen", frozen)):
+            file = folder / f"{part}.jsonl"
+            write_bytes(file, json_lines(records).encode())
+            parsed[part] = load_rows(str(file)) if records else []
+        tested = match_questions(parsed["new"], parsed["frozen"])
+        known = match_questions(parsed["new"], parsed["old"])
+        keys = [hash_texts(question_of(row)) for row in parsed["new"]]
+        usable = [n for n in range(len(new)) if n not in tested]
+        unseen = sorted({keys[n] for n in usable if n not in known})
+        if len(unseen) < LEAST_NEW:
+            raise RefusedInput(
+                f'Model "{active.model.name}" has {len(unseen)} new inputs with feedback since '
+                f"{since:%Y-%m-%d}; a retraining needs {LEAST_NEW}. {len(answers):,} answers were "
+                f"captured; {len(new)} give rows of the kind {kind}, {len(known)} of them for inputs "
+                "of the training rows. Collect more feedback, or choose an earlier `since`.",
+                setting="since",
+            )
+        test = {*unseen[: round(FRESH_SHARE * len(unseen))]}
+        fresh = [new[n] for n in usable if keys[n] in test]
+        learned = [n for n in usable if keys[n] not in test]
+        # The feedback is newer than the old rows for the same input.
+        replaced = match_questions(parsed["old"], [parsed["new"][n] for n in learned])
+        kept = [row for n, row in enumerate(old) if n not in replaced]
+        return _Rows(kept, [new[n] for n in learned], fresh, frozen)
+
+
+def _is_good(answer: Answer) -> bool:
+    """Return True for an answer that people corrected or rated as good."""
+    better = answer.latest("corrected", "preferred")
+    return better is not None or (answer.rating or 0) >= GOOD
+
+
+def _in_form(row: Row, old: Sequence[Row]) -> Row:
+    """Return a row of a conversation in the form of the old rows: messages, or prompt and reply."""
+    first = old[0] if old else {}
+    turns = row.get("messages", ())
+    if "completion" in row and "messages" in first:
+        message = {"role": "user", "content": row["prompt"]}
+        reply = {"role": "assistant", "content": row["completion"]}
+        return {"messages": [message, reply], "requests": row["requests"]}
+    if len(turns) == 2 and "completion" in first and isinstance(turns[0]["content"], str):
+        texts = {"prompt": turns[0]["content"], "completion": turns[1].get("content") or ""}
+        return {**texts, "requests": row["requests"]}
+    return row
+
+
+def _old_rows(
+    locations: Locations, account: str, active: _Active, folder: Path
+) -> tuple[list[Row], list[Row]]:
+    """Return the training rows and the test rows of the model.
+
+    Raises:
+        RefusedInput: if a file was deleted or changed since the training.
+    """
+    record = active.stored.manifest.data
+    if record is None:
+        raise RefusedInput(
+            f'Model "{active.model.name}" has no record of its rows.', setting="model"
+        )
+    path_of = {digest: path for path, digest in record.sha256.items()}
+    train: list[Row] = []
+    frozen: list[Row] = []
+    for source in (*active.train, *active.held_out):
+        try:
+            files = (
+                locations.fetch(account, source, folder / f"{len(train)}-{len(frozen)}")
+                if active.job
+                else [(str(path), path) for path in files_of(source)]
+            )
+        except (LocationRefused, DownloadError, DataError, OSError) as error:
+            raise _missing(active, source, str(error)) from error
+        for address, file in files:
+            path = path_of.get(sha256_of(file))
+            if path is None and source in active.train:
+                raise _missing(active, address, "The file has changed since the training.")
+            test_lines = set(record.held_out.get(path or "", ()))
+            if source in active.held_out:
+                frozen += [own for _, own in _records(file, active.recipe)]
+                continue
+            for line, own in _records(file, active.recipe):
+                (frozen if line in test_lines else train).append(own)
+    return train, frozen
+
+
+def _records(file: Path, recipe: Recipe) -> list[tuple[int, Row]]:
+    """Return line numbers and rows in luthier's keys."""
+    problems: list[Problem] = []
+    checker = Checker(str(file), problems, recipe.data.columns)
+    checker.accepts_own_keys = True
+    found = [(line, checker.own_record(record)) for line, record in read_records(file, problems)]
+    if problems:
+        raise DataError(problems)
+    return [(line, dict(own)) for line, own in found if own is not None]
+
+
+def _missing(active: _Active, source: str, why: str) -> LuthierError:
+    return RefusedInput(
+        f'The training rows of model "{active.model.name}" cannot be read from {source}: {why}',
+        advice="Restore the file, or train a new model with `luthier tune`.",
+    )

@@ -1,0 +1,128 @@
+"""Retraining through ``luthier serve``: draft, start, comparison with the model before."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from luthier_server import BASE, Served, home_with_tiny, until
+
+from luthier.server.tables.jobs import ENDED
+
+SETTINGS = {"training": {"max_steps": 2}, "adaptation": {"method": "lora", "rank": 2}}
+
+YES_OR_NO = {
+    "type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "boolean"}},
+}  # fmt: skip
+"""Format of a complete answer: the export leaves truncated answers out."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
+    """With the custom model ``mine``, a bucket, and capture."""
+    made = Served(home_with_tiny(tmp_path_factory.mktemp("retraining"), tiny_model_folder))
+    made.start()
+    made.client("s3").create_bucket(Bucket="bucket")
+    put(made, "rows.jsonl", range(40))
+    put(made, "held.jsonl", range(40, 60))
+    asked = {
+        "name": "job", "model_name": "mine", "base": BASE, "training": ["s3://bucket/rows.jsonl"],
+        "validation": ["s3://bucket/held.jsonl"], "settings": SETTINGS,
+    }  # fmt: skip
+    assert made.ask("POST", "/api/v1/jobs", asked)[0] == 201
+    assert ended(made, "job")["state"] == "Completed"
+    made.command("live", "capture", "on")
+    time.sleep(1.5)  # until the server reads the setting
+    yield made
+    made.end()
+
+
+def put(server: Served, key: str, numbers: range) -> None:
+    lines = [{"prompt": f"number {n}?", "completion": f"it is {n}."} for n in numbers]
+    body = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    server.client("s3").put_object(Bucket="bucket", Key=key, Body=body)
+
+
+def ended(server: Served, job: str) -> Any:
+    path = f"/api/v1/jobs/{job}"
+    until(lambda: server.ask("GET", path)[1]["state"] in ENDED, 280)
+    return server.ask("GET", path)[1]
+
+
+def rated(server: Served, model: str, numbers: range) -> None:
+    """Send a captured chat with a corrected answer for each number."""
+    for n in numbers:
+        message = {"role": "user", "content": f"number {n}?"}
+        body = {"model": model, "messages": [message], "response_format": YES_OR_NO}
+        status, answer = server.ask("POST", "/v1/chat/completions", body)
+        assert status == 200
+        feedback = {"request": answer["id"], "corrected": f"now {n}!"}
+        assert server.ask("POST", "/api/v1/feedback", feedback)[0] == 200
+
+
+def rows(server: Served, address: str) -> list[str]:
+    bucket, _, key = address.removeprefix("s3://").partition("/")
+    body = server.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
+    return [json.loads(line)["completion"] for line in body.splitlines()]
+
+
+def test_draft_trains_after_start_and_is_compared(server: Served) -> None:
+    # Numbers from 30 are training rows, from 40 test rows, from 60 new.
+    rated(server, "mine", range(30, 90))
+    status, first = server.ask("POST", "/api/v1/models/mine/retrain", {})
+    assert (status, first["state"], first["attempts"]) == (201, "Paused", 0), first
+    plan = first["details"]["retraining"]
+    assert plan["rows"] == {"old": 30, "new": 34, "fresh": 6, "frozen": 20}
+    assert plan["model"] == "mine" and plan["estimated_seconds"] > 0
+    learned = rows(server, first["details"]["sources"][0])
+    fresh = rows(server, plan["fresh"])
+    assert "now 30!" in learned and "it is 30." not in learned
+    assert not {f"now {n}!" for n in range(40, 60)} & {*learned, *fresh}
+    assert {f"now {n}!" for n in range(60, 90)} == ({*learned} - {*learned[:40]}) | {*fresh}
+    assert sorted(rows(server, plan["frozen"])) == sorted(f"it is {n}." for n in range(40, 60))
+    assert first["recipe"]["training"]["max_steps"] == 2
+    assert first["recipe"]["adaptation"]["rank"] == 2
+
+    # A second draft replaces the first, with its files.
+    drafted = server.command("live", "retrain", "mine", "--since", "1d").stdout
+    assert "mine-r2" in drafted and "retrain mine --start" in drafted
+    files = {each["id"] for each in server.ask("GET", "/v1/files")[1]["data"]}
+    assert plan["fresh"].rpartition("/")[2] not in files
+    server.command("live", "retrain", "mine", "--start")
+    job = ended(server, "mine-r2")
+    assert job["state"] == "Completed", job["failure"]
+    compared = job["result"]["retraining"]
+    assert (compared["fresh"]["rows"], compared["frozen"]["rows"]) == (6, 20)
+    assert compared["verdict"] in job["result"]["verdicts"]
+    assert "6 fresh rows" in compared["verdict"] and "20 frozen rows" in compared["verdict"]
+    assert compared["verdict"] in server.command("live", "retrain", "mine", "--show").stdout
+
+    # Fresh rows of a retraining are test rows of the next.
+    rated(server, "mine-r2", range(90, 120))
+    status, second = server.ask("POST", "/api/v1/models/mine-r2/retrain", {"base": "mine"})
+    assert status == 201, second
+    assert second["details"]["retraining"]["rows"]["frozen"] == 26
+    assert "estimated_seconds" in second["details"]["retraining"]
+
+
+def test_input_without_a_retraining(server: Served) -> None:
+    def refused(model: str, **body: str) -> str:
+        status, answer = server.ask("POST", f"/api/v1/models/{model}/retrain", body)
+        assert status in (400, 404, 409), answer
+        return str(answer["error"]["message"])
+
+    assert 'Did you mean "mine"?' in refused("mime")
+    assert "0 new inputs" in refused("mine", since="2030-01-01")
+    assert "is not a period" in refused("mine", since="soon")
+    assert "no custom model" in refused("tiny")
+    assert "no draft" in server.command("live", "retrain", "tiny", "--start", fails=True).stderr
+    rated(server, "mine", range(200, 225))
+    assert "The base gone does not exist" in refused("mine", base="gone")
+    put(server, "rows.jsonl", range(3))
+    assert "has changed since the training" in refused("mine")
+    server.client("s3").delete_object(Bucket="bucket", Key="rows.jsonl")
+    assert "no object s3://bucket/rows.jsonl" in refused("mine")
