@@ -92,7 +92,7 @@ class ModelSpec(StrictModel):
     @model_validator(mode="after")
     def _check_encrypted(self) -> Self:
         parts = urlsplit(self.url or "https:")
-        if parts.scheme == "http" and not self.plain_http and not _loopback(parts.hostname or ""):
+        if parts.scheme == "http" and not self.plain_http and not is_loopback(parts.hostname or ""):
             raise ValueError(
                 f"{self.url} is another machine, and http is not encrypted. Use https, or allow http "
                 f"with `{self.set_by}plain_http=true`"
@@ -121,7 +121,8 @@ def address_fields(text: str) -> dict[str, Any]:
     return {"url": url, "model": model} if model else {"url": url}
 
 
-def _loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return True for a host name or address of this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

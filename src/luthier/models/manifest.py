@@ -20,8 +20,9 @@ from luthier.validation import describe_constraint
 
 MANIFEST = "luthier.json"
 CERTIFICATE, REPORTS, SIGNATURE = "certificate.json", "reports", "model.sig"
+DRIFT_SAMPLE = "drift.npz"
 """Files added to a model later, without an effect on the model's output."""
-OWN_FILES = frozenset({MANIFEST, CERTIFICATE, REPORTS, SIGNATURE})
+OWN_FILES = frozenset({MANIFEST, CERTIFICATE, REPORTS, SIGNATURE, DRIFT_SAMPLE})
 """luthier's files and folders in a model folder, not part of network or tokenizer."""
 RANDOM = "random:"
 """Prefix of ``source`` for base models with random weights."""

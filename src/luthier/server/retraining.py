@@ -66,7 +66,7 @@ _KEPT_DATA = tuple(name for name in SETTABLE_DATA if name not in ("columns", "gr
 
 
 @dataclass(frozen=True)
-class _Active:
+class ActiveModel:
     """The model to retrain, with the addresses or paths of its rows."""
 
     model: CustomModel
@@ -115,7 +115,13 @@ def draft(
     """
     database = locations.uploads.database
     with database.read() as session:
-        active = _find_active(session, arns, account, model)
+        active = find_active(session, arns, account, model)
+    if active.stored.objective.method not in KINDS:
+        raise RefusedInput(
+            f'Model "{active.model.name}" was trained with `{active.stored.objective.method}`. '
+            f"Feedback gives rows for {', '.join(KINDS)}.",
+            setting="model",
+        )
     rows = _collect(locations, account, active, {model, active.model.name}, since)
     base_model = ModelIds(database, arns).base(account, base or active.model.base_model)
     if base_model is None:
@@ -207,7 +213,13 @@ def _discard(locations: Locations, arns: Arns, account: str, model: str) -> None
             locations.uploads.delete(account, address.rpartition("/")[2])
 
 
-def _find_active(session: Session, arns: Arns, account: str, name: str) -> _Active:
+def find_active(session: Session, arns: Arns, account: str, name: str) -> ActiveModel:
+    """Return a custom model, or the model of a deployment.
+
+    Raises:
+        NoRequests: for an unknown model.
+        RefusedInput: for a base model, or an unfinished model.
+    """
     endpoint = find_endpoint(session, arns, account, DEPLOYMENT, name)
     custom = find_model(session, arns, account, endpoint.model if endpoint else name)
     if custom is None:
@@ -217,12 +229,6 @@ def _find_active(session: Session, arns: Arns, account: str, name: str) -> _Acti
     if custom.stored_id is None:
         raise RefusedInput(f'Model "{custom.name}" is {custom.status}.', setting="model")
     stored = models.find(custom.stored_id)
-    if stored.objective.method not in KINDS:
-        raise RefusedInput(
-            f'Model "{custom.name}" was trained with `{stored.objective.method}`. Feedback gives rows '
-            f"for {', '.join(KINDS)}.",
-            setting="model",
-        )
     if endpoint is None:
         serves = Endpoint.kind == DEPLOYMENT, Endpoint.model == custom.arn(arns)
         endpoint = session.scalar(select(Endpoint).where(*serves).order_by(Endpoint.seq))
@@ -239,10 +245,10 @@ def _find_active(session: Session, arns: Arns, account: str, name: str) -> _Acti
         train = [spec.train, *(each.train for each in spec.mix)]
         held_out = [spec.validation] if spec.validation else []
     deployment = endpoint.name if endpoint else None
-    return _Active(custom, stored, job or None, deployment, recipe, train, held_out)
+    return ActiveModel(custom, stored, job or None, deployment, recipe, train, held_out)
 
 
-def _settings(active: _Active, with_base: bool) -> dict[str, Any]:
+def _settings(active: ActiveModel, with_base: bool) -> dict[str, Any]:
     """Return the settings of the model that differ from the defaults.
 
     Training and adaptation were chosen for the base: a different base gets the defaults.
@@ -263,7 +269,7 @@ def _settings(active: _Active, with_base: bool) -> dict[str, Any]:
     return {**settings, "objective": {**fields.get("objective", {}), **method}, "data": data}
 
 
-def _estimated_seconds(active: _Active, rows: int) -> float | None:
+def _estimated_seconds(active: ActiveModel, rows: int) -> float | None:
     """Return the duration of the model's training, scaled to ``rows``."""
     manifest = active.stored.manifest
     seconds = (manifest.metrics or {}).get("seconds")
@@ -292,12 +298,12 @@ def _free_name(database: Any, account: str, name: str) -> str:
 
 
 def _collect(
-    locations: Locations, account: str, active: _Active, names: Iterable[str], since: datetime
+    locations: Locations, account: str, active: ActiveModel, names: Iterable[str], since: datetime
 ) -> _Rows:
     """Return old and new rows, without test rows among the training rows."""
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        old, frozen = _old_rows(locations, account, active, folder)
+        old, frozen = old_rows(locations, account, active, folder)
         answers = [
             answer
             for name in names
@@ -353,8 +359,8 @@ def _in_form(row: Row, old: Sequence[Row]) -> Row:
     return row
 
 
-def _old_rows(
-    locations: Locations, account: str, active: _Active, folder: Path
+def old_rows(
+    locations: Locations, account: str, active: ActiveModel, folder: Path
 ) -> tuple[list[Row], list[Row]]:
     """Return the training rows and the test rows of the model.
 
@@ -376,10 +382,11 @@ def _old_rows(
                 if active.job
                 else [(str(path), path) for path in files_of(source)]
             )
+            hashed = [(address, file, sha256_of(file)) for address, file in files]
         except (LocationRefused, DownloadError, DataError, OSError) as error:
             raise _missing(active, source, str(error)) from error
-        for address, file in files:
-            path = path_of.get(sha256_of(file))
+        for address, file, digest in hashed:
+            path = path_of.get(digest)
             if path is None and source in active.train:
                 raise _missing(active, address, "The file has changed since the training.")
             test_lines = set(record.held_out.get(path or "", ()))
@@ -402,7 +409,7 @@ def _records(file: Path, recipe: Recipe) -> list[tuple[int, Row]]:
     return [(line, dict(own)) for line, own in found if own is not None]
 
 
-def _missing(active: _Active, source: str, why: str) -> LuthierError:
+def _missing(active: ActiveModel, source: str, why: str) -> LuthierError:
     return RefusedInput(
         f'The training rows of model "{active.model.name}" cannot be read from {source}: {why}',
         advice="Restore the file, or train a new model with `luthier tune`.",

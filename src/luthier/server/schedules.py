@@ -22,6 +22,7 @@ from luthier.server.jobs.submit import submit_measurement
 from luthier.server.promotion import UnknownName, find_deployment
 from luthier.server.stores.locations import Locations
 from luthier.server.tables.accounts import quotas_of
+from luthier.server.tables.alerts import add_alert
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database, new_id, now
 from luthier.server.tables.endpoints import Endpoint
@@ -196,7 +197,8 @@ class Schedules:
                 return
             schedule.announced = run.seq
             if endpoint is not None and (run.failure or (run.change or {}).get("is_fall")):
-                _log.warning("%s", alert_text(endpoint, run))
+                text, key = alert_text(endpoint, run), f"evaluation {run.id}"
+                add_alert(session, schedule.account, "evaluation", endpoint.name, text, key)
 
 
 def alert_text(endpoint: Endpoint, run: Measurement) -> str:

@@ -35,6 +35,7 @@ from luthier.server.http.metrics import Meter, Metrics
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.runners import Runner
 from luthier.server.jobs.scheduler import Scheduler
+from luthier.server.live.alerts import Alerts
 from luthier.server.live.canary import Canaries
 from luthier.server.live.capture import Capture
 from luthier.server.native.operations import Context
@@ -59,6 +60,7 @@ from luthier.server.tables.measurements import Measurement
 from luthier.server.tables.principals import matching_server_key
 from luthier.server.tables.schema import upgrade
 from luthier.server.tables.secrets import Sealing
+from luthier.server.watch import Watch
 
 _log = logging.getLogger("luthier.server")
 LAMBDA = re.compile(
@@ -119,6 +121,8 @@ class Service:
         self.trail = AuditTrail(self.database)
         self.capture = Capture(self.objects, settings.region)
         self.canaries = Canaries(self.database)
+        self.alerts = Alerts(self.database, settings.alert_webhook, settings.alert_secret)
+        self.watch = Watch(self.locations, self.arns)
         self.schedules = Schedules(self.database, settings.limits, self.scheduler.wake)
         components = Components(
             database=self.database,
@@ -171,6 +175,8 @@ class Service:
         self.activation.start()
         self.capture.start()
         self.canaries.start()
+        self.alerts.start()
+        self.watch.start()
         self.openai.start()
         self.memory.start()
         if work:
@@ -189,6 +195,8 @@ class Service:
         self.openai.close()
         self.capture.close()
         self.canaries.close()
+        self.alerts.close()
+        self.watch.close()
         self.activation.close()
         self.meter.close()
         self.pool.close()
@@ -255,6 +263,7 @@ class Service:
             }
         return {
             **{name: {s: float(count) for s, count in each} for name, each in counted.items()},
+            "alerts": {name: float(count) for name, count in self.alerts.counts.items()},
             "capture_records": {name: float(count) for name, count in self.capture.counts.items()},
             "models_in_memory": {"": float(len(self.pool.loaded_ids()))},
             "workers": {"": float(len(self.scheduler.children))},

@@ -36,5 +36,9 @@ class Settings:
     requests."""
     hold_out: bool = True
     """True if jobs without validation data hold out a tenth of the rows."""
+    alert_webhook: str | None = None
+    """Address that receives alerts."""
+    alert_secret: str = ""
+    """Key of the signature of alerts."""
     limits: ServerLimits = field(default_factory=ServerLimits)
     """Limits per client and in total."""

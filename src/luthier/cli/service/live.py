@@ -272,6 +272,7 @@ def health(
     *,
     since: str = "30d",
     account: Account = FIRST_ACCOUNT,
+    region: Region = "us-east-1",
     database: ServiceDatabase = None,
 ) -> Health:
     """Show requests, errors, latency, ratings and labels of a model by time, and what changed.
@@ -280,12 +281,14 @@ def health(
         model: Name that clients sent, or a custom model.
         since: Only requests of this period: 30d, 12h or 2026-01-31.
     """
-    from luthier.server.live.health import health
     from luthier.server.live.rows import parse_since
-    from luthier.server.stores.objects import Objects
+    from luthier.server.stores.locations import Locations
+    from luthier.server.tables.arns import Arns
+    from luthier.server.watch import health_with_drift
 
     with open_database(database) as service:
-        return health(Objects(service), account, model, parse_since(since))
+        since_moment, arns = parse_since(since), Arns(region)
+        return health_with_drift(Locations(service), arns, account, model, since_moment)
 
 
 def show_health(found: Health) -> None:
@@ -299,6 +302,14 @@ def show_health(found: Health) -> None:
             f"0.25 a large change; {labels.by_chance:.3f} is chance."
         )
     print_text(f"\n{found.summary}")
+    if drift := found.drift:
+        print_text(drift.summary)
+        for cluster in drift.clusters:
+            print_text(f"  {cluster.inputs:,} inputs such as:")
+            for example in cluster.examples:
+                print_text(f"    {example}")
+    elif found.drift_unknown:
+        print_text(f"No drift test: {found.drift_unknown}")
 
 
 def _health_row(period: PeriodHealth) -> Record:

@@ -21,6 +21,7 @@ from luthier.evaluation.sequential import Observation, evidence_of_harm, needed_
 from luthier.server.http.metrics import RequestRecord
 from luthier.server.live.capture import OUTAGES
 from luthier.server.live.feedback import OUTCOME
+from luthier.server.tables.alerts import add_alert
 from luthier.server.tables.canaries import CanaryAnswer, answers_of, feedback_of
 from luthier.server.tables.captures import Feedback
 from luthier.server.tables.database import Database, find_row
@@ -166,7 +167,11 @@ class Canaries:
                 "Rolled back for {measure}: {canary} for the canary, {serving} for the serving model; "
                 "evidence {evidence}, needed {needed}."
             )
-            endpoint.end_change(session, text.format(**worse.plain()), USER)
+            note = text.format(**worse.plain())
+            endpoint.end_change(session, note, USER)
+            add_alert(
+                session, endpoint.account, "rollback", endpoint.name, note, f"rollback {change.seq}"
+            )
         elif count >= (change.answers or ANSWERS):
             text = f"Promoted after {count} answers without evidence of harm."
             endpoint.switch(session, text, USER)

@@ -22,6 +22,7 @@ from luthier.evaluation.significance import RowScores, significant_of, welch_p_v
 from luthier.formatting import nearest_name
 from luthier.library import models
 from luthier.objectives.class_priors import shares_of
+from luthier.server.live.drift import Drift
 from luthier.server.live.feedback import OUTCOME, latest_feedback, ratings_of
 from luthier.server.live.rows import answers_of, read_record, requests_to
 from luthier.server.stores.objects import Objects
@@ -119,6 +120,10 @@ class Health(_View):
     changes: list[Change]
     summary: str
     """The changes as a sentence."""
+    drift: Drift | None = None
+    """Recent inputs of a tuned model compared with the training rows, if requested."""
+    drift_unknown: str | None = None
+    """Reason for a missing ``drift`` of a tuned model."""
 
 
 @dataclass
@@ -131,20 +136,24 @@ class _Period:
     predictions: int = 0
 
 
-def health(objects: Objects, account: str, model: str, since: datetime) -> Health:
+def health(
+    objects: Objects, account: str, model: str, since: datetime, until: datetime | None = None
+) -> Health:
     """Return measures of a model by period, the stability of the labels, and significant changes.
 
     Raises:
         NoRequests: For an unknown model, and without captured requests since ``since``.
     """
     with objects.database.read() as session:
-        rows = session.scalars(requests_to(account, model, since)).all()
+        end = until or now()
+        query = requests_to(account, model, since).where(CapturedRequest.created < end)
+        rows = session.scalars(query).all()
         if not rows:
             raise unknown_model(session, account, model) or NoRequests(
                 f'Model "{model}" has no captured requests since {since:%Y-%m-%d}.',
                 advice="Turn capture on with `luthier live capture on`, or choose an earlier `since`.",
             )
-    periods = _periods(rows)
+    periods = _periods(rows, (end - timedelta(microseconds=1)).date())
     for period in periods:
         _add_answers(objects, period)
         _add_feedback(objects, period)
@@ -177,9 +186,8 @@ def unknown_model(session: Session, account: str, model: str) -> NoRequests | No
     return NoRequests(f'There is no model "{model}".', advice=advice)
 
 
-def _periods(rows: Sequence[CapturedRequest]) -> list[_Period]:
+def _periods(rows: Sequence[CapturedRequest], today: date) -> list[_Period]:
     """Return weeks or days with their requests: from the first request until today, in UTC."""
-    today = now().date()
     age_R = [max(0, (today - row.created.date()).days) for row in rows]
     length = 7 if max(age_R) + 1 >= WEEKS_FROM else 1
     count = max(age_R) // length + 1

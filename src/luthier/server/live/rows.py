@@ -333,6 +333,14 @@ def _lacks_media(value: Any) -> bool:
     return isinstance(value, list) and any(map(_lacks_media, value))
 
 
+def input_text(row: Row) -> str:
+    """Return the text of a training row that :attr:`Answer.text` is for a request."""
+    turns = row.get("text") or row.get("messages") or row.get("prompt") or ""
+    if isinstance(turns, list):
+        turns = next((each["content"] for each in reversed(turns) if each["role"] == "user"), "")
+    return turns if isinstance(turns, str) else ""
+
+
 def text_of(reply: Message) -> str:
     """Return the text of a reply, without the blocks of reasoning and tool calls of Converse."""
     content = reply.get("content") or ""

@@ -32,6 +32,7 @@ from luthier.server.retraining import draft
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import RESERVED, CustomModel
 from luthier.server.tables.foundation import FoundationModel, foundation_models, kind_of
+from luthier.server.watch import health_with_drift
 
 router = native_router()
 
@@ -118,6 +119,8 @@ class HealthQuery(Input):
 
     since: str = Field(default="30d", max_length=64)
     """Age of the oldest request (``30d``, ``12h``), or an ISO date."""
+    drift: bool = False
+    """Compare the inputs of the last 7 days with the training rows, which takes seconds."""
 
 
 class RetrainRequest(Input):
@@ -172,7 +175,11 @@ def get_model_health(
     capture = call.context.capture
     capture.flush()  # requests may be younger than the last write
     try:
-        return health(capture.objects, call.account, model, parse_since(query.since))
+        since = parse_since(query.since)
+        if query.drift:
+            context = call.context
+            return health_with_drift(context.locations, context.arns, call.account, model, since)
+        return health(capture.objects, call.account, model, since)
     except NoRequests as error:
         raise Fault("ResourceNotFound", error.text, parameter="model") from error
 

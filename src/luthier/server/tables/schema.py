@@ -13,6 +13,7 @@ from alembic.script import ScriptDirectory
 from luthier.errors import LuthierError
 from luthier.server.tables import (
     accounts,
+    alerts,
     audit,
     captures,
     custom_models,
@@ -38,9 +39,9 @@ from luthier.server.tables.openai import (
 )
 
 _MODULES = (
-    accounts, audit, batches, captures, conversations, custom_models, endpoints, evaluations, exports,
-    idempotency, imports, jobs, measurements, objects, principals, storage, tags, uploaded_files,
-    usage, vector_stores,
+    accounts, alerts, audit, batches, captures, conversations, custom_models, endpoints, evaluations,
+    exports, idempotency, imports, jobs, measurements, objects, principals, storage, tags,
+    uploaded_files, usage, vector_stores,
 )  # fmt: skip
 """Modules that declare tables when imported."""
 METADATA = Base.metadata

@@ -1,0 +1,153 @@
+"""Health with input drift, and the weekly check of all captured models."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sqlalchemy import select
+
+from luthier.errors import LuthierError
+from luthier.library import models
+from luthier.library.models import StoredModel
+from luthier.server.live import drift
+from luthier.server.live.health import Health, health
+from luthier.server.live.rows import answers_of, input_text, read_record, requests_to
+from luthier.server.retraining import find_active, old_rows
+from luthier.server.stores.locations import Locations
+from luthier.server.tables.alerts import add_alert
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.captures import CapturedRequest
+from luthier.server.tables.database import now
+
+RECENT = timedelta(days=7)
+"""Age of the oldest request of the drift test."""
+CHECKED = timedelta(days=35)
+"""Period of the weekly check."""
+CHECK_SECONDS = 600.0
+_log = logging.getLogger("luthier.server")
+
+
+def health_with_drift(
+    locations: Locations,
+    arns: Arns,
+    account: str,
+    model: str,
+    since: datetime,
+    until: datetime | None = None,
+) -> Health:
+    """Return the health of a model. For a tuned model, the inputs are compared with the training rows.
+
+    Raises:
+        NoRequests: for an unknown model, and without captured requests.
+    """
+    found = health(locations.uploads.objects, account, model, since, until)
+    try:
+        compared, why = _drift(locations, arns, account, model, until or now())
+    except LuthierError as error:
+        compared, why = None, str(error)
+    return found.model_copy(update={"drift": compared, "drift_unknown": why})
+
+
+def _drift(
+    locations: Locations, arns: Arns, account: str, model: str, until: datetime
+) -> tuple[drift.Drift | None, str | None]:
+    """Return the drift of the last week, or the reason for none."""
+    objects = locations.uploads.objects
+    query = requests_to(account, model, until - RECENT).where(
+        CapturedRequest.error == "", CapturedRequest.created < until
+    )
+    with objects.database.read() as session:
+        rows = session.scalars(query).all()
+    stored_id = next((row.stored_id for row in reversed(rows) if ":" in row.stored_id), None)
+    if stored_id is None:
+        return None, None  # no tuned model
+    texts = []
+    for row in rows[:: math.ceil(len(rows) / drift.MOST)]:
+        try:
+            texts += [each.text for each in answers_of(read_record(objects, row)) if each.text]
+        except LuthierError:  # a client deleted or replaced the object
+            continue
+    texts = texts[: drift.MOST]
+    if len(texts) < drift.LEAST:
+        return None, f"{len(texts)} inputs in the last 7 days; {drift.LEAST} are needed."
+    stored = models.find(stored_id)
+    sample = drift.read_sample(stored)
+    if sample is None:
+        _store_sample(locations, arns, account, stored)
+        sample = drift.read_sample(stored)
+    if sample is None or len(sample[1]) < drift.LEAST:
+        return None, f"the training rows have fewer than {drift.LEAST} texts."
+    return drift.drift_of(*sample, texts), None
+
+
+def _store_sample(locations: Locations, arns: Arns, account: str, stored: StoredModel) -> None:
+    with locations.uploads.database.read() as session:
+        active = find_active(session, arns, account, stored.id)
+    with TemporaryDirectory() as folder:
+        rows, _ = old_rows(locations, account, active, Path(folder))
+    drift.store_sample(stored, [text for row in rows if (text := input_text(row))])
+
+
+class Watch:
+    """Thread that checks all captured models each Monday, 00:00 UTC, and adds alerts.
+
+    The checked period is fixed, so that a restarted or second server comes to the same alerts.
+    """
+
+    def __init__(self, locations: Locations, arns: Arns) -> None:
+        self.locations, self.arns = locations, arns
+        self._checked: datetime | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread. A check in progress is repeated after the next start."""
+        self._closed.set()
+
+    def check(self, until: datetime) -> None:
+        """Add alerts on significant changes and on drift in the week before ``until``."""
+        database = self.locations.uploads.database
+        columns = CapturedRequest.account, CapturedRequest.stored_id
+        recent = CapturedRequest.created >= until - RECENT, CapturedRequest.created < until
+        with database.read() as session:
+            named = CapturedRequest.stored_id != ""
+            found = session.execute(select(*columns).where(*recent, named).distinct()).all()
+        for account, model in found:
+            if self._closed.is_set():
+                return
+            try:
+                state = health_with_drift(
+                    self.locations, self.arns, account, model, until - CHECKED, until
+                )
+            except LuthierError as error:
+                _log.warning("the health of %s cannot be checked: %s", model, error)
+                continue
+            alerts = {"health": state.summary} if state.changes else {}
+            if state.drift and state.drift.drifted:
+                alerts["drift"] = state.drift.summary
+            with database.write() as session:
+                for kind, text in alerts.items():
+                    key = f"{kind} {model} {until:%Y-%m-%d}"
+                    add_alert(session, account, kind, model, text, key)
+
+    def _run(self) -> None:
+        while not self._closed.wait(CHECK_SECONDS if self._checked else 1):
+            today = datetime.combine(now().date(), datetime.min.time(), UTC)
+            monday = today - timedelta(days=today.weekday())
+            if monday == self._checked:
+                continue
+            try:
+                self.check(monday)
+                self._checked = monday
+            except Exception:
+                # The database is unreachable; the next pass tries again.
+                _log.exception("the health of models could not be checked")
