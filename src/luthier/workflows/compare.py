@@ -429,7 +429,7 @@ def compare(
     for stored in generative:
         contenders += contest.generate(stored, rows, row_questions, variants)
     for rival in rivals:
-        count = partial(_count_tokens, base.chat)
+        count = partial(_count_tokens, (base or tuned[0]).chat)
         contenders += contest.ask(rival, rows, row_questions, [variants[0], *own], count)
     if train_questions and not labelled:
         contenders += contest.copies(rows, row_questions, train_questions)

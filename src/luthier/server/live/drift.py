@@ -89,7 +89,7 @@ def store_sample(model: StoredModel, texts: Sequence[str]) -> None:
     features = ENCODER if is_base_here(ENCODER) else WORDS
     found = features_of(redact([texts[n] for n in chosen]), features)
     with open(model.folder / DRIFT_SAMPLE, "wb") as file:
-        np.savez(file, **{features: found.astype(np.float16)})
+        np.savez(file, features=np.array(features), sample=found.astype(np.float16))
 
 
 def read_sample(model: StoredModel) -> tuple[str, NDArray[np.float32]] | None:
@@ -98,8 +98,7 @@ def read_sample(model: StoredModel) -> tuple[str, NDArray[np.float32]] | None:
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as stored:
-        ((name, found),) = stored.items()
-    return name, found.astype(np.float32)
+        return str(stored["features"]), stored["sample"].astype(np.float32)
 
 
 def drift_of(features: str, sample: NDArray[np.float32], texts: Sequence[str]) -> Drift:
@@ -111,7 +110,9 @@ def drift_of(features: str, sample: NDArray[np.float32], texts: Sequence[str]) -
     drifted = low > 0.5 and auc >= FLOOR
     clusters = []
     if drifted:
-        strange = np.flatnonzero(scores[len(sample) :] > np.quantile(scores[: len(sample)], 0.9))
+        strange = np.flatnonzero(
+            scores[len(sample) :] > np.quantile(scores[: len(sample)], 0.9)
+        ).tolist()
         clusters = _clusters([texts[n] for n in strange], recent[strange])
     result = "The inputs have drifted" if drifted else "No drift of the inputs"
     return Drift(
