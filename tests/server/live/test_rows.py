@@ -84,6 +84,14 @@ def test_conversations_without_duplicates(ask: Callable[..., str]) -> None:
     assert code == 2 and "0 captured answers" in refused["error"]["message"]
 
 
+def test_export_with_wrong_names(ask: Callable[..., str]) -> None:
+    ask("one")
+    code, refused = export("--output", "rows.csv")
+    assert code == 2 and ".jsonl" in refused["error"]["message"]
+    done = CliRunner().invoke(live_app, ["capture", "export", "--model", "tyni", "--json"])
+    assert done.exit_code == 2 and 'Did you mean \\"tiny\\"?' in done.stdout
+
+
 def test_preferences(ask: Callable[..., str]) -> None:
     request = ask("one", preferred="Shorter.")
     ask("two", rating=5)

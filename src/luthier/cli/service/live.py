@@ -143,6 +143,7 @@ def capture_export(
     from luthier.errors import RefusedInput
     from luthier.files import json_lines, write_bytes
     from luthier.server.live import rows
+    from luthier.server.live.health import unknown_model
     from luthier.server.stores.objects import Objects
 
     wanted = rows.Condition.parse(rating) if rating else None
@@ -154,8 +155,14 @@ def capture_export(
     file = output or Path(f"{to}.jsonl")
     if file.exists():
         raise RefusedInput(f"{file} exists already. Choose a different name with --output")
+    if file.suffix != ".jsonl":
+        raise RefusedInput(f"The export writes JSON Lines. Name {file} with the ending .jsonl")
     with open_database(database) as service:
         answers = [*rows.captured_answers(Objects(service), account, model, moment)]
+        if not answers:
+            with service.read() as session:
+                if unknown := unknown_model(session, account, model):
+                    raise unknown
     kept = [*rows.filtered(answers, wanted, outcomes)]
     found = rows.training_rows(kept, to, rated=bool(wanted or outcomes))
     if not found:
