@@ -282,7 +282,7 @@ def test_deployments_health_and_review_in_browser(
         page.script("document.querySelector('main details.rule').open = true")
         page.choose("#rows-kind", "classification")
         page.click("main details.rule .primary")
-        page.until_text("2 rows from 3 answers", "[role=status].box")
+        page.until_text("2 rows from 2 rated answers", "[role=status].box")
         listed = json.loads(get("review?model=labeller")[1])
         assert listed["rated"] == 2 and "fox 0" in listed["answers"][0]["prompt"]
         page.click("main details.rule .box a")

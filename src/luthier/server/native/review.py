@@ -23,7 +23,7 @@ from luthier.server.tables.captures import CapturedRequest, CaptureSettings, Fee
 
 router = native_router()
 RATINGS = ("thumb", "rating", "preferred", "corrected", "label")
-"""Names of feedback that complete an answer for a rater."""
+"""Names of feedback with which an answer counts as rated."""
 MOST_READ = 20
 """Records that are read for each answer of a page, because some records have no text."""
 
@@ -106,7 +106,7 @@ class RowsView(View):
     """Address for the ``training`` of a job."""
     rows: int
     answers: int
-    """Number of captured answers before the filter."""
+    """Number of rated answers before the filter."""
 
 
 @router.get("/capture")
@@ -173,16 +173,17 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
 
 @router.post("/review/rows", status_code=201)
 def create_rows(call: NativeCall, body: RowsRequest) -> RowsView:
-    """Store captured answers with feedback as training rows in a file of the account."""
+    """Store rated answers as training rows in a file of the account."""
     call.record("file")
     capture = call.context.capture
     capture.flush()
     wanted = live_rows.Condition.parse(body.rating) if body.rating else None
-    answers = [*live_rows.captured_answers(capture.objects, call.account, body.model)]
+    captured = live_rows.captured_answers(capture.objects, call.account, body.model)
+    answers = [each for each in captured if each.latest(*RATINGS) is not None]
     kept = live_rows.filtered(answers, wanted, {})
     found = live_rows.training_rows(kept, body.to, rated=wanted is not None)
     if not found:
-        text = f"{len(answers)} captured answers give no rows of the kind {body.to}."
+        text = f"{len(answers)} rated answers give no rows of the kind {body.to}."
         raise Fault("Validation", f"{text} Rate or edit more answers first.", parameter="to")
     file = call.context.locations.uploads.add(
         call.account, [json_lines(found).encode()], f"review-{body.to}.jsonl", "fine-tune"

@@ -18,7 +18,7 @@ const SCORES = 3;
 const STARS = [1, 2, 3, 4, 5];
 /** Kinds of rows that ratings give, with the filter of the answers. */
 const EXPORTS = [
-  ["sft", "good and corrected answers (fine-tuning)"], ["dpo", "pairs of better and worse answers (DPO)"],
+  ["sft", "answers that are not bad, and corrected answers (fine-tuning)"], ["dpo", "pairs of better and worse answers (DPO)"],
   ["kto", "answers with a judgement (KTO)"], ["classification", "texts with labels"],
 ];
 const KEYS = { u: { thumb: "up" }, d: { thumb: "down" }, ...Object.fromEntries(STARS.map((each) => [each, { rating: each }])) };
@@ -263,7 +263,7 @@ function Rows({ models, chosen, before }) {
     </form>
     ${found.value && html`
       <p class="box good" role="status">
-        ${number(found.value.rows)} rows from ${number(found.value.answers)} answers.${" "}
+        ${number(found.value.rows)} rows from ${number(found.value.answers)} rated answers.${" "}
         <a href=${`${link("new")}?rows=${encodeURIComponent(found.value.address)}`}>Train on these rows</a>
       </p>
     `}
