@@ -8,7 +8,8 @@ import { Empty, ErrorBox, ExampleCard, announce, html, link, useAction, useSigna
 const HALF = 1.96;
 /** Standard errors from which a difference counts (luthier/evaluation/significance.py). */
 const CHANCE = 2;
-const LONGEST_ANSWER = 400;
+/** Characters of a question or an answer that are shown. */
+const LONGEST_TEXT = 400;
 const HEADLINES = {
   learned: "Better", still_improving: "Better, with room for more steps", overfitted: "Better", declined: "Better",
   hardly_learned: "Hardly better", worse: "No better",
@@ -113,7 +114,7 @@ export function HeldOut({ job, rows, base }) {
     ${rows.map((row, index) => {
       const after = answers.value?.[index].after ?? "…";
       const kind = answers.value && (same(after, row) ? "good" : null);
-      const parts = [["Before", before(index)], ["After", after, kind], ["Wanted", textOf(row.wanted)]];
+      const parts = [["Before", shorten(before(index))], ["After", shorten(after), kind], ["Wanted", textOf(row.wanted)]];
       return html`<${ExampleCard} title=${questionOf(row)} parts=${parts} />`;
     })}
     <${ErrorBox} error=${error} />
@@ -142,4 +143,4 @@ const questionOf = ({ text, messages }) => shorten(text ?? messages.map((each) =
 
 const textOf = (value) => (typeof value === "number" ? number(value) : Array.isArray(value) ? value.join(" ") : String(value ?? "–"));
 
-const shorten = (text) => (text.length > LONGEST_ANSWER ? `${text.slice(0, LONGEST_ANSWER)}…` : text);
+const shorten = (text) => (text.length > LONGEST_TEXT ? `${text.slice(0, LONGEST_TEXT)}…` : text);
