@@ -103,7 +103,7 @@ export function HeldOut({ job, rows, base }) {
   });
   if (!rows?.length)
     return html`
-      <${Empty} text="No row was held out, or the rows are too long to show. Try the model on your own text.">
+      <${Empty} text="No held-out row is short enough to show, or the model was trained on all rows. Try your own text.">
         <a class="button" href=${link("playground", job.model_name)}>Open the playground</a>
       <//>
     `;
