@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { age, time } from "./format.js";
 import {
-  Chip, DataTable, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, html, link, options, toast, useAction,
+  Chip, DataTable, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, confirmed, html, link, options, toast, useAction,
   useData, usePages, useSignal,
 } from "./ui.js";
 
