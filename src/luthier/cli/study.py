@@ -114,9 +114,7 @@ def study(
             reporter, search, parallel, runner,
         )  # fmt: skip
     if html is not None:
-        from luthier.workflows.study.page import study_page
-
-        write_page(html, study_page(found, str(data)), reporter)
+        write_page(html, found.html(), reporter)
     return found
 
 
@@ -150,13 +148,8 @@ def show_study(found: Study) -> None:
         table.add_row(Text(row.name, style), *cells)
     print_table(table)
     print_text(found.verdict())
-    if (least := found.smallest_difference) is not None:
-        print_text(
-            f"{found.held_out:,} held-out rows show differences of {found.text(least)} and more. "
-            "* is within chance of the best."
-        )
-    if found.command:
-        print_text(f"train the choice: {found.command}")
+    for line in found.remarks():
+        print_text(line)
     for path in found.pictures:
         if not path.endswith("-dark.svg"):
             print_text(f"picture: {path}")

@@ -17,7 +17,6 @@ from luthier.workflows.figures import draw_bars
 from luthier.workflows.study.cells import Outcome
 from luthier.workflows.study.figures import draw_study
 from luthier.workflows.study.grid import Configuration, Dimension
-from luthier.workflows.study.page import study_page
 from luthier.workflows.study.results import Study, StudyRow, columns_of
 
 HELD_OUT = 400
@@ -159,9 +158,10 @@ def test_pictures_are_drawn_in_both_themes_and_shown_on_the_page(tmp_path: Path)
         f"{name}{theme}.svg" for name in ("cost", "forgotten", "line") for theme in ("", "-dark")
     ]
     assert all(ElementTree.parse(path).getroot().tag.endswith("svg") for path in paths)
-    page = study_page(study_of(rows, key="training.learning_rate", pictures=paths), "<rows>.jsonl")
+    shown = study_of(rows, key="training.learning_rate", pictures=paths)
+    page = replace(shown, name="<rows>").html()
     assert page.count("data:image/svg+xml;base64,") == len(paths)
-    assert "<rows>" not in page
+    assert "<rows>" not in page and shown.verdict() in page
 
 
 def test_bars_reach_the_score_and_intervals_surround_it(tmp_path: Path) -> None:

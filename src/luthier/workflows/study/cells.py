@@ -64,10 +64,9 @@ from luthier.workflows.tuning import tune
 if TYPE_CHECKING:
     from luthier.inference.generation import Generator
     from luthier.inference.prediction import Predictor
-    from luthier.models.decoding.backends import Backend
     from luthier.models.networks.network import Network
     from luthier.objectives.base import Objective
-    from luthier.types import Example, IntArray
+    from luthier.types import Example
 
 REQUEST, OUTCOME, TRAINED = "cell.json", "outcome.json", "trained.json"
 _PROCESS_LOCK = ".process.lock"
@@ -323,7 +322,8 @@ def _train(folder: Path, reporter: Reporter) -> None:
         recipe = student_recipe(recipe, request["student"] == TAUGHT, reporter)
     began = time.process_time()
     try:
-        recipe = _after(recipe, request["before"], reporter)
+        if request["before"]:
+            recipe = _after(recipe, request["before"], reporter)
         store_trial(recipe, folder, _Watch(folder, request["bounds"]))
     except _Hopeless:
         reason = "stopped early: worse than half of the earlier trainings"
@@ -334,13 +334,11 @@ def _train(folder: Path, reporter: Reporter) -> None:
         write_json(path, {"processor_seconds": spent, "recipe": portable(recipe)})
 
 
-def _after(recipe: Recipe, before: str | None, reporter: Reporter) -> Recipe:
+def _after(recipe: Recipe, before: str, reporter: Reporter) -> Recipe:
     """Return ``recipe`` on a custom model that was trained on ``before``.
 
     The model stays in the library, because several cells need it.
     """
-    if before is None:
-        return recipe
     key = [find(recipe.base).content_hash, cached_sha256_of(Path(before)), before, __version__]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     first = Recipe.parse(
@@ -460,31 +458,20 @@ def _row_losses(
 
 def _milliseconds(opened: Generator | Predictor, examples: Sequence[Example]) -> float | None:
     """Return the mean time of an answer in milliseconds, one answer at a time."""
-    from luthier.evaluation.parity import greedy_prompts
+    from luthier.evaluation.parity import generate_greedily, greedy_prompts
     from luthier.inference.generation import Generator
 
-    inputs: Sequence[Any] = examples
-    answer: Callable[[Any], object]
     if isinstance(opened, Generator):
-        inputs = greedy_prompts(examples, TIMED, opened.context - REPLY_TOKENS)
-        answer = partial(_reply, opened.backend)
+        prompts = greedy_prompts(examples, TIMED, opened.context - REPLY_TOKENS)[:TIMED]
+        answers: list[Callable[[], object]] = [
+            partial(generate_greedily, opened.backend, [each], REPLY_TOKENS) for each in prompts
+        ]
     else:
-        answer = partial(_predict, opened)
-    timed = inputs[:TIMED]
-    if not timed:  # no prompt leaves room for a reply
+        answers = [partial(opened.read, [each]) for each in examples[:TIMED]]
+    if not answers:  # no prompt leaves room for a reply
         return None
-    seconds = measure_latency({"model": lambda: [answer(each) for each in timed]})
-    return float(1000 * seconds["model"] / len(timed))
-
-
-def _reply(backend: Backend, prompt_T: IntArray) -> object:
-    from luthier.evaluation.parity import generate_greedily
-
-    return generate_greedily(backend, [prompt_T], REPLY_TOKENS)
-
-
-def _predict(predictor: Predictor, example: Example) -> object:
-    return predictor.read([example])
+    seconds = measure_latency({"model": lambda: [answer() for answer in answers]})
+    return float(1000 * seconds["model"] / len(answers))
 
 
 _STAGES: Mapping[str, Callable[[Path, Reporter], None]] = {"train": _train, "measure": _measure}

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 def draw_study(found: Study, folder: Path) -> list[str]:
     """Write the pictures of a study as SVG, and return the paths."""
-    drawings: dict[str, Callable[[Any, Study, dict[str, str]], None]] = {"cost": _draw_cost}
+    label = "processor seconds of the training"
+    drawings: dict[str, Callable[[Any, Study, dict[str, str]], None]] = {
+        "cost": partial(_draw_points, name=_COST, label=label)
+    }
     for name, label in _FORGETTING.items():
         if all(row.figure(name) is not None for row in found.measured):
-            drawings[name] = partial(_draw_forgetting, name=name, label=label)
+            drawings[name] = partial(_draw_points, name=name, label=label)
     ordered = [each for each in found.dimensions if each.is_ordered]
     if len(ordered) == 1:
         drawings["line"] = _draw_line
@@ -36,33 +39,31 @@ def draw_study(found: Study, folder: Path) -> list[str]:
     return paths
 
 
-def _draw_cost(axes: Any, found: Study, colours: dict[str, str]) -> None:
-    """Draw the score against processor seconds, with the front of the best by cost."""
-    points = [(row.figure("processor_seconds") or 0.0, row.value, row) for row in found.measured]
-    _scatter(axes, found, points, colours)
-    front, best = [], None
-    for cost, value, row in sorted(points, key=lambda point: point[0]):
-        gain = as_gain(row.measure, value)
-        if best is None or gain > best:
-            best = gain
-            front.append((cost, value))
-    axes.plot(*zip(*front, strict=True), color=colours["front"], drawstyle="steps-post")
-    axes.set(xlabel="processor seconds of the training", ylabel=_label(found))
-    _scale(axes, [cost for cost, _, _ in points])
-
-
+_COST = "processor_seconds"
 _FORGETTING = {
     "forgotten": "drift from the base, nats per token",
     "earlier": "change of the score of the earlier task",
 }
 
 
-def _draw_forgetting(
-    axes: Any, found: Study, colours: dict[str, str], name: str, label: str
-) -> None:
-    """Draw the score against a measure of forgetting."""
+def _draw_points(axes: Any, found: Study, colours: dict[str, str], name: str, label: str) -> None:
+    """Draw the score against a figure; against the cost, with the front of the best by cost."""
     points = [(row.figure(name) or 0.0, row.value, row) for row in found.measured]
-    _scatter(axes, found, points, colours)
+    for place, value, row in points:
+        axes.errorbar(place, value, yerr=_bar(found, row), fmt="o", color=colours["point"])
+        axes.annotate(
+            row.name, (place, value), (6, 4), textcoords="offset points", fontsize=8,
+            color=colours["text"],
+        )  # fmt: skip
+    axes.margins(x=0.2)
+    if name == _COST:
+        front, best = [], None
+        for cost, value, row in sorted(points, key=lambda point: point[0]):
+            gain = as_gain(row.measure, value)
+            if best is None or gain > best:
+                best = gain
+                front.append((cost, value))
+        axes.plot(*zip(*front, strict=True), color=colours["front"], drawstyle="steps-post")
     axes.set(xlabel=label, ylabel=_label(found))
     _scale(axes, [place for place, _, _ in points])
 
@@ -90,21 +91,6 @@ def _draw_line(axes: Any, found: Study, colours: dict[str, str]) -> None:
     axes.set(xlabel=ordered.key, ylabel=_label(found))
     if len(lines) > 1:
         axes.legend(frameon=False, labelcolor=colours["text"])
-
-
-def _scatter(
-    axes: Any,
-    found: Study,
-    points: Sequence[tuple[float, float, StudyRow]],
-    colours: dict[str, str],
-) -> None:
-    for place, value, row in points:
-        axes.errorbar(place, value, yerr=_bar(found, row), fmt="o", color=colours["point"])
-        axes.annotate(
-            row.name, (place, value), (6, 4), textcoords="offset points", fontsize=8,
-            color=colours["text"],
-        )  # fmt: skip
-    axes.margins(x=0.2)
 
 
 def _bar(found: Study, row: StudyRow) -> float:

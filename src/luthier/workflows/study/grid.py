@@ -109,7 +109,8 @@ class Configuration:
         others = SPECIAL | _OF_PRESETS
         fields = {key: value for key, value in self.settings.items() if key not in others}
         fields["training.seed"] = seed
-        fields["data.split_seed"] = _split_seed(recipe)
+        if recipe.data.split_seed is None:
+            fields["data.split_seed"] = recipe.training.seed
         if (count := self.settings.get("rows", ALL)) != ALL:
             # Relative to the share that the recipe itself sets.
             fields["data.train_share"] = count / rows * (recipe.data.train_share or 1.0)
@@ -117,11 +118,6 @@ class Configuration:
             mixed = {**recipe.data.mix[0].model_dump(mode="json"), "weight": share / (1 - share)}
             fields["data.mix"] = [mixed] if share else []
         return with_settings(recipe, fields)
-
-
-def _split_seed(recipe: Recipe) -> int:
-    seed = recipe.data.split_seed
-    return recipe.training.seed if seed is None else seed
 
 
 def parse_dimensions(texts: Sequence[str]) -> list[Dimension]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from statistics import NormalDist, mean, median, stdev
 from typing import Any
 
@@ -19,7 +20,7 @@ from luthier.evaluation.significance import (
     significant_of,
     welch_p_value,
 )
-from luthier.pages import PAGE, Tabular
+from luthier.pages import PAGE, Table, Tabular, render_page, svg_address
 from luthier.workflows.study.cells import Outcome
 from luthier.workflows.study.extrapolation import MIN_POINTS, CurvePoint, MoreRows
 from luthier.workflows.study.grid import TEACHER, Configuration, Dimension
@@ -178,11 +179,30 @@ class Study(Tabular):
             *filter(None, [self.command]),
         ]
 
+    def remarks(self) -> list[str]:
+        """Return the smallest difference, and the command that trains the choice, as sentences."""
+        lines = []
+        if (least := self.smallest_difference) is not None:
+            lines.append(
+                f"{self.held_out:,} held-out rows show differences of {self.text(least)} and more. "
+                "* is within chance of the best."
+            )
+        return [*lines, f"train the choice: {self.command}"] if self.command else lines
+
     def html(self, layout: str = PAGE) -> str:
         """Return the study as an HTML page or fragment."""
-        from luthier.workflows.study.page import study_page
-
-        return study_page(self, self.name, layout)
+        columns = columns_of(self)
+        cells = zip(self.rows, zip(*columns.values(), strict=True), strict=True)
+        rows = [[row.name, *texts] for row, texts in cells if row.is_measured]
+        headings = {"": "name", **dict.fromkeys(columns, "number")}
+        failures = [f"{row.name}: {row.reason}" for row in self.rows if not row.is_measured]
+        drawn = [svg_address(Path(path).read_bytes()) for path in self.pictures]
+        return render_page(
+            "luthier.pages", "summary.html", layout, title=f"Study {self.name}",
+            lines=[self.verdict(), *self.remarks(), *failures], facts=[],
+            tables=[Table.of("Measurements", headings, rows)],
+            pictures=[*zip(drawn[::2], drawn[1::2], strict=True)],
+        )  # fmt: skip
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Return the settings and the mean measurement of each configuration."""
@@ -365,28 +385,30 @@ class Study(Tabular):
         }
 
 
-FIGURES = {"ms": "milliseconds", "mb": "saved_bytes", "minutes": "seconds", "drift": "forgotten"}
-"""Figures with a limit, and their fields of :class:`Outcome`."""
-_UNITS = {"ms": 1.0, "mb": 1e6, "minutes": 60.0, "drift": 1.0}
-
-
 def figure_of(row: StudyRow, name: str) -> float | None:
     """Return a figure of :data:`FIGURES` in the unit of the limit."""
-    value = row.figure(FIGURES[name])
-    return None if value is None else value / _UNITS[name]
+    field, unit, _ = _COLUMNS[FIGURES[name]]
+    value = row.figure(field)
+    return None if value is None else value / unit
 
 
 def columns_of(found: Study) -> dict[str, list[str]]:
     """Return the figures of all rows as text, by heading. Columns without a figure are left out."""
+
+    def column(text: Callable[[StudyRow], str]) -> list[str]:
+        return [text(row) if row.is_measured else "" for row in found.rows]
+
+    def figure(row: StudyRow, name: str, unit: float, form: str) -> str:
+        return "" if (value := row.figure(name)) is None else f"{value / unit:{form}}"
+
     columns = {
-        "score ±": [_score_text(found, row) if row.is_measured else "" for row in found.rows],
-        "vs. best ±": [_apart_text(found, row) if row.is_measured else "" for row in found.rows],
-        "gain": [_gain_text(found, row) if row.is_measured else "" for row in found.rows],
-        "kept": [f"{kept:.1%}" if (kept := found.kept(row)) else "" for row in found.rows],
+        "score ±": column(partial(_score_text, found)),
+        "vs. best ±": column(partial(_apart_text, found)),
+        "gain": column(partial(_gain_text, found)),
+        "kept": column(lambda row: f"{kept:.1%}" if (kept := found.kept(row)) else ""),
     }
     for heading, (name, unit, form) in _COLUMNS.items():
-        values = [row.figure(name) if row.is_measured else None for row in found.rows]
-        columns[heading] = ["" if each is None else f"{each / unit:{form}}" for each in values]
+        columns[heading] = column(partial(figure, name=name, unit=unit, form=form))
     return {heading: texts for heading, texts in columns.items() if any(texts)}
 
 
@@ -403,6 +425,8 @@ _COLUMNS = {
     "ms": ("milliseconds", 1.0, ",.1f"),
 }
 """Heading of a figure, with field, unit and form."""
+FIGURES = {"ms": "ms", "mb": "MB", "minutes": "minutes", "drift": "drift"}
+"""Figures with a limit, and their headings."""
 
 
 def _score_text(found: Study, row: StudyRow) -> str:

@@ -285,19 +285,14 @@ class _Work:
             left -= len(part)
             for number, outcome in zip(part, found, strict=True):
                 outcomes[number] = outcome
-                self._report(outcome)
+                failed = "failed: " * (not outcome.bounds) + outcome.reason.partition("\n")[0]
+                measured = f"{outcome.measure} {outcome.value or 0.0:.4f}"
+                self.reporter.note(failed if outcome.reason else measured)
         self.done += len(cells)
         complete = iter([each for each in outcomes if each is not None])
         return [
             row for each in grid for row in _rows(each, [next(complete) for _ in range(self.seeds)])
         ]
-
-    def _report(self, outcome: Outcome) -> None:
-        if outcome.reason:
-            failed = "" if outcome.bounds else "failed: "
-            self.reporter.note(f"{failed}{outcome.reason.splitlines()[0]}")
-        else:
-            self.reporter.note(f"{outcome.measure} {outcome.value:.4f}")
 
     def _estimate(self, cell: Cell, known: Sequence[float], missing: int) -> float:
         """Report the estimated time of the missing cells, and return the seconds of a round.
@@ -315,18 +310,13 @@ class _Work:
                 return 0.0
             at_most = "at most "
         seconds += PROCESS_SECONDS
-        total = format_duration(seconds * missing / self.parallel)
-        self.reporter.note(
-            f"{missing} trainings take {at_most or 'about '}{total}"
-            + (", less if they stop early" if at_most else ", as the measured trainings did")
-        )
-        if (
-            self.max_minutes is not None
-            and seconds * missing / self.parallel > 60 * self.max_minutes
-        ):
-            self.reporter.note(
-                f"warning: some trainings may not start within {self.max_minutes:g} minutes"
-            )
+        total = seconds * missing / self.parallel
+        end = ", less if they stop early" if at_most else ", as the measured trainings did"
+        text = f"{missing} trainings take {at_most or 'about '}{format_duration(total)}{end}"
+        self.reporter.note(text)
+        if self.max_minutes is not None and total > 60 * self.max_minutes:
+            text = f"some trainings may not start within {self.max_minutes:g} minutes"
+            self.reporter.note(f"warning: {text}")
         return seconds
 
 
