@@ -65,6 +65,8 @@ def estimate(
     recipe = tuning_recipe(data, fields)
     table = read_prices(prices)
     check_load(per_month, table)
+    if per_month and table and not table.endpoints:
+        raise RecipeError("`per_month` needs `[endpoints.NAME]` in the price table.")
     if finish_by and within:
         raise RecipeError("`finish_by` and `within` exclude each other")
     if finish_by:

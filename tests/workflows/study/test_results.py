@@ -70,6 +70,7 @@ def test_students_keep_a_share_of_the_score_of_the_teacher() -> None:
     found = study_of({"teacher": [outcome(360)], "student": [outcome(324)]})
     assert [found.kept(row) for row in found.rows] == [None, 0.9]
     assert columns_of(found)["kept"] == ["", "90.0%"]
+    assert any("90.0%" in line for line in found.remarks())
     assert "kept" not in columns_of(study_of({"a": [outcome(360)], "b": [outcome(324)]}))
 
 

@@ -88,11 +88,11 @@ class BreakEven:
 
     def verdict(self) -> str:
         """Return the costs and the month in a sentence."""
-        end = "never" if self.month is None else f"in month {self.month:,}"
+        end = "never repaid" if self.month is None else f"repaid in month {self.month:,}"
         return (
             f"At {self.answers:,} answers a month, {self.tuned} costs {self.tuned_cost:,.2f} "
             f"{self.currency} a month and {self.rival} {self.rival_cost:,.2f}; the training "
-            f"({self.training_cost:,.2f}) is repaid {end}."
+            f"({self.training_cost:,.2f}) is {end}."
         )
 
 

@@ -180,8 +180,14 @@ class Study(Tabular):
         ]
 
     def remarks(self) -> list[str]:
-        """Return the smallest difference, and the command that trains the choice, as sentences."""
-        lines = []
+        """Return shares of the teacher's score, the smallest difference, and the command that
+        trains the choice."""
+        score = SCORES.get(self.best.measure, self.best.measure) if self.measured else ""
+        lines = [
+            f"{row.name}: {kept:.1%} of the teacher's {score}"
+            for row in self.measured
+            if (kept := self.kept(row)) is not None
+        ]
         if (least := self.smallest_difference) is not None:
             lines.append(
                 f"{self.held_out:,} held-out rows show differences of {self.text(least)} and more. "
@@ -319,9 +325,6 @@ class Study(Tabular):
         near = [row for row in self.measured[1:] if self.is_within_chance(row)]
         if failed := len(self.rows) - len(self.measured):
             text += f" ({failed} of {len(self.rows)} configurations not measured)"
-        for row in self.measured:
-            if (kept := self.kept(row)) is not None:
-                text += f", {row.name} keeps {kept:.1%} of it"
         if len(self.measured) == 1:
             text += "; no other configuration was measured."
         elif self.is_decided:
