@@ -14,7 +14,7 @@ from luthier.files import read_text
 from luthier.types import Row
 from luthier.workflows.advise.evidence import ROOM, divide_rows
 from luthier.workflows.compare import compare
-from luthier.workflows.prompting import own_prompts, questions_of, records_of
+from luthier.workflows.prompting import Records, own_prompts, questions_of, records_of
 
 if TYPE_CHECKING:
     from luthier.engine.job import TrainingJob
@@ -40,8 +40,7 @@ def check_prompts(job: TrainingJob, file: str) -> None:
     if not (text := read_text(Path(file)).strip()):
         raise RecipeError(f"{file} has no text. Write instructions for the model.")
     _, held = _rows(job)
-    records = records_of(str(job.recipe.data.train))
-    own_prompts({Path(file).name: text}, held, questions_of(held), records)
+    own_prompts({Path(file).name: text}, held, questions_of(held), _records(job))
 
 
 def with_prompts(
@@ -59,7 +58,7 @@ def with_prompts(
         held, base, [tuned], train,
         max_tokens=max(len(encode(each.answer)) for each in questions_of(held)) + ROOM,
         prompts={Path(file).name: read_text(Path(file)).strip()},
-        records=records_of(str(job.recipe.data.train)),
+        records=_records(job),
         on_progress=lambda done, total: reporter.progress(done, total, "replies"),
     )  # fmt: skip
     alone = next(each for each in found.contenders if each.name == base.id)
@@ -80,6 +79,10 @@ def with_prompts(
             "prompt_tokens": each.prompt_tokens,
         }
     return replace(outcome, contenders=contenders)
+
+
+def _records(job: TrainingJob) -> Records:
+    return records_of(str(job.recipe.data.validation or job.recipe.data.train))
 
 
 def _rows(job: TrainingJob) -> tuple[Sequence[Row], Sequence[Row]]:
