@@ -10,9 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 from luthier.data.conversations.chat import ChatFormat
+from luthier.data.conversations.citations import add_passages
 from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.errors import RecipeError
+from luthier.evaluation.evaluate import grade
+from luthier.graders import Exact
 from luthier.types import Message
 from luthier.workflows.prompting import (
     Question,
@@ -105,3 +108,11 @@ def test_plain_template_prompt_is_a_single_turn(new_tokenizer: Callable[..., Any
     chat = ChatFormat.of(new_tokenizer()).with_template("plain")
     (turn,) = conversation_of(HELD_OUT_ROWS[0], [*few_shot(TRAIN, 1, 0), "A passage."], chat)
     assert turn.content.index("A passage.") < turn.content.index("the quick fox")
+
+
+def test_passages_have_the_prompt_of_ask(new_tokenizer: Callable[..., Any]) -> None:
+    asked = Question((Message("user", "How high does a fox jump?"),), "2 m")
+    turns = conversation_of(asked, ["Foxes jump 2 m."], ChatFormat.of(new_tokenizer()))
+    assert [*turns] == add_passages(asked.asked, ["Foxes jump 2 m."])
+    row = Conversation("f", 1, (*turns, Message("assistant", "2 m")))
+    assert grade([row], ["2 m [1]"], {"exact": Exact()}).scores == {"exact": 1.0}

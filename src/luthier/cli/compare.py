@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -142,6 +143,13 @@ def compare(
         reporter.note,
         lambda done, total: reporter.progress(done, total, "compare"),
     )
+    if documents and "RAG" in found.best.technique:
+        model = found.best.name.split(" with ")[0]
+        names = shlex.join(map(str, documents))
+        found.remarks.append(
+            f"Use the best contender: luthier index add {names} --name documents && "
+            f"luthier chat {model} --index documents"
+        )
     if attach:
         attach_report(models, "comparison", [data], found.plain(), reporter.note)
     if html is not None:

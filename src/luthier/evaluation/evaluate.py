@@ -9,7 +9,12 @@ from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.data.conversations.citations import cited_numbers, declines, without_citations
+from luthier.data.conversations.citations import (
+    asks_for_citations,
+    cited_numbers,
+    declines,
+    without_citations,
+)
 from luthier.data.files.sources import Source
 from luthier.data.languages import detect_languages
 from luthier.data.rows import load_prompts, load_rows
@@ -381,7 +386,9 @@ def grade(
     questions(rows)
     cited = of_shape(CitedAnswer, rows) or ()
     answers = [
-        Answer.of(row, without_citations(reply) if cited else reply)
+        Answer.of(
+            row, without_citations(reply) if asks_for_citations(row.prompt_turns()) else reply
+        )
         for row, reply in zip(rows, replies, strict=True)
     ]
     found = {name: grade_answers(grader, answers, on_error) for name, grader in graders.items()}

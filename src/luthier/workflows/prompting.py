@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from luthier.data.conversations.citations import add_passages
 from luthier.data.files.read import read_records
 from luthier.data.files.sources import files_of
 from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.texts import LabelledText
+from luthier.documents.answers import PASSAGES
 from luthier.documents.passages import cut
 from luthier.documents.readers import DocumentPage
 from luthier.errors import RecipeError
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = 4
 """Examples in a prompt: further examples help less and cost input tokens in each answer."""
-PASSAGES = 2
-"""Passages of documents in a prompt."""
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 Records = Mapping[tuple[str, int], Mapping[str, object]]
@@ -224,19 +224,17 @@ def conversation_of(
     passages = [each for each in context if isinstance(each, str)]
     examples = [each for each in context if isinstance(each, Question)]
     system = [turn.content for turn in question.asked if turn.role == "system"]
+    last_turns = [turn for turn in question.asked if turn.role != "system"]
+    if passages:
+        last_turns = add_passages(last_turns, passages)
     if chat is not None and chat.template.kind == "plain":
         example_texts = (f"{each.text}\n{each.answer}" for each in examples)
-        return (Message("user", "\n\n".join([*system, *example_texts, *passages, question.text])),)
+        last = "\n".join(turn.content for turn in last_turns)
+        return (Message("user", "\n\n".join([*system, *example_texts, last])),)
     for each in examples:
         turns += [turn for turn in each.asked if turn.role != "system"]
         turns.append(Message("assistant", each.answer))
-    turns_of_question = [turn for turn in question.asked if turn.role != "system"]
-    if passages:
-        before = "\n\n".join(["Use this where it helps:", *passages])
-        turns_of_question[-1] = Message(
-            turns_of_question[-1].role, f"{before}\n\n{turns_of_question[-1].content}"
-        )
-    turns += turns_of_question
+    turns += last_turns
     if system and chat is not None and not chat.supports_system_prompt:
         turns[0] = Message(turns[0].role, "\n\n".join([*system, turns[0].content]))
     elif system:
@@ -275,7 +273,7 @@ def retrieve_passages(
     count: int = PASSAGES,
     embed: Embedder | None = None,
 ) -> list[list[str]]:
-    """Return the ``count`` nearest passages for each question, the nearest last."""
+    """Return the ``count`` nearest passages for each question, the nearest first."""
     passages = [each.content for text in documents for each in cut([DocumentPage(text)])]
     places = Retriever(passages, embed).nearest([each.text for each in questions], count)
-    return [[passages[place] for place in reversed(each)] for each in places]
+    return [[passages[place] for place in each] for each in places]

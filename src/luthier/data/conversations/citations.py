@@ -40,6 +40,11 @@ def add_passages(turns: Sequence[Message], passages: Sequence[str]) -> list[Mess
     return changed
 
 
+def asks_for_citations(turns: Sequence[Message]) -> bool:
+    """Return whether a prompt is that of :func:`add_passages`."""
+    return bool(turns) and INSTRUCTIONS in turns[-1].content
+
+
 def cited_numbers(text: str) -> tuple[int, ...]:
     """Return the numbers of the citations in ``text``, in the order of their first citation."""
     return tuple(dict.fromkeys(int(each) for each in CITATION.findall(text)))
