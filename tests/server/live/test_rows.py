@@ -225,6 +225,8 @@ def test_job_on_invocation_logs(ask: Callable[..., str], running: Running) -> No
         data = {"trainingDataConfig": {"invocationLogsConfig": {**logs, **change}}}
         refused = running.ask("/model-customization-jobs", {**job, **data, "jobName": "x"})
         assert refused.status_code == 400 and "Validation" in refused.headers["x-amzn-errortype"]
+    assert running.ask("/model-customization-jobs", job).status_code == 400  # the name is in use
+    assert [each.id for each in running.service.openai.files.list(ONE, 9) or ()] == [file.id]
 
 
 def test_record_of_aws_with_tool_calls() -> None:

@@ -89,10 +89,7 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
         parse_tags(request.get("customModelTags")),
     )
     submission = _submission(request)
-    if submission.output is not None:
-        request.control.locations.check_writable(request.account, submission.output)
-    check_first_rows(request.control.locations, submission)
-    quotas = request.control.quotas(request.account)
+    locations, quotas = request.control.locations, request.control.quotas(request.account)
 
     def create(session: Session) -> dict[str, Any]:
         job = submit(session, submission, request.arns, quotas)
@@ -103,7 +100,16 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
         tags.put(session, reserved.arn(request.arns), model_tags)
         return {"jobArn": arn}
 
-    response = request.create_once(create)
+    try:
+        if submission.output is not None:
+            locations.check_writable(request.account, submission.output)
+        check_first_rows(locations, submission)
+        response = request.create_once(create)
+    except Exception:
+        if "invocationLogsConfig" in request["trainingDataConfig"]:
+            # The file of the logged rows belongs to no job.
+            locations.uploads.delete(request.account, submission.training[0].rpartition("/")[2])
+        raise
     request.control.wake()
     return response
 
