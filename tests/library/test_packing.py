@@ -103,6 +103,13 @@ def test_damaged_file_leaves_no_model(packed: Path) -> None:
         unpack(packed.with_name("none"), quiet)
 
 
+def test_damaged_model_of_the_store_is_reported(packed: Path) -> None:
+    unpack(packed, quiet)
+    (base_folder("tiny") / "config.json").write_bytes(b"{}")
+    with pytest.raises(CorruptFile, match=r"config\.json"):
+        unpack(packed, quiet)
+
+
 @pytest.mark.parametrize(
     ("fields", "error"),
     [

@@ -134,6 +134,7 @@ def _unpack(archive: ZipFile, folder: str, say: Callable[[str], None]) -> Stored
     with fetching_lock(target):
         if (target / MANIFEST).is_file():
             if Manifest.read(target).files == manifest.files:
+                verify(target, manifest.files)
                 say(f"{manifest.id} is here")
                 return StoredModel(manifest.id, target, manifest)
             raise RecipeError(
