@@ -10,27 +10,43 @@ from typing import Any
 
 from luthier.cli.terminal.console import new_table, print_table, print_text
 from luthier.errors import RecipeError
-from luthier.examples import files_of, use_case, use_cases
+from luthier.examples import as_notebook, files_of, use_case, use_cases
+from luthier.files import write_json
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Use cases, and the folder with the rows of the requested use case."""
+    """Use cases, and the folder with the rows or the notebook of the requested use case."""
 
     uses: Sequence[Mapping[str, Any]]
     folder: Path | None = None
+    notebook: Path | None = None
 
 
-def examples(name: str | None = None, folder: Path | None = None) -> Examples:
-    """List use cases, or write the rows of a use case.
+def examples(
+    name: str | None = None,
+    folder: Path | None = None,
+    *,
+    notebook: bool = False,
+) -> Examples:
+    """List use cases, or write the rows or the notebook of a use case.
 
     Args:
         name: Use case; all are listed by default.
         folder: New folder for the rows; "rows" by default.
+        notebook: Write NAME.ipynb, whose cells run the commands.
 
     Raises:
-        RecipeError: for an unknown use case or an existing folder.
+        RecipeError: for an unknown use case, or an existing folder or notebook.
     """
+    if notebook:
+        if name is None or folder is not None:
+            raise RecipeError("--notebook needs a use case and no folder: its cells write the rows")
+        file = Path(f"{use_case(name)['name']}.ipynb")
+        if file.exists():
+            raise RecipeError(f"{file} exists. Rename or remove the notebook")
+        write_json(file, as_notebook(use_case(name)))
+        return Examples([use_case(name)], notebook=file)
     if name is None:
         return Examples(use_cases())
     chosen = use_case(name)
@@ -46,6 +62,9 @@ def examples(name: str | None = None, folder: Path | None = None) -> Examples:
 
 def show_examples(found: Examples) -> None:
     """Print the use cases with their scores, or the files and the commands of one."""
+    if found.notebook is not None:
+        print_text(f"{found.notebook} written. Open the notebook: jupyter lab {found.notebook}")
+        return
     if found.folder is not None:
         (use,) = found.uses
         print_text(f"{len(use['files']):,} files written to {found.folder}. {use['credit']}")
