@@ -1,4 +1,4 @@
-"""The LoRA layer: one autograd node for the frozen product and the low-rank update.
+"""The layers of LoRA and DoRA; for LoRA, one autograd node for the frozen product and the update.
 
 The order of the two products matters in bfloat16. The update is a thousandth of the output in the
 first steps and near the end of a schedule. Added to a rounded output, most of the update is below
@@ -281,8 +281,8 @@ class LoRAConv2d(LayerWrapper):
 class DoRALinear(LoRALinear):
     """``y = m / |W + s B A| (W + s B A) x`` with row norms; ``m``, ``A`` and ``B`` are trained.
 
-    The norm is a constant in the gradient, as in section 4.3 of the paper. ``m`` and the quotient
-    stay in float32: bfloat16 has no number between 1 and 1.0078.
+    The norm is a constant in the gradient, as in section 4.3 of arXiv:2402.09353. ``m`` and the
+    quotient stay in float32: bfloat16 has no number between 1 and 1.0078.
     """
 
     def __init__(self, base: Any, rank: int, scale: float, dropout: float) -> None:

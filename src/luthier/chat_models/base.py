@@ -234,12 +234,9 @@ class CachedWriter:
         if len(replies) != len(new):
             raise ValueError(f"{len(replies)} replies to {len(new)} conversations")
         new_replies = dict(zip(new, replies, strict=True))
-        self._known |= {
-            key: conversation
-            for key, conversation in new_replies.items()
-            if isinstance(conversation, str)
-        }
-        return [self._known.get(key, new_replies.get(key, "")) for key in keys]
+        self._known |= {key: reply for key, reply in new_replies.items() if isinstance(reply, str)}
+        replies_by_key = {**self._known, **new_replies}
+        return [replies_by_key[key] for key in keys]
 
 
 def _digest(conversation: Sequence[Message]) -> bytes:

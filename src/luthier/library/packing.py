@@ -68,8 +68,8 @@ def pack(model: StoredModel, target: Path, say: Callable[[str], None]) -> list[P
         if isinstance(parent, str) or not parent.manifest.files:
             name = parent if isinstance(parent, str) else parent.id
             raise RecipeError(
-                f"{model.id} builds on {name}, which is not in the store. Run `luthier models export "
-                f"{model.id} FOLDER --merged`, and pack the folder"
+                f"{model.id} builds on {name}, which is not in the store. Pack the folder of "
+                f"`luthier models export {model.id} FOLDER --merged` instead"
             )
         packed.insert(0, _prepare(parent))
     need_disk(target, sum(each.size for each in packed), f"packing {model.id}")

@@ -64,6 +64,7 @@ class RatingTask(Task):
         )
 
         def by_regression(states: States) -> Predicted:
+            # The states may be those of the first rows only.
             targets_N = states.train_NH.new_tensor(ratings[: len(states.train_NH)])
             found = fit_ridge(states.train_NH, targets_N).scores(states.held_QH)[:, 0].tolist()
             return [{"rating": rating} for rating in found]

@@ -26,8 +26,8 @@ from luthier.data.files.containers import (
     reject_binary,
     unpack,
 )
-from luthier.data.files.documents import read_document
 from luthier.data.files.headers import reject_missing_header
+from luthier.data.files.json_files import read_document
 from luthier.data.files.line_forms import LINE_FORMS
 from luthier.data.files.parsing import PieceDecoder, Record, decode, parse_line, read_line
 from luthier.data.files.tables import read_parquet, read_table

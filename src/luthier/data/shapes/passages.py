@@ -51,7 +51,9 @@ class CitedAnswer(Shape):
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         question, passages = fields.text(record, "question"), _read_passages(record["passages"])
-        no_answer = "answer" in record or record.get("cited") == []  # a frame has no null
+        no_answer = (
+            "answer" in record or record.get("cited") == []
+        )  # a data frame leaves a null out
         declined = no_answer and record.get("answer") in (None, DECLINED)
         answer = None if declined else fields.text(record, "answer", target=True)
         if question is None or (answer is None and not declined):
@@ -167,7 +169,7 @@ def decline_some(rows: Sequence[Row], share: float, seed: int) -> tuple[Sequence
     missing = round(share * len(known)) - (len(known) - len(answered))
     pool = [*dict.fromkeys(row.passages[n - 1] for row in known for n in row.cited)]
     draw, changed = random.Random(seed), dict[int, CitedAnswer]()
-    for number in draw.sample(answered, len(answered)):
+    for number in draw.sample(answered, len(answered)):  # in random order
         if len(changed) >= missing:
             break
         row = known[number]

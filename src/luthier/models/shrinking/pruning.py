@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def unit_size(state: dict[str, Tensor], module: str, axis: int, bias: bool = True) -> Tensor:
-    """Return the maximum absolute weight of each unit along ``axis`` of a matrix, with bias."""
+def unit_importance(state: dict[str, Tensor], module: str, axis: int, bias: bool = True) -> Tensor:
+    """Return the importance of each unit along ``axis`` of a matrix: its maximum absolute weight."""
     import torch
 
     found: Tensor = state[f"{module}.weight"].float().abs().amax(dim=1 - axis)
@@ -51,12 +51,12 @@ def set_size(config: Any, field: str, size: int, before: int, option: str) -> No
     setattr(config, field, size)
 
 
-def check_size(size: int, teachers: str, before: int, option: str) -> None:
-    """Reject a size above ``before``, the teacher's number of ``teachers``, with the option name."""
+def check_size(size: int, limit_text: str, before: int, option: str) -> None:
+    """Reject a size above ``before``, the teacher's size, with the option name."""
     if size > before:
         raise RecipeError(
-            f"`{option}` {size} exceeds the teacher's {teachers}. Use {before} or less.",
-            rule="student.layers",
+            f"`{option}` {size} exceeds the teacher's {limit_text}. Use {before} or less.",
+            rule="student.size",
         )
 
 

@@ -62,11 +62,11 @@ class StudentShape:
         if self.layers is not None and self.keep is not None:
             raise RecipeError(
                 "`--layers` and `--keep` are mutually exclusive.",
-                rule="student.layers",
+                rule="student.size",
             )
         for name, value in given.items():
             if name != "keep" and value < 1:
-                raise RecipeError(f"`--{name}` {value} must be at least 1.", rule="student.layers")
+                raise RecipeError(f"`--{name}` {value} must be at least 1.", rule="student.size")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from luthier.models.shrinking.pruning import (
     select,
     select_outputs,
     set_size,
-    unit_size,
+    unit_importance,
 )
 
 if TYPE_CHECKING:
@@ -175,9 +175,9 @@ def _mlp(model: Any, layer: str) -> _Mlp:
 
 def _cut_mlp(mlp: _Mlp, size: int, state: dict[str, Tensor]) -> None:
     out, into = (1, 0) if mlp.transposed else (0, 1)
-    score = unit_size(state, mlp.reader, into, bias=False)
+    score = unit_importance(state, mlp.reader, into, bias=False)
     for writer in mlp.writers:
-        score = score * unit_size(state, writer, out)
+        score = score * unit_importance(state, writer, out)
     kept = largest(score, size)
     for writer in mlp.writers:
         select(state, f"{writer}.weight", out, kept)
@@ -192,8 +192,8 @@ def _cut_heads(model: Any, layer: str, heads: int, state: dict[str, Tensor]) -> 
     config, attention = model.config, f"{layer}.self_attn"
     wide, groups = head_size(config), config.num_key_value_heads
     share = config.num_attention_heads // groups
-    written = unit_size(state, f"{attention}.v_proj", 0).view(groups, -1).amax(dim=1)
-    read = unit_size(state, f"{attention}.o_proj", 1, bias=False).view(groups, -1).amax(dim=1)
+    written = unit_importance(state, f"{attention}.v_proj", 0).view(groups, -1).amax(dim=1)
+    read = unit_importance(state, f"{attention}.o_proj", 1, bias=False).view(groups, -1).amax(dim=1)
     kept = largest(written * read, heads // share)
     for name, size in (("q_proj", share * wide), ("k_proj", wide), ("v_proj", wide)):
         rows = (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
@@ -205,15 +205,19 @@ def _cut_heads(model: Any, layer: str, heads: int, state: dict[str, Tensor]) -> 
 def _cut_channels(model: Any, hidden: int, state: dict[str, Tensor], layers: Sequence[str]) -> None:
     """Remove channels of the residual stream from all writing and reading weights."""
     tables, heads, last = _outside(model)
-    written = [unit_size(state, name, 1, bias=False) for name in tables]
-    written += [unit_size(state, f"{layer}.{name}", 0) for layer in layers for name in _WRITERS]
+    written = [unit_importance(state, name, 1, bias=False) for name in tables]
+    written += [
+        unit_importance(state, f"{layer}.{name}", 0) for layer in layers for name in _WRITERS
+    ]
     norms = [last, *(f"{layer}.{name}" for layer in layers for name in _NORMS)]
     # All weights after a norm; the norm's gain scales their input.
-    read = [unit_size(state, name, 1, bias=False) * gain(state, last) for name in heads]
+    read = [unit_importance(state, name, 1, bias=False) * gain(state, last) for name in heads]
     for layer in layers:
         for name in _READERS:
             norm = f"{layer}.{_NORMS[name.startswith('mlp')]}"
-            read.append(unit_size(state, f"{layer}.{name}", 1, bias=False) * gain(state, norm))
+            read.append(
+                unit_importance(state, f"{layer}.{name}", 1, bias=False) * gain(state, norm)
+            )
     score = sum(n**2 for n in written) * sum(n**2 for n in read)
     kept = largest(score, hidden)  # type: ignore[arg-type]
     for name in {*tables, *heads}:

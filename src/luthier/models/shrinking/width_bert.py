@@ -20,7 +20,7 @@ from luthier.models.shrinking.pruning import (
     select,
     select_outputs,
     set_size,
-    unit_size,
+    unit_importance,
 )
 
 if TYPE_CHECKING:
@@ -96,8 +96,10 @@ def _cut_heads(layer: str, heads: int, wide: int, state: dict[str, Tensor]) -> N
     import torch
 
     before = len(state[f"{layer}.{_QKV[0]}.weight"]) // wide
-    written = unit_size(state, f"{layer}.{_QKV[2]}", 0).view(before, wide).amax(1)
-    read = unit_size(state, f"{layer}.{_WRITERS[0]}", 1, bias=False).view(before, wide).amax(1)
+    written = unit_importance(state, f"{layer}.{_QKV[2]}", 0).view(before, wide).amax(1)
+    read = (
+        unit_importance(state, f"{layer}.{_WRITERS[0]}", 1, bias=False).view(before, wide).amax(1)
+    )
     kept = largest(written * read, heads)
     rows = (kept[:, None] * wide + torch.arange(wide, device=kept.device)).flatten()
     for name in _QKV:
@@ -107,13 +109,15 @@ def _cut_heads(layer: str, heads: int, wide: int, state: dict[str, Tensor]) -> N
 
 def _importance(prefix: str, layers: Sequence[str], state: dict[str, Tensor]) -> Tensor:
     """Return the importance of each channel: writing weights times reading weights after the norms."""
-    written = [unit_size(state, f"{prefix}embeddings.{_TABLES[0]}", 1, bias=False)]
+    written = [unit_importance(state, f"{prefix}embeddings.{_TABLES[0]}", 1, bias=False)]
     read, norm = [], f"{prefix}embeddings.LayerNorm"
     for layer in layers:
-        written += [unit_size(state, f"{layer}.{name}", 0) for name in _WRITERS]
-        read += [unit_size(state, f"{layer}.{n}", 1, bias=False) * gain(state, norm) for n in _QKV]
+        written += [unit_importance(state, f"{layer}.{name}", 0) for name in _WRITERS]
+        read += [
+            unit_importance(state, f"{layer}.{n}", 1, bias=False) * gain(state, norm) for n in _QKV
+        ]
         norm = f"{layer}.attention.output.LayerNorm"
-        into = unit_size(state, f"{layer}.intermediate.dense", 1, bias=False)
+        into = unit_importance(state, f"{layer}.intermediate.dense", 1, bias=False)
         read.append(into * gain(state, norm))
         norm = f"{layer}.output.LayerNorm"
     read.append(gain(state, norm))

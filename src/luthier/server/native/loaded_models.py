@@ -6,6 +6,7 @@ from datetime import datetime
 
 from sqlalchemy import select
 
+from luthier.inference.pool import LoadedModel
 from luthier.server.http.messages import Fault, inference_faults
 from luthier.server.http.routes import MODEL_TURN, Name
 from luthier.server.identifiers import find_foundation
@@ -52,7 +53,7 @@ class LoadedModelsView(View):
 @router.get("/loaded-models")
 def list_loaded_models(call: NativeCall) -> LoadedModelsView:
     """List the account's models in the memory of this server."""
-    loaded = {each.id: each for each in call.context.pool.loaded_models()}
+    loaded = _loaded(call)
     own = select(CustomModel).where(
         CustomModel.account == call.account, CustomModel.stored_id.in_([*loaded])
     )
@@ -60,7 +61,9 @@ def list_loaded_models(call: NativeCall) -> LoadedModelsView:
         models = list(session.scalars(own.order_by(CustomModel.seq)))
     order = {model_id: index for index, model_id in enumerate(loaded)}
     models.sort(key=lambda model: order.get(model.stored_id or "", len(order)))
-    return LoadedModelsView(models=[_view(call, each) for each in models])
+    return LoadedModelsView(
+        models=[_view(call, each, loaded.get(each.stored_id or "")) for each in models]
+    )
 
 
 @router.post("/models/{model}/load", dependencies=[MODEL_TURN])
@@ -69,7 +72,7 @@ def load_model(call: NativeCall, model: Name) -> LoadedModelView:
     row, stored_id = _find(call, model)
     with inference_faults():
         call.context.pool.load(stored_id)
-    return _view(call, row)
+    return _view(call, row, _loaded(call).get(stored_id))
 
 
 @router.post("/models/{model}/unload")
@@ -77,7 +80,7 @@ def unload_model(call: NativeCall, model: Name) -> LoadedModelView:
     """Unload a custom model after the active requests have ended."""
     row, stored_id = _find(call, model)
     call.context.pool.unload(stored_id)
-    return _view(call, row)
+    return _view(call, row, _loaded(call).get(stored_id))
 
 
 def _find(call: Call, name: str) -> tuple[CustomModel, str]:
@@ -96,11 +99,12 @@ def _find(call: Call, name: str) -> tuple[CustomModel, str]:
     return model, model.stored_id
 
 
-def _view(call: Call, model: CustomModel) -> LoadedModelView:
+def _loaded(call: Call) -> dict[str, LoadedModel]:
+    return {each.id: each for each in call.context.pool.loaded_models()}
+
+
+def _view(call: Call, model: CustomModel, loaded: LoadedModel | None) -> LoadedModelView:
     arn = model.arn(call.context.arns)
-    loaded = next(
-        (each for each in call.context.pool.loaded_models() if each.id == model.stored_id), None
-    )
     if loaded is None:
         return LoadedModelView(id=model.id, name=model.name, arn=arn, loaded=False)
     speculation = loaded.speculation
