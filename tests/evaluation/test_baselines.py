@@ -11,6 +11,8 @@ import torch
 from written_rows import row_of
 
 from luthier.evaluation.baselines import (
+    LINEAR_PROBE,
+    TFIDF,
     Baseline,
     Comparison,
     FittedBaselines,
@@ -60,7 +62,7 @@ def scores(found: Comparison) -> dict[str, float]:
     return {each.name: each.score for each in found.baselines}
 
 
-def test_single_label_rows_have_five_baselines() -> None:
+def test_single_label_rows_have_six_baselines() -> None:
     train, held = labelled(60), labelled(30)
     found = compared(train, held, states_of(train, held))
     assert scores(found) == {
@@ -69,16 +71,25 @@ def test_single_label_rows_have_five_baselines() -> None:
         "5 nearest rows of the base model": 1.0,
         "class centroids of the base model": 1.0,
         "logistic regression on the base model": 1.0,
+        TFIDF: 1.0,
     }
     assert (found.measure, found.rows, found.train_rows) == ("accuracy", 30, 60)
     # Baselines on states include the time to compute the states.
-    assert [each.seconds >= 2 for each in found.baselines] == [False, False, True, True, True]
-    assert [each.constant for each in found.baselines] == [True, False, False, False, False]
+    assert [each.seconds >= 2 for each in found.baselines] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert [each.constant for each in found.baselines] == [True, False, False, False, False, False]
 
 
 def test_baselines_without_states_are_left_out() -> None:
     found = compared(labelled(60), labelled(30), None)
-    assert list(scores(found)) == ["always the most frequent label", "naive Bayes on words"]
+    names = ["always the most frequent label", "naive Bayes on words", TFIDF]
+    assert list(scores(found)) == names
     assert [name.split(" ")[0] for name in found.left_out] == ["5", "class", "logistic"]
 
 
@@ -90,14 +101,14 @@ def test_baseline_name_has_number_of_encoded_rows() -> None:
 
 def test_baselines_beyond_time_limit_are_left_out() -> None:
     train, held = labelled(60), labelled(30)
-    times = iter([0.0, 0.0, 9.0, 9.0, 9.0])
+    times = iter([0.0, 0.0, 9.0, 9.0, 9.0, 9.0])
     fitted = fit_and_score(
         CLASSIFICATION, train, held, states_of(train, held), 5.0, clock=lambda: next(times)
     )
     assert fitted is not None
     found = fitted.comparison
     assert list(scores(found)) == ["always the most frequent label", "naive Bayes on words"]
-    assert len(found.left_out) == 3
+    assert len(found.left_out) == 4
     assert fit_and_score(CLASSIFICATION, train, held, None, 0.0, clock=lambda: 1.0) is None
 
 
@@ -262,3 +273,12 @@ def test_model_no_better_than_constant_is_uninformative(
     made = [Baseline("always the most frequent label", 0.6, {}, 0.0, constant=True, error=0.05)]
     made.append(Baseline("naive Bayes", 0.1, {}, 0.0, error=0.05))
     assert Comparison("accuracy", rows, 400, made, tuned).uninformative is uninformative
+
+
+def test_better_baseline_has_options_that_keep_it() -> None:
+    words = Baseline(TFIDF, 0.9, {}, 0.1, error=0.02)
+    probe = Baseline(LINEAR_PROBE, 0.8, {}, 0.1, error=0.02)
+    found = Comparison("accuracy", 100, 500, [words, probe], 0.7)
+    assert found.kept_by == "--base tfidf"
+    assert "feature_extraction" in replace(found, baselines=[probe]).kept_by
+    assert not replace(found, tuned=0.88).kept_by

@@ -150,7 +150,7 @@ def test_tuning_needs_a_trial_able_to_catch_up(trial: float, steps: int, tunes: 
 @pytest.mark.parametrize(
     ("best", "options"),
     [
-        (NAIVE_BAYES, "--name mine --base fasttext"),  # no model underneath
+        (NAIVE_BAYES, "--name mine --base tfidf"),  # no model underneath
         (LINEAR_PROBE, "--base encoder --name mine --adaptation feature_extraction"),
     ],
 )

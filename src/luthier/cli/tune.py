@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -106,6 +107,9 @@ def print_result(result: Result) -> None:
         out.print(f"  {withheld}", markup=False)
     if result.comparison is not None and result.comparison.loses:
         out.print(f"  {result.comparison.verdict}", style="bold yellow", markup=False)
+        if options := result.comparison.kept_by:
+            data = shlex.join((stored.manifest.recipe or {})["data"]["train"])
+            out.print(f"  keep the baseline: luthier tune {data} {options}", markup=False)
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
     if result.verdict is not None and result.verdict.stopped_early:
         steps += " (stopped early)"

@@ -78,6 +78,8 @@ def fit_baselines(
         network, encoder, task, train, held, budget, seconds * READING, on_progress
     )
     fitted = fit_and_score(task, train.rows, held.rows, states, until)
+    if network.has_sparse_rows and fitted is not None:  # no time would suffice
+        fitted = replace(fitted, comparison=replace(fitted.comparison, left_out=[]))
     if not label_issues or fitted is None or states is None or time.monotonic() > until:
         return fitted
     if not isinstance(held.rows[0], Labelled):
@@ -101,8 +103,11 @@ def base_states(
 ) -> States | None:
     """Return the hidden states of the rows (:meth:`Objective.states`).
 
-    Returns ``None`` if the time ends before ``held`` is encoded, or if the network overflows.
+    Returns ``None`` if the time ends before ``held`` is encoded, if the network overflows, or if the
+    network has no hidden states (TF-IDF).
     """
+    if network.has_sparse_rows:
+        return None
     began = time.monotonic()
     network.model.eval()
 

@@ -55,6 +55,8 @@ class DataFacts:
     """Learning rate if all weights are random."""
     mixed: tuple[MixedSet, ...] = ()
     """Sizes of the mixed-in sets; ``rows`` counts the main set only."""
+    is_fitted: bool = False
+    """True if a fit replaces the steps (TF-IDF)."""
     held_out: int = 0
     """Number of validation rows split from the training rows."""
 
@@ -159,11 +161,13 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     rows = facts.rows + facts.held_out
     if (
         facts.held_out
-        and rows <= MOST_REFIT_ROWS
+        and (rows <= MOST_REFIT_ROWS or facts.is_fitted)
         # Refits were measured for scores, not for losses (docs/log/defaults.md).
         and objective.measure in SCORES.keys() - LESS_IS_BETTER
     ):
         reason = f"{rows} rows are few: after finding the number of steps, train on all rows"
+        if facts.is_fitted:
+            reason = "a fit takes seconds: after the measurement, fit all rows"
         fill("refit", True, reason)
     return recipe.model_copy(update={"training": training}), choices
 

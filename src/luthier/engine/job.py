@@ -39,7 +39,7 @@ from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import begins_random
 from luthier.models.networks.classic import NETS
 from luthier.models.networks.dropout import check_dropout
-from luthier.models.networks.heads import HEADS, head_weights, hidden_size_of, scratch_rate
+from luthier.models.networks.heads import FITTED, HEADS, head_weights, hidden_size_of, scratch_rate
 from luthier.models.networks.layers import layer_names
 from luthier.models.networks.layouts import MOST_IMAGES, is_flat
 from luthier.models.networks.modalities import text_fields
@@ -556,7 +556,7 @@ def _check_settings(
 
 def _facts(base: store.StoredModel, data: Dataset, plan: NetworkPlan) -> defaults.DataFacts:
     """Return the figures that the defaults depend on."""
-    model = plan.sketch.model
+    model: Any = plan.sketch.model
     return defaults.DataFacts(
         data.main,
         data.longest,
@@ -567,6 +567,7 @@ def _facts(base: store.StoredModel, data: Dataset, plan: NetworkPlan) -> default
         mixed=data.mixed,
         held_out=sum(map(len, data.held_out.get("validation", {}).values())),
         scratch_rate=scratch_rate(model) or defaults.SCRATCH_RATE,
+        is_fitted=model.config.model_type in FITTED,
     )
 
 

@@ -86,6 +86,7 @@ class Preparation(TrainingStep):
         with trainer.clock.part("begin"):
             prepared = objective.prepare(_run_start(trainer, job))
         trainer.fitted_head, trainer.prepared_rows = prepared.head_fitted, prepared.examples
+        trainer.is_final = prepared.is_final
         trainer.job = job = job.with_rows(trainer.prepared_rows)
         with trainer.clock.part("ahead"):
             rows = chain(job.data.train, job.data.validation)

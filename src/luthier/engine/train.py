@@ -351,6 +351,8 @@ class Trainer:
         """Events to write into the metrics before the first step, with values."""
         self.fitted_head = False
         """True if a new head started from logistic regression."""
+        self.is_final = False
+        """True if the fitted head needs no steps."""
         self.calibration_rows = 0
         """Number of calibration rows of the adaptation."""
         self.baselines: FittedBaselines | None = None
@@ -417,6 +419,8 @@ class Trainer:
             step.before_training(self)
         # After the steps: the optimizer copies its masters from the calibrated weights.
         loop = self._loop(checkpoints)
+        if self.is_final:
+            loop.until = 0
         if self.checkpoint is not None:
             loop.resume(*self.checkpoint)
         else:

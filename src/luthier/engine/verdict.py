@@ -223,7 +223,9 @@ def judge_run(
     headline, cause = _HEADLINES[outcome].format(step=kept), course.cause(by_course, training)
     if unread and by_course == "learned":
         cause = "more_steps"
-    if is_perfect:
+    if not train:
+        headline = "Fitted without training steps"
+    elif is_perfect:
         headline, cause = f"As good as {start}: all held-out rows are right", ""
     elif fitted_head and failed:
         headline, cause = f"Not measurably better than {start}", "regression"
@@ -245,7 +247,7 @@ def judge_run(
     if measure == "span_f1" and new_head and course.kept[measure] < LOW_F1 and not few:
         cause = "reader_base"
 
-    sentences = [f"{headline}: {course.describe(rows if few else 0, start, early)}"]
+    sentences = [f"{headline}: {course.describe(rows if few else 0, start, early and bool(train))}"]
     if refit is not None and not refit.steps:
         sentences.append(
             f"The logistic regression is stored, fitted again on all {refit.rows:,} rows, which was "
@@ -281,11 +283,11 @@ def judge_run(
         cause,
         advice[:1].upper() + advice[1:],
         kept,
-        early,
+        early and bool(train),
         first,
         best,
         last,
-        learned=kept > 0 and gained and not uninformative and not unread,
+        learned=(kept > 0 or not train) and gained and not uninformative and not unread,
         unchanged=kept == 0 and not fitted_head,
     )
 
@@ -310,6 +312,8 @@ class _Course:
 
     def outcome(self) -> Outcome:
         """Return the outcome."""
+        if not self.train:  # fitted without steps
+            return "learned"
         if self.gain <= self._least(self.kept):
             harmed = self.kept is self.first and self._is_above_start(self.last)
             return "worse" if harmed else "hardly_learned"

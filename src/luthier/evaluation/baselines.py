@@ -45,6 +45,14 @@ LINEAR_PROBE = "logistic regression on the base model"
 """The starting point of a classification head."""
 NAIVE_BAYES = "naive Bayes on words"
 """Needs no base model, as ``fasttext`` needs none: both learn words and pairs of words."""
+TFIDF = "logistic regression on words (TF-IDF)"
+"""The base model ``tfidf``."""
+KEPT_BY = {
+    TFIDF: "--base tfidf",
+    LINEAR_PROBE: "--adaptation feature_extraction --set objective.probe=true "
+    "--set training.max_steps=1",
+}
+"""Options of ``luthier tune`` that store a baseline as a model."""
 WORD = re.compile(r"\w+")
 
 
@@ -111,6 +119,16 @@ class Comparison:
         if best is None or self.tuned is None or not self.ranks:
             return False
         return self.gain(best) < -CHANCE * best.error
+
+    @property
+    def kept_by(self) -> str:
+        """Options of ``luthier tune`` that store a baseline that is better beyond chance."""
+        better = [
+            each for each in self.baselines
+            if each.name in KEPT_BY and self.gain(each) < -CHANCE * each.error
+        ]  # fmt: skip
+        best = min(better, key=self.gain, default=None) if self.loses else None
+        return KEPT_BY[best.name] if best is not None else ""
 
     def judge(self) -> str:
         """Return the :attr:`verdict`; empty if the tuned model beats all baselines beyond chance."""
@@ -346,4 +364,19 @@ def naive_bayes(
     words = CountVectorizer(ngram_range=(1, 2), token_pattern=WORD.pattern, max_features=most)
     model = MultinomialNB(alpha=SMOOTHING).fit(words.fit_transform(texts), class_N)
     found: NDArray[np.int64] = model.predict(words.transform(asked))
+    return found
+
+
+def tfidf_classes(
+    texts: Sequence[str], class_N: NDArray[np.int64], asked: Sequence[str], classes: int
+) -> NDArray[np.int64]:
+    """Predict the classes of ``asked`` by logistic regression on TF-IDF, as the base ``tfidf``."""
+    import torch
+
+    from luthier.evaluation.linear import fit_logistic
+    from luthier.models.networks.classic.tfidf import text_features
+
+    train_NV, asked_QV = text_features(texts, asked)
+    scores_QC = fit_logistic(train_NV, torch.from_numpy(class_N), classes).scores(asked_QV)
+    found: NDArray[np.int64] = scores_QC.argmax(-1).numpy()
     return found

@@ -349,6 +349,14 @@ _ENTRIES = (
         {"model_type": "fasttext"},
         context=8192,
     ),
+    random_entry(
+        "tfidf",
+        "encoder",
+        65_536,
+        "TF-IDF of words and pairs with logistic regression, fitted in seconds, for labels",
+        {"model_type": "tfidf"},
+        context=8192,
+    ),
     CatalogEntry(
         id="smollm2-360m-instruct",
         name="SmolLM2 360M",

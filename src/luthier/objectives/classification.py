@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from luthier.data.shapes.base import Labelled, is_multi_label
 from luthier.errors import RecipeError, RowRefused
 from luthier.formatting import did_you_mean, list_some
-from luthier.models.networks.heads import MEAN_POOLED, Head, declared_pooling
+from luthier.models.networks.heads import FITTED, MEAN_POOLED, Head, declared_pooling
 from luthier.objectives.base import (
     Objective,
     PreparedRows,
@@ -163,7 +163,7 @@ class Classification(Objective):
             pooling = "mean" if kind in MEAN_POOLED else None
         elif pooling is None:
             pooling = declared_pooling(folder.path)
-        probe = pooling == "mean" if self.probe is None else self.probe
+        probe = (pooling == "mean" or kind in FITTED) if self.probe is None else self.probe
         return bound.model_copy(update={"pooling": pooling, "probe": probe})
 
     @property
@@ -294,10 +294,15 @@ class Classification(Objective):
             return plain
         # Every n-th row, because `prepare` must not draw. Only these rows are read from disk.
         chosen = [examples[row] for row in labelled[:: -(-len(labelled) // PROBED_ROWS)]]
+        is_sparse = network.has_sparse_rows
+        if is_sparse:
+            network.model.base_model.forget()
         features, targets = list[torch.Tensor](), list[np.ndarray[Any, Any]]()
         # The hook gets the input of the last layer, whatever layers the family has before.
         tap = layer.register_forward_pre_hook(
-            lambda _, inputs: features.append(inputs[0].flatten(0, -2).float().cpu())
+            lambda _, inputs: features.append(
+                inputs[0] if is_sparse else inputs[0].flatten(0, -2).float().cpu()
+            )
         )
         try:
             for batch in network.batches(chosen, start.budget):
@@ -306,8 +311,10 @@ class Classification(Objective):
         finally:
             tap.remove()
         target, features_NH = torch.from_numpy(np.stack(targets)), torch.cat(features)
+        if is_sparse:
+            features_NH = network.model.base_model.fit_features(features_NH)
         # A network that overflows would give a head of NaN; the random head stays.
-        if not features_NH.isfinite().all():
+        elif not features_NH.isfinite().all():
             return plain
         fitted = fit_logistic(
             features_NH,
@@ -320,7 +327,7 @@ class Classification(Objective):
         if layer.bias is not None:
             layer.bias.copy_(fitted.bias_C)
         start.note(f"the new head starts from logistic regression on {len(chosen):,} rows")
-        return PreparedRows(examples, head_fitted=True)
+        return PreparedRows(examples, head_fitted=True, is_final=is_sparse)
 
     def describe(self, example: Example) -> str:
         """Return the labels of the row, if any."""

@@ -16,11 +16,13 @@ from luthier.evaluation.baselines import (
     LINEAR_PROBE,
     NAIVE_BAYES,
     NEAREST,
+    TFIDF,
     WORD,
     Method,
     States,
     naive_bayes,
     nearest_classes,
+    tfidf_classes,
 )
 from luthier.evaluation.baselines import Answers as Predicted
 from luthier.evaluation.breakdown import Calibration
@@ -125,6 +127,8 @@ def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Itera
         (LINEAR_PROBE, partial(by_model, fit_logistic)),
     ):
         yield Method(name, answers, reads_states=True)
+    if any(map(WORD.search, texts)):
+        yield Method(TFIDF, lambda _: answer(tfidf_classes(texts, class_N, asked, len(names))))
 
 
 def _label_set_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Iterator[Method]:

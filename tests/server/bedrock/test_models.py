@@ -23,7 +23,8 @@ def refused(call: Callable[..., Any], **members: Any) -> str:
 
 
 ENCODERS = [
-    ENCODER, "luthier.fasttext", "intfloat.multilingual-e5-small", "google.efficientnet-lite0",
+    ENCODER, "luthier.fasttext", "luthier.tfidf", "intfloat.multilingual-e5-small",
+    "google.efficientnet-lite0",
     "luthier.small-cnn", "luthier.small-audio-cnn",
 ]  # fmt: skip
 IMAGES = ["luthier.small-dcgan", "luthier.small-unet", "luthier.small-vae"]
@@ -40,7 +41,8 @@ def test_foundation_model_list_has_modalities(bedrock: Any, bob: Any) -> None:
     kinds = {name: found[name]["inputModalities"] for name in (*ENCODERS, *IMAGES)}
     assert kinds == {
         ENCODER: ["TEXT"], "google.efficientnet-lite0": ["IMAGE"], "luthier.small-cnn": ["IMAGE"],
-        "luthier.fasttext": ["TEXT"], "intfloat.multilingual-e5-small": ["TEXT"],
+        "luthier.fasttext": ["TEXT"], "luthier.tfidf": ["TEXT"],
+        "intfloat.multilingual-e5-small": ["TEXT"],
         "luthier.small-audio-cnn": [], "luthier.small-vae": ["IMAGE"],
         "luthier.small-dcgan": ["TEXT"], "luthier.small-unet": ["TEXT"],
     }  # fmt: skip

@@ -193,6 +193,11 @@ class Network:
             return 1 << 30
 
     @property
+    def has_sparse_rows(self) -> bool:
+        """True for TF-IDF, which has a sparse row per text instead of hidden states."""
+        return hasattr(self._backbone, "row_features")
+
+    @property
     def tokens_before(self) -> int:
         """Context positions of the key-value prefix and the soft prompt."""
         return prefix_tokens(self.model) + len(heads.prompt_ids(self.model))
@@ -204,6 +209,12 @@ class Network:
 
     def hidden(self, batch: TreeBatch, node_S: Tensor | None = None) -> Tensor:
         """Return the last hidden states ``[N, H]`` of the tree, or ``[S, H]`` of ``node_S``."""
+        if self.has_sparse_rows:
+            raise RecipeError(
+                "TF-IDF classifies texts and has no hidden states. Use rows with a label, or another "
+                "base model.",
+                rule="network.head",
+            )
         # Cached activations belong to the original tokens, not to tokens that an objective masked.
         frozen_cache = self.frozen_cache if batch.is_unchanged else None
         with nullcontext() if frozen_cache is None else frozen_cache.instead(batch):
@@ -243,6 +254,11 @@ class Network:
         model = self.model
         if self.layout.has_media:
             return media_scores(model, self.row_states(batch, "last", hidden_NH))
+        if self.has_sparse_rows:
+            node_RT, mask_RT = (each.to(self.device) for each in _padded_rows(batch.tree))
+            rows_RV = self._backbone.row_features(batch.ids_N[node_RT], mask_RT)
+            sparse_RC: Tensor = model.score(rows_RV)
+            return sparse_RC
         if hasattr(model, "score"):
             # Decoders score the last token; ELMo, fastText and mean-pooling BERT score the mean.
             pooling = getattr(model, "row_pooling", "last")

@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from luthier.evaluation.baselines import LINEAR_PROBE, NAIVE_BAYES
+from luthier.evaluation.baselines import KEPT_BY, LINEAR_PROBE, NAIVE_BAYES, TFIDF
 from luthier.evaluation.significance import CHANCE, differ
-from luthier.models.catalog import WORD_READER
 from luthier.pages import Displayed
 from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts
@@ -310,9 +309,11 @@ def _nearest_served(facts: AdviceFacts, command: str) -> str:
     """Return the command for a served model similar to the best simple baseline."""
     best = facts.evidence and facts.evidence.best("simple baselines")
     plain = _without_option(command, "--adaptation")
-    if best and best.name == NAIVE_BAYES:
+    if best and best.name in (NAIVE_BAYES, TFIDF):
+        plain = f"{_without_option(plain, '--base')} {KEPT_BY[TFIDF]}"
+        if best.name == TFIDF:
+            return f"Keep the baseline: {plain}"
         nearest = "learns words and pairs of words"
-        plain = f"{_without_option(plain, '--base')} --base {WORD_READER}"
     else:
         nearest, plain = "trains only a new head", f"{plain} --adaptation feature_extraction"
     return f"luthier cannot serve this baseline. The most similar model {nearest}: {plain}"

@@ -23,6 +23,7 @@ NETS = {
     "palm": "luthier.models.networks.classic.palm",
     "elmo": "luthier.models.networks.classic.elmo",
     "fasttext": "luthier.models.networks.classic.fasttext",
+    "tfidf": "luthier.models.networks.classic.tfidf",
     "transfo_xl": "luthier.models.networks.classic.transfo_xl",
     "mean_pooling_bert": "luthier.models.networks.classic.mean_pooling_bert",
     **{name: point.value for name, point in extensions("networks").items()},

@@ -97,17 +97,9 @@ class FastTextModel(FastTextPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask_RT = attention_mask.bool()
-        start_RT, word_RT = self._hashes(input_ids, mask_RT)
+        start_RT, word_K, pair_K, paired_K = self.terms(input_ids, mask_RT)
         row_K, place_K = start_RT.nonzero(as_tuple=True)
-        word_K = word_RT[row_K, place_K]
-        # The previous word of the same row; the first word ends no bigram.
-        paired_K = torch.zeros_like(row_K, dtype=torch.bool)
-        paired_K[1:] = row_K[1:] == row_K[:-1]
-        # Two factors, so that the order of the words counts.
-        pair_K = (word_K.roll(1) * FACTORS[1] % PRIME + word_K * FACTORS[2] % PRIME) % PRIME
-        state_KH = self.embed_tokens(word_K % self.config.buckets)
-        of_pairs_KH = self.embed_tokens(pair_K % self.config.buckets)
-        state_KH = state_KH + of_pairs_KH * paired_K[:, None]
+        state_KH = self.embed_tokens(word_K) + self.embed_tokens(pair_K) * paired_K[:, None]
         # W words have W - 1 bigrams. T / (2 W - 1) turns the mean over T characters into the mean
         # over words and bigrams.
         terms_R = 2 * start_RT.sum(1) - start_RT.any(1).long()
@@ -116,6 +108,19 @@ class FastTextModel(FastTextPreTrainedModel):
         scaled_KH = state_KH * size_R[row_K, None].to(state_KH.dtype)
         states_RTH = states_RTH.index_put((row_K, place_K), scaled_KH)
         return BaseModelOutput(last_hidden_state=states_RTH)
+
+    def terms(self, ids_RT: Tensor, mask_RT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the word starts ``[R, T]``; for each word, in order, the bucket of the word, the
+        bucket of the bigram that ends there, and whether the word ends a bigram."""
+        start_RT, word_RT = self._hashes(ids_RT, mask_RT)
+        row_K, place_K = start_RT.nonzero(as_tuple=True)
+        word_K = word_RT[row_K, place_K]
+        # The previous word of the same row; the first word ends no bigram.
+        paired_K = torch.zeros_like(row_K, dtype=torch.bool)
+        paired_K[1:] = row_K[1:] == row_K[:-1]
+        # Two factors, so that the order of the words counts.
+        pair_K = (word_K.roll(1) * FACTORS[1] % PRIME + word_K * FACTORS[2] % PRIME) % PRIME
+        return start_RT, word_K % self.config.buckets, pair_K % self.config.buckets, paired_K
 
     @torch.no_grad()
     def _hashes(self, ids_RT: Tensor, mask_RT: Tensor) -> tuple[Tensor, Tensor]:
