@@ -45,7 +45,7 @@ class TfidfPreTrainedModel(PreTrainedModel):
     config: TfidfConfig
     config_class = TfidfConfig
     base_model_prefix = "model"
-    _keep_in_fp32_modules_strict = ("embed_tokens", "score")
+    _keep_in_fp32_modules_strict = ["embed_tokens", "score"]  # noqa: RUF012
     """The fit is stored as is: rounded to bfloat16, one of 70 rows got another label."""
 
     def get_input_embeddings(self) -> Any:
@@ -130,7 +130,8 @@ class SparseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return scores ``[R, C]`` of sparse ``input [R, V]``, in float32."""
-        return torch.sparse.mm(input, self.weight.float().T) + self.bias.float()
+        scores_RC: Tensor = torch.sparse.mm(input, self.weight.float().T) + self.bias.float()
+        return scores_RC
 
 
 class TfidfForSequenceClassification(TfidfPreTrainedModel):
