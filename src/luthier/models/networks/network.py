@@ -209,12 +209,6 @@ class Network:
 
     def hidden(self, batch: TreeBatch, node_S: Tensor | None = None) -> Tensor:
         """Return the last hidden states ``[N, H]`` of the tree, or ``[S, H]`` of ``node_S``."""
-        if self.has_sparse_rows:
-            raise RecipeError(
-                "TF-IDF classifies texts and has no hidden states. Use rows with a label, or another "
-                "base model.",
-                rule="network.head",
-            )
         # Cached activations belong to the original tokens, not to tokens that an objective masked.
         frozen_cache = self.frozen_cache if batch.is_unchanged else None
         with nullcontext() if frozen_cache is None else frozen_cache.instead(batch):
@@ -234,6 +228,12 @@ class Network:
         Args:
             hidden_NH: Hidden states, if already computed.
         """
+        if self.has_sparse_rows:
+            raise RecipeError(
+                "TF-IDF classifies texts and has no hidden states. Use rows with a label, or another "
+                "base model.",
+                rule="network.head",
+            )
         tree = batch.tree
         if pooling != "mean":
             nodes = tree.root_R if pooling == "first" else tree.leaf_R

@@ -53,6 +53,8 @@ def test_tuned_base_equals_baseline_of_run(tmp_path: Path, luthier_home: Path) -
     words = next(each for each in tuned.comparison.baselines if each.name == TFIDF)
     assert words.score == tuned.comparison.tuned > 0.9
     assert luthier.evaluate(tuned.model_id, data).scores["accuracy"] > 0.95
+    compared = luthier.compare(data, tuned=[tuned.model_id], train=data)
+    assert {TFIDF, tuned.model_id} <= {each.name for each in compared.contenders}
     model = luthier.load(tuned.model_id)
     assert model.predict("the door is OPEN")["label"] == "open"
     assert model.predict("zzz!")["label"] in ("open", "closed")  # no known word
