@@ -33,8 +33,8 @@ def test_features_equal_those_of_scikit_learn() -> None:
         torch.testing.assert_close(own_RR, expected_RR, atol=1e-5, rtol=1e-5)
 
 
-def rows(count: int) -> Iterator[dict[str, str]]:
-    draw = random.Random(0)
+def rows(count: int, seed: int = 0) -> Iterator[dict[str, str]]:
+    draw = random.Random(seed)
     for number in range(count):
         label = draw.choice(["open", "closed"])
         word = "door" if draw.random() < 0.8 else "key"
@@ -53,7 +53,9 @@ def test_tuned_base_equals_baseline_of_run(tmp_path: Path, luthier_home: Path) -
     words = next(each for each in tuned.comparison.baselines if each.name == TFIDF)
     assert words.score == tuned.comparison.tuned > 0.9
     assert luthier.evaluate(tuned.model_id, data).scores["accuracy"] > 0.95
-    compared = luthier.compare(data, tuned=[tuned.model_id], train=data)
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text("".join(json.dumps(row) + "\n" for row in rows(60, seed=1)))
+    compared = luthier.compare(unseen, tuned=[tuned.model_id], train=data)
     assert {TFIDF, tuned.model_id} <= {each.name for each in compared.contenders}
     model = luthier.load(tuned.model_id)
     assert model.predict("the door is OPEN")["label"] == "open"
