@@ -40,6 +40,7 @@ OF_COMMANDS = {
     # Names of runs and what goes on: a job is its own name, goes on by itself, and has local teachers.
     "engine/runs.py": "--(resume|name)", "engine/loop.py": "--resume",
     "library/models.py": "luthier tune … --resume",
+    "library/packing.py": "--merged",
     "workflows/distil/responses.py": "--(resume|name)", "data/formats.py": "--to",
     "workflows/distil/recipe.py": "--(resume|set teacher)",
     # A server is started by a command, and a driver by arguments.
@@ -50,6 +51,7 @@ OF_COMMANDS = {
     "tasks/base.py": "--input series", "tasks/embedding.py": "--json prints all",
     "tasks/generation.py": "--image photo|DATA --base", "tasks/reading.py": "--input questions",
     "tasks/reranking.py": "--input pairs", "media/tasks.py": "--output samples",
+    "evaluation/baselines.py": "--(base|adaptation|set) ",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip
 """Messages in other files that API clients never see, as patterns."""

@@ -229,8 +229,13 @@ def read_texts(source: Path) -> Iterator[tuple[Path, str]]:
 
 
 def as_rows(source: Any) -> Any:
-    """Return a file with one row of text for each document of ``source``; other sources unchanged."""
+    """Return a file with one row of text for each document of ``source``; other sources unchanged.
+
+    A single workbook is unchanged, because its lines are rows, not a text.
+    """
     if not isinstance(source, str | Path) or not has_documents(source):
+        return source
+    if Path(source).suffix.lower() == ".xlsx":
         return source
     return store_rows(document_rows(Path(source)))
 
