@@ -20,7 +20,7 @@ import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -219,7 +219,7 @@ def _text_type(kind: Any) -> Any:
     if origin in (Union, types.UnionType):
         given = [each for each in parts if each is not type(None)]
         return str if str in given else _text_type(given[0])
-    if origin is not None and origin is not Literal and issubclass(origin, Sequence):
+    if isinstance(origin, type) and issubclass(origin, Sequence):
         return list[_text_type(parts[0])]  # type: ignore[misc]
     return kind
 
