@@ -157,11 +157,11 @@ Done = Callable[[int, Reply | Failure], None]
 """Called with the index and the outcome of each conversation, as soon as the outcome is known."""
 
 Writer = Callable[[list[Sequence[Message]]], Sequence[str | Failure]]
-"""Function that returns the replies of a model to conversations, in order."""
+"""Function from conversations to the replies of a model, in order."""
 
 
 class ChatModel:
-    """A model that replies to conversations."""
+    """A model for replies to conversations."""
 
     name: str
     """Display name."""
@@ -175,7 +175,7 @@ class ChatModel:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Fields that identify the model in journals and manifests."""
+        """Identity of the model in journals and manifests."""
         raise NotImplementedError
 
     def ask(
@@ -240,6 +240,6 @@ class CachedWriter:
 
 
 def _digest(conversation: Sequence[Message]) -> bytes:
-    """Return a hash of a conversation, which needs less memory than the conversation."""
+    """Return a hash of a conversation; the conversation needs more memory."""
     text = json.dumps([turn.to_dict() for turn in conversation], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

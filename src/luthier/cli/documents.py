@@ -1,4 +1,4 @@
-"""``luthier index`` and ``luthier ask``: search in documents, and answers from them."""
+"""``luthier index`` and ``luthier ask``: search in documents, and answers from documents."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ WATCH_SECONDS = 2.0
 
 @dataclass(frozen=True, repr=False)
 class IndexSummary(Displayed):
-    """An index and its documents."""
+    """An index with documents."""
 
     name: str
     model: str
@@ -54,7 +54,7 @@ class IndexSummary(Displayed):
     update: IndexUpdate | None = None
     """Changes by ``index add``."""
     unfinished: list[tuple[str, int]] = field(default_factory=list)
-    """Embedding model and number of documents of updates that run or were killed."""
+    """Embedding model and number of documents of running and killed updates."""
 
     @property
     def passages(self) -> int:
@@ -424,7 +424,7 @@ def _checked(question: str) -> str:
 
 
 def show_summary(found: IndexSummary | list[IndexSummary]) -> None:
-    """Print what changed, documents that were not read in full, and the next command."""
+    """Print the changes, documents without complete text, and the next command."""
     if isinstance(found, list):
         table = new_table(
             "index", "model", "documents", "passages", numbers=("documents", "passages")
@@ -458,7 +458,7 @@ def _show_unfinished(found: IndexSummary) -> None:
 
 
 def show_passages(found: FoundPassages) -> None:
-    """Print each passage with its place and score."""
+    """Print each passage with place and score."""
     for each in found.passages:
         score = f"cosine {each.cosine:.3f}"
         if each.relevance is not None:
@@ -469,7 +469,7 @@ def show_passages(found: FoundPassages) -> None:
 
 
 def show_answer(found: DocumentAnswer) -> None:
-    """Print the answer, then its sources."""
+    """Print the answer, then the sources."""
     print_text(found.text)
     if not found.declined:
         show_sources(found)

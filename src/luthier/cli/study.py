@@ -133,7 +133,7 @@ def _parse_limits(texts: Sequence[str]) -> Mapping[str, float]:
 
 
 def show_study(found: Study) -> None:
-    """Print the table, the verdict and the command that trains the choice."""
+    """Print the table, the verdict and the command for the choice."""
     from rich.text import Text
 
     from luthier.workflows.study.results import columns_of

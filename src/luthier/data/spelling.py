@@ -1,4 +1,4 @@
-"""One spelling for words that are spelled in several ways: Unicode's forms and tone marks.
+"""Words with several spellings: Unicode's forms, and places of tone marks.
 
 Vietnamese has two rules for the tone mark of the open syllables oa, oe and uy: ``hòa`` and ``hoà``
 are the same word. In SIB-200, 86 words follow the first rule and 10 the second.

@@ -92,5 +92,5 @@ class Citations:
 
 
 def without_unknown_citations(text: str, passages: int) -> str:
-    """Return ``text`` without citations of passages that were not in the prompt."""
+    """Return ``text`` without citations of passages outside the prompt."""
     return Citations(passages).add(text, last=True)[0]

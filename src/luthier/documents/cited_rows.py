@@ -15,7 +15,7 @@ from luthier.graders.similarity import squad_words
 from luthier.types import Row
 
 SUPPORTED = 0.75
-"""Minimum share of the words of an answer in a passage that supports the answer."""
+"""Minimum share of the words of an answer in a supporting passage."""
 
 
 def supports(passage: str, answer: str) -> bool:
@@ -64,7 +64,7 @@ def draw_passages(
 
 
 def _question_and_answer(row: Row) -> tuple[str, str | None] | None:
-    """Return a question and its answer, which is ``None`` without an answer."""
+    """Return question and answer; ``None`` without an answer."""
     if isinstance(row, AnsweredQuestion):
         return row.question, row.answers[0] if row.answers else None
     turns = row.turns()

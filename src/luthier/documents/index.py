@@ -164,7 +164,7 @@ class DocumentIndex:
 
     @staticmethod
     def unfinished(name: str) -> list[tuple[str, int]]:
-        """Return embedding model and number of documents of updates that run or were killed."""
+        """Return embedding model and number of documents of running and killed updates."""
         found = []
         for file in sorted(DocumentIndex.folder(name).glob("*.sqlite")):
             with open_file(file) as connection:

@@ -46,13 +46,13 @@ class DocumentPage:
 
 @dataclass(frozen=True)
 class ReadDocument:
-    """Content of a document, or the reason why it was refused."""
+    """Content of a document, or the reason for a refusal."""
 
     pages: tuple[DocumentPage, ...] = ()
     note: str = ""
     """Omitted parts, such as pages without text."""
     refused: str = ""
-    """Reason; empty for a document that was read."""
+    """Reason for a refusal; empty for a document with content."""
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
@@ -93,7 +93,7 @@ def document_files(sources: Sequence[Path]) -> list[Path]:
 
 
 def outward_links(sources: Sequence[Path]) -> list[Path]:
-    """Return links in folders of ``sources`` to documents or folders outside, which are not read."""
+    """Return the ignored links in folders of ``sources`` to documents or folders outside."""
     return sorted(
         each
         for source in sources
@@ -118,7 +118,7 @@ class DocumentReader:
     @staticmethod
     @contextmanager
     def open() -> Iterator[DocumentReader]:
-        """Yield a reader; its process ends with the block."""
+        """Yield a reader; the reader's process ends with the block."""
         reader = DocumentReader()
         try:
             yield reader
@@ -133,7 +133,7 @@ class DocumentReader:
             self._child = None
 
     def read(self, path: Path) -> ReadDocument:
-        """Return the content of ``path``, or the reason why it is refused.
+        """Return the content of ``path``, or the reason for a refusal.
 
         Raises:
             RecipeError: if the libraries for documents are not installed.
@@ -229,9 +229,9 @@ def read_texts(source: Path) -> Iterator[tuple[Path, str]]:
 
 
 def as_rows(source: Any) -> Any:
-    """Return a file with one row of text for each document of ``source``; other sources unchanged.
+    """Return a file with a row of text for each document of ``source``; other sources unchanged.
 
-    A single workbook is unchanged, because its lines are rows, not a text.
+    A workbook stays unchanged, because a table has rows, not text.
     """
     if not isinstance(source, str | Path) or not has_documents(source):
         return source
@@ -247,7 +247,7 @@ def document_rows(source: Path) -> Iterator[dict[str, str]]:
 
 
 def load_texts(sources: Iterable[str | Path]) -> list[str]:
-    """Return the documents of ``sources``: documents, or files with one text per row.
+    """Return the texts of ``sources``: documents, or files with a text per row.
 
     Raises:
         DataError: with documents that cannot be read.

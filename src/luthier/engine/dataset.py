@@ -109,7 +109,7 @@ class Dataset:
 LikelyLabels = Mapping[tuple[str, int], str]
 """Likely label of rows with a label issue, by file and line."""
 DECLINE_SHARE = 0.1
-"""Share of rows with passages whose answer declines."""
+"""Share of declining answers among rows with passages."""
 FIRST_ROWS = 200
 """Number of rows per source to check before a base model is chosen and loaded."""
 

@@ -96,7 +96,7 @@ class TrainingJob:
     usual_rate: float = 0.0
     """Default learning rate for the job."""
     label_issues: LikelyLabels | None = None
-    """Label issues that changed the training rows; ``None`` before the search."""
+    """Label issues with changes of the training rows; ``None`` before the search."""
 
     @property
     def rows(self) -> int:
@@ -504,7 +504,7 @@ def _plan_network(
     reporter: Reporter,
     processes: int,
 ) -> NetworkPlan:
-    """Return the network that ``objective`` trains, with the memory of all networks."""
+    """Return the trained network of ``objective``, with the memory of all networks."""
     size = machine.dtype.itemsize
     config = base.network.config(objective.head())
     input_shape = chat.media.shape if chat.media is not None else None
@@ -530,7 +530,7 @@ def _plan_network(
 def _check_settings(
     recipe: Recipe, data: Dataset, plan: NetworkPlan, facts: defaults.DataFacts
 ) -> None:
-    """Raise :class:`RecipeError` for settings that the network or the rows cannot have."""
+    """Raise :class:`RecipeError` for settings beyond the network or the rows."""
     training, model, objective = recipe.training, plan.sketch.model, data.objective
     if training.dropout is not None:
         check_dropout(model)
@@ -555,7 +555,7 @@ def _check_settings(
 
 
 def _facts(base: store.StoredModel, data: Dataset, plan: NetworkPlan) -> defaults.DataFacts:
-    """Return the figures that the defaults depend on."""
+    """Return the figures behind the defaults."""
     model: Any = plan.sketch.model
     return defaults.DataFacts(
         data.main,

@@ -1,8 +1,8 @@
-"""Models in one file, for machines without the package index and the hub.
+"""Packed models: a file with a model and all parents, for machines without network.
 
-The file is a zip archive without compression, because weights do not get smaller. Its folders are
-those of the store, ``base/ID`` and ``custom/BASE/NAME``, each with the manifest that has licence,
-source and hashes. Parents come before the models that build on them.
+The file is a zip archive without compression, because weights do not get smaller. The folders are
+the folders of the store, ``base/ID`` and ``custom/BASE/NAME``, each with a manifest of licence,
+source and hashes. Parents come first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FOLDER = re.compile(rf"((?:base|custom/\w[\w.-]*)/\w[\w.-]*)/{re.escape(MANIFES
 
 @dataclass(frozen=True)
 class PackedModel:
-    """A model as it is written into the file."""
+    """Manifest and files of a model in the file."""
 
     manifest: Manifest
     source: Path
@@ -55,13 +55,13 @@ class PackedModel:
 
 
 def pack(model: StoredModel, target: Path, say: Callable[[str], None]) -> list[PackedModel]:
-    """Write ``model`` and the models that it builds on into the file ``target``.
+    """Write ``model`` and all parents into the file ``target``.
 
     A model of the hub or of a folder gets its short name as id.
 
     Raises:
-        CorruptFile: for a file that differs from its hash.
-        RecipeError: for a custom model on a base model that is not in the store.
+        CorruptFile: for a file with another hash.
+        RecipeError: for a parent outside the store.
     """
     packed = [_prepare(model)]
     for parent in ancestors(model):
@@ -83,11 +83,11 @@ def pack(model: StoredModel, target: Path, say: Callable[[str], None]) -> list[P
 
 
 def unpack(source: Path, say: Callable[[str], None]) -> list[StoredModel]:
-    """Store the models of a packed file, parents first. A model that is here stays.
+    """Store the models of a packed file, parents first. Existing models stay.
 
     Raises:
-        CorruptFile: for a file that is damaged or was not packed by luthier.
-        RecipeError: for a missing file, or another model with the same id.
+        CorruptFile: for a damaged file, or a file of other software.
+        RecipeError: for a missing file, or a different model with the same id.
     """
     try:
         with ZipFile(source) as archive:
@@ -104,7 +104,7 @@ def unpack(source: Path, say: Callable[[str], None]) -> list[StoredModel]:
 
 
 def _prepare(model: StoredModel) -> PackedModel:
-    """Return a model of the store with its manifest, and any other model with a new manifest."""
+    """Return a model of the store unchanged, and other models with a new manifest."""
     check_whole(model)
     if model.manifest.files:
         return PackedModel(model.manifest, model.folder)

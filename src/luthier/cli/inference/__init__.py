@@ -1,1 +1,1 @@
-"""Commands that query models, and what they share."""
+"""Commands for queries of models, with shared parts."""

@@ -124,7 +124,7 @@ def show_images(found: SampledImages | Reconstructions) -> None:
 
 
 def _check_samples(output: Path) -> None:
-    """Reject an output that cannot be written, before sampling."""
+    """Reject an unwritable output before sampling."""
     ending = output.suffix.lower()
     if ending == ".png":
         check_output(output)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from luthier.types import Row
 
 WORTH_STORING = 1_000
-"""Number of rows from which a note recommends an index file."""
+"""Minimum number of rows for a note about index files."""
 SHOWN = 200
 """Maximum number of printed characters of a text."""
 

@@ -259,7 +259,7 @@ def _run_of(model: str) -> Run | None:
 
 
 def _check_run_ended(model: str) -> None:
-    """Reject the id of a model whose run has not finished."""
+    """Reject the id of a model with an unfinished run."""
     if (run := _run_of(model)) is None:
         return
     if run.is_worked_on():
@@ -343,7 +343,7 @@ def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[t
 
 
 def lineage(model: StoredModel) -> list[str]:
-    """Return the ids of a model and all its ancestors."""
+    """Return the ids of a model and all ancestors."""
     from luthier.library.models import ancestors
 
     above = ancestors(model)
@@ -381,7 +381,7 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ModelCapabilities:
-    """Objectives and adaptations that this machine can train."""
+    """Objectives and adaptations within the limits of this machine."""
 
     models: list[Capabilities]
 
@@ -489,10 +489,10 @@ def pull_model(
 
 
 def pack_model(model: str, file: Path, *, reporter: Reporter | None = None) -> Record:
-    """Write a model into one file, for machines without network.
+    """Write a model into a file, for machines without network.
 
     Args:
-        model: Model id; its base models are packed, too.
+        model: Model id; the base models are packed, too.
         file: Target, for `luthier models pull --from FILE`.
         reporter: Receives progress; silent if not given.
     """
@@ -527,7 +527,7 @@ def accept_model(model: str) -> Record:
 
 
 def _check_no_account(model: str, database: str | None) -> None:
-    """Reject a model that the service still uses."""
+    """Reject a model in use by the service."""
     from luthier.server.stores.removal import owner_of
     from luthier.server.tables.database import is_database_here
 
@@ -543,7 +543,7 @@ def _check_no_account(model: str, database: str | None) -> None:
 
 
 def _service_users(base: str, database: str | None) -> list[str]:
-    """Return the models, jobs and endpoints of accounts that use a base model."""
+    """Return the models, jobs and endpoints of accounts with a base model."""
     from luthier.server.stores.removal import users_of_base
     from luthier.server.tables.database import is_database_here
     from luthier.server.tables.foundation import foundation_model

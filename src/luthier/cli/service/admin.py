@@ -184,7 +184,7 @@ def create_account(account: str, *, name: str = "", database: ServiceDatabase = 
 
 
 def account_command(action: Literal["disable", "enable", "remove"], about: str) -> Command:
-    """Return the command that changes the state of an account."""
+    """Return the command for a change of state of an account."""
 
     def run(account: str, *, database: ServiceDatabase = None) -> Record:
         from luthier.server.tables import accounts
@@ -310,7 +310,7 @@ def set_role(
 
 
 def user_command(action: Literal["disable", "enable", "remove"], about: str) -> Command:
-    """Return the command that changes the state of a user."""
+    """Return the command for a change of state of a user."""
 
     def run(
         user: str, *, account: Account = FIRST_ACCOUNT, database: ServiceDatabase = None
@@ -407,7 +407,7 @@ def create_key(
 
 
 def key_command(action: Literal["disable", "enable", "remove"], about: str) -> Command:
-    """Return the command that changes the state of a key."""
+    """Return the command for a change of state of a key."""
 
     def run(key: str, *, database: ServiceDatabase = None) -> Record:
         from luthier.server.tables import principals

@@ -64,7 +64,7 @@ class KeywordOptions:
 
 @dataclass(frozen=True)
 class Command:
-    """Public function with the renderer of its result."""
+    """Public function with the renderer of the result."""
 
     function: Callable[..., Any]
     show: Callable[..., None] | None = None
@@ -104,7 +104,7 @@ class Command:
         return run
 
     def call(self, keywords: dict[str, Any]) -> Any:
-        """Call the function, with a display of its progress."""
+        """Call the function, with a display of progress."""
         if "reporter" not in inspect.signature(self.function).parameters:
             return self.function(**keywords)
         if self.shares_work and train_in_other_process(lambda: self.function(**keywords)):
@@ -229,7 +229,7 @@ _RANGE_OR_LIST = re.compile(r"^<(?:list\[(.*)\]|(.*) range)>$")
 
 
 MORE = "More commands"
-"""Heading of commands that the help lists by name alone."""
+"""Heading of commands without a line of help."""
 MOVED = {
     "certificate": "models certificate", "learning-curve": "study --preset rows",
     "mine-negatives": "convert --mine-negatives",

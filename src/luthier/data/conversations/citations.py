@@ -41,7 +41,7 @@ def add_passages(turns: Sequence[Message], passages: Sequence[str]) -> list[Mess
 
 
 def asks_for_citations(turns: Sequence[Message]) -> bool:
-    """Return whether a prompt is that of :func:`add_passages`."""
+    """Return whether :func:`add_passages` made a prompt."""
     return bool(turns) and INSTRUCTIONS in turns[-1].content
 
 

@@ -1,4 +1,4 @@
-"""Shape of questions with passages and an answer that cites the passages."""
+"""Shape of questions with passages and a citing answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from luthier.types import Message, Part, Row
 
 @dataclass(frozen=True, slots=True)
 class CitedAnswer(Shape):
-    """A question, numbered passages, and an answer that cites passages."""
+    """A question, numbered passages, and an answer with citations."""
 
     shape: ClassVar[str] = "passages"
     title: ClassVar[str] = '{"question", "passages", "answer", "cited"}'
@@ -63,7 +63,7 @@ class CitedAnswer(Shape):
 
     @property
     def reply(self) -> str:
-        """The answer with its citations, at the end unless the answer has citations."""
+        """The answer with citations, at the end unless the answer has citations."""
         if self.answer is None:
             return DECLINED
         numbers = "" if cited_numbers(self.answer) else "".join(f"[{n}]" for n in self.cited)
@@ -100,7 +100,7 @@ def _read_passages(value: Any) -> tuple[str, ...]:
     """Return the passages of a row.
 
     Raises:
-        RowRefused: for an empty array, and for items that are no text.
+        RowRefused: for an empty array, and for items without text.
     """
     if isinstance(value, list) and value:
         wrong = [each for each in value if not isinstance(each, str) or not each.strip()]
