@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 from luthier.inference.inference import FinishEvent, GenerationRequest, Stream, TokenChunk
 from luthier.server.service import Service
 from luthier.server.settings import Settings
-from luthier.server.tables.captures import CapturedRequest
+from luthier.server.tables.live.captures import CapturedRequest
 
 ITEMS = ("ann.meyer@acme-corp.io", "4111 1111 1111 1111", "+1 415 555 2671")
 """An address, a card and a telephone number."""

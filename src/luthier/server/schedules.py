@@ -22,11 +22,11 @@ from luthier.server.jobs.submit import submit_measurement
 from luthier.server.promotion import UnknownName, find_deployment
 from luthier.server.stores.locations import Locations
 from luthier.server.tables.accounts import quotas_of
-from luthier.server.tables.alerts import add_alert
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database, new_id, now
 from luthier.server.tables.endpoints import Endpoint
 from luthier.server.tables.jobs import ENDED
+from luthier.server.tables.live.alerts import add_alert
 from luthier.server.tables.measurements import (
     EVALUATION,
     PERIODS,

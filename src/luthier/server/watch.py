@@ -19,10 +19,10 @@ from luthier.server.live.health import Health, health
 from luthier.server.live.rows import answers_of, input_text, read_record, requests_to
 from luthier.server.retraining import find_active, old_rows
 from luthier.server.stores.locations import Locations
-from luthier.server.tables.alerts import add_alert
 from luthier.server.tables.arns import Arns
-from luthier.server.tables.captures import CapturedRequest
 from luthier.server.tables.database import now
+from luthier.server.tables.live.alerts import add_alert
+from luthier.server.tables.live.captures import CapturedRequest
 
 RECENT = timedelta(days=7)
 """Age of the oldest request of the drift test."""

@@ -18,8 +18,8 @@ from sqlalchemy import select, update
 
 from luthier.errors import RefusedInput
 from luthier.server.live.alerts import SIGNATURE, Alerts, check_webhook
-from luthier.server.tables.alerts import MOST_ATTEMPTS, Alert, add_alert
 from luthier.server.tables.database import Database, now
+from luthier.server.tables.live.alerts import MOST_ATTEMPTS, Alert, add_alert
 from luthier.server.tables.schema import upgrade
 
 SECRET = "0123456789abcdef"

@@ -26,7 +26,7 @@ from luthier.server.live import settings
 from luthier.server.live.capture import remove_records
 from luthier.server.native import inference
 from luthier.server.openai.routes import ROUTERS
-from luthier.server.tables.captures import CapturedRequest
+from luthier.server.tables.live.captures import CapturedRequest
 from luthier.server.tables.objects import ObjectMetadata
 from luthier.server.tables.storage import stored_by
 

@@ -18,9 +18,9 @@ from luthier.library import models
 from luthier.models.manifest import DRIFT_SAMPLE, MANIFEST
 from luthier.server.jobs.submit import register_model
 from luthier.server.live import drift, settings
-from luthier.server.tables.alerts import Alert
-from luthier.server.tables.captures import CapturedRequest
 from luthier.server.tables.database import now
+from luthier.server.tables.live.alerts import Alert
+from luthier.server.tables.live.captures import CapturedRequest
 from luthier.server.watch import Watch
 
 running = captured_service.running

@@ -18,8 +18,8 @@ from luthier.cli.service.live import live_app
 from luthier.files import write_json
 from luthier.models.manifest import MANIFEST
 from luthier.server.live import settings
-from luthier.server.tables.captures import CapturedRequest
 from luthier.server.tables.database import now
+from luthier.server.tables.live.captures import CapturedRequest
 
 running = captured_service.running
 PREDICTIONS = "/api/v1/models/tiny/predictions"

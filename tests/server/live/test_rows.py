@@ -19,8 +19,8 @@ from luthier.data.rows import load_rows
 from luthier.errors import RefusedInput
 from luthier.server.live import settings
 from luthier.server.live.rows import Answer, answers_of, logged_answers, training_rows
-from luthier.server.tables.captures import Feedback
 from luthier.server.tables.jobs import Job
+from luthier.server.tables.live.captures import Feedback
 from luthier.server.tables.objects import ObjectMetadata
 
 running = captured_service.running

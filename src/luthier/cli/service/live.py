@@ -93,7 +93,7 @@ def capture_show(*, account: Account = FIRST_ACCOUNT, database: ServiceDatabase 
     """Show the capture settings and the number of records."""
     from sqlalchemy import func, select
 
-    from luthier.server.tables.captures import CapturedRequest, CaptureSettings
+    from luthier.server.tables.live.captures import CapturedRequest, CaptureSettings
 
     rows = CapturedRequest
     query = select(
@@ -252,7 +252,7 @@ def feedback_import(
         row_problem,
         store_feedback,
     )
-    from luthier.server.tables.captures import find_captured
+    from luthier.server.tables.live.captures import find_captured
 
     rows = [*read_statements(file)]
     added = 0

@@ -14,7 +14,7 @@ from luthier.server.jobs.submit import FINE_TUNING
 from luthier.server.live import settings
 from luthier.server.live.rows import logged_answers, training_rows
 from luthier.server.stores.uploaded_files import file_address
-from luthier.server.tables.captures import CaptureSettings
+from luthier.server.tables.live.captures import CaptureSettings
 
 
 def put_logging(request: ControlRequest) -> dict[str, Any]:

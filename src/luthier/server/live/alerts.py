@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 from luthier.chat_models.base import is_loopback
 from luthier.errors import RefusedInput
-from luthier.server.tables.alerts import MOST_ATTEMPTS, Alert, claim_alerts, finish_alert
 from luthier.server.tables.database import Database
+from luthier.server.tables.live.alerts import MOST_ATTEMPTS, Alert, claim_alerts, finish_alert
 
 POLL_SECONDS = 1.0
 WEBHOOK_SECONDS = 5.0

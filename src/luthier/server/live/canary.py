@@ -21,11 +21,11 @@ from luthier.evaluation.sequential import Observation, evidence_of_harm, needed_
 from luthier.server.http.metrics import RequestRecord
 from luthier.server.live.capture import OUTAGES
 from luthier.server.live.feedback import OUTCOME
-from luthier.server.tables.alerts import add_alert
-from luthier.server.tables.canaries import CanaryAnswer, answers_of, feedback_of
-from luthier.server.tables.captures import Feedback
 from luthier.server.tables.database import Database, find_row
 from luthier.server.tables.endpoints import CANARY, DeploymentChange, Endpoint, open_change
+from luthier.server.tables.live.alerts import add_alert
+from luthier.server.tables.live.canaries import CanaryAnswer, answers_of, feedback_of
+from luthier.server.tables.live.captures import Feedback
 
 ANSWERS = 500
 """Default number of the canary's answers before the promotion. In simulations with a share of 0.1,

@@ -33,8 +33,8 @@ from luthier.server.live.records import (
     record_of,
 )
 from luthier.server.stores.objects import Objects
-from luthier.server.tables.captures import CapturedRequest, CaptureSettings, Feedback
 from luthier.server.tables.database import now
+from luthier.server.tables.live.captures import CapturedRequest, CaptureSettings, Feedback
 from luthier.server.tables.objects import Bucket, ObjectMetadata, StoredObject
 
 FLUSH_SECONDS = 0.5

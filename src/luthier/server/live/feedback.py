@@ -19,13 +19,13 @@ from sqlalchemy.orm import Session
 from luthier.data.files.read import read_records
 from luthier.errors import DataError, Problem, RefusedInput
 from luthier.server.live.redaction import redact
-from luthier.server.tables.captures import (
+from luthier.server.tables.database import lock_by_name, now
+from luthier.server.tables.live.captures import (
     CapturedRequest,
     CaptureSettings,
     Feedback,
     find_captured,
 )
-from luthier.server.tables.database import lock_by_name, now
 from luthier.validation import describe_located_error
 
 OUTCOME = "outcome."

@@ -26,11 +26,11 @@ from luthier.server.live.drift import Drift
 from luthier.server.live.feedback import OUTCOME, latest_feedback, ratings_of
 from luthier.server.live.rows import answers_of, read_record, requests_to
 from luthier.server.stores.objects import Objects
-from luthier.server.tables.captures import CapturedRequest
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import now
 from luthier.server.tables.endpoints import Endpoint
 from luthier.server.tables.foundation import foundation_models
+from luthier.server.tables.live.captures import CapturedRequest
 
 LEAST = 10
 """Minimum number of values on both sides of a comparison. Measured in docs/log/service.md."""

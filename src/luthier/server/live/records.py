@@ -14,7 +14,7 @@ from luthier.server.http.exchanges import Exchange
 from luthier.server.http.messages import Fault, parse_json
 from luthier.server.live.redaction import redact
 from luthier.server.live.streams import STREAMS, response_body
-from luthier.server.tables.captures import CapturedRequest, CaptureSettings
+from luthier.server.tables.live.captures import CapturedRequest, CaptureSettings
 from luthier.server.tables.text import storable
 
 Record = dict[str, Any]

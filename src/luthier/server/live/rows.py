@@ -21,9 +21,9 @@ from luthier.errors import ObjectRefused, RefusedInput
 from luthier.server.live.feedback import OUTCOME, latest_feedback, parse_value, ratings_of
 from luthier.server.live.records import LOGS
 from luthier.server.stores.objects import Objects
-from luthier.server.tables.captures import CapturedRequest, Feedback
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import now
+from luthier.server.tables.live.captures import CapturedRequest, Feedback
 from luthier.server.tables.objects import StoredObject, get_bucket
 
 Row = dict[str, Any]

@@ -11,8 +11,8 @@ from luthier.errors import RefusedInput
 from luthier.server.live.records import folder_of
 from luthier.server.stores.objects import Objects
 from luthier.server.tables.accounts import account_of
-from luthier.server.tables.captures import CAPTURES, CaptureSettings
 from luthier.server.tables.database import now
+from luthier.server.tables.live.captures import CAPTURES, CaptureSettings
 from luthier.server.tables.objects import Bucket, ObjectMetadata
 
 PERMISSION_CHECK = "amazon-bedrock-logs-permission-check"

@@ -16,7 +16,7 @@ from luthier.server.live.feedback import (
 )
 from luthier.server.native.operations import NativeCall, View, native_router
 from luthier.server.roles import Permission, permissions_of
-from luthier.server.tables.captures import CapturedRequest, Feedback, find_captured
+from luthier.server.tables.live.captures import CapturedRequest, Feedback, find_captured
 
 router = native_router()
 

@@ -19,7 +19,7 @@ from luthier.server.live import settings
 from luthier.server.live.rows import RowKind
 from luthier.server.native.operations import Input, NativeCall, View, native_router
 from luthier.server.stores.uploaded_files import file_address
-from luthier.server.tables.captures import CapturedRequest, CaptureSettings, Feedback
+from luthier.server.tables.live.captures import CapturedRequest, CaptureSettings, Feedback
 
 router = native_router()
 RATINGS = ("thumb", "rating", "preferred", "corrected", "label")

@@ -14,8 +14,8 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import RefusedInput
 from luthier.limits import AccountQuotas
-from luthier.server.tables.captures import CaptureSettings
 from luthier.server.tables.database import Base, Database, new_id, now
+from luthier.server.tables.live.captures import CaptureSettings
 from luthier.server.tables.storage import Storage
 
 FRESH_SECONDS = 1.0

@@ -15,9 +15,9 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.server.tables import audit
 from luthier.server.tables.arns import Arn
-from luthier.server.tables.canaries import delete_answers
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Base, now
+from luthier.server.tables.live.canaries import delete_answers
 
 DEPLOYMENT, PROVISIONED = "custom-model-deployment", "provisioned-model"
 """Kinds of endpoints, as in ARNs."""

@@ -13,9 +13,7 @@ from alembic.script import ScriptDirectory
 from luthier.errors import LuthierError
 from luthier.server.tables import (
     accounts,
-    alerts,
     audit,
-    captures,
     custom_models,
     endpoints,
     exports,
@@ -30,6 +28,7 @@ from luthier.server.tables import (
     usage,
 )
 from luthier.server.tables.database import Base, Database, lock_by_name
+from luthier.server.tables.live import alerts, captures
 from luthier.server.tables.openai import (
     batches,
     conversations,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from sqlalchemy import ForeignKey, delete, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.server.tables.captures import CapturedRequest, Feedback
 from luthier.server.tables.database import Base
+from luthier.server.tables.live.captures import CapturedRequest, Feedback
 
 
 class CanaryAnswer(Base):

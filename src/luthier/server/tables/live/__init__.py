@@ -1,0 +1,1 @@
+"""Tables of deployed models: captured requests, canaries, schedules and alerts."""
