@@ -42,6 +42,8 @@ def test_row_without_answer_declines(tmp_path: Path) -> None:
     )
     assert [row.reply for row in rows] == [DECLINED, DECLINED]
     assert declines(DECLINED) and not declines("Ann [1]")
+    assert declines("T\u00e0i li\u1ec7u kh\u00f4ng tr\u1ea3 l\u1eddi c\u00e2u h\u1ecfi n\u00e0y.")
+    assert not declines("The passages do not contain the price, but the fee is 5 euros.")
 
 
 def test_declined_rows_have_no_passage_with_the_answer() -> None:

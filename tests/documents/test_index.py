@@ -228,6 +228,23 @@ def test_spellings_of_a_word_are_equal(folder: Path) -> None:
         assert not index._by_words("h\u00f2a")
 
 
+def test_index_of_the_first_form_is_converted(folder: Path) -> None:
+    (folder / "menu.md").write_text("ph\u1edf h\u00f2a")
+    build(folder, language="vi")
+    with DocumentIndex.open("handbook") as index, open_file(index.file) as connection:
+        with connection:
+            connection.execute("UPDATE about SET value = '1' WHERE key = 'form'")
+            connection.execute("INSERT INTO words (words) VALUES ('rebuild')")  # as written
+        assert not index._by_words("ho\u00e0")
+    for _ in range(2):
+        with DocumentIndex.open("handbook") as index:
+            assert index._by_words("ho\u00e0")
+    (folder / "menu.md").unlink()
+    build(folder, language="vi")
+    with DocumentIndex.open("handbook") as index:
+        assert not index._by_words("h\u00f2a")
+
+
 def test_removed_index_is_unknown(folder: Path) -> None:
     build(folder)
     DocumentIndex.remove("handbook")

@@ -138,6 +138,8 @@ class DocumentIndex:
     def __init__(self, name: str, file: Path, connection: sqlite3.Connection) -> None:
         self.name, self.file, self._connection = name, file, connection
         about = dict(connection.execute("SELECT key, value FROM about"))
+        if about.get("form") == "1":
+            about["form"] = _unify_words(connection)
         if about.get("form") != str(FORM):
             raise CorruptFile(
                 f"{file} was written by another version. Remove the index with `luthier index remove` "
@@ -509,6 +511,23 @@ def _tokenizer(language: str) -> str:
         return "trigram"
     words = "unicode61 remove_diacritics 0"
     return f"porter {words}" if language == "en" else words
+
+
+def _unify_words(connection: sqlite3.Connection) -> str:
+    """Bring the words of an index of form 1 to the spelling of form 2, and return the form."""
+    with connection:
+        # The first statement takes the lock: another process may have converted the index before.
+        connection.execute("UPDATE about SET value = '2' WHERE key = 'form'")
+        connection.execute("INSERT INTO words (words) VALUES ('delete-all')")
+        read = connection.execute("SELECT id, heading, text FROM passages")
+        connection.executemany(
+            "INSERT INTO words (rowid, heading, text) VALUES (?, ?, ?)",
+            (
+                (number, unify_spelling(heading), unify_spelling(text))
+                for number, heading, text in read
+            ),
+        )
+    return "2"
 
 
 def _unknown(name: str) -> RecipeError:

@@ -115,7 +115,9 @@ def test_quick_start(client: openai.OpenAI, service: Any) -> None:
         input=[{"role": "user", "content": "How many days?"}, *made.output,
                {"role": "user", "content": "And hours?"}],
     )  # fmt: skip
-    assert again.output[0].queries == ["And hours?"] and again.output[0].results is None
+    assert (
+        again.output[0].queries == ["How many days? And hours?"] and again.output[0].results is None
+    )
 
 
 @pytest.mark.usefixtures("accepting")

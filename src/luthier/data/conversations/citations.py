@@ -20,7 +20,12 @@ INSTRUCTIONS = (
 DECLINED = "The documents do not answer this question."
 CITATION = re.compile(r"\[(\d{1,3})\]")
 _BEFORE_CITATION = re.compile(rf"\s*{CITATION.pattern}")
-_DECLINES = re.compile(r"\b(documents?|passages?) (do|does) not (answer|contain)", re.IGNORECASE)
+_DECLINES = re.compile(
+    r"[^.!?]*\b(?:(?:documents?|passages?) (?:do|does) not (?:answer|contain)"
+    r"|(?:tài liệu|đoạn văn|đoạn trích)[^.!?,]* không (?:trả lời|chứa|có|nêu|đề cập))[^.!?,]*[.!?]?\s*",
+    re.IGNORECASE,
+)
+"""A reply of one sentence, in English or Vietnamese. After a comma may come an answer."""
 
 
 def add_passages(turns: Sequence[Message], passages: Sequence[str]) -> list[Message]:
@@ -56,5 +61,8 @@ def without_citations(text: str) -> str:
 
 
 def declines(reply: str) -> bool:
-    """Return whether a reply says that the passages do not answer the question."""
-    return not CITATION.search(reply) and _DECLINES.search(reply) is not None
+    """Return whether a reply says that the passages do not answer the question.
+
+    Only English and Vietnamese replies are recognized.
+    """
+    return not CITATION.search(reply) and _DECLINES.fullmatch(reply) is not None
