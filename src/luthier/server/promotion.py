@@ -28,6 +28,7 @@ from luthier.server.tables.endpoints import (
     changes_of,
     open_change,
 )
+from luthier.server.tables.foundation import foundation_model
 from luthier.server.tables.storage import check_count
 
 STOPPED = "Stopped by "
@@ -67,9 +68,14 @@ def deploy(
 
     Raises:
         UnknownName: For an unknown model.
+        RefusedInput: If the name is the name of a base model.
         WrongState: If the model is not ready, or the name is in use.
         QuotaExceeded: If the account has too many deployments.
     """
+    if foundation_model(name) is not None:
+        raise RefusedInput(
+            f'"{name}" is the name of a base model. Choose a different name.', setting="name"
+        )
     custom = _active_model(session, arns, account, model)
     own = Endpoint.account == account, Endpoint.kind == DEPLOYMENT
     if session.scalar(select(Endpoint.seq).where(*own, Endpoint.name == name)) is not None:

@@ -53,6 +53,7 @@ from luthier.server.stores.uploaded_files import file_address
 from luthier.server.tables import jobs
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import LONGEST_NAME, CustomModel
+from luthier.server.tables.database import Database
 from luthier.server.tables.endpoints import DEPLOYMENT, Endpoint
 from luthier.server.tables.jobs import PAUSED, Job, Retraining
 
@@ -78,6 +79,8 @@ class ActiveModel:
     train: Sequence[str]
     held_out: Sequence[str]
     """Validation rows, and fresh rows of an earlier retraining."""
+    fresh: Sequence[str]
+    """Fresh rows of an earlier retraining."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def draft(
     since: datetime,
     base: str | None = None,
     quotas: AccountQuotas | None = None,
+    *,
+    reads_paths: bool = False,
 ) -> Job:
     """Prepare a retraining as a paused job. The draft replaces an earlier draft of the model.
 
@@ -107,6 +112,8 @@ def draft(
         model: name of a custom model, or of a deployment.
         since: time of the oldest request for new rows.
         base: new base model; by default the base of the model.
+        reads_paths: if the caller may read files of this machine. The recipe of a model that was
+            created with the CLI names paths of this machine.
 
     Raises:
         NoRequests: for an unknown model.
@@ -116,6 +123,12 @@ def draft(
     database = locations.uploads.database
     with database.read() as session:
         active = find_active(session, arns, account, model)
+    if active.job is None and not reads_paths:
+        raise RefusedInput(
+            f'Model "{active.model.name}" was not trained by a job of this service. '
+            f"Run `luthier live retrain {active.model.name}` on the server's machine.",
+            setting="model",
+        )
     if active.stored.objective.method not in KINDS:
         raise RefusedInput(
             f'Model "{active.model.name}" was trained with `{active.stored.objective.method}`. '
@@ -179,19 +192,27 @@ def latest(session: Session, account: str, model: str) -> Job | None:
     return None
 
 
-def start(session: Session, account: str, model: str) -> Job:
+def start(database: Database, arns: Arns, account: str, model: str, base: str | None = None) -> Job:
     """Queue the draft of a model.
 
     Raises:
-        WrongState: without a draft.
+        WrongState: without a draft, or for a draft on a different base.
     """
-    job = latest(session, account, model)
-    if job is None or not _is_draft(job):
-        state = f" The last retraining, {job.name}, is {job.state}." if job else ""
-        raise WrongState(
-            f'Model "{model}" has no draft.{state} Prepare a draft with `luthier live retrain {model}`.'
-        )
-    return jobs.resume(session, job)
+    wanted = ModelIds(database, arns).base(account, base) if base else None
+    with database.write() as session:
+        job = latest(session, account, model)
+        if job is None or not _is_draft(job):
+            state = f" The last retraining, {job.name}, is {job.state}." if job else ""
+            raise WrongState(
+                f'Model "{model}" has no draft.{state} '
+                f"Prepare a draft with `luthier live retrain {model}`."
+            )
+        if base and (wanted is None or wanted.arn(arns) != job.base_model):
+            raise WrongState(
+                f"The draft {job.name} has the base {job.recipe['base']}, not {base}. "
+                f"Prepare a new draft with `luthier live retrain {model} --base {base}`."
+            )
+        return jobs.resume(session, job)
 
 
 def _is_draft(job: Job) -> bool:
@@ -236,16 +257,14 @@ def find_active(session: Session, arns: Arns, account: str, name: str) -> Active
     recipe = parse(Recipe, job.recipe if job else stored.manifest.recipe or {})
     if job:
         plan = job.details.get("retraining")
-        train, held_out = (
-            job.details["sources"],
-            [*job.validators, *([plan["fresh"]] if plan else [])],
-        )
+        fresh = [plan["fresh"]] if plan else []
+        train, held_out = job.details["sources"], [*job.validators, *fresh]
     else:
-        spec = recipe.data
+        spec, fresh = recipe.data, []
         train = [spec.train, *(each.train for each in spec.mix)]
         held_out = [spec.validation] if spec.validation else []
     deployment = endpoint.name if endpoint else None
-    return ActiveModel(custom, stored, job or None, deployment, recipe, train, held_out)
+    return ActiveModel(custom, stored, job or None, deployment, recipe, train, held_out, fresh)
 
 
 def _settings(active: ActiveModel, with_base: bool) -> dict[str, Any]:
@@ -387,7 +406,8 @@ def old_rows(
             raise _missing(active, source, str(error)) from error
         for address, file, digest in hashed:
             path = path_of.get(digest)
-            if path is None and source in active.train:
+            # An upload with fresh rows is no file of the training, and cannot change.
+            if path is None and source not in active.fresh:
                 raise _missing(active, address, "The file has changed since the training.")
             test_lines = set(record.held_out.get(path or "", ()))
             if source in active.held_out:

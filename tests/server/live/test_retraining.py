@@ -92,6 +92,10 @@ def test_draft_trains_after_start_and_is_compared(server: Served) -> None:
     assert "mine-r2" in drafted and "retrain mine --start" in drafted
     files = {each["id"] for each in server.ask("GET", "/v1/files")[1]["data"]}
     assert plan["fresh"].rpartition("/")[2] not in files
+    other = server.command(
+        "live", "retrain", "mine", "--base", "mine", "--start", fails=True
+    ).stderr
+    assert "retrain mine --base mine" in " ".join(other.split())
     server.command("live", "retrain", "mine", "--start")
     job = ended(server, "mine-r2")
     assert job["state"] == "Completed", job["failure"]

@@ -370,8 +370,7 @@ def retrain(
 
     with open_database(database) as service:
         if start:
-            with service.write() as session:
-                job = retraining.start(session, account, model)
+            job = retraining.start(service, Arns(region), account, model, base)
         elif show:
             with service.read() as session:
                 found = retraining.latest(session, account, model)
@@ -382,8 +381,9 @@ def retrain(
             with service.read() as session:
                 quotas = quotas_of(session, account, AccountQuotas())
             job = retraining.draft(
-                Locations(service), Arns(region), account, model, parse_since(since), base, quotas
-            )
+                Locations(service), Arns(region), account, model, parse_since(since), base, quotas,
+                reads_paths=True,
+            )  # fmt: skip
     return _retraining(job)
 
 

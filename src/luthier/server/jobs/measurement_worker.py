@@ -62,7 +62,10 @@ class MeasurementWorker(ResultWorker[Measurement]):
             if row.schedule is not None:
                 measure, score = next(iter(found.row_scores.items()))
                 if isinstance(score, RowScores):
-                    self.row_scores = {"measure": measure, "rows": sha256_of(rows), **score.plain()}
+                    lines = [getattr(each, "line", None) for each in found.rows]
+                    self.row_scores = {
+                        "measure": measure, "rows": sha256_of(rows), "lines": lines, **score.plain(),
+                    }  # fmt: skip
         else:
             *tuned, base = models
             train = self._fetch(row, "training") if request.get("training") else None
@@ -113,7 +116,8 @@ class MeasurementWorker(ResultWorker[Measurement]):
             folder = self.folders.data / member
             names |= {str(path): row.request[member] for path in folder.glob("*")}
             names[str(folder)] = str(row.request.get(member))
-        return names
+        # An id can be the start of another id.
+        return dict(sorted(names.items(), key=lambda each: len(each[0]), reverse=True))
 
 
 def _change(session: Session, row: Measurement) -> dict[str, Any] | None:
@@ -126,9 +130,9 @@ def _change(session: Session, row: Measurement) -> dict[str, Any] | None:
         return None
     for first in runs_of(session, row.schedule):
         known = first.row_scores or {}
-        if first.seq < row.seq and all(
-            known.get(each) == scores[each] for each in ("measure", "rows")
-        ):
+        # A different model can grade a different part of the rows.
+        same = all(known.get(each) == scores[each] for each in ("measure", "rows", "lines"))
+        if first.seq < row.seq and same and len(known["parts"]) == len(scores["parts"]):
             pair = RowScores.read(known), RowScores.read(scores)
             difference = paired_differences({"": pair})[""]
             fell = difference.significant and as_gain(scores["measure"], difference.value) < 0
