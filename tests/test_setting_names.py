@@ -51,7 +51,7 @@ OF_COMMANDS = {
     "tasks/base.py": "--input series", "tasks/embedding.py": "--json prints all",
     "tasks/generation.py": "--image photo|DATA --base", "tasks/reading.py": "--input questions",
     "tasks/reranking.py": "--input pairs", "media/tasks.py": "--output samples",
-    "evaluation/baselines.py": "--(base|adaptation|set) ",
+    "server/retraining.py": "--base", "evaluation/baselines.py": "--(base|objective|set) ",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip
 """Messages in other files that API clients never see, as patterns."""

@@ -17,7 +17,7 @@ from luthier.data import rows, shapes, unread
 from luthier.data.conversations import content_parts, tool_forms
 from luthier.data.files import (
     containers,
-    documents,
+    json_files,
     line_forms,
     nested,
     parsing,
@@ -57,7 +57,7 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         rows,
         containers,
         content_parts,
-        documents,
+        json_files,
         fields,
         line_forms,
         media_files,

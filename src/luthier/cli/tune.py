@@ -107,7 +107,8 @@ def print_result(result: Result) -> None:
         out.print(f"  {withheld}", markup=False)
     if result.comparison is not None and result.comparison.loses:
         out.print(f"  {result.comparison.verdict}", style="bold yellow", markup=False)
-        if options := result.comparison.kept_by:
+        options = result.comparison.kept_by
+        if options and stored.objective.method == "classification":
             data = shlex.join((stored.manifest.recipe or {})["data"]["train"])
             out.print(f"  keep the baseline: luthier tune {data} {options}", markup=False)
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"

@@ -49,8 +49,8 @@ TFIDF = "logistic regression on words (TF-IDF)"
 """The base model ``tfidf``."""
 KEPT_BY = {
     TFIDF: "--base tfidf",
-    LINEAR_PROBE: "--adaptation feature_extraction --set objective.probe=true "
-    "--set training.max_steps=1",
+    LINEAR_PROBE: "--objective classification --adaptation feature_extraction "
+    "--set objective.probe=true --set training.max_steps=1",
 }
 """Options of ``luthier tune`` that store a baseline as a model."""
 WORD = re.compile(r"\w+")

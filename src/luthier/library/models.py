@@ -306,7 +306,7 @@ def _from_file(path: Path) -> StoredModel:
 
 NEAREST = 3
 """Number of suggestions for an unknown id."""
-FEW = 15
+FEW = 20
 """Maximum number of ids in a complete list."""
 
 

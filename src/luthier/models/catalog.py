@@ -352,7 +352,7 @@ _ENTRIES = (
     random_entry(
         "tfidf",
         "encoder",
-        65_536,
+        131_072,
         "TF-IDF of words and pairs with logistic regression, fitted in seconds, for labels",
         {"model_type": "tfidf"},
         context=8192,

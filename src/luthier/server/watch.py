@@ -16,7 +16,7 @@ from luthier.library import models
 from luthier.library.models import StoredModel
 from luthier.server.live import drift
 from luthier.server.live.health import Health, health
-from luthier.server.live.rows import answers_of, input_text, read_record, requests_to
+from luthier.server.live.rows import input_text, read_answers, requests_to
 from luthier.server.retraining import find_active, old_rows
 from luthier.server.stores.locations import Locations
 from luthier.server.tables.arns import Arns
@@ -69,10 +69,10 @@ def _drift(
     texts = []
     for row in rows[:: math.ceil(len(rows) / drift.MOST)]:
         try:
-            texts += [each.text for each in answers_of(read_record(objects, row)) if each.text]
+            texts += [each.text for each in read_answers(objects, row) if each.text]
         except LuthierError:  # a client deleted or replaced the object
             continue
-    texts = texts[: drift.MOST]
+    texts = [*dict.fromkeys(texts)][: drift.MOST]  # a copy in the other fold looks like drift
     if len(texts) < drift.LEAST:
         return None, f"{len(texts)} inputs in the last 7 days; {drift.LEAST} are needed."
     stored = models.find(stored_id)
@@ -90,7 +90,7 @@ def _store_sample(locations: Locations, arns: Arns, account: str, stored: Stored
         active = find_active(session, arns, account, stored.id)
     with TemporaryDirectory() as folder:
         rows, _ = old_rows(locations, account, active, Path(folder))
-    drift.store_sample(stored, [text for row in rows if (text := input_text(row))])
+    drift.store_sample(stored, [*dict.fromkeys(text for row in rows if (text := input_text(row)))])
 
 
 class Watch:
@@ -128,8 +128,8 @@ class Watch:
                 state = health_with_drift(
                     self.locations, self.arns, account, model, until - CHECKED, until
                 )
-            except LuthierError as error:
-                _log.warning("the health of %s cannot be checked: %s", model, error)
+            except Exception:  # of one model: the others are checked
+                _log.exception("the health of %s cannot be checked", model)
                 continue
             alerts = {"health": state.summary} if state.changes else {}
             if state.drift and state.drift.drifted:
@@ -140,7 +140,9 @@ class Watch:
                     add_alert(session, account, kind, model, text, key)
 
     def _run(self) -> None:
-        while not self._closed.wait(CHECK_SECONDS if self._checked else 1):
+        wait = 1.0
+        while not self._closed.wait(wait):
+            wait = CHECK_SECONDS
             today = datetime.combine(now().date(), datetime.min.time(), UTC)
             monday = today - timedelta(days=today.weekday())
             if monday == self._checked:

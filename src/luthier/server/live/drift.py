@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from luthier.files import new_file
 from luthier.formatting import one_line
 from luthier.library.folders import is_base_here
 from luthier.library.models import StoredModel, find
@@ -84,11 +86,13 @@ def features_of(texts: Sequence[str], features: str) -> NDArray[np.float32]:
 
 
 def store_sample(model: StoredModel, texts: Sequence[str]) -> None:
-    """Store the features of a random sample of training rows with the model."""
+    """Store the features of a random sample of distinct training texts with the model."""
+    if len(texts) < LEAST:
+        return
     chosen = np.random.default_rng(0).permutation(len(texts))[:ROWS]
     features = ENCODER if is_base_here(ENCODER) else WORDS
     found = features_of(redact([texts[n] for n in chosen]), features)
-    with open(model.folder / DRIFT_SAMPLE, "wb") as file:
+    with new_file(model.folder / DRIFT_SAMPLE) as file:
         np.savez(file, features=np.array(features), sample=found.astype(np.float16))
 
 
@@ -97,8 +101,11 @@ def read_sample(model: StoredModel) -> tuple[str, NDArray[np.float32]] | None:
     path: Path = model.folder / DRIFT_SAMPLE
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as stored:
-        return str(stored["features"]), stored["sample"].astype(np.float32)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return str(stored["features"]), stored["sample"].astype(np.float32)
+    except (OSError, ValueError, KeyError, BadZipFile, EOFError):
+        return None
 
 
 def drift_of(features: str, sample: NDArray[np.float32], texts: Sequence[str]) -> Drift:

@@ -24,7 +24,7 @@ from luthier.library import models
 from luthier.objectives.class_priors import shares_of
 from luthier.server.live.drift import Drift
 from luthier.server.live.feedback import OUTCOME, latest_feedback, ratings_of
-from luthier.server.live.rows import answers_of, read_record, requests_to
+from luthier.server.live.rows import read_answers, requests_to
 from luthier.server.stores.objects import Objects
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import now
@@ -223,10 +223,10 @@ def _add_answers(objects: Objects, period: _Period) -> None:
         period.values[TOKENS] = [float(row.output_tokens) for row in good]
     for row in good[:: math.ceil(len(good) / MOST_READ) or 1]:
         try:
-            record = read_record(objects, row)
+            answers = read_answers(objects, row)
         except RefusedInput:  # a client deleted or replaced the object
             continue
-        for answer in answers_of(record):
+        for answer in answers:
             reply = answer.reply
             if "role" in reply:
                 content = str(reply.get("content") or "").strip()

@@ -8,7 +8,7 @@ import operator
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
@@ -151,21 +151,35 @@ def captured_answers(
         with objects.database.read() as session:
             feedback = latest_feedback(session, [row.seq for row in page])
         for row in page:
-            try:
-                record = read_record(objects, row)
-            except RefusedInput:  # a client deleted or replaced the object
-                continue
-            yield from answers_of(record, feedback.get(row.seq, ()))
+            with suppress(RefusedInput):  # a client deleted or replaced the object
+                yield from read_answers(objects, row, feedback.get(row.seq, ()))
 
 
-def read_record(objects: Objects, row: CapturedRequest) -> Row:
-    """Return a record with the bodies."""
+def read_answers(
+    objects: Objects, row: CapturedRequest, feedback: Sequence[Feedback] = ()
+) -> list[Answer]:
+    """Return the answers of a captured request.
+
+    Raises:
+        RefusedInput: if a client deleted, replaced or damaged the object.
+    """
     _, pieces = objects.open_range(
         row.account, row.bucket, row.key, lambda found: (row.offset, row.size)
     )
     address = f"s3://{row.bucket}/{row.key}"
     with _decompressed(pieces, address) as file:
-        return _with_bodies(objects, row.account, _read_record(file, address) or {})
+        return _known_answers(
+            objects, row.account, _read_record(file, address) or {}, address, feedback
+        )
+
+
+def _known_answers(
+    objects: Objects, account: str, record: Row, address: str, feedback: Sequence[Feedback] = ()
+) -> list[Answer]:
+    try:
+        return [*answers_of(_with_bodies(objects, account, record), feedback)]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise RefusedInput(f"{address} has a record of an unknown form") from error
 
 
 def logged_answers(
@@ -191,11 +205,7 @@ def logged_answers(
             while (record := _read_record(file, address)) is not None:
                 if not keeps(record) or "errorCode" in record:
                     continue
-                try:
-                    found = [*answers_of(_with_bodies(objects, account, record))]
-                except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                    raise RefusedInput(f"{address} has a record of an unknown form") from error
-                yield from found
+                yield from _known_answers(objects, account, record, address)
 
 
 def _content(objects: Objects, account: str, bucket: str, key: str) -> Iterator[bytes]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -35,6 +38,7 @@ from luthier.server.tables.foundation import FoundationModel, foundation_models,
 from luthier.server.watch import health_with_drift
 
 router = native_router()
+_free = threading.BoundedSemaphore(1)
 
 
 class BaseFacts(View):
@@ -167,6 +171,18 @@ def delete_model(call: NativeCall, model: Name) -> DeletedModelView:
     return DeletedModelView(model=row.arn(call.context.arns))
 
 
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Read captured requests and compute embeddings for one client; others are throttled."""
+    if not _free.acquire(blocking=False):
+        text = "The server already tests for drift or prepares a retraining. Try again in a minute."
+        raise Fault("Throttling", text, retry_after=30)
+    try:
+        yield
+    finally:
+        _free.release()
+
+
 @router.get("/models/{model}/health")
 def get_model_health(
     call: NativeCall, model: Name, query: Annotated[HealthQuery, Query()]
@@ -178,7 +194,10 @@ def get_model_health(
         since = parse_since(query.since)
         if query.drift:
             context = call.context
-            return health_with_drift(context.locations, context.arns, call.account, model, since)
+            with _one_at_a_time():
+                return health_with_drift(
+                    context.locations, context.arns, call.account, model, since
+                )
         return health(capture.objects, call.account, model, since)
     except NoRequests as error:
         raise Fault("ResourceNotFound", error.text, parameter="model") from error
@@ -194,7 +213,10 @@ def retrain_model(call: NativeCall, model: Name, body: RetrainRequest) -> JobVie
     context.capture.flush()  # requests may be younger than the last write
     since, quotas = parse_since(body.since), context.quotas(call.account)
     try:
-        job = draft(context.locations, context.arns, call.account, model, since, body.base, quotas)
+        with _one_at_a_time():
+            job = draft(
+                context.locations, context.arns, call.account, model, since, body.base, quotas
+            )
     except NoRequests as error:
         raise Fault("ResourceNotFound", error.text, parameter="model") from error
     call.record_created(f"model-customization-job/{job.foundation}/{job.id}")

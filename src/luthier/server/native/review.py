@@ -202,10 +202,10 @@ def _count(session: Session, query: Any) -> int:
 
 def _answers(call: NativeCall, record: CapturedRequest) -> Iterator[ReviewedAnswer]:
     try:
-        found = live_rows.read_record(call.context.capture.objects, record)
+        found = live_rows.read_answers(call.context.capture.objects, record)
     except RefusedInput:  # a client deleted or replaced the object
         return
-    for answer in live_rows.answers_of(found):
+    for answer in found:
         is_reply = "role" in answer.reply
         yield ReviewedAnswer(
             request=record.id,

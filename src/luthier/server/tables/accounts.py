@@ -15,6 +15,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from luthier.errors import RefusedInput
 from luthier.limits import AccountQuotas
 from luthier.server.tables.database import Base, Database, new_id, now
+from luthier.server.tables.live.alerts import Alert
 from luthier.server.tables.live.captures import CaptureSettings
 from luthier.server.tables.storage import Storage
 
@@ -22,7 +23,7 @@ FRESH_SECONDS = 1.0
 """Maximum delay until other processes notice a change, in seconds."""
 _IDENTITY_TABLES = (
     "accounts", "quotas", "access_keys", "api_keys", "audit_log", "storage", "usage",
-    "capture_settings",
+    "capture_settings", "alerts",
 )  # fmt: skip
 """Tables with an account's identity and history, not property."""
 
@@ -172,6 +173,7 @@ def remove_account(session: Session, account: str) -> None:
         session.flush()
     session.execute(delete(Storage).where(Storage.account == account))
     session.execute(delete(CaptureSettings).where(CaptureSettings.account == account))
+    session.execute(delete(Alert).where(Alert.account == account))
     session.delete(found)
     invalidate_caches(session)
 

@@ -19,7 +19,11 @@ const KINDS = { evaluations: "Evaluate a model", comparisons: "Compare with the 
 const STATES = { Completed: "good", Failed: "error", Running: "note" };
 /** Evaluations in the table of a model. */
 const MOST_SHOWN = 10;
-const LOWER = ["loss", "perplexity", "cer", "wer", "mean_absolute_error"];
+/** As LESS_IS_BETTER of luthier/evaluation/significance.py. */
+const LOWER = [
+  "mean_absolute_error", "cer", "declined_wrongly", "perplexity", "pseudo_perplexity", "loss", "gap in nats",
+  "share of hostile endings",
+];
 
 const pathOf = (kind, id) => `/api/v1/${kind}/${encodeURIComponent(id)}`;
 

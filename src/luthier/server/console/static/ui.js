@@ -65,7 +65,13 @@ export function Overlays() {
 function Question({ title, text, verb, danger, typed, resolve }) {
   const dialog = useRef(null);
   const value = useSignal("");
-  useEffect(() => dialog.current.showModal(), []);
+  useEffect(() => {
+    dialog.current.showModal();
+    // A question of one page must not stay above another.
+    const leave = () => dialog.current?.close();
+    addEventListener("hashchange", leave);
+    return () => removeEventListener("hashchange", leave);
+  }, []);
   const close = () => {
     question.value = null;
     resolve(dialog.current.returnValue === "yes");
