@@ -638,7 +638,10 @@ def show_schedule(record: Record) -> None:
 def show_settings(record: Record) -> None:
     """Print the settings with a clear first line."""
     state = "on" if record["enabled"] else "off"
-    show_record({"capture": state} | {k: v for k, v in record.items() if k != "enabled"})
+    shown = {name: value for name, value in record.items() if name != "enabled"}
+    # A false value would not be printed, and a reader would miss that redaction is off.
+    shown["redact"] = "yes" if record["redact"] else "no"
+    show_record({"capture": state} | shown)
 
 
 capture_app = CommandGroup("Capture requests to models and the replies.", extra="server")

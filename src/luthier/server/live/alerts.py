@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from luthier.chat_models.base import is_loopback
 from luthier.errors import RefusedInput
 from luthier.server.tables.database import Database
-from luthier.server.tables.live.alerts import MOST_ATTEMPTS, Alert, claim_alerts, finish_alert
+from luthier.server.tables.live.alerts import MOST_ATTEMPTS, Alert, claim_alert, finish_alert
 
 POLL_SECONDS = 1.0
 WEBHOOK_SECONDS = 5.0
@@ -78,14 +78,14 @@ class Alerts:
             waiting = session.query(Alert.seq).filter(Alert.due.is_not(None)).first()
         if waiting is None:
             return
-        with self.database.write() as session:
-            claimed = claim_alerts(session)
-        for alert in claimed:
+        while not self._closed.is_set():
+            with self.database.write() as session:
+                alert = claim_alert(session)
+            if alert is None:
+                return
             if alert.attempts == 1:
                 self.counts[alert.kind] += 1
                 _log.warning("alert (%s): %s: %s", alert.kind, alert.subject, alert.text)
-            if self._closed.is_set():
-                return
             if self.webhook is None or self._post(alert):
                 with self.database.write() as session:
                     finish_alert(session, alert)

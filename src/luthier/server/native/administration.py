@@ -133,7 +133,9 @@ def create_key(call: NativeCall, user: Name, body: NewKey) -> NewKeyView:
         if owner is None:
             raise not_found("user", user)
         key, text = principals.create_api_key(session, owner, expires, body.label, role=body.role)
-        return NewKeyView(id=key.id, api_key=text)
+        created = NewKeyView(id=key.id, api_key=text)
+    call.record_created(f"key/{created.id}")
+    return created
 
 
 @router.delete("/keys/{key}")

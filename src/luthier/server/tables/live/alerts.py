@@ -53,19 +53,22 @@ def add_alert(session: Session, account: str, kind: str, subject: str, text: str
         )  # fmt: skip
 
 
-def claim_alerts(session: Session) -> list[Alert]:
-    """Return the due alerts, and schedule their next delivery.
+def claim_alert(session: Session) -> Alert | None:
+    """Return the first due alert, and schedule the next delivery; ``None`` without a due alert.
 
-    Another server, or this server after a crash, repeats a delivery that was not :func:`finished`.
+    Another server, or this server after a crash, repeats a delivery without
+    :func:`finish_alert`.
     """
     moment = now()
+    exhausted = Alert.due <= moment, Alert.attempts >= MOST_ATTEMPTS
+    session.execute(update(Alert).where(*exhausted).values(due=None))
     found = session.scalars(
-        select(Alert).where(Alert.due <= moment).order_by(Alert.seq).limit(20).with_for_update()
-    ).all()
-    for each in found:
-        each.due = moment + RETRY * 2**each.attempts if each.attempts < MOST_ATTEMPTS else None
-        each.attempts += 1
-    return [each for each in found if each.due is not None]
+        select(Alert).where(Alert.due <= moment).order_by(Alert.seq).limit(1).with_for_update()
+    ).first()
+    if found is not None:
+        found.due = moment + RETRY * 2**found.attempts
+        found.attempts += 1
+    return found
 
 
 def finish_alert(session: Session, alert: Alert) -> None:
