@@ -7,7 +7,6 @@ announced.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from luthier.limits import AccountQuotas
 from luthier.server.identifiers import model_name, stored_id_of
 from luthier.server.jobs.measurements import check_measurement
 from luthier.server.jobs.submit import submit_measurement
+from luthier.server.periodic import PeriodicThread
 from luthier.server.promotion import UnknownName, find_deployment
 from luthier.server.stores.locations import Locations
 from luthier.server.tables.accounts import quotas_of
@@ -125,26 +125,9 @@ class Schedules:
         self, database: Database, limits: AccountQuotas, wake: Callable[[], None] = lambda: None
     ) -> None:
         self.database, self.limits, self.wake = database, limits, wake
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="schedules", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop the thread."""
-        self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._closed.wait(TICK):
-            try:
-                self.tick()
-            except Exception:
-                # The database is unreachable; the next pass tries again.
-                _log.exception("scheduled evaluations could not be started")
+        self.thread = PeriodicThread(
+            "schedules", self.tick, TICK, "scheduled evaluations could not be started"
+        )
 
     def tick(self) -> None:
         """Start due evaluations, and announce the results since the last call."""

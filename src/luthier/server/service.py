@@ -174,14 +174,14 @@ class Service:
         self._later.start()
         self.activation.start()
         self.capture.start()
-        self.canaries.start()
-        self.alerts.start()
-        self.watch.start()
+        self.canaries.thread.start()
+        self.alerts.thread.start()
+        self.watch.thread.start()
         self.openai.start()
         self.memory.start()
         if work:
             self.scheduler.start()
-            self.schedules.start()
+            self.schedules.thread.start()
 
     def close(self, release_work: bool = False) -> None:
         """Stop the background work.
@@ -190,13 +190,13 @@ class Service:
         first.
         """
         self._later.cancel()
-        self.schedules.close()
+        self.schedules.thread.close()
         self.scheduler.stop(release_work)
         self.openai.close()
         self.capture.close()
-        self.canaries.close()
-        self.alerts.close()
-        self.watch.close()
+        self.canaries.thread.close()
+        self.alerts.thread.close(wait=False)  # an alert in delivery is repeated
+        self.watch.thread.close(wait=False)  # a check in progress is repeated
         self.activation.close()
         self.meter.close()
         self.pool.close()

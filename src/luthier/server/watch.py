@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +16,7 @@ from luthier.library.models import StoredModel
 from luthier.server.live import drift
 from luthier.server.live.health import Health, health
 from luthier.server.live.rows import input_text, read_answers, requests_to
+from luthier.server.periodic import PeriodicThread
 from luthier.server.retraining import find_active, old_rows
 from luthier.server.stores.locations import Locations
 from luthier.server.tables.arns import Arns
@@ -102,16 +102,10 @@ class Watch:
     def __init__(self, locations: Locations, arns: Arns) -> None:
         self.locations, self.arns = locations, arns
         self._checked: datetime | None = None
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop the thread. A check in progress is repeated after the next start."""
-        self._closed.set()
+        self.thread = PeriodicThread(
+            "watch", self._check_week, CHECK_SECONDS, "the health of models could not be checked",
+            first=1.0,
+        )  # fmt: skip
 
     def check(self, until: datetime) -> None:
         """Add alerts on significant changes and on drift in the week before ``until``."""
@@ -122,7 +116,7 @@ class Watch:
             named = CapturedRequest.stored_id != ""
             found = session.execute(select(*columns).where(*recent, named).distinct()).all()
         for account, model in found:
-            if self._closed.is_set():
+            if self.thread.closed.is_set():
                 return
             try:
                 state = health_with_drift(
@@ -139,17 +133,9 @@ class Watch:
                     key = f"{kind} {model} {until:%Y-%m-%d}"
                     add_alert(session, account, kind, model, text, key)
 
-    def _run(self) -> None:
-        wait = 1.0
-        while not self._closed.wait(wait):
-            wait = CHECK_SECONDS
-            today = datetime.combine(now().date(), datetime.min.time(), UTC)
-            monday = today - timedelta(days=today.weekday())
-            if monday == self._checked:
-                continue
-            try:
-                self.check(monday)
-                self._checked = monday
-            except Exception:
-                # The database is unreachable; the next pass tries again.
-                _log.exception("the health of models could not be checked")
+    def _check_week(self) -> None:
+        today = datetime.combine(now().date(), datetime.min.time(), UTC)
+        monday = today - timedelta(days=today.weekday())
+        if monday != self._checked:
+            self.check(monday)
+            self._checked = monday

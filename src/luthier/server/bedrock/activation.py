@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +14,7 @@ from luthier.inference.inference import InferenceFailed
 from luthier.inference.pool import ModelPool
 from luthier.library import models
 from luthier.server.identifiers import stored_id_of
+from luthier.server.periodic import PeriodicThread
 from luthier.server.tables.database import Database, find_row
 from luthier.server.tables.endpoints import Endpoint, unfinished_ids
 
@@ -65,8 +65,9 @@ class Activation:
         self.database, self.prepare = database, prepare
         self._threads = ThreadPoolExecutor(_THREADS, "activation")
         self._active: set[str] = set()
-        self._closed = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="endpoints", daemon=True)
+        self._watcher = PeriodicThread(
+            "endpoints", self.resume, WATCH_SECONDS, "pending models could not be read", first=0
+        )
 
     def start(self) -> None:
         """Prepare pending models, of an earlier server and of later CLI commands, too."""
@@ -87,20 +88,8 @@ class Activation:
 
     def close(self) -> None:
         """Wait for running preparations. Waiting endpoints are resumed at the next start."""
-        self._closed.set()
-        if self._watcher.is_alive():
-            self._watcher.join()
+        self._watcher.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def _watch(self) -> None:
-        while True:
-            try:
-                self.resume()
-            except Exception:
-                # The database is unreachable; the next pass tries again.
-                _log.exception("pending models could not be read")
-            if self._closed.wait(WATCH_SECONDS):
-                return
 
     def _run(self, endpoint_id: str) -> None:
         query = select(Endpoint).filter_by(id=endpoint_id)

@@ -9,7 +9,6 @@ import hashlib
 import hmac
 import json
 import logging
-import threading
 import urllib.request
 from collections import Counter
 from typing import Any
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 
 from luthier.chat_models.base import is_loopback
 from luthier.errors import RefusedInput
+from luthier.server.periodic import PeriodicThread
 from luthier.server.tables.database import Database
 from luthier.server.tables.live.alerts import MOST_ATTEMPTS, Alert, claim_alert, finish_alert
 
@@ -61,16 +61,9 @@ class Alerts:
         self.database, self.webhook, self.secret = database, webhook, secret.encode()
         self.counts: Counter[str] = Counter()
         """Number of alerts by kind since the start, for the metrics."""
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop the thread. A delivery may end later, and is repeated after the next start."""
-        self._closed.set()
+        self.thread = PeriodicThread(
+            "alerts", self.deliver, POLL_SECONDS, "alerts could not be delivered"
+        )
 
     def deliver(self) -> None:
         """Log new alerts, and deliver due alerts."""
@@ -78,7 +71,7 @@ class Alerts:
             waiting = session.query(Alert.seq).filter(Alert.due.is_not(None)).first()
         if waiting is None:
             return
-        while not self._closed.is_set():
+        while not self.thread.closed.is_set():
             with self.database.write() as session:
                 alert = claim_alert(session)
             if alert is None:
@@ -109,11 +102,3 @@ class Alerts:
                 "alert %s was not delivered (%s)%s", alert.seq, error, "; no more attempts" * last
             )
             return last
-
-    def _run(self) -> None:
-        while not self._closed.wait(POLL_SECONDS):
-            try:
-                self.deliver()
-            except Exception:
-                # The database is unreachable; the next pass tries again.
-                _log.exception("alerts could not be delivered")

@@ -6,8 +6,6 @@ Answers are recorded behind the response. One thread writes the answers and judg
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from luthier.evaluation.sequential import Observation, evidence_of_harm, needed_
 from luthier.server.http.metrics import RequestRecord
 from luthier.server.live.capture import OUTAGES
 from luthier.server.live.feedback import OUTCOME
+from luthier.server.periodic import PeriodicThread
 from luthier.server.tables.database import Database, find_row
 from luthier.server.tables.endpoints import CANARY, DeploymentChange, Endpoint, open_change
 from luthier.server.tables.live.alerts import add_alert
@@ -37,7 +36,6 @@ USER = "luthier"
 """User of automatic promotions and rollbacks in the audit log."""
 _FAILURES = ("ModelError", "ModelTimeout", "ModelNotReady", "InternalServer", "ServiceUnavailable")
 _RATINGS = ("thumb", "rating")
-_log = logging.getLogger("luthier.server")
 
 
 @dataclass(frozen=True)
@@ -91,18 +89,9 @@ class Canaries:
         self._queue: deque[tuple[str, str, dict[str, Any]]] = deque()
         self._judged: dict[str, int] = {}
         """Number of the last feedback when a deployment was judged."""
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="canaries", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop the thread, and write the waiting answers."""
-        self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self.thread = PeriodicThread(
+            "canaries", self.judge, JUDGE_SECONDS, "canaries could not be judged", once_more=True
+        )
 
     def add(self, record: RequestRecord, seconds: float) -> None:
         """Queue the answer of a request to a deployment with a canary.
@@ -118,17 +107,6 @@ class Canaries:
                 "milliseconds": round((seconds - (record.queue_seconds or 0)) * 1000),
             }  # fmt: skip
             self._queue.append((routing.deployment, routing.canary, answer))
-
-    def _run(self) -> None:
-        while True:
-            closed = self._closed.wait(JUDGE_SECONDS)
-            try:
-                self.judge()
-            except Exception:
-                # The database is unreachable; the next pass tries again.
-                _log.exception("canaries could not be judged")
-            if closed:
-                return
 
     def judge(self) -> None:
         """Write the waiting answers, and end worse canaries and canaries with enough answers."""
