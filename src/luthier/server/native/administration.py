@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import RefusedInput
 from luthier.server.http.routes import Name
-from luthier.server.native.operations import Input, NativeCall, View, native_router, not_found
+from luthier.server.native.operations import Input, NativeCall, Page, View, native_router, not_found
 from luthier.server.tables import audit, principals
 from luthier.server.tables.database import now
 from luthier.server.tables.principals import User
@@ -85,15 +85,13 @@ class DeletedKeyView(View):
     id: str
 
 
-class AuditPage(Input):
+class AuditPage(Page):
     """Filter and page of the audit log."""
 
     user: str | None = Field(default=None, max_length=128)
     action: str | None = Field(default=None, max_length=128)
     """Only actions that contain this text."""
     limit: int = Field(default=50, ge=1, le=1000)
-    position: int | None = Field(default=None, ge=0, le=2**62)
-    """``next`` of the previous page."""
 
 
 class AuditView(View):
@@ -161,9 +159,7 @@ def list_audit_entries(call: NativeCall, page: Annotated[AuditPage, Query()]) ->
             session, call.account, page.user, page.action, None, page.position, page.limit + 1
         )
     shown = [audit.entry_values(each) for each in rows[: page.limit]]
-    return AuditView(
-        entries=shown, next=rows[page.limit - 1].seq if len(rows) > page.limit else None
-    )
+    return AuditView(entries=shown, next=page.next(rows))
 
 
 def _user_view(session: Session, user: User) -> UserView:

@@ -16,7 +16,7 @@ from luthier.server import promotion
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
 from luthier.server.identifiers import model_name
-from luthier.server.native.operations import Input, NativeCall, View, native_router
+from luthier.server.native.operations import Input, NativeCall, Page, View, native_router
 from luthier.server.tables.custom_models import LONGEST_NAME, NAME
 from luthier.server.tables.database import lock_by_name
 from luthier.server.tables.endpoints import DEPLOYMENT, UPDATING, Endpoint
@@ -31,14 +31,6 @@ class NewDeployment(Input):
     """Name that clients send as the model."""
     model: Annotated[str, Field(min_length=1)]
     """Name, id or ARN of a custom model."""
-
-
-class DeploymentsPage(Input):
-    """Page of a list of deployments."""
-
-    limit: int = Field(default=100, ge=1, le=1000)
-    position: int | None = Field(default=None, ge=0, le=2**62)
-    """``next`` of the previous page."""
 
 
 class DeploymentSummary(View):
@@ -132,9 +124,7 @@ class DeploymentView(View):
 
 
 @router.get("/deployments")
-def list_deployments(
-    call: NativeCall, page: Annotated[DeploymentsPage, Query()]
-) -> DeploymentsView:
+def list_deployments(call: NativeCall, page: Annotated[Page, Query()]) -> DeploymentsView:
     """List deployments, newest first."""
     own = select(Endpoint).where(Endpoint.account == call.account, Endpoint.kind == DEPLOYMENT)
     if page.position is not None:
@@ -150,8 +140,7 @@ def list_deployments(
             )
             for row in rows[: page.limit]
         ]  # fmt: skip
-    next_position = rows[page.limit - 1].seq if len(rows) > page.limit else None
-    return DeploymentsView(deployments=views, next=next_position)
+    return DeploymentsView(deployments=views, next=page.next(rows))
 
 
 @router.post("/deployments", status_code=201)

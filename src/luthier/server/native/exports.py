@@ -14,6 +14,7 @@ from luthier.server.jobs.submit import submit_export
 from luthier.server.native.operations import (
     Input,
     NativeCall,
+    Page,
     View,
     native_router,
     not_found,
@@ -74,15 +75,12 @@ class ExportsView(View):
     """``position`` of the next page; missing on the last page."""
 
 
-class ExportsPage(Input):
+class ExportsPage(Page):
     """Filters and page of a list of exports."""
 
     state: State | None = None
     model: str | None = Field(default=None, max_length=2048)
     """ARN of the exported custom model. The model may be deleted."""
-    limit: int = Field(default=100, ge=1, le=1000)
-    position: int | None = Field(default=None, ge=0, le=2**62)
-    """``next`` of the previous page."""
 
 
 @router.post("/models/{model}/exports", status_code=201)
@@ -114,8 +112,7 @@ def list_exports(call: NativeCall, page: Annotated[ExportsPage, Query()]) -> Exp
         rows = results.list_works(
             session, ModelExport, call.account, states, *conditions, limit=limit, position=position
         )
-    next_position = rows[page.limit - 1].seq if len(rows) > page.limit else None
-    return ExportsView(exports=[_view(each) for each in rows[: page.limit]], next=next_position)
+    return ExportsView(exports=[_view(each) for each in rows[: page.limit]], next=page.next(rows))
 
 
 @router.get("/exports/{export}")

@@ -27,6 +27,7 @@ from luthier.server.native.operations import (
     Call,
     Input,
     NativeCall,
+    Page,
     View,
     native_router,
     not_found,
@@ -118,13 +119,10 @@ class JobsView(View):
     """``position`` of the next page; missing on the last page."""
 
 
-class JobsPage(Input):
+class JobsPage(Page):
     """Filter and page of a list of jobs."""
 
     state: State | None = None
-    limit: int = Field(default=100, ge=1, le=1000)
-    position: int | None = Field(default=None, ge=0, le=2**62)
-    """``next`` of the previous page."""
 
 
 class LabelIssueView(View):
@@ -228,9 +226,8 @@ def list_jobs(call: NativeCall, page: Annotated[JobsPage, Query()]) -> JobsView:
             session, call.account, states=states, limit=page.limit + 1, position=page.position
         )
         places = _places(call, session, rows)
-    next_position = rows[page.limit - 1].seq if len(rows) > page.limit else None
     views = [view_job(job, places) for job in rows[: page.limit]]
-    return JobsView(jobs=views, next=next_position)
+    return JobsView(jobs=views, next=page.next(rows))
 
 
 @router.get("/jobs/{job}")

@@ -18,6 +18,7 @@ from luthier.server.native.operations import (
     Call,
     Input,
     NativeCall,
+    Page,
     View,
     native_router,
     not_found,
@@ -124,13 +125,10 @@ class DeletedMeasurementView(View):
     id: str
 
 
-class MeasurementsPage(Input):
+class MeasurementsPage(Page):
     """Filter and page of a list of evaluations or comparisons."""
 
     state: State | None = None
-    limit: int = Field(default=100, ge=1, le=1000)
-    position: int | None = Field(default=None, ge=0, le=2**62)
-    """``next`` of the previous page."""
 
 
 @router.post("/evaluations", status_code=201)
@@ -159,9 +157,8 @@ def _add_operations(kind: str) -> None:
                 session, Measurement, call.account, states, Measurement.kind == kind,
                 limit=page.limit + 1, position=page.position,
             )  # fmt: skip
-        following = rows[page.limit - 1].seq if len(rows) > page.limit else None
         views = [_view(each, None) for each in rows[: page.limit]]
-        return MeasurementsView(measurements=views, next=following)
+        return MeasurementsView(measurements=views, next=page.next(rows))
 
     def get(call: NativeCall, id: Name) -> MeasurementView:
         with call.context.database.read() as session:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -30,7 +28,7 @@ from luthier.server.native.model_operations import (
     abilities_of_base,
     writes,
 )
-from luthier.server.native.operations import Input, NativeCall, View, native_router
+from luthier.server.native.operations import Input, NativeCall, View, limited, native_router
 from luthier.server.retraining import draft
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import RESERVED, CustomModel
@@ -39,6 +37,7 @@ from luthier.server.watch import health_with_drift
 
 router = native_router()
 _free = threading.BoundedSemaphore(1)
+_BUSY = "The server already tests for drift or prepares a retraining. Try again in a minute."
 
 
 class BaseFacts(View):
@@ -171,18 +170,6 @@ def delete_model(call: NativeCall, model: Name) -> DeletedModelView:
     return DeletedModelView(model=row.arn(call.context.arns))
 
 
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Read captured requests and compute embeddings for one client; others are throttled."""
-    if not _free.acquire(blocking=False):
-        text = "The server already tests for drift or prepares a retraining. Try again in a minute."
-        raise Fault("Throttling", text, retry_after=30)
-    try:
-        yield
-    finally:
-        _free.release()
-
-
 @router.get("/models/{model}/health")
 def get_model_health(
     call: NativeCall, model: Name, query: Annotated[HealthQuery, Query()]
@@ -194,7 +181,7 @@ def get_model_health(
         since = parse_since(query.since)
         if query.drift:
             context = call.context
-            with _one_at_a_time():
+            with limited(_free, _BUSY, 30):
                 return health_with_drift(
                     context.locations, context.arns, call.account, model, since
                 )
@@ -213,7 +200,7 @@ def retrain_model(call: NativeCall, model: Name, body: RetrainRequest) -> JobVie
     context.capture.flush()  # requests may be younger than the last write
     since, quotas = parse_since(body.since), context.quotas(call.account)
     try:
-        with _one_at_a_time():
+        with limited(_free, _BUSY, 30):
             job = draft(
                 context.locations, context.arns, call.account, model, since, body.base, quotas
             )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Semaphore
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from luthier.server.actions import record_action, record_created
@@ -38,6 +40,18 @@ class Input(BaseModel):
     """Body or query of a request; unknown fields are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Page(Input):
+    """Page of a list, newest first."""
+
+    limit: int = Field(default=100, ge=1, le=1000)
+    position: int | None = Field(default=None, ge=0, le=2**62)
+    """``next`` of the previous page."""
+
+    def next(self, rows: Sequence[Any]) -> int | None:
+        """Return the position of the next page from ``limit + 1`` rows; ``None`` without a page."""
+        return int(rows[self.limit - 1].seq) if len(rows) > self.limit else None
 
 
 class View(BaseModel):
@@ -176,6 +190,21 @@ class Call(ApiCall[Context]):
 def not_found(noun: str, name: str) -> Fault:
     """Return the fault for an unknown name."""
     return Fault("ResourceNotFound", f"There is no {noun} {name!r}.")
+
+
+@contextmanager
+def limited(free: Semaphore, busy: str, retry_seconds: int) -> Iterator[None]:
+    """Run the block while ``free`` has a place.
+
+    Raises:
+        Fault: ``Throttling`` with the text ``busy``, without a place.
+    """
+    if not free.acquire(blocking=False):
+        raise Fault("Throttling", busy, retry_after=retry_seconds)
+    try:
+        yield
+    finally:
+        free.release()
 
 
 NativeCall = Annotated[Call, Depends(Call.of)]

@@ -29,6 +29,7 @@ from luthier.server.native.operations import (
     Input,
     NativeCall,
     View,
+    limited,
     native_router,
     setting_name,
 )
@@ -229,16 +230,12 @@ def _fetch(call: Call, address: str, folder: Path, media: bool) -> Path:
 
 @contextmanager
 def _report_folder() -> Iterator[Path]:
-    if not _free.acquire(blocking=False):
-        text = (
-            f"The server already runs {AT_ONCE} reports or estimates. Try again in a few seconds."
-        )
-        raise Fault("Throttling", text, retry_after=5)
-    try:
-        with tempfile.TemporaryDirectory(prefix="luthier-report-") as folder:
-            yield Path(folder)
-    finally:
-        _free.release()
+    busy = f"The server already runs {AT_ONCE} reports or estimates. Try again in a few seconds."
+    with (
+        limited(_free, busy, 5),
+        tempfile.TemporaryDirectory(prefix="luthier-report-") as folder,
+    ):
+        yield Path(folder)
 
 
 def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int, ...]) -> Any:

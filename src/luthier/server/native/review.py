@@ -17,7 +17,7 @@ from luthier.server.http.messages import Fault
 from luthier.server.live import rows as live_rows
 from luthier.server.live import settings
 from luthier.server.live.rows import RowKind
-from luthier.server.native.operations import Input, NativeCall, View, native_router
+from luthier.server.native.operations import Input, NativeCall, Page, View, native_router
 from luthier.server.stores.uploaded_files import file_address
 from luthier.server.tables.live.captures import CapturedRequest, CaptureSettings, Feedback
 
@@ -46,14 +46,12 @@ class CaptureChange(Input):
     enabled: bool
 
 
-class ReviewPage(Input):
+class ReviewPage(Page):
     """Filter and page of the queue."""
 
     model: str | None = Field(default=None, max_length=2048)
     """Name that clients sent, or a custom model; all models by default."""
     limit: int = Field(default=10, ge=1, le=100)
-    position: int | None = Field(default=None, ge=0, le=2**62)
-    """``next`` of the previous page."""
 
 
 class ReviewedAnswer(View):
