@@ -207,6 +207,22 @@ def test_scheduled_evaluations_report_a_significant_fall(server: Served) -> None
     assert server.ask("DELETE", path)[0] == 200 and server.ask("GET", path)[0] == 404
 
 
+def test_scheduled_evaluation_of_several_files(server: Served) -> None:
+    path = "/api/v1/deployments/live/schedule"
+    content = (server.home / "rows.jsonl").read_bytes()
+    for part in "ab":
+        server.client("s3").put_object(Bucket="bucket", Key=f"parts/{part}.jsonl", Body=content)
+    body = {"rows": "s3://bucket/parts/", "every": "week", "graders": ["exact"], "max_tokens": 4}
+    assert server.ask("PUT", path, body)[0] == 200
+
+    def done() -> Any:
+        return [each for each in server.ask("GET", path)[1]["results"] if each["state"] in ENDED]
+
+    (result,) = until(done, 280)
+    assert result["state"] == "Completed" and result["rows"] == 2 * len(LINES), result
+    assert server.ask("DELETE", path)[0] == 200
+
+
 def test_schedule_with_command(server: Served) -> None:
     rows = str(server.home / "rows.jsonl")
     unknown = server.command("live", "schedule", "set", "none", rows, fails=True)

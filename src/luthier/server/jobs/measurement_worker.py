@@ -10,13 +10,11 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from luthier.data.files.read import read_records
-from luthier.data.files.sources import files_of
 from luthier.data.rows import load_rows
 from luthier.evaluation.evaluate import load_graded
 from luthier.evaluation.report_page import page
 from luthier.evaluation.significance import RowScores, as_gain, paired_differences
-from luthier.files import folder_size, sha256_of
+from luthier.files import folder_size, hashes_of, sha256_of
 from luthier.library.models import find
 from luthier.server.jobs.data import base_reads_media, fetch_rows
 from luthier.server.jobs.folders import MeasurementFolders
@@ -28,6 +26,7 @@ from luthier.server.tables.jobs import COMPLETED
 from luthier.server.tables.measurements import EVALUATION, Measurement, runs_of
 from luthier.workflows.compare import compare, comparison_page
 from luthier.workflows.evaluate import evaluate
+from luthier.workflows.prompting import records_of
 
 FIXED_BYTES = 512 << 20
 """Memory of a worker without a model."""
@@ -63,22 +62,19 @@ class MeasurementWorker(ResultWorker[Measurement]):
                 measure, score = next(iter(found.row_scores.items()))
                 if isinstance(score, RowScores):
                     lines = [getattr(each, "line", None) for each in found.rows]
+                    hashed = hashes_of(rows) if rows.is_dir() else sha256_of(rows)
                     self.row_scores = {
-                        "measure": measure, "rows": sha256_of(rows), "lines": lines, **score.plain(),
+                        "measure": measure, "rows": hashed, "lines": lines, **score.plain()
                     }  # fmt: skip
         else:
             *tuned, base = models
             train = self._fetch(row, "training") if request.get("training") else None
             prompts = request["prompts"]
-            records = {
-                (str(path), line): record
-                for path in (files_of(str(rows)) if prompts else ())
-                for line, record in read_records(path, [])
-            }
             compared = compare(
                 load_graded(rows, columns, (graders or {}).values()), base, tuned,
                 load_rows(train, columns) if train is not None else (),
-                graders=graders, max_tokens=max_tokens, prompts=prompts, records=records,
+                graders=graders, max_tokens=max_tokens, prompts=prompts,
+                records=records_of(str(rows)) if prompts else {},
                 show=request["show"], seeds=request["seeds"],
                 on_progress=lambda done, total: self.show("compare", done, total),
             )  # fmt: skip
