@@ -53,14 +53,29 @@ def draw_passages(
         right = [each for each in texts if answer is not None and supports(each, answer)][:1]
         wrong = [each for each in texts if answer is None or not supports(each, answer)]
         if right or (answer is None and wrong):
-            passages = [*right, *wrong][:PASSAGES]
-            random.Random(number).shuffle(passages)
-            cited = tuple(passages.index(each) + 1 for each in right)
-            drawn.append(CitedAnswer(row.file, row.line, question, (*passages,), answer, cited))
+            drawn.append(mix_passages(row, question, answer, right, wrong, number))
         on_progress(number, len(rows))
     if problems:
         raise DataError(problems)
     return drawn
+
+
+def mix_passages(
+    row: Row,
+    question: str,
+    answer: str | None,
+    right: Sequence[str],
+    wrong: Sequence[str],
+    seed: int,
+) -> CitedAnswer:
+    """Return a row with ``right`` passages, which are cited, and ``wrong`` passages, in random order.
+
+    ``row`` names the place of the question.
+    """
+    passages = [*right, *wrong][:PASSAGES]
+    random.Random(seed).shuffle(passages)
+    cited = tuple(passages.index(each) + 1 for each in right)
+    return CitedAnswer(row.file, row.line, question, (*passages,), answer, cited)
 
 
 def _question_and_answer(row: Row) -> tuple[str, str | None] | None:

@@ -233,9 +233,8 @@ def as_rows(source: Any) -> Any:
 
     A workbook stays unchanged, because a table has rows, not text.
     """
-    if not isinstance(source, str | Path) or not has_documents(source):
-        return source
-    if Path(source).suffix.lower() == ".xlsx":
+    is_path = isinstance(source, str | Path)
+    if not is_path or Path(source).suffix.lower() == ".xlsx" or not has_documents(source):
         return source
     return store_rows(document_rows(Path(source)))
 

@@ -77,9 +77,9 @@ def fit_baselines(
     states = base_states(
         network, encoder, task, train, held, budget, seconds * READING, on_progress
     )
-    fitted = fit_and_score(task, train.rows, held.rows, states, until)
-    if network.has_sparse_rows and fitted is not None:  # no time would suffice
-        fitted = replace(fitted, comparison=replace(fitted.comparison, left_out=[]))
+    fitted = fit_and_score(
+        task, train.rows, held.rows, states, until, has_states=not network.has_sparse_rows
+    )
     if not label_issues or fitted is None or states is None or time.monotonic() > until:
         return fitted
     if not isinstance(held.rows[0], Labelled):

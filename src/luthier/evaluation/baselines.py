@@ -308,6 +308,8 @@ def fit_and_score(
     states: States | None,
     until: float,
     clock: Callable[[], float] = time.monotonic,
+    *,
+    has_states: bool = True,
 ) -> FittedBaselines | None:
     """Fit the baselines for ``train`` and score predictions for ``held``.
 
@@ -316,6 +318,8 @@ def fit_and_score(
         states: states of both, in the same order, possibly for the first rows of ``train`` only.
             Without states, methods that read states are omitted.
         until: time of ``clock`` after which no baseline starts.
+        has_states: false for a network without hidden states, to which methods that read states do
+            not apply.
 
     Returns:
         The scores; ``None`` if no method applies to the rows.
@@ -325,6 +329,8 @@ def fit_and_score(
     made: list[tuple[Baseline, RowScores]] = []
     left_out: list[str] = []
     for method in task.baselines(train, held):
+        if method.reads_states and not has_states:
+            continue
         if clock() < until and not (method.reads_states and states is None):
             made.append(method.measure(train, held, states, task))
         else:

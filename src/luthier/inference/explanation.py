@@ -82,9 +82,8 @@ def explain(predictor: Predictor, row: Row, answer: dict[str, Any]) -> dict[str,
     words = [*re.finditer(r"\S+", text)]
     word_of = {place: n for n, word in enumerate(words) for place in range(*word.span())}
     sums = np.zeros(len(words) + 1)
-    for (first, end), value in zip(
-        offsets, total_N[batch.tree.node_M], strict=False
-    ):  # the text may be truncated
+    # The text may be truncated.
+    for (first, end), value in zip(offsets, total_N[batch.tree.node_M], strict=False):
         # Offsets of some tokenizers begin with the space before the word.
         sums[word_of.get(end - 1, len(words)) if end > first else len(words)] += value
     return {

@@ -179,12 +179,10 @@ class Objective(StrictModel):
     """Additional row shapes, if a recipe names the objective."""
     mixed_shapes: ClassVar[frozenset[str]] = frozenset()
     """Additional row shapes for files of ``data.mix``."""
-    evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
-        (
-            *("choices", "messages", "passages", "preference", "prompt", "prompt_only", "rated"),
-            *("text", "thumb"),
-        )
-    )
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset({
+        "choices", "messages", "passages", "preference", "prompt", "prompt_only", "rated", "text",
+        "thumb",
+    })  # fmt: skip
     """Row shapes for ``luthier evaluate`` with models of this objective."""
     same_each_epoch: ClassVar[bool] = True
     """True if the network computes the same tokens of a row in every epoch."""

@@ -201,7 +201,7 @@ def start(database: Database, arns: Arns, account: str, model: str, base: str | 
     wanted = ModelIds(database, arns).base(account, base) if base else None
     with database.write() as session:
         job = latest(session, account, model)
-        if job is None or not _is_draft(job):
+        if job is None or not is_draft(job):
             state = f" The last retraining, {job.name}, is {job.state}." if job else ""
             raise WrongState(
                 f'Model "{model}" has no draft.{state} '
@@ -215,7 +215,8 @@ def start(database: Database, arns: Arns, account: str, model: str, base: str | 
         return jobs.resume(session, job)
 
 
-def _is_draft(job: Job) -> bool:
+def is_draft(job: Job) -> bool:
+    """Return True for a retraining that nobody has started."""
     return job.state == PAUSED and not job.attempts
 
 
@@ -224,7 +225,7 @@ def _discard(locations: Locations, arns: Arns, account: str, model: str) -> None
     database = locations.uploads.database
     with database.write() as session:
         job = latest(session, account, model)
-        if job is None or not _is_draft(job):
+        if job is None or not is_draft(job):
             return
         jobs.stop(session, job)
     delete_job(database, arns, job)

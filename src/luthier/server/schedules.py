@@ -56,7 +56,7 @@ def set_schedule(
     """
     with database.read() as session:
         endpoint = find_deployment(session, arns, account, deployment)
-        measured = _measured(session, endpoint)
+        measured = _model_of(session, endpoint)
     check_measurement(locations, account, EVALUATION, request, [measured])
     made = EvaluationSchedule(
         id=new_id(), account=account, endpoint=endpoint.id, every=every, request=dict(request),
@@ -113,7 +113,7 @@ def _result(session: Session, run: Measurement) -> dict[str, Any]:
     }
 
 
-def _measured(session: Session, endpoint: Endpoint) -> MeasuredModel:
+def _model_of(session: Session, endpoint: Endpoint) -> MeasuredModel:
     stored_id = stored_id_of(session, endpoint.model) or ""
     return MeasuredModel(name=endpoint.name, arn=endpoint.model, stored_id=stored_id)
 
@@ -167,7 +167,7 @@ class Schedules:
         try:
             submit_measurement(
                 session, schedule.account, EVALUATION, schedule.request,
-                [_measured(session, endpoint)],
+                [_model_of(session, endpoint)],
                 quotas_of(session, schedule.account, self.limits), schedule.id,
             )  # fmt: skip
         except QuotaExceeded as error:

@@ -388,13 +388,15 @@ def retrain(
 
 
 def _retraining(job: Job) -> Record:
+    from luthier.server.retraining import is_draft
+
     plan = job.details["retraining"]
     seconds = plan["estimated_seconds"]
     compared = job.result["retraining"] if job.result and "retraining" in job.result else {}
     return {
         "model": plan["model"],
         "job": job.name,
-        "state": "Draft" if job.state == "Paused" and not job.attempts else job.state,
+        "state": "Draft" if is_draft(job) else job.state,
         "base": job.recipe["base"],
         "rows": plan["rows"],
         "estimate": None if seconds is None else format_duration(seconds),

@@ -51,9 +51,8 @@ class CitedAnswer(Shape):
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         question, passages = fields.text(record, "question"), _read_passages(record["passages"])
-        no_answer = (
-            "answer" in record or record.get("cited") == []
-        )  # a data frame leaves a null out
+        # A data frame leaves a null out.
+        no_answer = "answer" in record or record.get("cited") == []
         declined = no_answer and record.get("answer") in (None, DECLINED)
         answer = None if declined else fields.text(record, "answer", target=True)
         if question is None or (answer is None and not declined):

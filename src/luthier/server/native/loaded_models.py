@@ -53,7 +53,7 @@ class LoadedModelsView(View):
 @router.get("/loaded-models")
 def list_loaded_models(call: NativeCall) -> LoadedModelsView:
     """List the account's models in the memory of this server."""
-    loaded = _loaded(call)
+    loaded = _loaded_by_id(call)
     own = select(CustomModel).where(
         CustomModel.account == call.account, CustomModel.stored_id.in_([*loaded])
     )
@@ -72,7 +72,7 @@ def load_model(call: NativeCall, model: Name) -> LoadedModelView:
     row, stored_id = _find(call, model)
     with inference_faults():
         call.context.pool.load(stored_id)
-    return _view(call, row, _loaded(call).get(stored_id))
+    return _view(call, row, _loaded_by_id(call).get(stored_id))
 
 
 @router.post("/models/{model}/unload")
@@ -80,7 +80,7 @@ def unload_model(call: NativeCall, model: Name) -> LoadedModelView:
     """Unload a custom model after the active requests have ended."""
     row, stored_id = _find(call, model)
     call.context.pool.unload(stored_id)
-    return _view(call, row, _loaded(call).get(stored_id))
+    return _view(call, row, _loaded_by_id(call).get(stored_id))
 
 
 def _find(call: Call, name: str) -> tuple[CustomModel, str]:
@@ -99,7 +99,7 @@ def _find(call: Call, name: str) -> tuple[CustomModel, str]:
     return model, model.stored_id
 
 
-def _loaded(call: Call) -> dict[str, LoadedModel]:
+def _loaded_by_id(call: Call) -> dict[str, LoadedModel]:
     return {each.id: each for each in call.context.pool.loaded_models()}
 
 

@@ -134,7 +134,7 @@ class MeasurementsPage(Page):
 @router.post("/evaluations", status_code=201)
 def create_evaluation(call: NativeCall, body: NewEvaluation) -> MeasurementView:
     """Create an evaluation of a model on held-out rows."""
-    return _create(call, EVALUATION, body, [_measured(call, body.model)])
+    return _create(call, EVALUATION, body, [_model_of(call, body.model)])
 
 
 @router.post("/comparisons", status_code=201)
@@ -142,9 +142,9 @@ def create_comparison(call: NativeCall, body: NewComparison) -> MeasurementView:
     """Create a comparison of custom models with their base, prompting and baselines."""
     from luthier.library.models import describe
 
-    models = [_measured(call, name) for name in body.models]
+    models = [_model_of(call, name) for name in body.models]
     base = body.base or describe(models[0]["stored_id"]).root
-    return _create(call, COMPARISON, body, [*models, _measured(call, base)])
+    return _create(call, COMPARISON, body, [*models, _model_of(call, base)])
 
 
 def _add_operations(kind: str) -> None:
@@ -227,7 +227,7 @@ def request_of(locations: Locations, account: str, body: _NewMeasurement) -> dic
     return request
 
 
-def _measured(call: Call, name: str) -> MeasuredModel:
+def _model_of(call: Call, name: str) -> MeasuredModel:
     """Return the model that a name stands for now."""
     target = call.context.models.target(call.account, name)
     if target is None:

@@ -7,13 +7,11 @@ passages of the row.
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from luthier.data.shapes.passages import CitedAnswer
-from luthier.documents.answers import PASSAGES
-from luthier.documents.cited_rows import supports
+from luthier.documents.cited_rows import mix_passages, supports
 from luthier.documents.passages import cut
 from luthier.documents.readers import DocumentPage
 from luthier.documents.retriever import CANDIDATES
@@ -63,13 +61,8 @@ def cited_answers(accepted: Sequence[Insight]) -> tuple[list[CitedAnswer], str]:
                 unsupported += 1
             elif passage in found:
                 wrong = [text for text in found if not supports(text, answer)]
-                shown = [passage, *wrong[: PASSAGES - 1]]
-                random.Random(written).shuffle(shown)
-                cited = (shown.index(passage) + 1,)
-                rows.setdefault(
-                    question,
-                    CitedAnswer(each.row.file, each.row.line, question, (*shown,), answer, cited),
-                )
+                cited = mix_passages(each.row, question, answer, [passage], wrong, written)
+                rows.setdefault(question, cited)
     return [*rows.values()], (
         f"{len(rows):,} of {written:,} questions are kept; {unsupported:,} have an answer that is not "
         f"in the passage, {written - unsupported - len(rows):,} do not find the passage or repeat"

@@ -125,7 +125,7 @@ class TfidfModel(FastTextModel, TfidfPreTrainedModel):
         )
 
 
-class SparseLinear(nn.Linear):
+class SparseRowLinear(nn.Linear):
     """A linear layer of sparse rows."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class TfidfForSequenceClassification(TfidfPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = TfidfModel(config)
-        self.score = SparseLinear(config.buckets, int(config.num_labels or 0))
+        self.score = SparseRowLinear(config.buckets, int(config.num_labels or 0))
         self.post_init()
 
     def forward(
