@@ -175,6 +175,10 @@ class Training(StrictModel):
     """Factor of the default learning rate."""
     schedule: Literal["cosine", "linear", "constant", "step", "one_cycle"] = "cosine"
     """Learning-rate schedule after warm-up; ``one_cycle`` rises and falls."""
+    step_size: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    """Steps between two cuts of the rate with ``schedule=step``; a third of the run by default."""
+    step_factor: float | None = Field(default=None, gt=0, lt=1)
+    """Factor of the rate at each cut with ``schedule=step``; 0.1 by default."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of warmup steps: 0.05 by default, 0.45 for ``one_cycle``."""
     warmup_steps: int | None = Field(default=None, ge=0, le=MOST_STEPS)
@@ -183,14 +187,16 @@ class Training(StrictModel):
     """Factor of the learning rate from each layer to the next lower layer; 1 is off."""
     head_rate_multiplier: float | None = Field(default=None, gt=0, le=10_000)
     """Factor of a head's rate; 10 for a new head with ``full`` at the default rate, else 1."""
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """``adam`` adds the weight decay to the gradient; equal to ``adamw`` without weight decay."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
-    """Decoupled weight decay, on matrices only."""
+    """Weight decay, on matrices only: decoupled for ``adamw``, an L2 penalty for ``adam``."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamW's mean of gradients."""
+    """Decay of the mean of gradients."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of AdamW's mean of squared gradients."""
+    """Decay of the mean of squared gradients."""
     epsilon: float = Field(default=1e-8, gt=0, le=1)
-    """Added to AdamW's denominator."""
+    """Added to the optimizer's denominator."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Share dropped wherever the network drops hidden states; the network's own when not given."""
     max_gradient_norm: float = Field(default=1.0, ge=0, le=1e9)
@@ -228,6 +234,16 @@ class Training(StrictModel):
                 hint = did_you_mean(name, TRACKERS, f"choose one of {', '.join(TRACKERS)}")
                 raise ValueError(f"{name!r} is no tracker; {hint}")
         return tuple(dict.fromkeys(names))
+
+    @model_validator(mode="after")
+    def _steps_have_a_schedule(self) -> Self:
+        for name in ("step_size", "step_factor"):
+            if getattr(self, name) is not None and self.schedule != "step":
+                raise ValueError(
+                    f"`training.{name}` requires `training.schedule=step`, and the schedule is "
+                    f"{self.schedule}"
+                )
+        return self
 
 
 class ForgettingLimits(StrictModel):

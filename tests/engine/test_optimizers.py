@@ -83,6 +83,27 @@ def test_float32_without_clipping_equals_adamw_bits() -> None:
         assert torch.equal(weight, theirs[name]), name
 
 
+def test_adam_equals_adam_of_torch_with_decay_of_matrices() -> None:
+    mine, theirs = make_weights(), make_weights()
+    training = Training(optimizer="adam", learning_rate=RATE, weight_decay=0.3, max_gradient_norm=0)
+    optimizer = MasterAdamW(mine.items(), training)
+    groups = [
+        {"params": [theirs["matrix"], theirs["cube"]], "weight_decay": 0.3},
+        {"params": [theirs["bias"]], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.Adam(groups, fused=True)
+    for step in range(6):
+        give(mine, gradients(step))
+        give(theirs, gradients(step))
+        optimizer.collect()
+        optimizer.step(RATE / (1 + step))
+        for group in adam.param_groups:
+            group["lr"] = RATE / (1 + step)
+        adam.step()
+    for name, weight in mine.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-6, atol=1e-7)
+
+
 def test_two_steps_by_the_formula() -> None:
     weight = nn.Parameter(torch.tensor([[2.0]]))
     training = Training(learning_rate=0.1, weight_decay=0.5, epsilon=0.1, max_gradient_norm=0.0)

@@ -35,6 +35,7 @@ CASES = {
     "a soft prompt": ("llama", "sft", "prompt", {}),
     "magnitudes": ("llama", "sft", "lora", {}),
     "layer-wise rates": ("gpt2", "sft", "full", {}),
+    "layers that start later": ("bert", "classification", "full", {}),
     "a packed base": ("llama", "sft", "qlora", {}),
     "a few weights of each layer": ("llama", "sft", "sparse", {}),
     "mixed rows": ("bert", "classification", "full", {}),
@@ -143,7 +144,7 @@ def write_sounds(folder: Path) -> Path:
 
 OFTEN = {
     "masks are drawn anew", "dropout above a frozen bottom", "a packed base", "labels that spread",
-    "mixed rows", "a teacher's likeliest tokens", "answers of the student",
+    "mixed rows", "layers that start later", "a teacher's likeliest tokens", "answers of the student",
     "pairs and a reference", "completions that are drawn", "a value head", "noise of images",
     "two players", "noise of every step", "views of images", "letters of columns",
     "a scale that is learned", "norms and dropout of VGG", "layers that are left out",
@@ -166,9 +167,8 @@ def test_resumed_run_has_bits_of_uninterrupted_run(
     if "teacher" in fields:
         fields = {**fields, "teacher": str(family_folder(fields["teacher"]))}
     data = rows_for(objective, tmp_path / "rows.jsonl", family)
-    further = {"magnitudes": {"dora": True}, "weights that matter": {"mask": "fisher"}}.get(
-        case, {}
-    )
+    further = {"magnitudes": {"dora": True}, "weights that matter": {"mask": "fisher"},
+               "layers that start later": {"unfreeze_every": 3}}.get(case, {})  # fmt: skip
     rates = {"layer_decay": 0.8} if case == "layer-wise rates" else {}
     rates |= {"dropout": 0.3} if case == "a dropout that was asked for" else {}
     if objective in WRITES:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from luthier.engine.optimizers import schedule_factor
+from luthier.recipe import Training
 
 PROPERTY = settings(max_examples=80, deadline=None, database=None)
 NAMES = ("cosine", "linear", "constant", "step")
@@ -99,3 +102,19 @@ def test_default_share_of_each_schedule() -> None:
 def test_an_unknown_schedule_is_an_error() -> None:
     with pytest.raises(ValueError):
         schedule_factor("sawtooth", 5, 10, 0.1)
+
+
+def test_step_schedule_equals_step_lr_of_torch() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    torch_schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.3)
+    for step in range(13):
+        factor = schedule_factor("step", step, 13, 0.0, step_size=4, step_factor=0.3)
+        assert factor == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        torch_schedule.step()
+
+
+def test_step_settings_without_step_schedule_are_refused() -> None:
+    with pytest.raises(ValidationError, match="step_size"):
+        Training(step_size=3)

@@ -85,6 +85,11 @@ class Adaptation(StrictModel):
         """Number of context positions that the adaptation uses in every row."""
         return 0
 
+    @property
+    def unfreeze_steps(self) -> int | None:
+        """Steps after which the next lower layer starts to train; ``None`` for all from step 1."""
+        return None
+
     def bind_network(self, model: nn.Module) -> Self:
         """Return the adaptation with open settings chosen from the unchanged network."""
         return self

@@ -1,8 +1,10 @@
-"""Full fine-tuning: training every weight of the network."""
+"""Full fine-tuning: training every weight of the network, also layer by layer from the top."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
 
 from luthier.adaptations.base import Adaptation, full_rate
 
@@ -18,8 +20,16 @@ class Full(Adaptation):
 
     method: Literal["full"] = "full"
 
+    unfreeze_every: int | None = Field(default=None, ge=1)
+    """Steps until the next lower layer trains too (gradual unfreezing); all train by default."""
+
     stores_network: ClassVar[bool] = True
     new_head_rate: ClassVar[float] = 10.0
+
+    @property
+    def unfreeze_steps(self) -> int | None:
+        """Steps until the next lower layer trains (Howard & Ruder 2018, arXiv:1801.06146)."""
+        return self.unfreeze_every
 
     def adapt(self, model: nn.Module) -> None:
         """Mark every weight as trained."""

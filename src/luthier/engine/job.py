@@ -536,7 +536,14 @@ def _check_settings(
         check_dropout(model)
     if training.fully_shard:
         check_shardable(model, objective, plan.sketch.adaptation)
-    if training.layer_decay < 1:
+    unfreezes = recipe.adaptation.unfreeze_steps is not None
+    if unfreezes and training.fully_shard:
+        raise RecipeError(
+            "gradual unfreezing is not possible with sharded layers. Remove "
+            "`adaptation.unfreeze_every` or `training.fully_shard`",
+            setting="adaptation.unfreeze_every",
+        )
+    if unfreezes or training.layer_decay < 1:
         layer_names(model)  # raises for a network without separate layers
     if training.refit and not facts.held_out:
         raise RecipeError(

@@ -44,7 +44,7 @@ from luthier.errors import Diverged, Interrupted
 from luthier.evaluation.significance import CHANCE
 from luthier.models.formats.save import adapter_buffers
 from luthier.models.networks.heads import head_weights
-from luthier.models.networks.layers import layer_names
+from luthier.models.networks.layers import layer_names, layer_positions
 from luthier.models.networks.network import Network, TreeBatch
 from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.random_numbers import derive_seed, drawn_from, seed_torch
@@ -115,6 +115,8 @@ class Loop:
     """True if the head starts from random weights."""
     fitted_head: bool = False
     """True if the head starts from logistic regression."""
+    unfreeze_every: int | None = None
+    """Steps after which the next lower layer starts to train; ``None`` trains all from step 1."""
 
     def __post_init__(self) -> None:
         # A refit stops early in the schedule of the first training, so `until` and `steps` differ.
@@ -129,7 +131,7 @@ class Loop:
             main, training.batch_size, training.seed, training.shuffle, self.mixed
         )
         model = self.network.model
-        layers = layer_names(model) if training.layer_decay < 1 else []
+        layers = layer_names(model) if training.layer_decay < 1 or self.unfreeze_every else []
         # Weight decay moves every row, and processes exchange dense gradients.
         whole = self.processes.size > 1 or self.network.is_sharded or training.weight_decay
         self._tables = {} if whole else embedding_tables(model)
@@ -141,6 +143,10 @@ class Loop:
             self.processes,
             self._tables,
         )
+        self._layers = len(layers)
+        named = [name for name, _ in model.named_parameters()]
+        self._positions = layer_positions(named, layers) if self.unfreeze_every else {}
+        """Layer of each weight, counted from 1; for gradual unfreezing."""
         if self.objective.uses_reference:
             # Before any step and before `resume`: the reference is the initial model.
             self.network.remember_start()
@@ -197,6 +203,8 @@ class Loop:
                 return self._run()
         finally:
             self.network.group = ALONE
+            for weight in self.optimizer.weights.values():
+                weight.requires_grad_(True)
             # Drop the queue: images that wait to be read would delay the end of the process.
             self.network.layout.read_ahead(())
 
@@ -238,6 +246,9 @@ class Loop:
                     self.checkpoint()
         if self.progress.step < self.until:
             self.reporter.note(self._why_it_stopped())
+        if self.unfreeze_every and self._lowest_layer:
+            never = f"{self._lowest_layer} of {self._layers + 1} groups of layers"
+            self.reporter.note(f"{never} stayed frozen. Lower `adaptation.unfreeze_every`")
         if self.best and self.progress.best_step != self.progress.step:
             for name, weight in self.optimizer.weights.items():
                 local_shard(weight.data).copy_(self.best[name])
@@ -277,7 +288,10 @@ class Loop:
             self.steps,
             self.training.warmup_ratio,
             self.training.warmup_steps,
+            self.training.step_size,
+            self.training.step_factor,
         )
+        self._unfreeze()
         objective = self.objective
         self.network.done = self.progress.step / self.steps
         # Random numbers depend on seed and step alone, so checkpoints store no generator state.
@@ -341,6 +355,18 @@ class Loop:
             for record in report.samples:
                 line = {"step": progress.step, **record}
                 progress.sample_lines = self.samples.append(line)
+
+    @property
+    def _lowest_layer(self) -> int:
+        """Position of the lowest layer that trains in the current step; 0 is below all layers."""
+        return max(0, self._layers - self.progress.step // (self.unfreeze_every or 1))
+
+    def _unfreeze(self) -> None:
+        """Set which weights train in the current step (Howard & Ruder 2018): the top layer and all
+        above, and one more layer after every ``unfreeze_every`` steps."""
+        if self.unfreeze_every:
+            for name, weight in self.optimizer.weights.items():
+                weight.requires_grad_(self._positions[name] >= self._lowest_layer)
 
     def _rows(self, step: int) -> list[Example]:
         """Return the augmented rows of a 0-based step: a function of seed and step alone."""

@@ -1,4 +1,4 @@
-"""AdamW with float32 master weights.
+"""AdamW and Adam with float32 master weights.
 
 Each trained weight exists twice: in the network's type, and as a float32 master that the optimizer
 moves. Updates of 1e-5 vanish in bfloat16, whose next number after 1 is 1.0078; without masters,
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
+from torch.optim.adam import adam
 
 from luthier.engine.embedding_rows import (
     GRADIENT,
@@ -55,6 +55,8 @@ _ROWS = "rows"
 class MasterAdamW:
     """AdamW (Loshchilov & Hutter 2019) over float32 masters of the trained weights.
 
+    - With ``training.optimizer = "adam"``, the weight decay is part of the gradient, as in Adam
+      (Kingma & Ba 2015).
     - Weight decay applies to matrices only, not to norms and biases.
     - If ``training.layer_decay`` is below 1, ``layers`` names the blocks from bottom to top (see
       :func:`rate_shares`).
@@ -91,6 +93,7 @@ class MasterAdamW:
             n: shares[n] * (training.head_rate_multiplier or 1.0) for n in heads if n in shares
         }
         self._groups = _groups(self.masters, shares, training.weight_decay)
+        self._is_decoupled = training.optimizer == "adamw"
         self._beta1, self._beta2 = training.beta1, training.beta2
         self._epsilon = training.epsilon
         self._state: dict[str, dict[str, Tensor]] = {}
@@ -183,7 +186,7 @@ class MasterAdamW:
         states = [self._state[name] for name in names]
         # The function, because the class `torch.optim.AdamW` imports torch's compiler in 0.55 s
         # (docs/log/engine.md).
-        adamw(
+        adam(
             [self.masters[name] for name in names],
             [self._sums[name] for name in names],
             [state["exp_avg"] for state in states],
@@ -191,6 +194,7 @@ class MasterAdamW:
             [],
             [state["step"] for state in states],
             fused=True,
+            decoupled_weight_decay=self._is_decoupled,
             amsgrad=False,
             maximize=False,
             lr=rate,
@@ -326,6 +330,8 @@ def schedule_factor(
     steps: int,
     warmup_ratio: float | None = None,
     warmup_steps: int | None = None,
+    step_size: int | None = None,
+    step_factor: float | None = None,
 ) -> float:
     """Return the learning rate factor for the 0-based optimizer step ``step`` of ``steps``.
 
@@ -334,7 +340,9 @@ def schedule_factor(
 
     - ``cosine`` or ``linear``: to zero at the end.
     - ``constant``: 1.
-    - ``step``: divided by ten after each third of the steps.
+    - ``step``: multiplied by ``step_factor`` (default 0.1) after every ``step_size`` steps
+      (default: each third of the steps). PyTorch's ``StepLR`` names these ``gamma`` and
+      ``step_size``.
     - ``one_cycle``: see :func:`_one_cycle`; the default ``warmup_ratio`` is ``RISE_SHARE``.
     """
     if schedule == "one_cycle":
@@ -353,7 +361,8 @@ def schedule_factor(
     if schedule == "linear":
         return 1 - progress
     if schedule == "step":
-        return float(10.0 ** -math.floor(3 * progress))
+        cuts = math.floor(3 * progress) if step_size is None else (step - warmup) // step_size
+        return float(10.0**-cuts if step_factor is None else step_factor**cuts)
     if schedule == "constant":
         return 1.0
     raise ValueError(f"unknown schedule {schedule!r}")

@@ -524,4 +524,5 @@ class Trainer:
             usual_rate=job.usual_rate,
             untrained_head=job.new_head and not self.fitted_head,
             fitted_head=self.fitted_head,
+            unfreeze_every=job.recipe.adaptation.unfreeze_steps,
         )
