@@ -26,13 +26,8 @@ from luthier.graders import Exact
 from luthier.library.models import StoredModel, find
 from luthier.library.reports import reports_of
 from luthier.types import Message
-from luthier.workflows.compare import (
-    Contender,
-    HeadToHead,
-    check_leakage,
-    check_measures,
-    comparison_page,
-)
+from luthier.workflows.compare import HeadToHead, check_leakage, check_measures, comparison_page
+from luthier.workflows.contenders import Contender
 from luthier.workflows.estimate.budget import Prices, TokenPrices
 from luthier.workflows.evaluate import open_graders
 from luthier.workflows.prompting import Technique

@@ -10,8 +10,6 @@ Left out: a search for the best prompt (DSPy and GEPA do that), several samples 
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,107 +17,38 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from luthier import __version__
-from luthier.chat_models.base import ChatModel, Failure, SamplingSpec, writer_of
+from luthier.chat_models.base import ChatModel
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.texts import LabelledText
-from luthier.data.tree import READING_BUDGET
-from luthier.engine.machine import begin_peak_memory, peak_memory
-from luthier.errors import DataError, LuthierError, Problem, RecipeError
-from luthier.evaluation.baselines import (
-    ComparedRows,
-    FittedBaselines,
-    fit_and_score,
-)
-from luthier.evaluation.evaluate import default_graders, grade
+from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.significance import Difference, RowScores, as_gain, differences
-from luthier.files import folder_size
 from luthier.gate.checks.leakage import TOO_MANY
 from luthier.gate.row_keys import match_questions, repeated_rows
-from luthier.graders import Exact
 from luthier.graders.base import Answer
 from luthier.graders.ruler import judge_pairs
-from luthier.inference.generation import Generator
-from luthier.inference.inference import Chat
 from luthier.inference.prediction import Predictor
-from luthier.models.decoding.sampling import Sampling
-from luthier.models.networks.heads import EMBEDDING_HEAD
-from luthier.objectives import OBJECTIVES
-from luthier.objectives.by_shape import task_of
 from luthier.pages import PAGE, Table, Tabular, interval_text, render_page
-from luthier.types import Example, Row
+from luthier.types import Row
+from luthier.workflows.contenders import SHOWN, Contender, Contest, count_tokens, graders_for
 from luthier.workflows.estimate.budget import BreakEven
-from luthier.workflows.evaluate import grade_replies, open_graders
-from luthier.workflows.latency import measure_latency
+from luthier.workflows.evaluate import open_graders
 from luthier.workflows.prompting import (
     PromptVariant,
-    Question,
     Records,
-    Technique,
-    nearest_examples,
     own_prompts,
     prompt_variants,
-    questions_of,
-    rows_of_variant,
+    questions_with_labels,
 )
-from luthier.workflows.score_predictions import score_predictions
 
 if TYPE_CHECKING:
-    from luthier.data.conversations.chat import ChatFormat
-    from luthier.evaluation.evaluate import Evaluation
     from luthier.graders import Grader, Ruler
     from luthier.library.models import StoredModel
     from luthier.workflows.estimate.budget import Prices
 
-BASELINE_SECONDS = 120.0
-"""Time limit of all simple baselines."""
-SEED = 0
 EQUAL_TIME_RATIO = 1.5
 """Ratio of times up to which times count as equal, because replies are timed once."""
-FREQUENT = 0.05
-"""Share of training rows with the same reply from which the reply is a rival."""
-TIMED_ROWS = 256
-"""Maximum number of rows for the time of an answer of a model that predicts."""
-SHOWN = ("zero-shot", "fine-tuning")
-"""Techniques whose replies are shown and sampled: models with the prompts as they are."""
 LOW_SCORE = 0.1
 """Best score up to which the grader or the model may be unsuitable."""
-
-
-@dataclass(frozen=True, eq=False)
-class Contender:
-    """Measurement of a model or technique on the rows."""
-
-    name: str
-    technique: Technique
-    score: RowScores
-    """The compared score."""
-    scores: dict[str, float]
-    """All scores for the kind of rows."""
-    seconds: float
-    """Seconds per answer, in batches, on this machine."""
-    prompt_tokens: float | None = None
-    """Mean input tokens per answer of a generative model."""
-    reply_tokens: float = 0.0
-    """Mean output tokens per answer of a model at an endpoint."""
-    endpoint: str = ""
-    """Name of the model at an endpoint."""
-    model_bytes: int = 0
-    """Size of the weights, including the base model's."""
-    memory_bytes: int = 0
-    """Peak of resident memory with weights, beyond the memory before loading."""
-    preparation_seconds: float = 0.0
-    """Duration of the tuning."""
-    preparation_tokens: float = 0.0
-    """Training tokens of the tuning, over all epochs."""
-    replies: Sequence[str] = ()
-    """Replies to the rows, of a generative model."""
-    consistency: RowScores | None = None
-    """Share of pairs of sampled replies to a row that are equal."""
-
-    @property
-    def is_tuned(self) -> bool:
-        """True if weights were trained."""
-        return self.technique.startswith("fine-tuning")
 
 
 @dataclass(frozen=True)
@@ -383,7 +312,7 @@ def compare(
     readers = [each for each in tuned if not each.writes]
     generators = [*writers, *generative]
     writes = bool(generators or rivals)
-    row_questions, train_questions = _questions(rows, train) if writes else ([], [])
+    row_questions, train_questions = questions_with_labels(rows, train) if writes else ([], [])
     embed = None if encoder is None or not generators else Predictor.open(encoder).embed
     own: list[PromptVariant] = []
     variants: list[PromptVariant] = []
@@ -393,18 +322,16 @@ def compare(
     for option, value in (("documents", documents), ("graders", graders), ("prompts", prompts)):
         if value and not writes:
             remarks.append(f"{option} ignored: no model generates text")
-    if graders is None and labelled:
-        # A base model without tuning writes labels with capitals and full stops.
-        graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
-    elif graders is None:
+    if graders is None:
         # From the training rows if known, so that more held-out rows do not change the measure.
-        graders = default_graders(train or rows, note if writes else lambda text: None)
+        known = rows if labelled else train or rows
+        graders = graders_for(known, note if writes else lambda text: None)
     generated = len(generators) * len(variants) + len(rivals) * (1 + len(own))
     replies = len(rows) * (generated + 2 * bool(train_questions))
     opened = open_graders(graders, replies, note) if writes else {}
     if judge is not None:  # each pair in both orders
         judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
-    contest = _Contenders(
+    contest = Contest(
         opened,
         seeds,
         max_tokens,
@@ -429,7 +356,7 @@ def compare(
     for stored in generative:
         contenders += contest.generate(stored, rows, row_questions, variants)
     for rival in rivals:
-        count = partial(_count_tokens, (base or tuned[0]).chat)
+        count = partial(count_tokens, (base or tuned[0]).chat)
         contenders += contest.ask(rival, rows, row_questions, [variants[0], *own], count)
     if train_questions and not labelled:
         contenders += contest.copies(rows, row_questions, train_questions)
@@ -522,256 +449,6 @@ def _judge(
         remark += f"; the order changed {changed:.0%} of the verdicts, which count one half"
     remarks.append(remark)
     return judged
-
-
-def _questions(rows: Sequence[Row], train: Sequence[Row]) -> tuple[list[Question], list[Question]]:
-    both = [*(of_shape(LabelledText, rows) or ()), *(of_shape(LabelledText, train) or ())]
-    labels = sorted({row.label for row in both if isinstance(row.label, str)})
-    return questions_of(rows, labels), questions_of(train, labels)
-
-
-@dataclass
-class _Contenders:
-    """State of a comparison while the contenders answer in turn."""
-
-    graders: Mapping[str, Grader]
-    seeds: int
-    max_tokens: int
-    note: Callable[[str], None]
-    on_progress: Callable[[int, int], None]
-    total: int
-    """Expected number of answers."""
-    remarks: list[str]
-    finished: int = 0
-
-    def predict(
-        self, models: Sequence[StoredModel], rows: Sequence[Row], show: int
-    ) -> list[Contender]:
-        """Measure models that predict, with the predictions for the first ``show`` rows."""
-        contenders, passes = list[Contender](), dict[str, Callable[[], object]]()
-        for stored in models:
-            base_memory = begin_peak_memory()
-            predictor = Predictor.open(stored)
-            evaluation = score_predictions(predictor, rows, self._done)
-            self.finished += len(rows)
-            score = next(iter(evaluation.row_scores.values()))
-            if not isinstance(score, RowScores) or not len(score) == len(evaluation.rows) == len(
-                rows
-            ):
-                raise RecipeError(f"{stored.id} has no scores per row for this kind of rows")
-            task, answers = predictor.objective.task, predictor.answers(rows[:show])
-            contender = Contender(
-                stored.id, "fine-tuning", score, evaluation.scores, 0.0,
-                model_bytes=_weight_bytes(stored), memory_bytes=peak_memory() - base_memory,
-                preparation_seconds=_training(stored, "seconds"),
-                preparation_tokens=_training(stored, "tokens"),
-                replies=[task.show(each, predictor.threshold, 1).strip() for each in answers],
-            )  # fmt: skip
-            contenders.append(contender)
-            passes[stored.id] = partial(predictor.answers, rows[:TIMED_ROWS])
-        timed = min(len(rows), TIMED_ROWS)
-        seconds = measure_latency(passes)
-        return [replace(each, seconds=seconds[each.name] / timed) for each in contenders]
-
-    def generate(
-        self,
-        stored: StoredModel,
-        rows: Sequence[Row],
-        questions: Sequence[Question],
-        variants: Sequence[PromptVariant],
-        is_tuned: bool = False,
-    ) -> list[Contender]:
-        """Measure a generative model in several variants."""
-        base_memory = begin_peak_memory()
-        generator = Generator.open(stored)
-        sampling = Sampling(max_tokens=self.max_tokens)
-        contenders = list[Contender]()
-        for variant in variants:
-            technique: Technique = variant.technique
-            name = stored.id if technique == "zero-shot" else f"{stored.id} with {variant.name}"
-            if is_tuned:
-                technique = variant.tuned_technique
-            prompt_rows = rows_of_variant(rows, questions, variant, generator.chat)
-            prompts = [Chat(tuple(row.prompt_turns()), row.tools) for row in prompt_rows]
-            too_long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
-            if too_long:
-                self.remarks.append(f"{name} omitted: {too_long:,} prompts exceed the context")
-                self.finished += len(rows)
-                continue
-            tokens = sum(map(generator.prompt_tokens, prompts)) / len(prompts)
-            if not contenders:  # the first batch also loads kernels
-                generator.replies(prompts[:1], replace(sampling, max_tokens=1))
-            begin_peak_memory()
-            graded = grade_replies(
-                generator, prompt_rows, self.graders, self.max_tokens, self._done
-            )
-            self.finished += len(rows)
-            contenders.append(
-                Contender(
-                    name, technique, _first_score(graded), graded.scores,
-                    graded.reply_seconds / len(rows), tokens, model_bytes=_weight_bytes(stored),
-                    memory_bytes=peak_memory() - base_memory,
-                    preparation_seconds=_training(stored, "seconds") if is_tuned else 0.0,
-                    preparation_tokens=_training(stored, "tokens") if is_tuned else 0.0,
-                    replies=[each["reply"] for each in graded.records],
-                    consistency=self._consistency(generator, prompts) if technique in SHOWN else None,
-                )
-            )  # fmt: skip
-        return contenders
-
-    def _consistency(self, generator: Generator, prompts: Sequence[Chat]) -> RowScores | None:
-        """Return the share of equal pairs among replies sampled at temperature 1."""
-        if self.seeds < 2:
-            return None
-        draws = [
-            Sampling(max_tokens=self.max_tokens, temperature=1.0, seed=seed)
-            for seed in range(self.seeds)
-        ]
-        replies = zip(*(generator.replies(prompts, each) for each in draws), strict=True)
-        counts = [Counter(reply.strip() for reply in row) for row in replies]
-        pairs = self.seeds * (self.seeds - 1)
-        return RowScores.of([sum(n * (n - 1) for n in c.values()) / pairs for c in counts])
-
-    def ask(
-        self,
-        model: ChatModel,
-        rows: Sequence[Row],
-        questions: Sequence[Question],
-        variants: Sequence[PromptVariant],
-        count: Callable[[Sequence[str]], float],
-    ) -> list[Contender]:
-        """Measure a model at an endpoint in several variants. ``count`` returns the mean tokens.
-
-        Raises:
-            LuthierError: if the endpoint answers no row.
-        """
-        self.note(f"rival: {model.terms}")
-        write = writer_of(model, "rival", SamplingSpec(max_tokens=self.max_tokens), self.note)
-        contenders = []
-        for variant in variants:
-            zero = variant.technique == "zero-shot"
-            name = model.name if zero else f"{model.name} with {variant.name}"
-            prompt_rows = rows_of_variant(rows, questions, variant, None)
-            began = time.perf_counter()
-            outcomes = write([row.prompt_turns() for row in prompt_rows])
-            seconds = (time.perf_counter() - began) / len(rows)
-            self.finished += len(rows)
-            lost = [each for each in outcomes if isinstance(each, Failure)]
-            if len(lost) == len(rows):
-                raise LuthierError(f"{name}: {lost[0].reason}")
-            if lost:
-                self.remarks.append(
-                    f"{name}: {len(lost):,} missing replies count as empty: {lost[0].reason}"
-                )
-            replies = [each if isinstance(each, str) else "" for each in outcomes]
-            graded = grade(prompt_rows, replies, self.graders)
-            contenders.append(
-                Contender(
-                    name, variant.technique, _first_score(graded), graded.scores, seconds,
-                    count([_prompt_text(row) for row in prompt_rows]), count(replies),
-                    str(model.identity["model"]), replies=replies,
-                )
-            )  # fmt: skip
-        return contenders
-
-    def copies(
-        self,
-        rows: Sequence[Row],
-        questions: Sequence[Question],
-        train_questions: Sequence[Question],
-    ) -> list[Contender]:
-        """Measure copies of training replies: the nearest row's, and a frequent reply."""
-        began = time.perf_counter()
-        replies = [nearest.answer for (nearest,) in nearest_examples(questions, train_questions, 1)]
-        seconds = (time.perf_counter() - began) / len(rows)
-        contenders = [self._copy("the nearest row by words", rows, replies, seconds)]
-        reply, count = Counter(each.answer for each in train_questions).most_common(1)[0]
-        if count > max(1, FREQUENT * len(train_questions)):
-            name = "always the most frequent reply"
-            contenders.append(self._copy(name, rows, [reply] * len(rows), 0.0))
-        return contenders
-
-    def _copy(
-        self, name: str, rows: Sequence[Row], replies: Sequence[str], seconds: float
-    ) -> Contender:
-        graded = grade(rows, replies, self.graders)
-        return Contender(
-            name, "simple baselines", _first_score(graded), graded.scores, seconds, replies=replies
-        )
-
-    def baselines(
-        self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row]
-    ) -> list[Contender]:
-        """Fit and measure simple baselines on the training rows."""
-        self.note("Fitting simple baselines")
-        fitted = self._fit_baselines(base, rows, train)
-        if fitted is None:
-            return []
-        compared = fitted.comparison
-        self.remarks += [f"{name} omitted: not enough time or memory" for name in compared.left_out]
-        answers = compared.rows + compared.train_rows
-        return [
-            Contender(each.name, "simple baselines", score, each.scores, each.seconds / answers)
-            for each, score in zip(compared.baselines, fitted.row_scores, strict=True)
-        ]
-
-    def _fit_baselines(
-        self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row]
-    ) -> FittedBaselines | None:
-        from luthier.engine.comparison import encode_cut, fit_baselines
-        from luthier.engine.machine import open_network
-
-        task = task_of(rows[0])
-        encoder = OBJECTIVES[task.encoder].model_validate({})
-        chat, room = base.chat, base.room
-
-        def encode(some: Sequence[Row]) -> list[Example]:
-            # A bare row of a pair has one side only.
-            inputs = some if task.embeds else [row.bare() for row in some]
-            return encode_cut(encoder, inputs, chat, room)
-
-        held = ComparedRows(rows, encode(rows))
-        learned = ComparedRows.of(train, encode(train), task.is_comparable, SEED)
-        if not learned:  # the task has no baselines
-            return None
-        cut = sum(not task.is_comparable(*each) for each in zip(rows, held.examples, strict=True))
-        if cut:  # words behind the cut have no state
-            self.remarks.append(
-                f"baselines on states omitted: {cut:,} rows exceed the context of {base.id}"
-            )
-            until = time.monotonic() + BASELINE_SECONDS
-            return fit_and_score(task, learned.rows, rows, None, until)
-        network = open_network(base, EMBEDDING_HEAD)
-        return fit_baselines(
-            network, encoder, task, learned, held, READING_BUDGET, BASELINE_SECONDS
-        )
-
-    def _done(self, count: int) -> None:
-        self.on_progress(self.finished + count, self.total)
-
-
-def _weight_bytes(stored: StoredModel) -> int:
-    folders = {stored.network_folder, stored.folder}
-    return sum(folder_size(folder, ".safetensors") for folder in folders)
-
-
-def _training(stored: StoredModel, name: str) -> float:
-    """Return ``seconds`` or ``tokens`` of the training."""
-    return float((stored.manifest.metrics or {}).get(name, 0.0))
-
-
-def _prompt_text(row: Row) -> str:
-    return "\n".join(turn.content for turn in row.prompt_turns())
-
-
-def _count_tokens(chat: ChatFormat, texts: Sequence[str]) -> float:
-    return sum(len(chat.tokenizer.encode(text)) for text in texts) / len(texts)
-
-
-def _first_score(graded: Evaluation) -> RowScores:
-    score = next(iter(graded.row_scores.values()))
-    assert isinstance(score, RowScores)
-    return score
 
 
 def comparison_page(comparison: HeadToHead, data: str, layout: str = PAGE) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from luthier.data.conversations.citations import add_passages
 from luthier.data.files.read import read_records
 from luthier.data.files.sources import files_of
+from luthier.data.shapes import of_shape
 from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.texts import LabelledText
 from luthier.documents.answers import PASSAGES
@@ -58,6 +59,15 @@ def questions_of(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Questi
         RecipeError: for rows without a single right answer, such as raw text.
     """
     return [_question(row, labels) for row in rows]
+
+
+def questions_with_labels(
+    rows: Sequence[Row], train: Sequence[Row]
+) -> tuple[list[Question], list[Question]]:
+    """Return the questions of ``rows`` and of ``train``, which list the labels of both."""
+    both = [*(of_shape(LabelledText, rows) or ()), *(of_shape(LabelledText, train) or ())]
+    labels = sorted({row.label for row in both if isinstance(row.label, str)})
+    return questions_of(rows, labels), questions_of(train, labels)
 
 
 def _question(row: Row, labels: Sequence[str]) -> Question:

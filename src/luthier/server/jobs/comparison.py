@@ -14,7 +14,8 @@ from luthier.server.stores.locations import Locations
 from luthier.server.tables.jobs import Job, Retraining
 
 if TYPE_CHECKING:
-    from luthier.workflows.compare import Contender, HeadToHead
+    from luthier.workflows.compare import HeadToHead
+    from luthier.workflows.contenders import Contender
 
 MOST_ROWS = 500
 """Maximum number of rows of a set."""
