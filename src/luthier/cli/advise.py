@@ -89,19 +89,14 @@ def show_advice(advice: Advice) -> None:
         for name in ("", "score", "prompt tokens", "s per reply"):
             tried.add_column(name, justify="left" if not name else "right")
         for each in evidence.tried:
-            name = each.name if each.name == each.technique else f"{each.technique}: {each.name}"
-            tried.add_row(
-                name, f"{each.score:.0%}", f"{each.prompt_tokens:,.0f}", f"{each.seconds:.2f}"
-            )
+            tokens = "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}"
+            name = f"{each.technique}: {each.name}"
+            tried.add_row(name, f"{each.score.value:.0%}", tokens, f"{each.seconds:.2f}")
         out.print(tried, "")
     colours = {"yes": "green", "perhaps": "yellow", "no": "dim"}
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for judged in advice.judgements:
-        colour = colours[judged.fit]
-        cells = (judged.technique, judged.fit, judged.reason)
-        table.add_row(*(f"[{colour}]{cell}[/]" for cell in cells))
-        measured = f"; measured: {judged.measured}" if judged.measured else ""
-        table.add_row("", "", f"[dim]needs {judged.needs}{measured}[/]")
+        table.add_row(judged.technique, judged.fit, judged.reason, style=colours[judged.fit])
     out.print(table)
     out.print(
         f"\nTraining: {facts.cost}. Risk of overfitting: {overfitting(facts)}; of forgetting: "

@@ -1,48 +1,39 @@
-"""Measurements for advice: fine-tuning and its rivals on held-out rows.
-
-Generative models answer unchanged, with examples, and with passages
-(:mod:`luthier.workflows.prompting`). Models that predict are compared with the simple baselines of
-every run. The job then trains for a few steps on a temporary copy, and is measured again.
-"""
+"""Measurements for advice: contenders on held-out rows, before and after a trial training."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from luthier.data.rows import load_rows
-from luthier.data.shapes.base import Labelled
 from luthier.data.splitting import split_rows, strata_of
-from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, LuthierError
-from luthier.evaluation.evaluate import default_graders
-from luthier.evaluation.significance import RowScores
 from luthier.gate.row_keys import group_related
-from luthier.graders import Exact
+from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat
+from luthier.inference.prediction import Predictor
 from luthier.models.decoding.sampling import Sampling
 from luthier.objectives.base import predicts
 from luthier.types import Row
+from luthier.workflows.contenders import Contender, Contest, first_score, graders_for
 from luthier.workflows.estimate.trial import trial_training
-from luthier.workflows.evaluate import grade_replies
 from luthier.workflows.latency import measure_latency
 from luthier.workflows.prompting import (
-    PromptVariant,
-    Technique,
     prompt_variants,
-    questions_of,
+    questions_with_labels,
     rows_of_variant,
 )
+from luthier.workflows.score_predictions import score_predictions
 
 if TYPE_CHECKING:
     from luthier.engine.job import TrainingJob
     from luthier.engine.loop import Loop
     from luthier.engine.metrics import Reporter
-    from luthier.inference.generation import Generator
     from luthier.models.networks.network import Network
     from luthier.recipe import DataSpec, Recipe
 
@@ -56,40 +47,12 @@ HELD_OUT_LABELS = 400
 """Held-out rows for labels, which are fast: the standard error is 2.5 points."""
 MIN_FITTING = 0.5
 """Minimum share of questions that fit into the context, or a technique is left out."""
-BASELINE_SECONDS = 60.0
-"""Time limit of all simple baselines."""
-TIMED_REPLIES = 4
-"""Prompts for the time of a reply, in one batch."""
 SEED = 0
 ROOM = 16
 """Tokens of a reply beyond the longest expected reply."""
 
-
-@dataclass(frozen=True)
-class TechniqueResult:
-    """Measurement of a technique."""
-
-    technique: Technique
-    name: str
-    score: float
-    """Share of right answers, or ROUGE-L of long answers."""
-    prompt_tokens: float
-    """Mean input tokens per answer."""
-    seconds: float
-    """Seconds per answer on this machine, in a batch."""
-    constant: bool = False
-    """True for a baseline with the same answer for all rows, which is not a technique."""
-    row_scores: RowScores | None = None
-    """The score row by row."""
-
-    @property
-    def result(self) -> str:
-        """The score as text."""
-        return f"{self.score:.0%} right"
-
-    def describe(self) -> str:
-        """Return name, score and input size."""
-        return f"{self.name}: {self.result}; {self.prompt_tokens:,.0f} tokens of input per answer"
+Measure = Callable[[str], Contender]
+"""Measures the trained model, given its name."""
 
 
 @dataclass(frozen=True)
@@ -97,32 +60,29 @@ class Evidence:
     """All measurements on ``held`` rows."""
 
     held: int
-    tried: list[TechniqueResult]
+    tried: list[Contender]
     steps: int = 0
     """Optimizer steps of the trial training, of ``all_steps``."""
     all_steps: int = 0
     left_out: tuple[str, ...] = ()
     """Techniques without a measurement, with the reason."""
 
-    def best(self, *techniques: str) -> TechniqueResult | None:
+    def best(self, *techniques: str) -> Contender | None:
         """Return the best result of some techniques."""
         results = [
             each for each in self.tried if each.technique in techniques and not each.constant
         ]
-        return max(results, key=lambda each: each.score, default=None)
+        return max(results, key=lambda each: each.score.value, default=None)
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {
-            "held_rows": self.held,
-            "tried": [
-                {name: value for name, value in vars(each).items() if name != "row_scores"}
-                for each in self.tried
-            ],
-            "trial_steps": self.steps,
-            "all_steps": self.all_steps,
-            "left_out": list(self.left_out),
-        }
+        names = ("technique", "name", "prompt_tokens", "seconds")
+        tried = [
+            {"score": each.score.value, **{name: getattr(each, name) for name in names}}
+            for each in self.tried
+        ]
+        values = {"held_rows": self.held, "tried": tried, "trial_steps": self.steps}
+        return values | {"all_steps": self.all_steps, "left_out": list(self.left_out)}
 
 
 def gather(
@@ -145,38 +105,30 @@ def gather(
     data = recipe.data.model_copy(update=update)
     try:
         with trial_training(recipe.model_copy(update={"data": data}), "advice", reporter) as trial:
-            return _measure(*trial, rows, count, documents, seconds, reporter)
+            job, network, loop = trial
+            lines = job.data.held_out.get("validation", {})
+            train, held = divide_rows(job.recipe.data, rows, lines, count)
+            if min(len(held), len(train)) < MIN_ROWS:
+                reporter.note(
+                    f"no technique measured: fewer than {MIN_ROWS} rows to train or hold out"
+                )
+                return None
+            reporter.stage(f"Measuring {len(held)} held-out rows without training")
+            contest = Contest({}, note=reporter.note)
+            if predicts(job.data.objective):
+                tried = contest.baselines(job.base, held, train)
+                measure: Measure = partial(_predict, network, job, held)
+            else:
+                tried, measure = _write(contest, network, job, train, held, documents)
+            steps = _train(loop, job.steps, seconds, reporter)
+            if steps:
+                reporter.stage("Measuring the trained model")
+                tried.append(measure(f"the model after {steps} steps"))
+            measured = len(tried[0].score) if tried else len(held)
+            return Evidence(measured, tried, steps, job.steps, tuple(contest.remarks))
     except DataError as error:  # such as fewer rows than a run needs
         reporter.note(f"no technique measured: {error}")
         return None
-
-
-def _measure(
-    job: TrainingJob,
-    network: Network,
-    loop: Loop,
-    rows: Sequence[Row],
-    count: int,
-    documents: Sequence[str],
-    seconds: float,
-    reporter: Reporter,
-) -> Evidence | None:
-    train, held = divide_rows(job.recipe.data, rows, job.data.held_out.get("validation", {}), count)
-    if min(len(held), len(train)) < MIN_ROWS:
-        reporter.note(f"no technique measured: fewer than {MIN_ROWS} training or held-out rows")
-        return None
-    variants: _Predictions | _Replies
-    if predicts(job.data.objective):
-        variants = _Predictions(network, job, held)
-    else:
-        variants = _Replies(network, job, train, held, documents)
-    reporter.stage(f"Measuring {len(held)} held-out rows without training")
-    tried = variants.measure_untrained(reporter.note)
-    steps = _train(loop, job.steps, seconds, reporter)
-    if steps:
-        reporter.stage("Measuring the trained model")
-        tried.append(variants.measure_trained(f"after {steps} steps"))
-    return Evidence(len(variants.held), tried, steps, job.steps, tuple(variants.left_out))
 
 
 def divide_rows(
@@ -217,152 +169,53 @@ def _train(loop: Loop, most: int, seconds: float, reporter: Reporter) -> int:
     return done
 
 
-class _Replies:
-    def __init__(
-        self,
-        network: Network,
-        job: TrainingJob,
-        train: Sequence[Row],
-        held: Sequence[Row],
-        documents: Sequence[str],
-    ) -> None:
-        labels = {
-            row.label for row in train if isinstance(row, Labelled) and isinstance(row.label, str)
-        }
-        self.network, self.chat, self.held = network, job.chat, list(held)
-        self.questions = questions_of(held, sorted(labels))
-        self.variants = prompt_variants(
-            self.questions, questions_of(train, sorted(labels)), documents
-        )
-        self.left_out: list[str] = []
-        # Without a limit, an untrained model writes until the context is full.
-        longest = max(len(self.chat.tokenizer.encode(each.answer)) for each in self.questions)
-        self.sampling = Sampling(max_tokens=longest + ROOM)
+def _write(
+    contest: Contest,
+    network: Network,
+    job: TrainingJob,
+    train: Sequence[Row],
+    held: Sequence[Row],
+    documents: Sequence[str],
+) -> tuple[list[Contender], Measure]:
+    """Measure replies of the untrained model on the same rows, in all variants that fit."""
+    questions, examples = questions_with_labels(held, train)
+    variants = prompt_variants(questions, examples, documents)
+    contest.graders = graders_for(held, contest.note)
+    # Without a limit, an untrained model writes until the context is full.
+    longest = max(len(job.chat.tokenizer.encode(each.answer)) for each in questions)
+    contest.max_tokens = longest + ROOM
+    generator = Generator(network, job.chat)
+    order = list(range(len(held)))
+    for variant in variants:
+        prompts = rows_of_variant(held, questions, variant, job.chat)
+        chats = [Chat(tuple(row.prompt_turns()), row.tools) for row in prompts]
+        sampling = Sampling(max_tokens=contest.max_tokens)
+        fit = [n for n in order if generator.refusal(chats[n], sampling) is None]
+        # With fewer common rows, all other results would be less certain.
+        if variant is variants[0] or len(fit) >= MIN_FITTING * len(held):
+            order = fit
+    if not order:
+        raise LuthierError("No held-out row fits into the model's context. Shorten the rows.")
+    if len(order) < len(held):
+        contest.note(f"{len(order)} of {len(held)} questions fit into the context")
+    held, questions = [held[n] for n in order], [questions[n] for n in order]
+    variants = [replace(each, context=[each.context[n] for n in order]) for each in variants]
+    tried = contest.write(generator, "the base model", held, questions, variants)
+    generator.backend.close()
 
-    def measure_untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
-        """Measure every variant on the same rows; long prompts would make a variant look better."""
-        from luthier.inference.generation import Generator
+    def measure(name: str) -> Contender:
+        trained = Generator(network, job.chat)
+        (contender,) = contest.write(trained, name, held, questions, variants[:1], is_tuned=True)
+        trained.backend.close()
+        return contender
 
-        generator = Generator(self.network, self.chat)
-        fits = [
-            {
-                number
-                for number, prompt in enumerate(self._prompts(variant))
-                if generator.refusal(prompt, self.sampling) is None
-            }
-            for variant in self.variants
-        ]
-        rows, kept = fits[0], list[PromptVariant]()
-        for variant, fit in zip(self.variants, fits, strict=True):
-            # Fewer common rows would make all other results less certain.
-            if len(rows & fit) < max(1, MIN_FITTING * len(fits[0])):
-                self.left_out.append(
-                    f"{variant.name}: {len(fit)} of {len(self.held)} questions fit"
-                )
-            else:
-                rows, kept = rows & fit, [*kept, variant]
-        if len(rows) < len(self.held):
-            note(f"{len(rows)} of {len(self.held)} questions fit into the context")
-        order = sorted(rows)
-        self.held = [self.held[number] for number in order]
-        self.questions = [self.questions[number] for number in order]
-        results = []
-        for variant in kept:
-            own = replace(variant, context=[variant.context[number] for number in order])
-            results.append(self._measure(generator, own, variant.technique, variant.name))
-            note(results[-1].describe())
-        generator.backend.close()
-        return results
-
-    def measure_trained(self, name: str) -> TechniqueResult:
-        """Measure the trained model without examples."""
-        from luthier.inference.generation import Generator
-
-        if not self.held:
-            raise LuthierError("No held-out row fits into the model's context. Shorten the rows.")
-        variant = PromptVariant("zero-shot", name, [()] * len(self.held))
-        generator = Generator(self.network, self.chat)
-        result = self._measure(generator, variant, "fine-tuning", name)
-        generator.backend.close()
-        return result
-
-    def _prompts(self, variant: PromptVariant) -> list[Chat]:
-        rows = rows_of_variant(self.held, self.questions, variant, self.chat)
-        return [Chat(tuple(row.prompt_turns()), row.tools) for row in rows]
-
-    def _measure(
-        self, generator: Generator, variant: PromptVariant, technique: Technique, name: str
-    ) -> TechniqueResult:
-        rows = rows_of_variant(self.held, self.questions, variant, self.chat)
-        tokens = sum(map(generator.prompt_tokens, self._prompts(variant))) / len(rows)
-        # As `luthier compare` grades, so that advice and comparison agree.
-        graders = default_graders(rows, lambda text: None)
-        if isinstance(self.held[0], Labelled):  # untrained models write labels with capitals
-            graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
-        graded = grade_replies(generator, rows, graders, self.sampling.max_tokens or 1)
-        score = next(iter(graded.row_scores.values()))
-        assert isinstance(score, RowScores)
-        # Replies of the measurement include loading of kernels.
-        timed = self._prompts(variant)[:TIMED_REPLIES]
-        spent = measure_latency({name: lambda: generator.answers(timed, self.sampling)})
-        seconds = spent[name] / len(timed)
-        return TechniqueResult(technique, name, score.value, tokens, seconds, row_scores=score)
+    return tried, measure
 
 
-class _Predictions:
-    """Measurements of a model that predicts; the head is random before the training."""
-
-    def __init__(self, network: Network, job: TrainingJob, held: Sequence[Row]) -> None:
-        self.network, self.job, self.held = network, job, held
-        self.left_out: list[str] = []
-        self.tokens = sum(len(row.plain_text()) for row in held) / 4 / len(held)
-        """Tokens of a row, estimated from the characters."""
-
-    def measure_untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
-        """Measure the simple baselines, in seconds per row."""
-        from luthier.engine.comparison import encode_cut, fit_baselines
-        from luthier.evaluation.baselines import ComparedRows
-
-        # Bare rows: a label without training rows counts as a wrong answer, not as an error.
-        bare, chat = [row.bare() for row in self.held], self.job.chat
-        examples = encode_cut(self.job.data.objective, bare, chat, self._context)
-        held, train = ComparedRows(self.held, examples), self.job.data.compared[0]
-        objective = self.job.data.objective
-        fitted = fit_baselines(
-            self.network, objective, objective.task, train, held, READING_BUDGET, BASELINE_SECONDS
-        )
-        if fitted is None:
-            self.left_out.append("simple baselines: none for this kind of rows")
-            return []
-        compared = fitted.comparison
-        self.left_out += [f"{name}: not enough time" for name in compared.left_out]
-        results = []
-        for each, rows in zip(compared.baselines, fitted.row_scores, strict=True):
-            technique: Technique = "zero-shot" if each.constant else "simple baselines"
-            seconds = each.seconds / (compared.train_rows + compared.rows)
-            results.append(
-                TechniqueResult(
-                    technique, each.name, each.score, self.tokens, seconds, each.constant, rows
-                )
-            )
-            note(results[-1].describe())
-        return results
-
-    def measure_trained(self, name: str) -> TechniqueResult:
-        """Measure the trained head."""
-        from luthier.inference.prediction import Predictor
-        from luthier.workflows.score_predictions import score_predictions
-
-        predictor = Predictor(self.network, self.job.data.objective, self.job.chat, self._context)
-        rows = next(iter(score_predictions(predictor, self.held).row_scores.values()))
-        assert isinstance(rows, RowScores)
-        spent = measure_latency({name: lambda: predictor.answers(self.held)})
-        seconds = spent[name] / len(self.held)
-        return TechniqueResult(
-            "fine-tuning", name, rows.value, self.tokens, seconds, row_scores=rows
-        )
-
-    @property
-    def _context(self) -> int:
-
-        return self.job.base.room - self.job.recipe.adaptation.added_tokens
+def _predict(network: Network, job: TrainingJob, held: Sequence[Row], name: str) -> Contender:
+    """Measure a trained head."""
+    context = job.base.room - job.recipe.adaptation.added_tokens
+    predictor = Predictor(network, job.data.objective, job.chat, context)
+    found = score_predictions(predictor, held)
+    seconds = measure_latency({name: lambda: predictor.answers(held)})[name] / len(held)
+    return Contender(name, "fine-tuning", first_score(found), found.scores, seconds)

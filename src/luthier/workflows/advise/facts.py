@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.rows import RowReader
@@ -17,10 +17,8 @@ from luthier.types import Row
 from luthier.workflows.advise.evidence import Evidence, gather
 
 if TYPE_CHECKING:
-    from luthier.data.conversations.chat import ChatFormat
     from luthier.engine.metrics import Reporter
     from luthier.gate.report import Report
-    from luthier.library.models import StoredModel
     from luthier.recipe import Recipe
     from luthier.workflows.estimate.estimate import Estimate
 
@@ -50,12 +48,10 @@ class AdviceFacts:
     rows: int
     shape: str
     """Shape of the rows, as objectives name shapes."""
-    objective: str
     labels: int
     """Number of classes; 0 without classes."""
     smallest_class: int
     learned_tokens: int
-    prompt_tokens: int
     document_tokens: int
     weights: int
     trained_weights: int
@@ -65,8 +61,6 @@ class AdviceFacts:
     """True if the model generates answers; False if a head predicts labels."""
     refused: tuple[str, ...]
     """Rules of the data gate with errors."""
-    warned: tuple[str, ...]
-    """Rules of the data gate with warnings."""
     cautions: tuple[str, ...]
     """Warnings about the data as a whole."""
     estimate: Estimate | None
@@ -95,8 +89,7 @@ class AdviceFacts:
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return values | {
+        return vars(self) | {
             "wishes": asdict(self.wishes),
             "estimate": self.estimate.plain() if self.estimate else None,
             "evidence": self.evidence.plain() if self.evidence else None,
@@ -120,8 +113,11 @@ def collect(
         RefusedInput: for an invalid recipe, a missing base model, or data without a readable row.
             Other rejected data is part of the advice.
     """
+    import torch
+
     from luthier.engine.job import with_base
     from luthier.engine.machine import choose_machine
+    from luthier.engine.memory import trained_numbers
     from luthier.library import models as store
     from luthier.objectives.by_shape import objective_for
     from luthier.workflows.estimate.estimate import estimate as estimate_run
@@ -131,10 +127,11 @@ def collect(
     base = store.find(recipe.base, reporter.stage)
     chat = recipe.data.format(base.chat)
     report = _inspect(recipe, reporter)
-    rules = [(rule, report.findings.severity(rule)) for rule in report.findings.rules()]
-    refused = [rule.id for rule, severity in rules if severity == "error"]
-    warnings = [rule for rule, severity in rules if severity == "warning"]
-    first = [report.findings.examples[rule.id][0] for rule in warnings if rule.whole]
+    findings = report.findings
+    severities = {rule: findings.severity(rule) for rule in findings.rules()}
+    refused = tuple(rule.id for rule, severity in severities.items() if severity == "error")
+    warned = [rule for rule, found in severities.items() if found == "warning" and rule.whole]
+    first = [findings.examples[rule.id][0] for rule in warned]
     rows = list[Row]()
     with suppress(DataError):  # in the report, too
         rows = list(RowReader(recipe.data.train, recipe.data.columns))
@@ -147,7 +144,10 @@ def collect(
     # Prompts alone have no objective: a teacher must reply first.
     if recipe.objective is None and shape != "prompt_only":
         recipe = recipe.model_copy(update={"objective": objective_for(rows[0], chat)})
-    weights, trained = _count_weights(recipe, base, rows, chat)
+    model = base.network.sketch(base.objective.head())
+    weights = sum(weight.numel() for weight in model.parameters())
+    with torch.device("meta"):
+        recipe.adaptation.attach(model)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     estimate: Estimate | None = None
     evidence: Evidence | None = None
@@ -160,25 +160,20 @@ def collect(
         if shape in TASK_SHAPES:
             evidence = gather(recipe, rows, documents, seconds, reporter)
     learning: Any = report.summaries.get("learning", {})
-    tokens = learning.get("splits", {}).get("train", {})
-    learned = int(tokens.get("learned_tokens", 0))
     labels = Counter(name for row in rows if isinstance(row, Labelled) for name in row.classes())
     return AdviceFacts(
         wishes=wishes,
         rows=len(rows),
         shape=shape,
-        objective=recipe.objective.method if recipe.objective else "",
         labels=len(labels),
         smallest_class=min(labels.values(), default=0),
-        learned_tokens=learned,
-        prompt_tokens=int(tokens.get("tokens", 0)) - learned,
+        learned_tokens=int(learning.get("splits", {}).get("train", {}).get("learned_tokens", 0)),
         document_tokens=sum(len(chat.tokenizer.encode(text)) for text in documents),
         weights=weights,
-        trained_weights=trained,
+        trained_weights=trained_numbers(model),
         megabytes=weights * machine.dtype.itemsize / 1e6,
         writes=not predicts(recipe.objective),
-        refused=tuple(refused),
-        warned=tuple(rule.id for rule in warnings),
+        refused=refused,
         cautions=tuple(f"{each.message} {each.closest_fix}" for each in first),
         estimate=estimate,
         evidence=evidence,
@@ -209,26 +204,3 @@ def _inspect(recipe: Recipe, reporter: Reporter) -> Report:
             objective=objective, severity=data.severity or {},
         )
     )  # fmt: skip
-
-
-def _count_weights(
-    recipe: Recipe, base: StoredModel, rows: Sequence[Row], chat: ChatFormat
-) -> tuple[int, int]:
-    """Return the weights of the base model, and the trained weights with the adaptation."""
-    import torch
-
-    from luthier.engine.memory import trained_numbers
-    from luthier.models.networks.heads import Head
-
-    head = base.objective.head()
-    if recipe.objective is not None:
-        try:
-            head = recipe.objective.fit(rows, chat).head()
-        # Rows that do not fit the objective are reported by the data checks.
-        except RefusedInput:
-            head = Head(base.objective.task.head)
-    model = base.network.sketch(head)
-    weights = sum(weight.numel() for weight in model.parameters())
-    with torch.device("meta"):
-        recipe.adaptation.attach(model)
-    return weights, trained_numbers(model)
