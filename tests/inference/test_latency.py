@@ -10,10 +10,11 @@ import pytest
 from decoding import MEMORY, answer, asked
 
 from luthier.inference import latency
-from luthier.inference.decoder import Decoder, RunningAnswer
+from luthier.inference.decoder import Decoder
 from luthier.inference.inference import InferenceFailed
 from luthier.inference.latency import OTHER, LatencyTable, ModelMetrics
 from luthier.inference.memory import CacheBudget
+from luthier.inference.running_requests import RunningAnswer
 from luthier.library.models import StoredModel, find
 from luthier.models.decoding.speculation import Speculation
 from luthier.models.manifest import Manifest
