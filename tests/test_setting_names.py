@@ -39,7 +39,7 @@ OF_COMMANDS = {
     "recipe.py": r"--(set|mix|map) takes",
     # Names of runs and what goes on: a job is its own name, goes on by itself, and has local teachers.
     "engine/runs.py": "--(resume|name)", "engine/loop.py": "--resume",
-    "library/models.py": "luthier tune … --resume",
+    "library/suggestions.py": "luthier tune … --resume",
     "library/packing.py": "--merged",
     "workflows/distil/responses.py": "--(resume|name)", "data/formats.py": "--to",
     "workflows/distil/recipe.py": "--(resume|set teacher)",

@@ -24,7 +24,6 @@ from luthier.errors import (
 )
 from luthier.files import (
     cached_sha256_of,
-    explain_unreadable_home,
     file_version,
     hashes_of,
     lock,
@@ -41,8 +40,8 @@ from luthier.library.folders import (
     is_base_here,
     short_name,
     split_id,
-    unfinished_run_ids,
 )
+from luthier.library.suggestions import suggest_models, suggest_runs
 from luthier.models.base_kinds import base_kind
 from luthier.models.catalog import CATALOG, CatalogEntry, download_from_hub, pull
 from luthier.models.formats.external import ADAPTER_CONFIG, CONFIG, check_lone_weights
@@ -228,7 +227,7 @@ def find(
         return StoredModel(model_id, download_from_hub(model_id)[0], Manifest(id=model_id))
     raise UnknownModel(
         f"Unknown model {model_id!r}. "
-        f"{_suggest_runs(model_id)}{suggest_models(model_id, _ids_of_able(is_able))} A local "
+        f"{suggest_runs(model_id)}{suggest_models(model_id, _ids_of_able(is_able))} A local "
         "Hugging Face folder or a hub id (organisation/name) is also accepted."
     )
 
@@ -302,51 +301,6 @@ def _from_file(path: Path) -> StoredModel:
                         files=hashes_of(fresh, skip=(MANIFEST,)),
                     ).write(fresh)
     return StoredModel(name, folder, Manifest.read(folder))
-
-
-NEAREST = 3
-"""Number of suggestions for an unknown id."""
-FEW = 20
-"""Maximum number of ids in a complete list."""
-
-
-def suggest_models(model_id: str, known: Sequence[str]) -> str:
-    """Return suggestions for an unknown id: similar ids, or all ids if few."""
-    unreadable = explain_unreadable_home()
-    if not known:
-        return unreadable or "No model on this machine supports this command."
-    meant = f"{unreadable} " if unreadable else ""
-    if near := _near_ids(model_id, known):
-        meant += f"Did you mean {' or '.join(near)}? "
-    if len(known) <= FEW:
-        return f"{meant}Available: {', '.join(known)}."
-    return f"{meant}`luthier models list` shows all {len(known)} models."
-
-
-def _suggest_runs(model_id: str) -> str:
-    """Return a sentence on unfinished runs with similar names and the command to resume; empty for
-    none."""
-    near = _near_ids(model_id, unfinished_run_ids())
-    if not near:
-        return ""
-    return (
-        f"Unfinished runs: {', '.join(near)}. Repeat the command with `--resume` to complete a run "
-        "(luthier tune … --resume). "
-    )
-
-
-def _near_ids(model_id: str, known: Sequence[str]) -> list[str]:
-    """Return the ids of ``known`` most similar to ``model_id``, best first."""
-    import difflib
-
-    asked = model_id.lower().replace("/", ":")
-    holding = [each for each in known if len(asked) > 1 and asked in each.lower()]
-    close = difflib.get_close_matches(asked, known, NEAREST, cutoff=0.5)
-    if ":" not in asked:  # a name without base model
-        names = [split_id(each)[1] for each in known]
-        alike = difflib.get_close_matches(asked, filter(None, names), NEAREST, cutoff=0.7)
-        close = [*(known[names.index(name)] for name in alike), *close]
-    return list(dict.fromkeys([*holding, *close]))[:NEAREST]
 
 
 def pretrained_models() -> list[StoredModel]:
@@ -727,7 +681,7 @@ def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = No
     if not known or not (folder / MANIFEST).is_file():
         others = _ids_of_able(is_able, custom_only=True)
         raise UnknownModel(
-            f"Unknown custom model {model_id!r}. {_suggest_runs(model_id)}"
+            f"Unknown custom model {model_id!r}. {suggest_runs(model_id)}"
             f"{suggest_models(model_id, others)}"
         )
     manifest = _read_record(folder, model_id)

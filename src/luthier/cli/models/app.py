@@ -565,8 +565,9 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
     from luthier.engine.runs import run_of
     from luthier.formatting import list_some
     from luthier.library.folders import base_folder, working_folders
-    from luthier.library.models import custom_models, pretrained_models, suggest_models
+    from luthier.library.models import custom_models, pretrained_models
     from luthier.library.removal import dependents_of, remove_side_files
+    from luthier.library.suggestions import suggest_models
     from luthier.models.catalog import CATALOG, fetching_lock
 
     has_service = find_spec("sqlalchemy") is not None  # of the extra `server`

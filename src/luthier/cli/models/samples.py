@@ -72,7 +72,7 @@ def samples(
 
     folder = next(iter(working_folders(run) if ":" in run else ()), Path(run))
     if not folder.is_dir():
-        from luthier.library.models import suggest_models
+        from luthier.library.suggestions import suggest_models
 
         runs = [id_of(each) for each in luthier_home().glob("runs/*/*/")]
         raise RecipeError(
