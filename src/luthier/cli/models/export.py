@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from luthier.cli.model import stored_model
 from luthier.cli.terminal.console import new_table, print_table, print_text
 from luthier.cli.terminal.options import Mapped, ModelSource
 from luthier.errors import DataError, RecipeError
+from luthier.exports.export import Format
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -32,7 +33,7 @@ def export(
     model: ModelSource,
     folder: Path,
     *,
-    format: Literal["safetensors", "onnx", "gguf"] = "safetensors",
+    format: Format = "safetensors",
     merged: Merged = None,
     quantization: str | None = None,
     data: str | Path | None = None,
@@ -218,7 +219,7 @@ def push(
     model: ModelSource,
     to: Annotated[str, typer.Option("--to")],
     *,
-    format: Literal["safetensors", "onnx", "gguf"] = "safetensors",
+    format: Format = "safetensors",
     merged: Merged = None,
     quantization: str | None = None,
     public: bool = False,
