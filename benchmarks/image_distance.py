@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.rows import load_inputs
+from luthier.data.prompts import load_inputs
 from luthier.data.shapes.media import MediaRow
 from luthier.engine.machine import choose_machine
 from luthier.library.models import find, load

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import luthier
 from children import table
-from luthier.data.rows import load_inputs
+from luthier.data.prompts import load_inputs
 from luthier.media.image_grid import encode_png, grid
 
 SHOWN, SAMPLES = 8, 16

@@ -13,7 +13,8 @@ from PIL import Image
 from written_rows import row_of
 
 from luthier.data.formats import FORMS, TEXT_PAIRS, forms_of
-from luthier.data.rows import Columns, Recognition, RowReader, load_inputs, load_prompts, load_rows
+from luthier.data.prompts import load_inputs, load_prompts
+from luthier.data.rows import Columns, Recognition, RowReader, load_rows
 from luthier.data.rules import RULES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.data.shapes.media import BareImage

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from luthier.data.rows import load_inputs, load_prompts, load_rows
+from luthier.data.prompts import load_inputs, load_prompts
+from luthier.data.rows import load_rows
 from luthier.data.rules import PROMPT_RULES as RULES
 from luthier.data.shapes.conversations import PromptCompletion, PromptOnly
 from luthier.data.shapes.texts import RawText, TaggedWords

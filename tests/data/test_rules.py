@@ -13,7 +13,7 @@ from rule_examples import EXAMPLES, WHOLE_FILE
 from written_rows import problems_of, write
 
 from luthier.data import field_checks as fields
-from luthier.data import rows, shapes, unread
+from luthier.data import prompts, rows, shapes, unread
 from luthier.data.conversations import content_parts, tool_forms
 from luthier.data.files import (
     containers,
@@ -63,6 +63,7 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         media_files,
         nested,
         parsing,
+        prompts,
         s3,
         *(
             import_module(each.name)

@@ -16,7 +16,8 @@ from PIL import Image
 
 from luthier.data.files.sources import files_of, hash_of
 from luthier.data.inputs import Media
-from luthier.data.rows import Columns, input_row, load_rows
+from luthier.data.prompts import input_row
+from luthier.data.rows import Columns, load_rows
 from luthier.data.shapes.media import BareAudio, BareImage, LabelledAudio, LabelledImage, MediaRow
 from luthier.data.shapes.texts import RawText
 from luthier.errors import DataError

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from luthier.data.inputs import LONGEST_WINDOW, Media, read_processor, save_processor
-from luthier.data.rows import RowReader, load_inputs, load_rows
+from luthier.data.prompts import load_inputs
+from luthier.data.rows import RowReader, load_rows
 from luthier.data.shapes.base import Shape
 from luthier.data.shapes.media import BareWindow
 from luthier.data.shapes.texts import RawText

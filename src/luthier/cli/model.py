@@ -107,7 +107,7 @@ class Model:
 
     def reconstruct(self, images: Sequence[str]) -> list[Reconstruction]:
         """Return the reconstruction and error of each image, given by path."""
-        from luthier.data.rows import input_row
+        from luthier.data.prompts import input_row
 
         rows = [input_row(path, "reconstruct()", n) for n, path in enumerate(images, 1)]
         return self.image_generator.reconstruct(rows)
@@ -213,7 +213,7 @@ class Model:
         if isinstance(texts, str | Mapping):
             return self.predict([texts], top=top, columns=columns)[0]
         texts = values_of(texts)
-        from luthier.data.rows import PREDICTED, InputChecker, input_row
+        from luthier.data.prompts import PREDICTED, InputChecker, input_row
         from luthier.data.shapes.texts import TaggedWords
         from luthier.inference.prediction import Predictor
 
@@ -349,7 +349,7 @@ class Model:
             index: file for embeddings; the next call embeds only new rows.
             columns: column names of rows by luthier's keys, such as ``{"text": "question"}``.
         """
-        from luthier.data.rows import input_row, load_inputs
+        from luthier.data.prompts import input_row, load_inputs
         from luthier.inference.nearest import find_nearest
         from luthier.inference.prediction import Predictor
 

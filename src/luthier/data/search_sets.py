@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.data.files.parsing import Record, quote
-from luthier.data.rows import load_inputs, load_rows
+from luthier.data.prompts import load_inputs
+from luthier.data.rows import load_rows
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import QueryDocument, TextPair
 from luthier.errors import DataError, Location, Problem

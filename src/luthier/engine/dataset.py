@@ -17,7 +17,8 @@ from luthier.data.conversations.chat import ChatFormat
 from luthier.data.disk_sequence import concatenate, select, spool
 from luthier.data.inputs import PLURAL
 from luthier.data.loader import MixedSet
-from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader
+from luthier.data.prompts import PromptChecker
+from luthier.data.rows import Checker, Recognition, RowReader
 from luthier.data.shapes import SHAPES, describe_shapes
 from luthier.data.shapes.media import MediaRow
 from luthier.data.shapes.passages import CitedAnswer, decline_some

@@ -17,7 +17,8 @@ from luthier.data.conversations.citations import (
 )
 from luthier.data.files.sources import Source
 from luthier.data.languages import detect_languages
-from luthier.data.rows import load_prompts, load_rows
+from luthier.data.prompts import load_prompts
+from luthier.data.rows import load_rows
 from luthier.data.shapes import describe_shapes, of_shape
 from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.passages import CitedAnswer

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.files.writers import to_json
-from luthier.data.rows import load_inputs, load_rows
+from luthier.data.prompts import load_inputs
+from luthier.data.rows import load_rows
 from luthier.data.shapes.texts import TextPair
 from luthier.errors import DataError, Problem
 from luthier.evaluation.retrieval import BM25Index, NegativeMiner

@@ -17,7 +17,7 @@ import numpy as np
 
 from luthier.data.files.parsing import Record
 from luthier.data.files.writers import json_records, pack
-from luthier.data.rows import PREDICTED, stream_inputs, stream_prompts
+from luthier.data.prompts import PREDICTED, stream_inputs, stream_prompts
 from luthier.data.shapes.conversations import Conversation, PromptOnly
 from luthier.errors import DataError, Location, Problem, RecipeError
 from luthier.files import json_lines

@@ -305,7 +305,8 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
     The start model of a later stage does not exist yet. Answers of a teacher are checked when the
     stage begins; here only the prompts are read.
     """
-    from luthier.data.rows import load_prompts, load_rows
+    from luthier.data.prompts import load_prompts
+    from luthier.data.rows import load_rows
     from luthier.engine.dataset import prepare
     from luthier.library.models import find
 

@@ -9,14 +9,8 @@ from typing import Any
 import pytest
 
 from luthier.data.convert import convert
-from luthier.data.rows import (
-    Checker,
-    PromptChecker,
-    PromptInputChecker,
-    RowReader,
-    load_prompts,
-    load_rows,
-)
+from luthier.data.prompts import PromptChecker, PromptInputChecker, load_prompts
+from luthier.data.rows import Checker, RowReader, load_rows
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.preferences import Preference
 from luthier.errors import DataError

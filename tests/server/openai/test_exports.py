@@ -12,7 +12,8 @@ import openai
 import pytest
 
 import luthier
-from luthier.data.rows import load_prompts, load_rows
+from luthier.data.prompts import load_prompts
+from luthier.data.rows import load_rows
 from luthier.errors import RecipeError
 from luthier.evaluation.evaluate import grade
 from luthier.graders import parse_graders, read_graders

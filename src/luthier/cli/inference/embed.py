@@ -66,7 +66,7 @@ def embed(
         RefusedInput: for unreadable rows, or a model without embeddings.
     """
     with heavy_imports():
-        from luthier.data.rows import load_inputs
+        from luthier.data.prompts import load_inputs
         from luthier.engine.metrics import Reporter
         from luthier.inference.embeddings import (
             EMBEDDING,

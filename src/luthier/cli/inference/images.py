@@ -199,7 +199,7 @@ def _reconstruct(
     check_output(output, source)
     with heavy_imports():
         from luthier.data.inputs import is_media
-        from luthier.data.rows import input_row, load_inputs
+        from luthier.data.prompts import input_row, load_inputs
         from luthier.engine.metrics import Reporter
         from luthier.files import write_bytes
         from luthier.library.models import check_active, find

@@ -78,7 +78,7 @@ def nearest(
     check_output(output, data)
     check_output(index, data)
     with heavy_imports():
-        from luthier.data.rows import input_row, load_inputs
+        from luthier.data.prompts import input_row, load_inputs
         from luthier.engine.metrics import Reporter
         from luthier.inference.embeddings import embedding_notes, gives_embeddings
         from luthier.inference.nearest import find_nearest

@@ -102,7 +102,7 @@ def predict(
         RefusedInput: for unreadable rows, or a model that generates text or images.
     """
     with heavy_imports():
-        from luthier.data.rows import input_row
+        from luthier.data.prompts import input_row
         from luthier.engine.metrics import Reporter
         from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find, ignores_classes

@@ -22,7 +22,8 @@ from luthier.data.inputs import (
     media_references,
     object_name,
 )
-from luthier.data.rows import Checker, PromptChecker, RowReader
+from luthier.data.prompts import PromptChecker
+from luthier.data.rows import Checker, RowReader
 from luthier.data.unread import UNREAD
 from luthier.errors import DataError, Location, LocationRefused, Problem, RowRefused
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json

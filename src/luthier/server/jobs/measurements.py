@@ -43,7 +43,8 @@ def check_measurement(
         RefusedInput: for a measurement that would fail.
     """
     # These modules import all objectives, which would delay the start of the server.
-    from luthier.data.rows import Checker, PromptChecker
+    from luthier.data.prompts import PromptChecker
+    from luthier.data.rows import Checker
     from luthier.data.unread import UNREAD
     from luthier.evaluation.evaluate import check, check_shapes
     from luthier.gate.policy import GatePolicy

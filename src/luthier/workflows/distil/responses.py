@@ -26,7 +26,7 @@ from typing import Any
 from luthier import __version__
 from luthier.chat_models.base import ChatModel, Done, Failure, Reply, SamplingSpec
 from luthier.data.files.sources import hash_of
-from luthier.data.rows import load_prompts
+from luthier.data.prompts import load_prompts
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result, Run, automatic_name, is_resumed, lock_folder
