@@ -123,7 +123,7 @@ def gather(
             steps = _train(loop, job.steps, seconds, reporter)
             if steps:
                 reporter.stage("Measuring the trained model")
-                tried.append(measure(f"the model after {steps} steps"))
+                tried.append(measure(f"the model after step {steps}"))
             measured = len(tried[0].score) if tried else len(held)
             return Evidence(measured, tried, steps, job.steps, tuple(contest.remarks))
     except DataError as error:  # such as fewer rows than a run needs

@@ -219,7 +219,7 @@ def recommend(facts: AdviceFacts, command: str) -> Advice:
     values = {"tune": command, "data": data, "teacher": teacher, "keep": keep}
     commands = tuple(COMMANDS[each].format_map(values) for each in chosen.techniques)
     if facts.refused:
-        commands = (f"luthier inspect {data}", f"luthier clean {data}")
+        commands = (f"luthier inspect {data}", f"luthier clean {data} CLEANED.jsonl")
     chosen = replace(chosen, cautions=(*facts.cautions, *chosen.cautions), commands=commands)
     return Advice(facts, [*judged.values()], chosen)
 
