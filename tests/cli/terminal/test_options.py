@@ -48,6 +48,7 @@ def test_advise_returns_facts_and_judgements(data: Path, tiny_model_folder: Path
     )
     assert found.facts.rows == 90 and found.facts.wishes.max_megabytes == 10_000
     assert {each.technique for each in found.judgements} > {"fine-tuning", "prompt engineering"}
+    assert found.facts.evidence is not None and found.facts.evidence.steps == 0
     plain = json.loads(json.dumps(found.plain()))
     assert plain["recommendation"]["reasons"] == list(found.recommendation.reasons)
 
