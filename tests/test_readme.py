@@ -188,7 +188,7 @@ def test_python_in_documents_uses_public_names(document: Path) -> None:
                 assert node.attr in luthier.__all__
 
 
-@pytest.mark.parametrize("document", ["README.md", "README.vi.md", "docs/guide/data.md"])
+@pytest.mark.parametrize("document", ["README.md", "README.vi.md", "docs/vi/index.md", "docs/guide/data.md"])
 def test_rows_in_the_documents_are_rows(document: str, tmp_path: Path) -> None:
     bodies = blocks((ROOT / document).read_text(), "json")
     lines = [line for body in bodies for line in body.splitlines()]
@@ -197,6 +197,29 @@ def test_rows_in_the_documents_are_rows(document: str, tmp_path: Path) -> None:
         path = tmp_path / "row.jsonl"
         path.write_text(line)
         assert len(load_rows(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("translated", "page"),
+    [
+        ("README.vi.md", "README.md"),
+        ("docs/vi/route-messages.md", "docs/use-cases/route-messages.md"),
+        ("docs/vi/copied-questions.md", "docs/use-cases/copied-questions.md"),
+    ],
+)
+def test_translated_page_has_the_commands_and_figures_of_the_page(
+    translated: str, page: str
+) -> None:
+    text, original = (ROOT / translated).read_text(), (ROOT / page).read_text()
+    lines, expected = (
+        [line.partition("  #")[0].strip() for body in blocks(one, "sh") for line in body.splitlines()]
+        for one in (text, original)
+    )
+    assert [line for line in lines if line in expected] == expected
+    if page != "README.md":  # which has Vietnamese examples and figures of its own
+        assert lines == expected
+        figures = re.findall(r"\d+,\d+ %", text)
+        assert figures and all(each.replace(",", ".") in original for each in figures)
 
 
 def test_demo_data_matches_page() -> None:
