@@ -76,6 +76,10 @@ def test_custom_model_brings_its_parent(
     file = tmp_path / "own.luthier"
     answer = Answer("models", "pack", tuned, str(file), "--json").good().json()
     assert answer["models"] == ["tiny", tuned] and answer["bytes"] == file.stat().st_size
+    Answer("models", "pack", tuned, str(file)).refused()
+    Answer("models", "pack", tuned, str(tmp_path / "rows.jsonl")).refused()
+    Answer("models", "pack", "tiny", str(file), "--overwrite").good()
+    Answer("models", "pack", tuned, str(file), "--overwrite").good()
     shutil.rmtree(luthier_home)
     assert [each.id for each in unpack(file, quiet)] == ["tiny", tuned]
     assert find(tuned).chat.tokenizer is not None

@@ -31,6 +31,8 @@ from luthier.library.models import StoredModel, ancestors, check_whole
 from luthier.models.catalog import CATALOG, SUFFIXES, fetching_lock
 from luthier.models.manifest import MANIFEST, Manifest, created_now
 
+PACKED = ".luthier"
+"""Suffix of packed models."""
 _FOLDER = re.compile(rf"((?:base|custom/\w[\w.-]*)/\w[\w.-]*)/{re.escape(MANIFEST)}")
 """Path of a manifest in the archive."""
 

@@ -24,6 +24,7 @@ from luthier.cli.service.database import (
 )
 from luthier.cli.terminal.bridge import Command, CommandGroup
 from luthier.cli.terminal.console import (
+    check_output,
     heavy_imports,
     new_console,
     note,
@@ -488,19 +489,28 @@ def pull_model(
     return {"id": stored.id, "folder": str(stored.folder)}
 
 
-def pack_model(model: str, file: Path, *, reporter: Reporter | None = None) -> Record:
+def pack_model(
+    model: str, file: Path, *, overwrite: bool = False, reporter: Reporter | None = None
+) -> Record:
     """Write a model into a file, for machines without network.
 
     Args:
         model: Model id; the base models are packed, too.
-        file: Target, for `luthier models pull --from FILE`.
+        file: Target, NAME.luthier, for `models pull --from`.
+        overwrite: Replace an existing file.
         reporter: Receives progress; silent if not given.
+
+    Raises:
+        RecipeError: for another suffix, or an existing file.
     """
     from luthier.engine.metrics import Reporter
     from luthier.files import sha256_of
     from luthier.library.models import find
-    from luthier.library.packing import pack
+    from luthier.library.packing import PACKED, pack
 
+    if file.suffix != PACKED:
+        raise RecipeError(f"{file} is no name of a packed model. Write {file.stem}{PACKED}")
+    check_output(file, overwrite=overwrite)
     reporter = reporter or Reporter()
     packed = pack(find(model, reporter.stage), file, reporter.stage)
     return {
