@@ -188,7 +188,9 @@ def test_python_in_documents_uses_public_names(document: Path) -> None:
                 assert node.attr in luthier.__all__
 
 
-@pytest.mark.parametrize("document", ["README.md", "README.vi.md", "docs/vi/index.md", "docs/guide/data.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "README.vi.md", "docs/vi/index.md", "docs/guide/data.md"]
+)
 def test_rows_in_the_documents_are_rows(document: str, tmp_path: Path) -> None:
     bodies = blocks((ROOT / document).read_text(), "json")
     lines = [line for body in bodies for line in body.splitlines()]
@@ -212,7 +214,11 @@ def test_translated_page_has_the_commands_and_figures_of_the_page(
 ) -> None:
     text, original = (ROOT / translated).read_text(), (ROOT / page).read_text()
     lines, expected = (
-        [line.partition("  #")[0].strip() for body in blocks(one, "sh") for line in body.splitlines()]
+        [
+            line.partition("  #")[0].strip()
+            for body in blocks(one, "sh")
+            for line in body.splitlines()
+        ]
         for one in (text, original)
     )
     assert [line for line in lines if line in expected] == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 __version__ = "0.1.0"
@@ -10,6 +11,9 @@ __version__ = "0.1.0"
 # Waiting OpenMP threads spin for milliseconds. Next to another busy process, a step took 55 s
 # instead of 1 s; 0.1 ms costs nothing. torch reads the variable once, on import.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+# A notebook without ipywidgets would begin with a warning about progress bars that nobody draws.
+warnings.filterwarnings("ignore", "IProgress not found")
 
 _HOMES = {
     name: f"luthier.{module}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -34,25 +32,15 @@ def test_rows_of_use_case_are_readable_and_have_a_notice(
         examples(use["name"], tmp_path / "rows")
 
 
-@pytest.mark.parametrize("use", USES, ids=lambda use: str(use["name"]))
-def test_cells_of_notebook_are_the_commands_of_the_page(
-    use: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_notebook_is_written_once_and_without_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    file = examples(use["name"], notebook=True).notebook
-    assert file is not None
-    written = json.loads(file.read_text())
-    assert (written["nbformat"], written["nbformat_minor"]) == (4, 5)
-    cells = written["cells"]
-    assert len({cell["id"] for cell in cells}) == len(cells)
-    commands = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
-    assert commands == [f"!{command}" for command in use["commands"]]
-    # IPython replaces $NAME and {NAME} in a command by variables.
-    assert not any(character in command for command in commands for character in "${}")
+    assert examples("diseases", notebook=True).notebook == Path("diseases.ipynb")
     with pytest.raises(RecipeError, match="exists"):
-        examples(use["name"], notebook=True)
+        examples("diseases", notebook=True)
     with pytest.raises(RecipeError, match="no folder"):
-        examples(use["name"], Path("rows"), notebook=True)
+        examples("diseases", Path("rows"), notebook=True)
 
 
 def test_rows_are_small_and_unknown_use_case_is_refused(tmp_path: Path) -> None:

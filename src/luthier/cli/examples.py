@@ -10,7 +10,7 @@ from typing import Any
 
 from luthier.cli.terminal.console import new_table, print_table, print_text
 from luthier.errors import RecipeError
-from luthier.examples import as_notebook, files_of, use_case, use_cases
+from luthier.examples import files_of, use_case, use_cases
 from luthier.files import write_json
 
 
@@ -34,7 +34,7 @@ def examples(
     Args:
         name: Use case; all are listed by default.
         folder: New folder for the rows; "rows" by default.
-        notebook: Write NAME.ipynb, whose cells run the commands.
+        notebook: Write NAME.ipynb, whose cells call the functions.
 
     Raises:
         RecipeError: for an unknown use case, or an existing folder or notebook.
@@ -42,6 +42,8 @@ def examples(
     if notebook:
         if name is None or folder is not None:
             raise RecipeError("--notebook needs a use case and no folder: its cells write the rows")
+        from luthier.cli.notebook import as_notebook
+
         file = Path(f"{use_case(name)['name']}.ipynb")
         if file.exists():
             raise RecipeError(f"{file} exists. Rename or remove the notebook")

@@ -103,6 +103,19 @@ class Command:
         run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         return run
 
+    def parse(self, words: Sequence[str]) -> dict[str, Any]:
+        """Return the options that the words of a command line name, before conversion."""
+        group = CommandGroup("")
+        group.add(self)
+        command: Any = typer.main.get_command(group)
+        context = command.make_context(self.command, [*words])
+        named = context.get_parameter_source
+        return {
+            name: value
+            for name, value in context.params.items()
+            if named(name).name == "COMMANDLINE"
+        }
+
     def call(self, keywords: dict[str, Any]) -> Any:
         """Call the function, with a display of progress."""
         if "reporter" not in inspect.signature(self.function).parameters:
