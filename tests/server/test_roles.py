@@ -42,7 +42,7 @@ class Served:
     def operations(self) -> list[tuple[str, str, str]]:
         """Action, method and path of all operations of the OpenAI, native and Bedrock APIs."""
         application: Any = self.service.application
-        _, native, _, _, bedrock = application.apis
+        _, native, *_, bedrock = application.apis
         routes = [route for router in ROUTERS for route in router.routes] + native.app.routes
         return [
             (route.action if isinstance(route, ApiRoute) else route.name, method, route.path)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from luthier import __version__
 from luthier.engine.processes import check_room
@@ -31,6 +33,7 @@ from luthier.server.components import Components
 from luthier.server.console.routes import Console
 from luthier.server.http.application import Api, Application
 from luthier.server.http.limits import RateLimits
+from luthier.server.http.messages import Fault
 from luthier.server.http.metrics import Meter, Metrics
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.runners import Runner
@@ -38,7 +41,7 @@ from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.live.alerts import Alerts
 from luthier.server.live.canary import Canaries
 from luthier.server.live.capture import Capture
-from luthier.server.native.operations import Context
+from luthier.server.native.operations import Context, refusal
 from luthier.server.native.routes import native_api
 from luthier.server.openai import OpenAIService
 from luthier.server.openai.chat import InvokedChat
@@ -63,6 +66,8 @@ from luthier.server.tables.secrets import Sealing
 from luthier.server.watch import Watch
 
 _log = logging.getLogger("luthier.server")
+MCP_PATH = "/mcp"
+"""Path of the tools for agents."""
 LAMBDA = re.compile(
     r"arn:aws:lambda:[a-z0-9-]+:(?P<account>\d{12}):function:(?P<name>[\w-]{1,140})(:[\w$-]+)?"
 )
@@ -137,7 +142,8 @@ class Service:
             hold_out=settings.hold_out,
         )
         self.openai = OpenAIService(components, self.objects, limits, self.meter.count)
-        self.application: Callable[..., Awaitable[None]] = Application(
+        self._mcp: ASGIApp | None = None
+        self.application: ASGIApp = Application(
             self._apis(components),
             Authenticator(self.database, key),
             RateLimits(self.database, settings.requests_per_second).admit,
@@ -227,9 +233,28 @@ class Service:
         return (
             self.openai.api,
             native_api(Context(**vars(components)), __version__),
+            # An S3 client may have a bucket of this name.
+            Api("mcp", self._tools, lambda h, service: h.path == MCP_PATH and not service, refusal),
             s3_api(self.objects, self.settings.region),
             sts_api(),
             bedrock_api(control, runtime),
+        )
+
+    async def _tools(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Respond to an agent's client."""
+        if self._mcp is None:
+            self._mcp = await run_in_threadpool(self._load_tools)
+        await self._mcp(scope, receive, send)
+
+    def _load_tools(self) -> ASGIApp:
+        """Import the protocol's library at the first request of an agent: a second."""
+        try:
+            from luthier.server.mcp import McpApplication
+        except ModuleNotFoundError as error:
+            text = "The server lacks the tools for agents. Install luthier[mcp] on the server."
+            raise Fault("UnknownOperation", text) from error
+        return McpApplication(
+            self.application, self.settings.allowed_hosts, self.settings.cors_origins
         )
 
     def _grader(self, account: str, function: str) -> Mapping[str, Any] | None:

@@ -27,6 +27,8 @@ class Settings:
     """Default rate limit of an account; ``None`` for no limit."""
     cors_origins: tuple[str, ...] = ()
     """Allowed CORS origins."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names of the server in requests of agents, next to the loopback names."""
     job_processes: int = 1
     """Number of processes on this machine that train a job together."""
     work: bool = True

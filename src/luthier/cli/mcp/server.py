@@ -7,14 +7,13 @@ answer is for the model, the structured content for the program around the model
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp.types import CallToolResult, TextContent, ToolAnnotations
+from mcp.types import CallToolResult, ToolAnnotations
 from pydantic import Field
 
 import luthier
@@ -22,14 +21,8 @@ from luthier.cli.mcp import jobs
 from luthier.library.folders import is_base_here
 from luthier.library.models import custom_models, pretrained_models
 from luthier.models.catalog import CATALOG
+from luthier.server.tool_answers import WAIT_SECONDS, answer, short_values
 
-WAIT_SECONDS = 4.0
-_MOST_TEXT = 5_000
-"""Bytes of the text of an answer."""
-_MOST_RESULT = 2_000
-"""Bytes of the structured content; the result's file has the rest."""
-_MOST_VALUE = 600
-"""Bytes of an entry of the structured content."""
 _SHOWN_JOBS = 10
 _SETTINGS = ("training.", "adaptation.")
 """Parts of the recipe without paths of files."""
@@ -194,7 +187,7 @@ class _Tools:
             models += filter(is_base_here, CATALOG)
             lines = [f"{len(known)} jobs, newest first"]
             lines += [f"{each['job']}: {each['state']}" for each in shown]
-            return _answer("\n".join([*lines, f"models: {', '.join(models)}"]),
+            return answer("\n".join([*lines, f"models: {', '.join(models)}"]),
                            {"jobs": shown, "models": models})  # fmt: skip
         found = next((each for each in known if each.id == id), None)
         if found is None:
@@ -250,25 +243,11 @@ def _job_answer(job: jobs.Job) -> CallToolResult:
     state, values = job.state, {"job": job.id, "state": job.state}
     if state == "running":
         text = f"Job {job.id} is running. Call job with this id.\n{job.messages()}"
-        return _answer(text, values)
+        return answer(text, values)
     if state == "failed":
         text = job.messages() or "the process ended without a message"
-        return _answer(f"Job {job.id} has failed.\n{text}", values, is_error=True)
+        return answer(f"Job {job.id} has failed.\n{text}", values, is_error=True)
     values["file"] = str(job.folder / "result.json")
     result = job.result if isinstance(job.result, dict) else {"result": job.result}
-    size = 0
-    for name, value in result.items():
-        size_of_value = len(json.dumps(value).encode())
-        if size_of_value <= _MOST_VALUE and size + size_of_value <= _MOST_RESULT:
-            values[name] = value
-            size += size_of_value
-    return _answer(job.output(), values)
-
-
-def _answer(text: str, values: dict[str, Any], is_error: bool = False) -> CallToolResult:
-    encoded = text.encode()
-    if len(encoded) > _MOST_TEXT:
-        text = encoded[:_MOST_TEXT].decode(errors="ignore") + "\n[cut]"
-    return CallToolResult(
-        content=[TextContent(type="text", text=text)], structured_content=values, is_error=is_error
-    )
+    values |= short_values(result)
+    return answer(job.output(), values)

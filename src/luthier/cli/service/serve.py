@@ -39,6 +39,7 @@ def serve(
     limit: Annotated[Sequence[str], typer.Option(metavar="NAME=VALUE")] = (),
     deterministic: bool = False,
     cors_origin: Annotated[Sequence[str], typer.Option(metavar="ORIGIN")] = (),
+    allowed_host: Annotated[Sequence[str], typer.Option(metavar="NAME")] = (),
     alert_webhook: str | None = None,
     runner: str = "local",
     ray_address: RayAddress = None,
@@ -68,6 +69,7 @@ def serve(
         limit: Limit of the server (docs/guide/limits.md); repeatable.
         deterministic: Make replies independent of other requests.
         cors_origin: Origin that may call the APIs; repeatable.
+        allowed_host: Name of this server for /mcp; repeatable.
         alert_webhook: Address for alerts; key: LUTHIER_ALERT_SECRET.
         runner: Where training runs: local, ray or a plugin's runner.
         ray_address: Head of the Ray cluster.
@@ -116,6 +118,7 @@ def serve(
             graders=parse_graders(grader, check=not no_workers),
             requests_per_second=requests_per_second,
             cors_origins=tuple(cors_origin),
+            allowed_hosts=tuple(allowed_host),
             alert_webhook=alert_webhook,
             alert_secret=os.environ.get("LUTHIER_ALERT_SECRET", ""),
             limits=parse_limits(limit),

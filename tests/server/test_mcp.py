@@ -1,0 +1,152 @@
+"""Tools for agents on the server, with the official client in both revisions of the protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+from urllib.error import HTTPError
+
+import httpx2
+import pytest
+
+pytest.importorskip("mcp")
+
+from luthier_server import BASE, KEYS, ONE, OTHER, Served
+from mcp.client import Client
+from mcp.client.streamable_http import streamable_http_client
+from mcp.types import CallToolResult
+
+ROWS = [{"prompt": f"row {n}", "completion": "even" if n % 2 == 0 else "odd"} for n in range(40)]
+MOST_BYTES, MOST_SECONDS = 8_000, 5.0
+CallTool = Callable[..., CallToolResult]
+
+
+def text_of(answer: CallToolResult) -> str:
+    """Return the text that a model reads."""
+    return "".join(each.text for each in answer.content if each.type == "text")
+
+
+@pytest.fixture
+def call(server: Served) -> CallTool:
+    """Return ``call(tool, account, **arguments)`` over HTTP."""
+
+    async def ask(tool: str, account: str, revision: str, arguments: Any) -> Any:
+        head = {"Authorization": f"Bearer {KEYS[account]['api_key']}"}
+        async with (
+            httpx2.AsyncClient(headers=head, timeout=60) as http,
+            Client(
+                streamable_http_client(f"{server.url}/mcp", http_client=http), mode=revision
+            ) as client,
+        ):
+            if tool == "tools":
+                return [each.name for each in (await client.list_tools()).tools]
+            return await client.call_tool(tool, arguments)
+
+    def call_tool(
+        tool: str, account: str = ONE, revision: str = "2026-07-28", **arguments: Any
+    ) -> Any:
+        answer = asyncio.run(ask(tool, account, revision, arguments))
+        if isinstance(answer, CallToolResult):
+            assert len(answer.model_dump_json(exclude_none=True)) < MOST_BYTES
+        return answer
+
+    return call_tool
+
+
+@pytest.fixture
+def file(server: Served) -> str:
+    """Return the id of an uploaded file of the first account."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"])
+    body = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    return client.files.create(file=("rows.jsonl", body), purpose="fine-tune").id
+
+
+@pytest.mark.parametrize("revision", ["2026-07-28", "legacy"])
+def test_tools_in_both_revisions(revision: str, call: CallTool) -> None:
+    names: Any = call("tools", revision=revision)
+    assert len(names) == 9
+    assert {"inspect", "tune", "compare", "job"} <= set(names)
+    assert BASE in text_of(call("job", revision=revision))
+
+
+def test_rows_are_inspected_tuned_and_evaluated(call: CallTool, file: str) -> None:
+    report = call("inspect", data=file, columns={})
+    while (report.structured_content or {}).get("state") == "Running":
+        report = call("job", id=(report.structured_content or {})["job"])
+    assert not report.is_error, text_of(report)
+    assert "40" in text_of(report)
+    started = call("tune", data=file, name="parity", base=BASE,
+                   settings={"training": {"max_steps": 2}})  # fmt: skip
+    assert started.structured_content is not None, text_of(started)
+    job = started.structured_content["job"]
+    assert "Queued" in text_of(call("job", id=job))
+    measured = call("evaluate", model=BASE, data=file)
+    assert (measured.structured_content or {}).get("state") == "Queued", text_of(measured)
+    listed = call("job").structured_content
+    assert listed is not None
+    assert job in listed["jobs"]
+    assert listed["files"][file] == "rows.jsonl"
+    assert "Stopped" in text_of(call("job", id=job, cancel=True))
+
+
+def test_reply_is_generated(call: CallTool) -> None:
+    answer = call("generate", model=BASE, prompt="sky?", max_tokens=2)
+    values = answer.structured_content or {}
+    assert values.get("usage", {}).get("completion_tokens") == 2 or values["state"] == "Running"
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("inspect", {"data": "/etc/passwd"}, "passwd"),
+        ("evaluate", {"model": BASE, "data": "../rows.jsonl"}, "../rows.jsonl"),
+        ("inspect", {"data": "file-missing"}, "file-missing"),
+        ("evaluate", {"model": "/etc", "data": "file-missing"}, "/etc"),
+        ("tune", {"data": "file-missing", "name": "a", "base": "nothing"}, "nothing"),
+        ("predict", {"model": "../jobs", "texts": ["a"]}, "jobs"),
+        ("job", {"id": "job/nothing"}, "nothing"),
+        ("job", {"id": "reply/nothing"}, "nothing"),
+        ("job", {"id": "../../v1/files"}, "no job"),
+        ("generate", {"model": BASE, "prompt": "a", "max_tokens": 10**6}, "max_tokens"),
+    ],
+)  # fmt: skip
+def test_refusals(call: CallTool, tool: str, arguments: dict[str, Any], message: str) -> None:
+    answer = call(tool, **arguments)
+    assert answer.is_error
+    assert message in text_of(answer)
+
+
+def test_files_and_jobs_of_other_accounts_are_hidden(call: CallTool, file: str) -> None:
+    started = call("tune", data=file, name="mine", base=BASE)
+    job = (started.structured_content or {})["job"]
+    assert call("job", OTHER, id=job).is_error
+    assert call("job", OTHER, id=job, cancel=True).is_error
+    assert call("tune", OTHER, data=file, name="theirs", base=BASE).is_error
+    listed = call("job", OTHER).structured_content
+    assert listed is not None
+    assert job not in listed["jobs"] and file not in listed["files"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Authorization": "Bearer sk-wrong"}, 401),
+        ({}, 403),
+        ({"Authorization": f"Bearer {KEYS[ONE]['api_key']}", "Host": "evil.example"}, 421),
+        ({"Authorization": f"Bearer {KEYS[ONE]['api_key']}", "Origin": "http://evil.example"}, 403),
+    ],
+)
+def test_wrong_key_host_and_origin_are_refused(
+    headers: dict[str, str], status: int, server: Served
+) -> None:
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/list"}).encode()
+    head = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+    request = urllib.request.Request(f"{server.url}/mcp", body, {**head, **headers})
+    with pytest.raises(HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == status
