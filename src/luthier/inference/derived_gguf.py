@@ -74,6 +74,11 @@ def check_derivable(stored: StoredModel) -> None:
     check_mergeable(stored, "a GGUF file holds nothing else")
 
 
+def has_gguf(stored: StoredModel, kind: Quantization) -> bool:
+    """Return True if an accepted file of ``stored`` is in the cache. Reads no weights."""
+    return (gguf_folder(stored.id, stored.content_hash, kind) / FILE).exists()
+
+
 def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Path:
     """Return the file of ``stored``; write and compare the file if missing.
 

@@ -21,7 +21,7 @@ from luthier.inference.inference import Chat
 from luthier.inference.opened_model import OpenedModel, open_model
 from luthier.inference.prediction import BLOCK_PROMPTS
 from luthier.inference.text import AnswerDelta, AnswerText
-from luthier.models.decoding.backends import completion_limit
+from luthier.models.decoding.backends import BackendEntry, completion_limit
 from luthier.models.decoding.sampler import Decoding, RunningCompletion, seed_of
 from luthier.models.decoding.sampling import Sampling
 from luthier.models.decoding.torch_backend import AdaptedBackend, FlatBackend
@@ -99,8 +99,8 @@ class Generator:
             )
 
     @staticmethod
-    def open(stored: StoredModel) -> Generator:
-        """Load ``stored`` on the best device of this machine.
+    def open(stored: StoredModel, backend: BackendEntry | None = None) -> Generator:
+        """Load ``stored`` on the best device of this machine, by default in the chosen backend.
 
         Raises:
             UnknownModel, RecipeError: for a model that generates no text, or cannot be found.
@@ -108,7 +108,7 @@ class Generator:
 
         Generator.check(stored)
         with ExitStack() as opening:
-            opened = open_model(stored)
+            opened = open_model(stored, entry=backend)
             opening.callback(opened.close)
             generator = Generator(opened, stored.chat)
             opening.pop_all()

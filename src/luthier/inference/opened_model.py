@@ -8,6 +8,7 @@ the model and one warning is logged.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,7 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from luthier.errors import RefusedInput
-from luthier.models.decoding.backends import AdapterBackend, backend_of, chosen_backend
+from luthier.models.decoding.backends import (
+    BACKENDS,
+    SETTING,
+    AdapterBackend,
+    BackendEntry,
+    backend_of,
+    chosen_backend,
+)
 
 if TYPE_CHECKING:
     from luthier.library.models import StoredModel
@@ -82,16 +90,46 @@ class OpenedModel:
                 self._network.close()
 
 
-def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedModel:
+def backend_for_one(stored: StoredModel, write: bool) -> tuple[BackendEntry, str]:
+    """Return the faster backend for one reply at a time, and the reason.
+
+    llama.cpp, on a CPU, if the package is installed. ``write`` includes models without a file in
+    the cache: writing and comparing a file takes 15 s for 135 M weights.
+    """
+    import torch
+
+    if os.environ.get(SETTING):
+        return chosen_backend(), f"{SETTING} is set"
+    entry = BACKENDS["torch"]
+    if torch.cuda.is_available():
+        return entry, "this machine has a GPU"
+    from luthier.inference.derived_gguf import check_derivable, gguf_type, has_gguf
+
+    try:
+        check_derivable(stored)
+        BACKENDS["llama.cpp"].check()
+        is_here = has_gguf(stored, gguf_type())
+    except RefusedInput as error:
+        return entry, str(error)
+    if is_here:
+        return BACKENDS["llama.cpp"], "the faster one; its file of the model has torch's results"
+    if write:
+        return BACKENDS["llama.cpp"], "the faster one; a file of the model is written once"
+    return entry, "`luthier chat` writes the file for llama.cpp, which is faster"
+
+
+def open_model(
+    stored: StoredModel, base: OpenedModel | None = None, entry: BackendEntry | None = None
+) -> OpenedModel:
     """Open ``stored``, a model that generates text, on the best device of this machine.
 
     A LoRA adapter that can share its base is not merged. Other adapters are merged. ``base`` is the
-    opened parent.
+    opened parent. ``entry`` is the backend, by default :func:`chosen_backend`.
     """
     from luthier.engine.machine import open_network
     from luthier.library.models import attach_adapter, shares_base
 
-    entry = chosen_backend()
+    entry = entry or chosen_backend()
     if entry.open_file is not None:
         from luthier.inference.derived_gguf import gguf_of, gguf_type
 

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +29,7 @@ from luthier.cli.terminal.console import (
     write_json,
 )
 from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RayAddress
-from luthier.errors import RecipeError, RefusedInput
+from luthier.errors import RecipeError
 from luthier.files import read_text
 from luthier.models.decoding.sampling import MOST_TOKENS, Sampling, limited_fields
 
@@ -123,6 +123,7 @@ def generate(
     with heavy_imports():
         from luthier.engine.metrics import Reporter
         from luthier.inference.generation import Generator
+        from luthier.inference.opened_model import backend_for_one
         from luthier.library.models import check_active, find
         from luthier.workflows.inference_tasks import GenerateTask
 
@@ -159,7 +160,12 @@ def generate(
         with heavy_imports():
             return answer_rows(task, output, reporter)
     with heavy_imports():
-        generator = Generator.open(check_active(find(model, is_able=Generator.is_able)))
+        stored = check_active(find(model, is_able=Generator.is_able))
+        Generator.check(stored)
+        backend, reason = backend_for_one(stored, write=False)
+        if backend.id != "torch":
+            note(f"Backend: {backend.id}, {reason}")
+        generator = Generator.open(stored, backend)
     text = prompt or ""
     turns = _turns(text, image or [], system)
     return PendingReply(model, turns, generator, chosen, text)
@@ -259,21 +265,19 @@ def chat(
         index: Index of documents for the answers (luthier index add).
     """
     with heavy_imports():
-        from luthier.inference.derived_gguf import check_derivable
         from luthier.inference.generation import Generator
+        from luthier.inference.opened_model import backend_for_one
         from luthier.library.models import check_active, find
-        from luthier.models.decoding.backends import chosen_backend
         from luthier.models.decoding.sampling import Sampling
         from luthier.types import Message
 
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
         stored = check_active(find(model, is_able=Generator.is_able))
-        generator = Generator.open(stored)
+        Generator.check(stored)
+        backend, reason = backend_for_one(stored, write=True)
+        note(f"Backend: {backend.id}, {reason}")
+        generator = Generator.open(stored, backend)
     several = generator.chat.template.kind == "chat"
-    if generator.backend.device.type == "cpu" and chosen_backend().id == "torch":
-        with suppress(RefusedInput):
-            check_derivable(stored)
-            note("Backend: torch. llama.cpp may be faster on a CPU: LUTHIER_BACKEND=llama.cpp")
     opening = [Message("system", system)] if system else []
     with open_retriever(index) if index else nullcontext() as retriever:
 

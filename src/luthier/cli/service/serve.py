@@ -187,6 +187,7 @@ def _print_addresses(
     from rich.text import Text
 
     from luthier.files import luthier_home, new_file
+    from luthier.models.decoding.backends import SETTING, llama_cpp_library
     from luthier.server.console.routes import ROOT
 
     out = new_console(highlight=False, soft_wrap=True)
@@ -201,6 +202,11 @@ def _print_addresses(
             f"Console (needs an API key): {address}{ROOT}",
         )
     )
+    if backend == "torch" and not os.environ.get(SETTING) and llama_cpp_library() is not None:
+        out.print(
+            f"Backend: torch, the faster one for many requests at once; {SETTING}=llama.cpp is "
+            "faster for few on a CPU"
+        )
     if unregistered:
         out.print(
             f"Models of the CLI without an account: {unregistered:,}. Register a model with "
