@@ -135,8 +135,8 @@ def test_files_and_jobs_of_other_accounts_are_hidden(call: CallTool, file: str) 
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
-        ({"Authorization": "Bearer sk-wrong"}, 401),
-        ({}, 403),
+        ({"Authorization": "Bearer sk-wrong"}, 403),
+        ({}, 401),
         ({"Authorization": f"Bearer {KEYS[ONE]['api_key']}", "Host": "evil.example"}, 421),
         ({"Authorization": f"Bearer {KEYS[ONE]['api_key']}", "Origin": "http://evil.example"}, 403),
     ],
