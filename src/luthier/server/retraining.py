@@ -6,6 +6,7 @@ A draft is a paused job, so that the operations of jobs start, show and delete t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,13 +31,14 @@ from luthier.errors import (
     WrongState,
 )
 from luthier.files import json_lines, sha256_of, write_bytes
+from luthier.formatting import nearest_name
 from luthier.gate.row_keys import hash_texts, match_questions, question_of
 from luthier.library import models
 from luthier.library.models import StoredModel
 from luthier.limits import AccountQuotas
 from luthier.recipe import Recipe, parse
 from luthier.server.identifiers import ModelIds, find_endpoint, find_model
-from luthier.server.jobs.deletion import delete_job
+from luthier.server.jobs.deletion import delete_rows
 from luthier.server.jobs.submit import FINE_TUNING, SETTABLE_DATA, Submission, submit
 from luthier.server.live.health import unknown_model
 from luthier.server.live.rows import (
@@ -55,10 +57,13 @@ from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import LONGEST_NAME, CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.endpoints import DEPLOYMENT, Endpoint
+from luthier.server.tables.foundation import foundation_model
 from luthier.server.tables.jobs import PAUSED, Job, Retraining
 
 LEAST_NEW = 20
 """Minimum number of different new inputs."""
+LEAST_OF_LABEL = 10
+"""Minimum number of new rows of a label that the model does not have, as for Amazon Comprehend."""
 FRESH_SHARE = 0.2
 """Share of the new inputs that no model is trained on, for the comparison."""
 DRAFT = "Draft of a retraining. Nothing is trained before a person resumes the job."
@@ -78,9 +83,9 @@ class ActiveModel:
     recipe: Recipe
     train: Sequence[str]
     held_out: Sequence[str]
-    """Validation rows, and fresh rows of an earlier retraining."""
-    fresh: Sequence[str]
-    """Fresh rows of an earlier retraining."""
+    """Validation rows, and compared rows of an earlier retraining."""
+    compared: Sequence[str]
+    """Fresh and frozen rows of an earlier retraining."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,10 @@ class _Rows:
     """New rows for the comparison only."""
     frozen: list[Row]
     """Old rows that the model was not trained on."""
+    new_labels: dict[str, int]
+    """Number of new rows by label that the model does not have."""
+    rare_labels: dict[str, str]
+    """Labels with too few rows, which are left out, with the reason."""
 
 
 def draft(
@@ -143,43 +152,48 @@ def draft(
             f"The base {missing} does not exist. Choose a different base with `base`.",
             setting="base",
         )
-    _discard(locations, arns, account, active.model.name)
-    name = _free_name(database, account, active.model.name)
     kept = {"train": [*rows.old, *rows.new], "fresh": rows.fresh, "frozen": rows.frozen}
-    addresses = {
-        part: file_address(
-            locations.uploads.add(
-                account, [json_lines(found).encode()], f"{name}-{part}.jsonl", "fine-tune"
-            ).id
-        )
-        for part, found in kept.items()
-        if found
-    }
-    frozen = addresses.get("frozen")
-    submission = Submission(
-        account=account,
-        api="native",
-        job_name=name,
-        model_name=name,
-        customization_type=FINE_TUNING,
-        base=base_model,
-        training=[addresses["train"]],
-        validators=[frozen] if frozen else [],
-        settings=_settings(active, with_base=base is not None),
-    )
-    with database.write() as session:
-        job = submit(session, submission, arns, quotas)
-        plan = Retraining(
-            model=active.model.name, stored_id=active.stored.id, fresh=addresses["fresh"],
-            frozen=frozen, deployment=active.deployment, base_changed=base is not None,
-            rows={
-                "old": len(rows.old), "new": len(rows.new), "fresh": len(rows.fresh),
-                "frozen": len(rows.frozen),
-            },
-            estimated_seconds=None if base else _estimated_seconds(active, len(kept["train"])),
-        )  # fmt: skip
-        job.details = {**job.details, "retraining": plan}
-        return jobs.move(session, job, PAUSED, DRAFT)
+    name, addresses = _free_name(database, account, active.model.name), dict[str, str]()
+    try:
+        for part, found in kept.items():
+            if found:
+                content = [json_lines(found).encode()]
+                file = f"{name}-{part}.jsonl"
+                upload = locations.uploads.add(account, content, file, "fine-tune")
+                addresses[part] = file_address(upload.id)
+        with database.write() as session:
+            replaced = _discard(session, arns, account, active.model.name)
+            # Without validation rows, the job holds out training rows to choose its steps: the
+            # frozen rows only judge.
+            submission = Submission(
+                account=account,
+                api="native",
+                job_name=name,
+                model_name=name,
+                customization_type=FINE_TUNING,
+                base=base_model,
+                training=[addresses["train"]],
+                settings=_settings(active, [*rows.new_labels], with_base=base is not None),
+            )
+            job = submit(session, submission, arns, quotas)
+            plan = Retraining(
+                model=active.model.name, stored_id=active.stored.id, fresh=addresses["fresh"],
+                frozen=addresses.get("frozen"), deployment=active.deployment,
+                base_changed=base is not None,
+                rows={
+                    "old": len(rows.old), "new": len(rows.new), "fresh": len(rows.fresh),
+                    "frozen": len(rows.frozen),
+                },
+                new_labels=rows.new_labels, rare_labels=rows.rare_labels,
+                estimated_seconds=None if base else _estimated_seconds(active, len(kept["train"])),
+            )  # fmt: skip
+            job.details = {**job.details, "retraining": plan}
+            jobs.move(session, job, PAUSED, DRAFT)
+    except BaseException:
+        _delete_files(locations, account, addresses.values())
+        raise
+    _delete_files(locations, account, replaced)
+    return job
 
 
 def latest(session: Session, account: str, model: str) -> Job | None:
@@ -220,19 +234,21 @@ def is_draft(job: Job) -> bool:
     return job.state == PAUSED and not job.attempts
 
 
-def _discard(locations: Locations, arns: Arns, account: str, model: str) -> None:
-    """Delete the draft of a model with its files."""
-    database = locations.uploads.database
-    with database.write() as session:
-        job = latest(session, account, model)
-        if job is None or not is_draft(job):
-            return
-        jobs.stop(session, job)
-    delete_job(database, arns, job)
+def _discard(session: Session, arns: Arns, account: str, model: str) -> list[str]:
+    """Delete the draft of a model, and return the addresses of its files."""
+    job = latest(session, account, model)
+    if job is None or not is_draft(job):
+        return []
     plan = job.details["retraining"]
-    for address in (*job.details["sources"], plan["fresh"], plan["frozen"]):
-        if address:
-            locations.uploads.delete(account, address.rpartition("/")[2])
+    files = [*job.details["sources"], plan["fresh"], *filter(None, [plan["frozen"]])]
+    jobs.stop(session, job)
+    delete_rows(session, arns, job)
+    return files
+
+
+def _delete_files(locations: Locations, account: str, addresses: Iterable[str]) -> None:
+    for address in addresses:
+        locations.uploads.delete(account, address.rpartition("/")[2])
 
 
 def find_active(session: Session, arns: Arns, account: str, name: str) -> ActiveModel:
@@ -253,22 +269,24 @@ def find_active(session: Session, arns: Arns, account: str, name: str) -> Active
     stored = models.find(custom.stored_id)
     if endpoint is None:
         serves = Endpoint.kind == DEPLOYMENT, Endpoint.model == custom.arn(arns)
-        endpoint = session.scalar(select(Endpoint).where(*serves).order_by(Endpoint.seq))
+        found = session.scalars(select(Endpoint).where(*serves).order_by(Endpoint.seq))
+        # With the name of a base model, clients query the base model.
+        endpoint = next((each for each in found if foundation_model(each.name) is None), None)
     job = custom.job_id and session.scalar(select(Job).where(Job.id == custom.job_id))
     recipe = parse(Recipe, job.recipe if job else stored.manifest.recipe or {})
     if job:
         plan = job.details.get("retraining")
-        fresh = [plan["fresh"]] if plan else []
-        train, held_out = job.details["sources"], [*job.validators, *fresh]
+        compared = [each for each in (plan["fresh"], plan["frozen"]) if each] if plan else []
+        train, held_out = job.details["sources"], [*{*job.validators, *compared}]
     else:
-        spec, fresh = recipe.data, []
+        spec, compared = recipe.data, []
         train = [spec.train, *(each.train for each in spec.mix)]
         held_out = [spec.validation] if spec.validation else []
     deployment = endpoint.name if endpoint else None
-    return ActiveModel(custom, stored, job or None, deployment, recipe, train, held_out, fresh)
+    return ActiveModel(custom, stored, job or None, deployment, recipe, train, held_out, compared)
 
 
-def _settings(active: ActiveModel, with_base: bool) -> dict[str, Any]:
+def _settings(active: ActiveModel, new_labels: Sequence[str], with_base: bool) -> dict[str, Any]:
     """Return the settings of the model that differ from the defaults.
 
     Training and adaptation were chosen for the base: a different base gets the defaults.
@@ -285,8 +303,11 @@ def _settings(active: ActiveModel, with_base: bool) -> dict[str, Any]:
     data = {name: value for name, value in fields["data"].items() if name in _KEPT_DATA}
     data.pop("validation_share", None)
     settings = {name: fields[name] for name in groups if fields.get(name)}
-    method = {"method": active.stored.objective.method}
-    return {**settings, "objective": {**fields.get("objective", {}), **method}, "data": data}
+    objective = {**fields.get("objective", {}), "method": active.stored.objective.method}
+    if new_labels and objective.get("labels"):
+        objective["labels"] = [*objective["labels"], *new_labels]
+        objective.pop("shares", None)
+    return {**settings, "objective": objective, "data": data}
 
 
 def _estimated_seconds(active: ActiveModel, rows: int) -> float | None:
@@ -299,7 +320,7 @@ def _estimated_seconds(active: ActiveModel, rows: int) -> float | None:
 
 
 def _free_name(database: Any, account: str, name: str) -> str:
-    """Return the first of ``name-r2``, ``name-r3``, … that no job or model has."""
+    """Return the first of ``name-r2``, ``name-r3``, … that no job or model has but the draft."""
     stem = re.sub(r"-r\d+$", "", name)[: LONGEST_NAME - 5]
     with database.read() as session:
         mine = (
@@ -314,6 +335,9 @@ def _free_name(database: Any, account: str, name: str) -> str:
         taken |= set(
             session.scalars(select(CustomModel.name).where(CustomModel.account == account))
         )
+        job = latest(session, account, name)
+        if job is not None and is_draft(job):
+            taken -= {job.name, job.model_name}
     return next(free for number in count(2) if (free := f"{stem}-r{number}") not in taken)
 
 
@@ -331,7 +355,9 @@ def _collect(
         ]
         kind = cast(RowKind, active.stored.objective.method)
         rated = [each for each in answers if kind != "sft" or _is_good(each)]
-        new = [_in_form(row, old) for row in training_rows(rated, kind)]
+        new, new_labels, rare = _with_frequent_labels(training_rows(rated, kind), active.stored)
+        if kind == "sft":
+            old, new, frozen = _in_one_form(old, new, frozen)
         parsed = {}
         for part, records in (("old", old), ("new", new), ("frozen", frozen)):
             file = folder / f"{part}.jsonl"
@@ -343,11 +369,15 @@ def _collect(
         usable = [n for n in range(len(new)) if n not in tested]
         unseen = sorted({keys[n] for n in usable if n not in known})
         if len(unseen) < LEAST_NEW:
+            texts = "; ".join(f'"{name}" ({why})' for name, why in rare.items())
+            left_out = (
+                f" Labels that the model does not have are left out: {texts}." if rare else ""
+            )
             raise RefusedInput(
                 f'Model "{active.model.name}" has {len(unseen)} new inputs with feedback since '
                 f"{since:%Y-%m-%d}; a retraining needs {LEAST_NEW}. {len(answers):,} answers were "
                 f"captured; {len(new)} give rows of the kind {kind}, {len(known)} of them for inputs "
-                "of the training rows. Collect more feedback, or choose an earlier `since`.",
+                f"of the training rows.{left_out} Collect more feedback, or choose an earlier `since`.",
                 setting="since",
             )
         test = {*unseen[: round(FRESH_SHARE * len(unseen))]}
@@ -356,7 +386,7 @@ def _collect(
         # The feedback is newer than the old rows for the same input.
         replaced = match_questions(parsed["old"], [parsed["new"][n] for n in learned])
         kept = [row for n, row in enumerate(old) if n not in replaced]
-        return _Rows(kept, [new[n] for n in learned], fresh, frozen)
+        return _Rows(kept, [new[n] for n in learned], fresh, frozen, new_labels, rare)
 
 
 def _is_good(answer: Answer) -> bool:
@@ -365,18 +395,57 @@ def _is_good(answer: Answer) -> bool:
     return better is not None or (answer.rating or 0) >= GOOD
 
 
-def _in_form(row: Row, old: Sequence[Row]) -> Row:
-    """Return a row of a conversation in the form of the old rows: messages, or prompt and reply."""
-    first = old[0] if old else {}
-    turns = row.get("messages", ())
-    if "completion" in row and "messages" in first:
-        message = {"role": "user", "content": row["prompt"]}
-        reply = {"role": "assistant", "content": row["completion"]}
-        return {"messages": [message, reply], "requests": row["requests"]}
-    if len(turns) == 2 and "completion" in first and isinstance(turns[0]["content"], str):
-        texts = {"prompt": turns[0]["content"], "completion": turns[1].get("content") or ""}
-        return {**texts, "requests": row["requests"]}
-    return row
+def _with_frequent_labels(
+    rows: Sequence[Row], stored: StoredModel
+) -> tuple[list[Row], dict[str, int], dict[str, str]]:
+    """Return rows without rare unknown labels, the number of rows by new label, and rare labels."""
+    known = (stored.manifest.objective or {}).get("labels")
+    if stored.objective.method != "classification" or not known:
+        return [*rows], {}, {}
+    labels = [row["label"] if isinstance(row["label"], list) else [row["label"]] for row in rows]
+    counts = Counter(name for each in labels for name in each if name not in known)
+    rare = {}
+    for name, number in counts.items():
+        if number < LEAST_OF_LABEL:
+            near = nearest_name(name, known)
+            hint = f'. Did you mean "{near}"?' if near else ""
+            rare[name] = f"{number} of {LEAST_OF_LABEL} rows{hint}"
+    new = {name: number for name, number in counts.items() if name not in rare}
+    kept = [row for row, each in zip(rows, labels, strict=True) if not rare.keys() & {*each}]
+    return kept, new, rare
+
+
+def _in_one_form(*parts: Sequence[Row]) -> tuple[list[Row], ...]:
+    """Return rows of conversations as prompts with completions, if all can be; else as messages.
+
+    Old conversations stay messages.
+    """
+    old, new, frozen = parts
+    pairs = [_as_pair(row) for row in new]
+    if any("messages" in row for row in (*old, *frozen)) or None in pairs:
+        return tuple([_as_messages(row) for row in part] for part in parts)
+    return [*old], [row for row in pairs if row is not None], [*frozen]
+
+
+def _as_pair(row: Row) -> Row | None:
+    """Return a row as prompt and completion; None for a longer conversation."""
+    turns = row.get("messages")
+    if turns is None:
+        return row
+    if len(turns) != 2 or not isinstance(turns[0]["content"], str) or not turns[1].get("content"):
+        return None
+    texts = {"prompt": turns[0]["content"], "completion": turns[1]["content"]}
+    return {**texts, "requests": row["requests"]}
+
+
+def _as_messages(row: Row) -> Row:
+    if "completion" not in row:
+        return row
+    turns = [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row["completion"]},
+    ]
+    return {name: row[name] for name in ("requests",) if name in row} | {"messages": turns}
 
 
 def old_rows(
@@ -407,8 +476,8 @@ def old_rows(
             raise _missing(active, source, str(error)) from error
         for address, file, digest in hashed:
             path = path_of.get(digest)
-            # An upload with fresh rows is no file of the training, and cannot change.
-            if path is None and source not in active.fresh:
+            # An upload with compared rows is no file of the training, and cannot change.
+            if path is None and source not in active.compared:
                 raise _missing(active, address, "The file has changed since the training.")
             test_lines = set(record.held_out.get(path or "", ()))
             if source in active.held_out:

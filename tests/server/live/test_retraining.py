@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from luthier_server import BASE, Served, home_with_tiny, until
+from luthier_server import BASE, ONE, Served, home_with_tiny, until
 
+from luthier.data.rows import load_rows
 from luthier.server.tables.jobs import ENDED
 
 SETTINGS = {"training": {"max_steps": 2}, "adaptation": {"method": "lora", "rank": 2}}
@@ -53,24 +54,25 @@ def ended(server: Served, job: str) -> Any:
     return server.ask("GET", path)[1]
 
 
-def rated(server: Served, model: str, numbers: range) -> None:
+def rated(server: Served, model: str, numbers: range, before: Sequence[Any] = ()) -> None:
     """Send a captured chat with a corrected answer for each number."""
     for n in numbers:
-        message = {"role": "user", "content": f"number {n}?"}
-        body = {"model": model, "messages": [message], "response_format": YES_OR_NO}
+        messages = [*before, {"role": "user", "content": f"number {n}?"}]
+        body = {"model": model, "messages": messages, "response_format": YES_OR_NO}
         status, answer = server.ask("POST", "/v1/chat/completions", body)
         assert status == 200
         feedback = {"request": answer["id"], "corrected": f"now {n}!"}
         assert server.ask("POST", "/api/v1/feedback", feedback)[0] == 200
 
 
-def rows(server: Served, address: str) -> list[str]:
+def rows(server: Served, address: str) -> list[Any]:
     bucket, _, key = address.removeprefix("s3://").partition("/")
     body = server.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
-    return [json.loads(line)["completion"] for line in body.splitlines()]
+    found = [json.loads(line) for line in body.splitlines()]
+    return [each.get("completion", each) for each in found]
 
 
-def test_draft_trains_after_start_and_is_compared(server: Served) -> None:
+def test_draft_trains_after_start_and_is_compared(server: Served, tmp_path: Path) -> None:
     # Numbers from 30 are training rows, from 40 test rows, from 60 new.
     rated(server, "mine", range(30, 90))
     status, first = server.ask("POST", "/api/v1/models/mine/retrain", {})
@@ -87,6 +89,15 @@ def test_draft_trains_after_start_and_is_compared(server: Served) -> None:
     assert first["recipe"]["training"]["max_steps"] == 2
     assert first["recipe"]["adaptation"]["rank"] == 2
 
+    # A refused draft keeps the first.
+    job = server.ask("GET", "/api/v1/jobs/mine-r2")[1]["id"]
+    server.command("admin", "accounts", "quota", ONE, "jobs_in_flight=0")
+    status, refused = server.ask("POST", "/api/v1/models/mine/retrain", {})
+    assert status == 400 and "jobs_in_flight" in refused["error"]["message"]
+    server.command("admin", "accounts", "quota", ONE, "--reset")
+    assert server.ask("GET", "/api/v1/jobs/mine-r2")[1]["id"] == job
+    assert rows(server, plan["fresh"]) == fresh
+
     # A second draft replaces the first, with its files.
     drafted = server.command("live", "retrain", "mine", "--since", "1d").stdout
     assert "mine-r2" in drafted and "retrain mine --start" in drafted
@@ -102,15 +113,28 @@ def test_draft_trains_after_start_and_is_compared(server: Served) -> None:
     compared = job["result"]["retraining"]
     assert (compared["fresh"]["rows"], compared["frozen"]["rows"]) == (6, 20)
     assert compared["verdict"] in job["result"]["verdicts"]
-    assert "6 fresh rows" in compared["verdict"] and "20 frozen rows" in compared["verdict"]
+    assert "6 fresh" in compared["verdict"] and "20 frozen rows" in compared["verdict"]
     assert compared["verdict"] in server.command("live", "retrain", "mine", "--show").stdout
 
     # Fresh rows of a retraining are test rows of the next.
     rated(server, "mine-r2", range(90, 120))
     status, second = server.ask("POST", "/api/v1/models/mine-r2/retrain", {"base": "mine"})
     assert status == 201, second
+    # The rows that the job held out to choose its steps were trained in the refit.
     assert second["details"]["retraining"]["rows"]["frozen"] == 26
     assert "estimated_seconds" in second["details"]["retraining"]
+
+    # A longer conversation makes all rows conversations.
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rated(server, "mine-r2", range(120, 121), before)
+    status, third = server.ask("POST", "/api/v1/models/mine-r2/retrain", {})
+    assert status == 201, third
+    file = tmp_path / "rows.jsonl"
+    mixed = rows(server, third["details"]["sources"][0])
+    mixed += rows(server, third["details"]["retraining"]["frozen"])
+    file.write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    assert {len(row["messages"]) for row in mixed} == {2, 4}
+    assert len(load_rows(str(file))) == len(mixed)
 
 
 def test_input_without_a_retraining(server: Served) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 500
 """Maximum number of rows of a set."""
+_SETS = {"fresh": "fresh rows (rated requests only)", "frozen": "frozen rows"}
 
 
 def compare_with_active(
@@ -65,7 +66,7 @@ def _verdict(name: str, plan: Retraining, model_id: str, found: dict[str, HeadTo
         style = ".1%" if new.score.is_share else ".3g"
         texts.append(
             f"{each.measure.replace('_', ' ')} {new.score.value:{style}} against "
-            f"{old.score.value:{style}} on {each.rows:,} {part} rows (difference "
+            f"{old.score.value:{style}} on {each.rows:,} {_SETS[part]} (difference "
             f"{change + 0.0:+{style}} \N{PLUS-MINUS SIGN} {difference.error:{style}})"
         )
     new, old = _contenders(found["fresh"], model_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
 
 from luthier.errors import WrongState
 from luthier.inference.reply_log import forget
@@ -39,6 +40,11 @@ def delete_job(database: Database, arns: Arns, job: Job) -> None:
         folders.remove_run()
         folders.log.unlink(missing_ok=True)
     with database.write() as session:
-        tags.drop(session, arns.job(job.account, job.foundation, job.id))
-        session.execute(delete(JobEvent).where(JobEvent.job_id == job.id))
-        session.execute(delete(Job).where(Job.id == job.id))
+        delete_rows(session, arns, job)
+
+
+def delete_rows(session: Session, arns: Arns, job: Job) -> None:
+    """Delete the rows of a job without files, in the caller's transaction."""
+    tags.drop(session, arns.job(job.account, job.foundation, job.id))
+    session.execute(delete(JobEvent).where(JobEvent.job_id == job.id))
+    session.execute(delete(Job).where(Job.id == job.id))

@@ -91,6 +91,10 @@ class Retraining(TypedDict):
     """Address of old rows that neither model was trained on, if any."""
     rows: dict[str, int]
     """Number of ``old`` and ``new`` training rows, and of ``fresh`` and ``frozen`` rows."""
+    new_labels: dict[str, int]
+    """Number of new rows by label that the model does not have."""
+    rare_labels: dict[str, str]
+    """Labels with too few new rows, which are left out, with the reason."""
     estimated_seconds: float | None
     """Duration by the training of the model; None for a different base."""
 
