@@ -144,6 +144,11 @@ def test_evaluation_completes_after_killed_worker(server: Served) -> None:
     assert ended(server, made)["state"] == "Completed"
 
 
+def test_late_evaluation_fails(server: Served) -> None:
+    done = ended(server, create(server, "evaluations", model="mine", time_limit=1))
+    assert done["state"] == "Failed" and "time limit of 1 seconds" in done["failure"], done
+
+
 def test_invalid_measurement_is_rejected_at_creation(server: Served) -> None:
     for kind, fields, status in (
         ("evaluations", {"model": "nobody"}, 404),
@@ -224,6 +229,10 @@ def test_scheduled_evaluation_of_several_files(server: Served) -> None:
 
 
 def test_schedule_with_command(server: Served) -> None:
+    def files() -> int:
+        return len(server.ask("GET", "/v1/files")[1]["data"])
+
+    before = files()
     rows = str(server.home / "rows.jsonl")
     unknown = server.command("live", "schedule", "set", "none", rows, fails=True)
     assert "no deployment" in unknown.stderr
@@ -231,7 +240,17 @@ def test_schedule_with_command(server: Served) -> None:
     server.command("live", "schedule", "set", "live", text, "--grader", "exact", fails=True)
     missing = server.command("live", "schedule", "set", "live", "none.jsonl", fails=True)
     assert "none.jsonl is no file" in missing.stderr
-    made = server.command("live", "schedule", "set", "live", rows, "--every", "day")
-    assert "day" in made.stdout
+    assert files() == before
+    server.command("admin", "accounts", "quota", ONE, "jobs_in_flight=0")
+    for _ in range(2):
+        made = server.command("live", "schedule", "set", "live", rows, "--every", "day")
+    assert "day" in made.stdout and files() == before + 1
+    path = "/api/v1/deployments/live/schedule"
+    assert "jobs_in_flight" in until(lambda: server.ask("GET", path)[1].get("skipped"))
+    assert "jobs_in_flight" in server.command("live", "schedule", "list").stdout
+    log = server.home / "server.log"
+    until(lambda: "evaluation of live was skipped" in log.read_text())
+    server.command("admin", "accounts", "quota", ONE, "--reset")
     server.command("live", "schedule", "remove", "live")
+    assert files() == before
     server.command("live", "schedule", "show", "live", fails=True)

@@ -6,11 +6,10 @@ announced.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.errors import QuotaExceeded
@@ -23,7 +22,7 @@ from luthier.server.promotion import UnknownName, find_deployment
 from luthier.server.stores.locations import Locations
 from luthier.server.tables.accounts import quotas_of
 from luthier.server.tables.arns import Arns
-from luthier.server.tables.database import Database, new_id, now
+from luthier.server.tables.database import new_id, now
 from luthier.server.tables.endpoints import Endpoint
 from luthier.server.tables.jobs import ENDED
 from luthier.server.tables.live.alerts import add_alert
@@ -40,32 +39,54 @@ MOST_RESULTS = 100
 """Number of results in the view of a schedule."""
 TICK = 5.0
 """Interval between two searches for due evaluations, in seconds."""
-_log = logging.getLogger(__name__)
 
 
 def set_schedule(
-    database: Database, locations: Locations, arns: Arns, account: str, deployment: str,
-    every: str, request: Mapping[str, Any],
+    locations: Locations, arns: Arns, account: str, deployment: str, every: str,
+    request: Mapping[str, Any], file: str | None = None,
 ) -> None:  # fmt: skip
     """Evaluate a deployment now and then every ``day`` or ``week``.
 
-    Replaces the schedule of the deployment, and begins a new series.
+    Replaces the schedule of the deployment, and begins a new series. The file with the id ``file`` is
+    deleted together with the schedule.
 
     Raises:
         RefusedInput: for an unknown deployment, or for evaluations that would fail.
     """
+    database = locations.uploads.database
     with database.read() as session:
         endpoint = find_deployment(session, arns, account, deployment)
         measured = _model_of(session, endpoint)
     check_measurement(locations, account, EVALUATION, request, [measured])
     made = EvaluationSchedule(
         id=new_id(), account=account, endpoint=endpoint.id, every=every, request=dict(request),
-        next_run=now(), created=now(),
+        next_run=now(), created=now(), file=file,
     )  # fmt: skip
     with database.write() as session:
         find_deployment(session, arns, account, deployment, lock=True)
-        session.execute(delete(EvaluationSchedule).filter_by(endpoint=endpoint.id))
+        old = session.scalar(select(EvaluationSchedule).filter_by(endpoint=endpoint.id))
+        if old is not None:
+            session.delete(old)
+            session.flush()
         session.add(made)
+    _delete_file(locations, old)
+
+
+def end_schedule(locations: Locations, arns: Arns, account: str, deployment: str) -> None:
+    """Delete the schedule of a deployment with its file. The evaluations stay.
+
+    Raises:
+        UnknownName: see :func:`find_schedule`.
+    """
+    with locations.uploads.database.write() as session:
+        _, schedule = find_schedule(session, arns, account, deployment)
+        session.delete(schedule)
+    _delete_file(locations, schedule)
+
+
+def _delete_file(locations: Locations, schedule: EvaluationSchedule | None) -> None:
+    if schedule is not None and schedule.file:
+        locations.uploads.delete(schedule.account, schedule.file)
 
 
 def find_schedule(
@@ -90,10 +111,26 @@ def describe(session: Session, endpoint: Endpoint, schedule: EvaluationSchedule)
         "every": schedule.every,
         "request": schedule.request,
         "next_run": schedule.next_run,
+        "skipped": schedule.skipped,
         "results": [
             _result(session, each) for each in runs_of(session, schedule.id)[-MOST_RESULTS:]
         ],
     }
+
+
+def list_schedules(session: Session, account: str) -> list[dict[str, Any]]:
+    """Return the schedules of an account, each with the state and score of the last evaluation."""
+    own = select(EvaluationSchedule, Endpoint).join(
+        Endpoint, Endpoint.id == EvaluationSchedule.endpoint
+    )
+    found = []
+    for schedule, endpoint in session.execute(own.where(Endpoint.account == account)):
+        view = describe(session, endpoint, schedule)
+        last = view.pop("results")[-1:] or [{}]
+        names = "deployment", "every", "next_run", "skipped"
+        shown = {name: last[0].get(name) for name in ("state", "measure", "score")}
+        found.append({name: view[name] for name in names} | shown)
+    return found
 
 
 def _result(session: Session, run: Measurement) -> dict[str, Any]:
@@ -122,9 +159,12 @@ class Schedules:
     """Thread that starts due evaluations and announces results."""
 
     def __init__(
-        self, database: Database, limits: AccountQuotas, wake: Callable[[], None] = lambda: None
+        self, locations: Locations, limits: AccountQuotas, wake: Callable[[], None] = lambda: None
     ) -> None:
-        self.database, self.limits, self.wake = database, limits, wake
+        self.locations, self.limits, self.wake = locations, limits, wake
+        self.database = locations.uploads.database
+        self._ended: list[EvaluationSchedule] = []
+        """Schedules of deleted deployments, whose files are not deleted yet."""
         self.thread = PeriodicThread(
             "schedules", self.tick, TICK, "scheduled evaluations could not be started"
         )
@@ -150,6 +190,8 @@ class Schedules:
                 schedule = session.get(EvaluationSchedule, name, with_for_update=True)
                 if schedule is not None:
                     act(session, schedule)
+        while self._ended:
+            _delete_file(self.locations, self._ended.pop())
         if due:
             self.wake()
 
@@ -157,6 +199,7 @@ class Schedules:
         endpoint = session.scalar(select(Endpoint).where(Endpoint.id == schedule.endpoint))
         if endpoint is None:
             session.delete(schedule)
+            self._ended.append(schedule)
             return
         moment = now()
         if schedule.next_run > moment:
@@ -170,8 +213,12 @@ class Schedules:
                 [_model_of(session, endpoint)],
                 quotas_of(session, schedule.account, self.limits), schedule.id,
             )  # fmt: skip
+            schedule.skipped = None
         except QuotaExceeded as error:
-            _log.warning("no scheduled evaluation of %s: %s", endpoint.name, error)
+            schedule.skipped = f"{moment:%Y-%m-%d %H:%M}: {error}"
+            text = f"The scheduled evaluation of {endpoint.name} was skipped: {error}"
+            key = f"skipped {schedule.id} {moment.isoformat()}"
+            add_alert(session, schedule.account, "evaluation", endpoint.name, text, key)
 
     def _announce(self, session: Session, schedule: EvaluationSchedule) -> None:
         endpoint = session.scalar(select(Endpoint).where(Endpoint.id == schedule.endpoint))

@@ -128,7 +128,7 @@ class Service:
         self.canaries = Canaries(self.database)
         self.alerts = Alerts(self.database, settings.alert_webhook, settings.alert_secret)
         self.watch = Watch(self.locations, self.arns)
-        self.schedules = Schedules(self.database, settings.limits, self.scheduler.wake)
+        self.schedules = Schedules(self.locations, settings.limits, self.scheduler.wake)
         components = Components(
             database=self.database,
             arns=self.arns,

@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sqlalchemy import select
+from sqlalchemy import or_, select, update
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, RefusedInput
 from luthier.library import models
 from luthier.library.models import StoredModel
 from luthier.server.live import drift
@@ -22,7 +22,7 @@ from luthier.server.stores.locations import Locations
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import now
 from luthier.server.tables.live.alerts import add_alert
-from luthier.server.tables.live.captures import CapturedRequest
+from luthier.server.tables.live.captures import CapturedRequest, CaptureSettings
 
 RECENT = timedelta(days=7)
 """Age of the oldest request of the drift test."""
@@ -39,22 +39,33 @@ def health_with_drift(
     model: str,
     since: datetime,
     until: datetime | None = None,
+    *,
+    reads_paths: bool = False,
 ) -> Health:
     """Return the health of a model. For a tuned model, the inputs are compared with the training rows.
+
+    Args:
+        reads_paths: if the caller may read files of this machine, such as the training rows of a
+            registered model. Otherwise, such a model needs a stored sample.
 
     Raises:
         NoRequests: for an unknown model, and without captured requests.
     """
     found = health(locations.uploads.objects, account, model, since, until)
     try:
-        compared, why = _drift(locations, arns, account, model, until or now())
+        compared, why = _drift(locations, arns, account, model, until or now(), reads_paths)
     except LuthierError as error:
         compared, why = None, str(error)
     return found.model_copy(update={"drift": compared, "drift_unknown": why})
 
 
 def _drift(
-    locations: Locations, arns: Arns, account: str, model: str, until: datetime
+    locations: Locations,
+    arns: Arns,
+    account: str,
+    model: str,
+    until: datetime,
+    reads_paths: bool,
 ) -> tuple[drift.Drift | None, str | None]:
     """Return the drift of the last week, or the reason for none."""
     objects = locations.uploads.objects
@@ -78,16 +89,23 @@ def _drift(
     stored = models.find(stored_id)
     sample = drift.read_sample(stored)
     if sample is None:
-        _store_sample(locations, arns, account, stored)
+        _store_sample(locations, arns, account, stored, reads_paths)
         sample = drift.read_sample(stored)
     if sample is None or len(sample[1]) < drift.LEAST:
         return None, f"the training rows have fewer than {drift.LEAST} texts."
     return drift.drift_of(*sample, texts), None
 
 
-def _store_sample(locations: Locations, arns: Arns, account: str, stored: StoredModel) -> None:
+def _store_sample(
+    locations: Locations, arns: Arns, account: str, stored: StoredModel, reads_paths: bool
+) -> None:
     with locations.uploads.database.read() as session:
         active = find_active(session, arns, account, stored.id)
+    if active.job is None and not reads_paths:
+        raise RefusedInput(
+            f"No sample of the training rows is stored with {active.model.name}. Run `luthier live "
+            f"health {active.model.name}` on the server's machine once."
+        )
     with TemporaryDirectory() as folder:
         rows, _ = old_rows(locations, account, active, Path(folder))
     drift.store_sample(stored, [*dict.fromkeys(text for row in rows if (text := input_text(row)))])
@@ -96,26 +114,25 @@ def _store_sample(locations: Locations, arns: Arns, account: str, stored: Stored
 class Watch:
     """Thread that checks all captured models each Monday, 00:00 UTC, and adds alerts.
 
-    The checked period is fixed, so that a restarted or second server comes to the same alerts.
+    The checked period is fixed, so that a second server comes to the same alerts.
     """
 
     def __init__(self, locations: Locations, arns: Arns) -> None:
         self.locations, self.arns = locations, arns
-        self._checked: datetime | None = None
         self.thread = PeriodicThread(
-            "watch", self._check_week, CHECK_SECONDS, "the health of models could not be checked",
+            "watch", self.tick, CHECK_SECONDS, "the health of models could not be checked",
             first=1.0,
         )  # fmt: skip
 
-    def check(self, until: datetime) -> None:
+    def check(self, account: str, until: datetime) -> None:
         """Add alerts on significant changes and on drift in the week before ``until``."""
         database = self.locations.uploads.database
-        columns = CapturedRequest.account, CapturedRequest.stored_id
         recent = CapturedRequest.created >= until - RECENT, CapturedRequest.created < until
+        named = CapturedRequest.account == account, CapturedRequest.stored_id != ""
         with database.read() as session:
-            named = CapturedRequest.stored_id != ""
-            found = session.execute(select(*columns).where(*recent, named).distinct()).all()
-        for account, model in found:
+            query = select(CapturedRequest.stored_id).where(*recent, *named).distinct()
+            found = session.scalars(query).all()
+        for model in found:
             if self.thread.closed.is_set():
                 return
             try:
@@ -133,9 +150,20 @@ class Watch:
                     key = f"{kind} {model} {until:%Y-%m-%d}"
                     add_alert(session, account, kind, model, text, key)
 
-    def _check_week(self) -> None:
+    def tick(self) -> None:
+        """Check the accounts that were not checked since Monday."""
         today = datetime.combine(now().date(), datetime.min.time(), UTC)
         monday = today - timedelta(days=today.weekday())
-        if monday != self._checked:
-            self.check(monday)
-            self._checked = monday
+        database, checked = self.locations.uploads.database, CaptureSettings.checked
+        with database.read() as session:
+            due = session.scalars(
+                select(CaptureSettings.account).where(or_(checked.is_(None), checked < monday))
+            ).all()
+        for account in due:
+            self.check(account, monday)
+            if self.thread.closed.is_set():
+                return
+            with database.write() as session:
+                session.execute(
+                    update(CaptureSettings).filter_by(account=account).values(checked=monday)
+                )

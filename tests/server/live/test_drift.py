@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from captured_service import Running
 from luthier_server import ONE
 from sqlalchemy import select
+from typer.testing import CliRunner
 
+from luthier.cli.service.live import live_app
 from luthier.files import sha256_of, write_json
 from luthier.library import models
 from luthier.models.manifest import DRIFT_SAMPLE, MANIFEST
@@ -94,9 +97,12 @@ def test_drift_is_an_alert(
     assert "10 inputs" in health(running)["drift_unknown"]
     kept = file.read_text()
     captured(running, texts(50, TOPICS[0], 2))
+    # A client does not make the server read paths of a registered model.
+    assert "luthier live health mine" in health(running)["drift_unknown"]
     file.unlink()
-    assert "cannot be read" in health(running)["drift_unknown"]
+    assert "cannot be read" in CliRunner().invoke(live_app, ["health", "mine"]).stdout
     file.write_text(kept)
+    assert CliRunner().invoke(live_app, ["health", "mine"]).exit_code == 0
     assert health(running)["drift"]["drifted"] is False
     sample = models.find("tiny:mine").folder / DRIFT_SAMPLE
     file.unlink()  # the sample is enough from now on
@@ -108,7 +114,22 @@ def test_drift_is_an_alert(
     watch = Watch(running.service.locations, running.service.arns)
     moment = now()
     for _ in range(2):
-        watch.check(moment)
+        watch.check(ONE, moment)
     with running.service.database.read() as session:
         (alert,) = session.scalars(select(Alert).where(Alert.kind == "drift"))
     assert alert.subject == "tiny:mine" and alert.text == found["summary"]
+
+
+def test_week_is_checked_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running.service.database.write() as session:
+        settings.enable(session, ONE)
+    checked = list[datetime]()
+
+    def check(watch: Watch, account: str, until: datetime) -> None:
+        checked.append(until)
+
+    monkeypatch.setattr(Watch, "check", check)
+    for _ in range(2):  # the second is a new server
+        Watch(running.service.locations, running.service.arns).tick()
+    (monday,) = checked
+    assert monday.weekday() == 0 and monday <= now()

@@ -95,6 +95,22 @@ def test_invalid_values(
     assert answer.status_code == status and word in answer.json()["error"]["message"]
 
 
+def test_position_counts_the_answers(running: Running, request_id: str) -> None:
+    request = str(running.chat(n=2).headers["x-request-id"])
+    assert rate(running, request, rating=3, position=1).status_code == 200
+    refused = rate(running, request, rating=3, position=2)
+    assert refused.status_code == 400 and refused.json()["error"]["parameter"] == "position"
+
+    def waiting() -> list[int]:
+        key = {"Authorization": f"Bearer {running.key()}"}
+        answers = running.http.get("/api/v1/review", headers=key).json()["answers"]
+        return [each["position"] for each in answers if each["request"] == request]
+
+    assert waiting() == [0]
+    rate(running, request, rating=3)
+    assert waiting() == []
+
+
 def test_unknown_request_and_request_of_other_account(running: Running, request_id: str) -> None:
     unknown = rate(running, "nothing", rating=3)
     foreign = rate(running, request_id, OTHER, rating=3)

@@ -245,24 +245,23 @@ def feedback_import(
     Args:
         file: JSON Lines or CSV with a column request.
     """
-    from luthier.errors import DataError
+    from luthier.errors import DataError, RefusedInput
     from luthier.server.live.feedback import (
-        UnknownRequest,
+        find_request,
         read_statements,
         row_problem,
         store_feedback,
     )
-    from luthier.server.tables.live.captures import find_captured
 
     rows = [*read_statements(file)]
-    added = 0
+    added, problems = 0, []
     with open_database(database) as service:
         with service.read() as session:
-            problems = [
-                row_problem(file, line, UnknownRequest(each.request).problem.message)
-                for line, each in rows
-                if find_captured(session, account, each.request) is None
-            ]
+            for line, each in rows:
+                try:
+                    find_request(session, account, each)
+                except RefusedInput as error:
+                    problems.append(row_problem(file, line, error.problem.message))
         if problems:
             raise DataError(problems)
         # A transaction of all rows would stop the writes of the server.
@@ -295,7 +294,9 @@ def health(
 
     with open_database(database) as service:
         since_moment, arns = parse_since(since), Arns(region)
-        return health_with_drift(Locations(service), arns, account, model, since_moment)
+        return health_with_drift(
+            Locations(service), arns, account, model, since_moment, reads_paths=True
+        )
 
 
 def show_health(found: Health) -> None:
@@ -399,6 +400,8 @@ def _retraining(job: Job) -> Record:
         "state": "Draft" if is_draft(job) else job.state,
         "base": job.recipe["base"],
         "rows": plan["rows"],
+        "new_labels": plan.get("new_labels"),
+        "rare_labels": plan.get("rare_labels"),
         "estimate": None if seconds is None else format_duration(seconds),
         "failure": job.failure,
         "verdict": compared.get("verdict"),
@@ -568,11 +571,20 @@ def schedule_set(
         locations = Locations(service, None)
         with service.read() as session:
             find_deployment(session, arns, account, deployment)
+        stored = None
         if file.is_file():
-            rows = locations.uploads.add(account, [file.read_bytes()], file.name, "evals").id
+            content = [file.read_bytes()]
+            stored = rows = locations.uploads.add(account, content, file.name, "evals").id
         body = NewSchedule(rows=rows, every=every, graders=list(grader), max_tokens=max_tokens)
         request = request_of(locations, account, body)
-        set_schedule(service, locations, arns, account, deployment, request.pop("every"), request)
+        try:
+            set_schedule(
+                locations, arns, account, deployment, request.pop("every"), request, stored
+            )
+        except BaseException:
+            if stored:
+                locations.uploads.delete(account, stored)
+            raise
     details = {"every": every, "rows": request["rows"]}
     with audited_write(database, "schedule.set", account, deployment, details):
         pass  # the schedule has transactions of its own
@@ -598,6 +610,14 @@ def schedule_show(
         return describe(session, *find_schedule(session, Arns(region), account, deployment))
 
 
+def schedule_list(*, account: Account = FIRST_ACCOUNT, database: ServiceDatabase = None) -> Record:
+    """List the schedules, and the last result of each."""
+    from luthier.server.schedules import list_schedules
+
+    with open_database(database) as service, service.read() as session:
+        return {"schedules": list_schedules(session, account)}
+
+
 def schedule_remove(
     deployment: str,
     *,
@@ -610,17 +630,20 @@ def schedule_remove(
     Args:
         deployment: Name or ARN of the deployment.
     """
-    from luthier.server.schedules import find_schedule
+    from luthier.server.schedules import end_schedule
+    from luthier.server.stores.locations import Locations
     from luthier.server.tables.arns import Arns
 
-    with audited_write(database, "schedule.remove", account, deployment) as session:
-        session.delete(find_schedule(session, Arns(region), account, deployment)[1])
+    with open_database(database) as service:
+        end_schedule(Locations(service, None), Arns(region), account, deployment)
+    with audited_write(database, "schedule.remove", account, deployment):
+        pass  # the schedule has transactions of its own
     return {"deployment": deployment, "schedule": "removed"}
 
 
 def show_schedule(record: Record) -> None:
     """Print the schedule, and a row for each result."""
-    show_record({name: record[name] for name in ("deployment", "every", "next_run")})
+    show_record({name: record[name] for name in ("deployment", "every", "next_run", "skipped")})
     rows = []
     for each in record["results"]:
         row = {"created": f"{each['created']:%Y-%m-%d %H:%M}", "model": each["model"]}
@@ -660,6 +683,7 @@ live_app.add_typer(feedback_app, name="feedback")
 schedule_app = CommandGroup("Evaluate a deployment every day or week.", extra="server")
 schedule_app.add(Command(schedule_set, show_schedule, "set"))
 schedule_app.add(Command(schedule_show, show_schedule, "show"))
+schedule_app.add(Command(schedule_list, show_record, "list"))
 schedule_app.add(Command(schedule_remove, show_record, "remove"))
 live_app.add_typer(schedule_app, name="schedule")
 live_app.add(Command(health, show_health))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -95,6 +96,10 @@ class MeasurementWorker(ResultWorker[Measurement]):
             row.row_scores = self.row_scores
             row.change = _change(session, row)
             storage.charge(session, row.account, quotas, stored_bytes=row.stored_bytes)
+
+    def time_limit(self, row: Measurement) -> float:
+        """See :meth:`ResultWorker.time_limit`."""
+        return float(row.request.get("time_limit", math.inf))
 
     def explain(self, error: Exception, row: Measurement) -> str:
         """See :meth:`ResultWorker.explain`."""

@@ -297,10 +297,16 @@ class ResultWorker(Worker[Ended]):
 
     progress: dict[str, Any] | None = None
     """Written by the main thread, stored by the heartbeat."""
+    _ends = math.inf
+    """Time at which the worker gives up, by the monotonic clock."""
 
     @abstractmethod
     def produce(self, row: Ended) -> Any:
         """Do the work and return the result."""
+
+    def time_limit(self, row: Ended) -> float:
+        """Return the time limit of the work in seconds."""
+        return math.inf
 
     def explain(self, error: Exception, row: Ended) -> str:
         """Return the failure for the owner, without paths and names of the server."""
@@ -313,6 +319,8 @@ class ResultWorker(Worker[Ended]):
     def work(self, row: Ended) -> int:
         """Produce the result and end the row."""
         self._renewed = time.monotonic()
+        limit = self.time_limit(row)
+        self._ends = self._renewed + limit
         self.heartbeat = Heartbeat(self.beat, BEAT)
         self.heartbeat.start()
         try:
@@ -320,7 +328,12 @@ class ResultWorker(Worker[Ended]):
             end: Any = self.produce(row)
         except (Interrupted, KeyboardInterrupt, LeaseLost, OperationalError):
             # Not failures of the work: another worker starts again, or the work was stopped.
-            raise
+            if time.monotonic() < self._ends:
+                raise
+            end = (
+                f"The time limit of {limit:,.0f} seconds was reached. Use fewer rows, or set a higher "
+                "`time_limit`."
+            )
         except Exception as error:
             if is_shortage(error):
                 raise
@@ -340,7 +353,7 @@ class ResultWorker(Worker[Ended]):
         return 0
 
     def beat(self) -> None:
-        """Renew the lease, store the progress, and interrupt the main thread of stopped work."""
+        """Renew the lease, store the progress, and interrupt stopped or late work."""
         progress = self.progress
         # Most beats only read, because SQLite allows one writer at a time.
         with self.database.read() as session:
@@ -351,7 +364,7 @@ class ResultWorker(Worker[Ended]):
                 row = results.renew(session, self.table, self.row_id, self.lease, progress)
                 state = row.state
             self._renewed = time.monotonic()
-        if state == STOPPING and not self.ending:
+        if (state == STOPPING or time.monotonic() > self._ends) and not self.ending:
             self.heartbeat.interrupt()
 
     def show(self, phase: str, done: int, total: int) -> None:

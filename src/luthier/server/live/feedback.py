@@ -98,6 +98,25 @@ class Statement(BaseModel):
         }
 
 
+def find_request(session: Session, account: str, statement: Statement) -> CapturedRequest:
+    """Return the captured request of a statement.
+
+    Raises:
+        UnknownRequest: If the account has not captured the request.
+        RefusedInput: If the request has no answer at the position.
+    """
+    request = find_captured(session, account, statement.request)
+    if request is None:
+        raise UnknownRequest(statement.request)
+    if request.answers is not None and statement.position >= request.answers:
+        raise RefusedInput(
+            f"The request {request.id} has {request.answers} answers. `position` counts from 0 and "
+            f"must be less than {request.answers}, but is {statement.position}.",
+            setting="position",
+        )
+    return request
+
+
 def store_feedback(
     session: Session, account: str, statement: Statement, rater: str
 ) -> tuple[CapturedRequest, list[Feedback]]:
@@ -106,11 +125,9 @@ def store_feedback(
     Text is redacted if the account's captured requests are.
 
     Raises:
-        UnknownRequest: If the account has not captured the request.
+        RefusedInput: See :func:`find_request`.
     """
-    request = find_captured(session, account, statement.request)
-    if request is None:
-        raise UnknownRequest(statement.request)
+    request = find_request(session, account, statement)
     lock_by_name(session, f"feedback {account} {request.id}")
     settings = session.get(CaptureSettings, account)
     values = statement.values()

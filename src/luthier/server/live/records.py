@@ -65,7 +65,7 @@ def record_of(
         model=storable(exchange.model or str(named or "")), stored_id=exchange.stored_id,
         error=exchange.error, input_tokens=exchange.input_tokens,
         output_tokens=exchange.output_tokens, milliseconds=exchange.milliseconds,
-        user_metadata=metadata,
+        answers=_count_answers(returned), user_metadata=metadata,
     )  # fmt: skip
     record = {
         "schemaType": "ModelInvocationLog",
@@ -93,6 +93,13 @@ def record_of(
             "outputTokenCount": exchange.output_tokens,
         }
     return record, row
+
+
+def _count_answers(returned: Any) -> int:
+    """Return the number of predictions or choices in a response."""
+    parts = returned if isinstance(returned, dict) else {}
+    found = parts.get("answers") or parts.get("choices")
+    return len(found) if isinstance(found, list) else 1
 
 
 def _metadata_of(exchange: Exchange, sent: Any) -> dict[str, str]:

@@ -49,6 +49,8 @@ class _NewMeasurement(Input):
     rows. In a comparison, the first grader decides."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Column names of the rows by key; an empty name ignores the key or column."""
+    time_limit: int = Field(default=21_600, ge=1, le=604_800)
+    """Time limit in seconds. One measurement runs at a time on a machine."""
 
 
 class EvaluationFields(_NewMeasurement):

@@ -77,7 +77,7 @@ class ReviewView(View):
 
     answers: list[ReviewedAnswer]
     waiting: int
-    """Number of captured requests that the caller has not rated."""
+    """Number of captured requests with answers that the caller has not rated."""
     rated: int
     """Number of captured requests that the caller has rated."""
     models: list[str]
@@ -137,17 +137,15 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
     everything = select(CapturedRequest).where(CapturedRequest.account == call.account)
     own = live_rows.requests_to(call.account, page.model) if page.model else everything
     own = own.where(CapturedRequest.error == "").order_by(None)
-    mine = select(Feedback.request_seq).where(
-        Feedback.account == call.account,
-        Feedback.rater == call.caller.user,
-        Feedback.name.in_(RATINGS),
+    mine = Feedback.rater == call.caller.user, Feedback.name.in_(RATINGS)
+    positions = (
+        select(func.count(Feedback.position.distinct()))
+        .where(Feedback.request_seq == CapturedRequest.seq, *mine)
+        .scalar_subquery()
     )
-    waits = CapturedRequest.seq.not_in(mine)
+    waits = positions < func.coalesce(CapturedRequest.answers, 1)
     with database.read() as session:
-        waiting, rated = (
-            _count(session, own.where(condition))
-            for condition in (waits, CapturedRequest.seq.in_(mine))
-        )
+        waiting, rated = (_count(session, own.where(each)) for each in (waits, ~waits))
         names = (
             select(CapturedRequest.model).distinct().where(CapturedRequest.account == call.account)
         )
@@ -156,12 +154,17 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
         if page.position is not None:
             query = query.where(CapturedRequest.seq < page.position)
         records = session.scalars(query.limit(page.limit * MOST_READ)).all()
+        seqs = Feedback.request_seq.in_([each.seq for each in records])
+        columns = Feedback.request_seq, Feedback.position
+        done = {(seq, place) for seq, place in session.execute(select(*columns).where(seqs, *mine))}
     answers: list[ReviewedAnswer] = []
     last = None
     for record in records:
         if len(answers) >= page.limit:
             break
-        answers += _answers(call, record)
+        answers += (
+            each for each in _answers(call, record) if (record.seq, each.position) not in done
+        )
         last = record.seq
     more = last is not None and (last != records[-1].seq or len(records) == page.limit * MOST_READ)
     return ReviewView(

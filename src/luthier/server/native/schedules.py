@@ -48,6 +48,8 @@ class ScheduleView(View):
     every: str
     request: dict[str, Any]
     next_run: datetime
+    skipped: str | None = None
+    """Time and reason, if the last evaluation was skipped because of a quota."""
     results: list[ScheduledResultView]
     """The newest 100 results, oldest first."""
 
@@ -66,9 +68,7 @@ def set_schedule(call: NativeCall, deployment: Name, body: NewSchedule) -> Sched
     request = request_of(context.locations, account, body)
     every = request.pop("every")
     with deployment_faults():
-        schedules.set_schedule(
-            context.database, context.locations, context.arns, account, deployment, every, request
-        )
+        schedules.set_schedule(context.locations, context.arns, account, deployment, every, request)
     return get_schedule(call, deployment)
 
 
@@ -86,7 +86,7 @@ def get_schedule(call: NativeCall, deployment: Name) -> ScheduleView:
 def delete_schedule(call: NativeCall, deployment: Name) -> DeletedScheduleView:
     """End the scheduled evaluations of a deployment. The evaluations stay."""
     call.record(f"custom-model-deployment/{deployment}")
-    arns = call.context.arns
-    with call.context.database.write() as session, deployment_faults():
-        session.delete(schedules.find_schedule(session, arns, call.account, deployment)[1])
+    context = call.context
+    with deployment_faults():
+        schedules.end_schedule(context.locations, context.arns, call.account, deployment)
     return DeletedScheduleView(deployment=deployment)

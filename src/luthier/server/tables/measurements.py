@@ -72,6 +72,10 @@ class EvaluationSchedule(Base):
     next_run: Mapped[datetime]
     announced: Mapped[int] = mapped_column(default=0)
     """Number (``seq``) of the last evaluation whose result was announced."""
+    file: Mapped[str | None]
+    """Id of an uploaded file that belongs to the schedule."""
+    skipped: Mapped[str | None]
+    """Reason for the last evaluation, if skipped."""
     created: Mapped[datetime]
 
 

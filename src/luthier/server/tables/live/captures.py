@@ -39,6 +39,8 @@ class CaptureSettings(Base):
     """Prefix of the objects' keys."""
     logging: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """``loggingConfig`` as sent to the Bedrock API; empty if capture was enabled in another way."""
+    checked: Mapped[datetime | None]
+    """End of the last week whose health was checked."""
 
 
 class CapturedRequest(Base):
@@ -69,6 +71,8 @@ class CapturedRequest(Base):
     input_tokens: Mapped[int]
     output_tokens: Mapped[int]
     milliseconds: Mapped[int]
+    answers: Mapped[int | None]
+    """Number of inputs or choices; None for a record of an earlier version."""
     user_metadata: Mapped[dict[str, Any]]
     """``requestMetadata`` or ``metadata`` of the request."""
     bucket: Mapped[str]
