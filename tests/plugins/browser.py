@@ -79,6 +79,13 @@ class Browser(Chrome):
         shown = "[...document.querySelectorAll(arguments[1])].map((each) => each.innerText)"
         self.until(f"{shown}.some((each) => each.includes(arguments[0]))", seconds, text, selector)
 
+    def sign_in(self, key: str) -> None:
+        """Sign in to the console."""
+        self.until_text("Sign in", "h1")
+        self.fill("#key", key)
+        self.click(".sign-in button")
+        self.until_text("Sign out", "#account")
+
     def resize(self, width: int, height: int) -> None:
         """Set the size of the page in CSS pixels, which may be narrower than a window can be."""
         values = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}

@@ -10,17 +10,19 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
 import boto3
+import psutil
 from botocore.config import Config
 from forked_commands import Command, forked_workers, run
 
 from luthier.files import write_json
 from luthier.models.manifest import MANIFEST
+from luthier.server.tables.jobs import ENDED
 
 BASE = "luthier.tiny"
 ENCODER = "luthier.encoder"
@@ -119,6 +121,33 @@ class Served:
             return error.code, json.loads(error.read())
         kind = answer.headers["content-type"]
         return answer.status, json.loads(text) if "json" in kind else text.decode()
+
+    def put_rows(self, key: str, lines: Iterable[Any]) -> bytes:
+        """Put rows into the bucket ``bucket``, and return the bytes."""
+        body = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        self.client("s3").put_object(Bucket="bucket", Key=key, Body=body)
+        return body
+
+    def ended(self, path: str) -> Any:
+        """Return the work at a path of the native API after its end."""
+        until(lambda: self.ask("GET", path)[1]["state"] in ENDED, 280)
+        return self.ask("GET", path)[1]
+
+    def train_mine(self, **fields: Any) -> None:
+        """Train the custom model ``mine``, a LoRA adapter, on ``rows.jsonl`` in ``bucket``."""
+        asked = {
+            "name": "job", "model_name": "mine", "base": BASE,
+            "training": ["s3://bucket/rows.jsonl"],
+            "settings": {"training": {"max_steps": 2}, "adaptation": {"method": "lora", "rank": 2}},
+        } | fields  # fmt: skip
+        status, body = self.ask("POST", "/api/v1/jobs", asked)
+        assert status == 201, body
+        assert self.ended("/api/v1/jobs/job")["state"] == "Completed"
+
+    def worker_of(self, work: str) -> int | None:
+        """Return the process id of the worker of an export or measurement."""
+        processes = psutil.process_iter(["cmdline"])
+        return next((each.pid for each in processes if work in (each.info["cmdline"] or ())), None)
 
 
 def until(wanted: Callable[[], Any], seconds: float = 120) -> Any:

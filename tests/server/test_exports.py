@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -11,11 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import psutil
 import pytest
-from luthier_server import BASE, OTHER, Served, home_with_tiny, until
-
-ENDED = ("Completed", "Failed", "Stopped")
+from luthier_server import OTHER, Served, home_with_tiny, until
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +19,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
     """With the custom model ``mine``, a LoRA adapter, and a bucket."""
     made = Served(home_with_tiny(tmp_path_factory.mktemp("exports"), tiny_model_folder))
     made.start()
-    s3 = made.client("s3")
-    s3.create_bucket(Bucket="bucket")
+    made.client("s3").create_bucket(Bucket="bucket")
     lines = [{"prompt": f"number {n}?", "completion": f"it is {n}."} for n in range(8)]
-    body = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    s3.put_object(Bucket="bucket", Key="rows.jsonl", Body=body)
-    asked = {
-        "name": "job", "model_name": "mine", "base": BASE, "training": ["s3://bucket/rows.jsonl"],
-        "settings": {"training": {"max_steps": 2}, "adaptation": {"method": "lora", "rank": 2}},
-    }  # fmt: skip
-    assert made.ask("POST", "/api/v1/jobs", asked)[0] == 201
-    until(lambda: made.ask("GET", "/api/v1/jobs/job")[1]["state"] in ENDED, 280)
-    assert made.ask("GET", "/api/v1/jobs/job")[1]["state"] == "Completed"
+    made.put_rows("rows.jsonl", lines)
+    made.train_mine()
     yield made
     made.end()
 
@@ -47,8 +35,7 @@ def create(server: Served, **fields: Any) -> str:
 
 
 def ended(server: Served, export: str) -> dict[str, Any]:
-    until(lambda: server.ask("GET", f"/api/v1/exports/{export}")[1]["state"] in ENDED)
-    found: dict[str, Any] = server.ask("GET", f"/api/v1/exports/{export}")[1]
+    found: dict[str, Any] = server.ended(f"/api/v1/exports/{export}")
     return found
 
 
@@ -62,13 +49,6 @@ def keys(server: Served, export: str) -> dict[str, bytes]:
         ].read()
         for each in listed
     }
-
-
-def worker_of(export: str) -> int | None:
-    for process in psutil.process_iter(["cmdline"]):
-        if export in (process.info["cmdline"] or ()):
-            return int(process.pid)
-    return None
 
 
 def test_merged_model_is_exported_to_bucket(server: Served) -> None:
@@ -96,7 +76,7 @@ def test_merged_model_is_exported_to_bucket(server: Served) -> None:
 @pytest.mark.slow
 def test_export_completes_after_killed_worker(server: Served) -> None:
     made = create(server)
-    os.kill(int(until(lambda: worker_of(made))), signal.SIGKILL)
+    os.kill(int(until(lambda: server.worker_of(made))), signal.SIGKILL)
     done = ended(server, made)
     assert done["state"] == "Completed", done
     assert {*keys(server, made)} == {each["name"] for each in done["result"]["files"]} | {

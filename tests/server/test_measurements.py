@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny, until
+from luthier_server import KEYS, ONE, OTHER, Served, home_with_tiny, until
 from sqlalchemy import select, update
 
 from luthier.server.tables.database import Database, now
+from luthier.server.tables.jobs import ENDED
 from luthier.server.tables.measurements import EvaluationSchedule, Measurement
 
-ENDED = ("Completed", "Failed", "Stopped")
 ROWS = "s3://bucket/rows.jsonl"
 LINES = [{"prompt": f"number {n}?", "completion": f"it is {n}.", "half": n // 4} for n in range(8)]
 
@@ -29,24 +28,15 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
     """With the custom model ``mine``, a LoRA adapter, its deployment ``live``, and held-out rows."""
     made = Served(home_with_tiny(tmp_path_factory.mktemp("measured"), tiny_model_folder))
     made.start()
-    s3 = made.client("s3")
-    s3.create_bucket(Bucket="bucket")
-    train = [{"prompt": f"train {n}?", "completion": f"it is {n}."} for n in range(8)]
+    made.client("s3").create_bucket(Bucket="bucket")
     for name, lines in (
         ("rows", LINES),
-        ("train", train),
+        ("train", [{"prompt": f"train {n}?", "completion": f"it is {n}."} for n in range(8)]),
         ("text", [{"text": "a fox"}]),
         ("labels", [{"text": "a fox", "label": "animal"}]),
     ):
-        body = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        s3.put_object(Bucket="bucket", Key=f"{name}.jsonl", Body=body)
-        (made.home / f"{name}.jsonl").write_bytes(body)
-    asked = {
-        "name": "job", "model_name": "mine", "base": BASE, "training": ["s3://bucket/train.jsonl"],
-        "settings": {"training": {"max_steps": 2}, "adaptation": {"method": "lora", "rank": 2}},
-    }  # fmt: skip
-    assert made.ask("POST", "/api/v1/jobs", asked)[0] == 201
-    until(lambda: made.ask("GET", "/api/v1/jobs/job")[1]["state"] in ENDED, 280)
+        (made.home / f"{name}.jsonl").write_bytes(made.put_rows(f"{name}.jsonl", lines))
+    made.train_mine(training=["s3://bucket/train.jsonl"])
     arn = made.client("bedrock").get_custom_model(modelIdentifier="mine")["modelArn"]
     bedrock = made.client("bedrock")
     arn = bedrock.create_custom_model_deployment(modelDeploymentName="live", modelArn=arn)[
@@ -68,12 +58,6 @@ def create(server: Served, kind: str, **fields: Any) -> str:
     return f"/api/v1/{kind}/{body['id']}"
 
 
-def ended(server: Served, path: str) -> dict[str, Any]:
-    until(lambda: server.ask("GET", path)[1]["state"] in ENDED, 280)
-    found: dict[str, Any] = server.ask("GET", path)[1]
-    return found
-
-
 def stored_id(server: Served) -> str:
     (folder,) = (server.home / "models" / "custom").glob("*/job-*")
     return f"{folder.parent.name}:{folder.name}"
@@ -82,7 +66,7 @@ def stored_id(server: Served) -> str:
 def test_evaluation_has_report_of_the_command(server: Served) -> None:
     graders = {"near": {"method": "similarity"}, "exact": "exact"}
     made = create(server, "evaluations", model="live", graders=graders, slices=["half"])
-    done = ended(server, made)
+    done = server.ended(made)
     assert done["state"] == "Completed", done
     config = server.home / "near.toml"
     config.write_text('[near]\nmethod = "similarity"\n')
@@ -110,7 +94,7 @@ def test_comparison_with_base_and_training_rows(server: Served) -> None:
         server, "comparisons", models=["mine"], training="s3://bucket/train.jsonl",
         prompts={"own": "Reply shortly."}, show=1,
     )  # fmt: skip
-    done = ended(server, made)
+    done = server.ended(made)
     assert done["state"] == "Completed", done
     assert done["models"] == ["mine", "tiny"]
     names = [each["name"] for each in done["report"]["contenders"]]
@@ -126,7 +110,7 @@ def test_rows_of_uploaded_file(server: Served) -> None:
     sent = {"purpose": "evals"}
     stored = httpx.post(f"{server.url}/v1/files", headers=headers, data=sent, files=files).json()
     made = create(server, "evaluations", model="mine", rows=stored["id"])
-    done = ended(server, made)
+    done = server.ended(made)
     assert done["state"] == "Completed", done
     assert done["report"]["rows"] == len(LINES)
 
@@ -135,17 +119,13 @@ def test_rows_of_uploaded_file(server: Served) -> None:
 def test_evaluation_completes_after_killed_worker(server: Served) -> None:
     made = create(server, "evaluations", model="mine")
 
-    def worker() -> int | None:
-        name = made.rpartition("/")[2]
-        processes = psutil.process_iter(["cmdline"])
-        return next((each.pid for each in processes if name in (each.info["cmdline"] or ())), None)
-
-    os.kill(int(until(worker)), signal.SIGKILL)
-    assert ended(server, made)["state"] == "Completed"
+    name = made.rpartition("/")[2]
+    os.kill(int(until(lambda: server.worker_of(name))), signal.SIGKILL)
+    assert server.ended(made)["state"] == "Completed"
 
 
 def test_late_evaluation_fails(server: Served) -> None:
-    done = ended(server, create(server, "evaluations", model="mine", time_limit=1))
+    done = server.ended(create(server, "evaluations", model="mine", time_limit=1))
     assert done["state"] == "Failed" and "time limit of 1 seconds" in done["failure"], done
 
 

@@ -96,13 +96,6 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def sign_in(page: Browser, key: str = KEY) -> None:
-    page.until_text("Sign in", "h1")
-    page.fill("#key", key)
-    page.click(".sign-in button")
-    page.until_text("Sign out", "#account")
-
-
 def check_quiet(page: Browser) -> None:
     """Check that no hostile script ran and the browser logged no error."""
     assert page.script("return window.hit ?? null") is None
@@ -112,7 +105,7 @@ def check_quiet(page: Browser) -> None:
 @pytest.mark.slow
 def test_console_trains_model_from_uploaded_file(server: Served, page: Browser, rows: Path) -> None:
     assert page.script("return location.pathname") == "/console/"
-    sign_in(page)
+    page.sign_in(KEY)
     assert page.text("#account").startswith(ONE)
     page.until_text("Bring a file", "main")
     page.click('#navigation a[href="#/new"]')
@@ -160,7 +153,7 @@ def test_console_trains_model_from_uploaded_file(server: Served, page: Browser, 
 
 
 def test_sample_opens_the_form_with_inspected_rows(server: Served, page: Browser) -> None:
-    sign_in(page)
+    page.sign_in(KEY)
     page.until("document.querySelector('.samples button') !== null")
     page.click(".samples button")
     page.until("location.hash.startsWith('#/new?rows=')")
@@ -171,7 +164,7 @@ def test_sample_opens_the_form_with_inspected_rows(server: Served, page: Browser
 
 
 def test_form_has_fields_once_rows_are_chosen(server: Served, page: Browser, rows: Path) -> None:
-    sign_in(page)
+    page.sign_in(KEY)
     page.click('#navigation a[href="#/home"]')
     page.until("document.querySelector('#rows-file') !== null")
     page.script("location.hash = '#/new'")
@@ -189,7 +182,7 @@ def test_columns_of_a_table_are_chosen_in_menus(
     table = tmp_path / "x.csv"
     lines = [f"number {n} {HOSTILE},i{n % 2},mon\n" for n in range(40)]
     table.write_text("utterance,intent,day\n" + "".join(lines))
-    sign_in(page)
+    page.sign_in(KEY)
     page.click('#navigation a[href="#/new"]')
     page.until("document.querySelector('#base option') !== null")
     page.write("#training-file", str(table))
@@ -207,7 +200,7 @@ def test_columns_of_a_table_are_chosen_in_menus(
 
 
 def test_unknown_page_and_job_show_error(server: Served, page: Browser) -> None:
-    sign_in(page)
+    page.sign_in(KEY)
     page.get(f"{server.url}/console/nothing")
     page.until_text("Page not found", "h1")
     page.script("location.hash = '#/jobs/nothing'")
@@ -216,7 +209,7 @@ def test_unknown_page_and_job_show_error(server: Served, page: Browser) -> None:
 
 
 def test_validation_error_is_shown_at_form_field(server: Served, page: Browser, rows: Path) -> None:
-    sign_in(page)
+    page.sign_in(KEY)
     page.click('#navigation a[href="#/new"]')
     page.until("document.querySelector('#base option') !== null")
     page.write("#training-file", str(rows))
@@ -244,7 +237,7 @@ def test_eval_report_opens_in_browser(server: Served, page: Browser) -> None:
     run = server.ask("POST", path, {"name": "first", "data_source": source})[1]
     until(lambda: server.ask("GET", f"{path}/{run['id']}")[1]["status"] == "completed")
     page.get(run["report_url"])
-    sign_in(page)
+    page.sign_in(KEY)
     page.until_text("first", "h1")
     assert page.script("return location.pathname + location.hash").startswith("/console/#/evals/")
     assert "50.0%" in page.text(".facts") and HOSTILE in page.text("main")
@@ -272,7 +265,7 @@ def test_pages_and_buttons_follow_the_rights_of_the_key(server: Served, page: Br
         page.until_text(text, selector)
         return list(page.script(BUTTONS))
 
-    sign_in(page, new_key(server, "read-only"))
+    page.sign_in(new_key(server, "read-only"))
     page.until_text("What would you like", "h1")
     menu = ["Home", "Jobs", "Models", "Evaluate", "Deployments", "Usage"]
     assert shown("jobs", "There are no jobs yet") == menu
@@ -280,7 +273,7 @@ def test_pages_and_buttons_follow_the_rights_of_the_key(server: Served, page: Br
     assert shown("models/luthier.tiny", "Use the model") == [*menu, "Copy"]
     assert shown("new", "no permission") == menu
     page.click("#account button")
-    sign_in(page, new_key(server, "invoker"))
+    page.sign_in(new_key(server, "invoker"))
     page.until_text("Base models", "main")
     assert page.script("return location.hash") == "#/models"
     assert page.texts("nav a:not([hidden])") == ["Models", "Playground"]
@@ -296,7 +289,7 @@ def test_pages_and_buttons_follow_the_rights_of_the_key(server: Served, page: Br
 def test_results_names_and_files_of_the_form_stay(
     server: Served, page: Browser, rows: Path
 ) -> None:
-    sign_in(page)
+    page.sign_in(KEY)
     page.script("location.hash = '#/new'")
     page.until("document.querySelector('#base option') !== null")
     page.write("#training-file", str(rows))
@@ -320,7 +313,7 @@ def test_results_names_and_files_of_the_form_stay(
 
 
 def test_second_model_continues_conversation(server: Served, page: Browser) -> None:
-    sign_in(page)
+    page.sign_in(KEY)
     page.script(ANSWERS)
     page.script("location.hash = arguments[0]", f"#/playground/{BASE}")
     page.until("document.querySelector('#message') !== null")
@@ -345,7 +338,7 @@ def test_second_model_continues_conversation(server: Served, page: Browser) -> N
 
 
 def test_tables_show_all_columns_on_a_narrow_screen(server: Served, page: Browser) -> None:
-    sign_in(page)
+    page.sign_in(KEY)
     page.script("location.hash = '#/models'")
     page.until_text("Use", "thead")
     page.resize(390, 844)
@@ -361,7 +354,7 @@ def test_tables_show_all_columns_on_a_narrow_screen(server: Served, page: Browse
 def test_cancelled_upload_and_requests_do_not_reappear(
     server: Served, page: Browser, rows: Path
 ) -> None:
-    sign_in(page)
+    page.sign_in(KEY)
     page.script(SLOW["uploads"])
     page.script("location.hash = '#/new'")
     page.until("document.querySelector('#base option') !== null")
@@ -403,7 +396,7 @@ def test_sign_in_with_expired_and_invalid_keys(server: Served, page: Browser) ->
     page.fill("#key", f"{KEY}…")
     page.click(".sign-in button")
     page.until_text("“…”", "[role=alert]")
-    sign_in(page)
+    page.sign_in(KEY)
     assert page.script("return location.hash") == "#/home"
     page.script("sessionStorage.setItem('luthier.key', 'sk-gone')")
     page.click('#navigation a[href="#/models"]')
@@ -412,7 +405,7 @@ def test_sign_in_with_expired_and_invalid_keys(server: Served, page: Browser) ->
     page.fill("#key", "wrong")
     page.click(".sign-in button")
     page.until_text("rejects this key", "[role=alert]")
-    sign_in(page, KEYS[OTHER]["api_key"])
+    page.sign_in(KEYS[OTHER]["api_key"])
     assert page.text("#account").startswith(OTHER)
     page.click("#account button")
     page.until_text("Sign in", "h1")
@@ -433,7 +426,7 @@ def watch_until_it_stops(server: Served, page: Browser, rows: Path) -> None:
     job = {"name": "waits", "model_name": "waits", "base": BASE, "training": [put(server, rows)]}
     assert server.ask("POST", "/api/v1/jobs", job)[0] == 201
     page.get(f"{server.url}/console/")
-    sign_in(page)
+    page.sign_in(KEY)
     page.get(f"{server.url}/console/#/jobs/waits")
     page.until_text("The job was created.", ".messages")
     # The error and the retry button stay while the page polls.

@@ -192,10 +192,7 @@ def test_abilities_of_third_party_models(
 def test_model_pages_in_browser(url: str, root_key: str, tmp_path: Path) -> None:
     with browser(tmp_path) as page:
         page.get(f"{url}/console/")
-        page.until_text("Sign in", "h1")
-        page.fill("#key", root_key)
-        page.click(".sign-in button")
-        page.until_text("Sign out", "#account")
+        page.sign_in(root_key)
 
         def show(place: str, text: str, selector: str = "main") -> None:
             page.script("location.hash = arguments[0]", f"#/{place}")
@@ -252,10 +249,7 @@ def test_deployments_health_and_review_in_browser(
 ) -> None:
     with browser(tmp_path) as page:
         page.get(f"{url}/console/")
-        page.until_text("Sign in", "h1")
-        page.fill("#key", root_key)
-        page.click(".sign-in button")
-        page.until_text("Sign out", "#account")
+        page.sign_in(root_key)
 
         page.click('#navigation a[href="#/review"]')
         page.until_text("No answer is captured yet", "main")
@@ -322,10 +316,7 @@ def test_models_playground_evaluation_and_keys_in_browser(
 ) -> None:
     with browser(tmp_path) as page:
         page.get(f"{url}/console/")
-        page.until_text("Sign in", "h1")
-        page.fill("#key", root_key)
-        page.click(".sign-in button")
-        page.until_text("Sign out", "#account")
+        page.sign_in(root_key)
 
         page.click('#navigation a[href="#/models"]')
         page.until_text("Apache-2.0", "main")
@@ -446,7 +437,10 @@ return { asked, focused, text: root.innerText };
 REPORTS = """
 const { Comparison, Evaluation } = await import("/console/evaluate.js");
 const request = { rows: "s3://b/rows.jsonl" };
-const made = { id: "one", state: "Completed", models: ["m"], request, created: "2026-01-01T00:00:00Z" };
+const made = {
+  id: "one", state: "Completed", models: ["m"], request, errors: ["cer"],
+  created: "2026-01-01T00:00:00Z",
+};
 const report = {
   model: "m", rows: 80, scores: { accuracy: 0.9 }, errors: { accuracy: 0.03 },
   intervals: { accuracy: [0.83, 0.96] }, mistakes: [{ label: "a", answer: "b", rows: 3 }],
@@ -588,9 +582,7 @@ return (async () => {
 def test_pages_handle_rare_responses(url: str, root_key: str, tmp_path: Path) -> None:
     with browser(tmp_path) as page:
         page.get(f"{url}/console/")
-        page.until_text("Sign in", "h1")
-        page.fill("#key", root_key)
-        page.click(".sign-in button")
+        page.sign_in(root_key)
         page.until_text("Bring a file", "main")
         page.script("location.hash = '#/jobs'")
         page.until_text("There are no jobs yet", "main")

@@ -10,6 +10,7 @@ from fastapi import Query, Response
 from pydantic import Field
 from sqlalchemy.orm import Session
 
+from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
 from luthier.server.jobs.measurements import check_measurement
@@ -107,6 +108,8 @@ class MeasurementView(View):
     """Progress of a running measurement: ``phase``, ``done`` and ``total`` (rows or replies)."""
     report: dict[str, Any] | None = None
     """Report of ``luthier evaluate --json`` or ``luthier compare --json``; missing in lists."""
+    errors: list[str] = Field(default_factory=lambda: sorted(LESS_IS_BETTER))
+    """Names of measures with lower values being better."""
     failure: str | None = None
     created: datetime
     started: datetime | None = None

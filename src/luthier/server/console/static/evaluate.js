@@ -19,13 +19,17 @@ const KINDS = { evaluations: "Evaluate a model", comparisons: "Compare with the 
 const STATES = { Completed: "good", Failed: "error", Running: "note" };
 /** Evaluations in the table of a model. */
 const MOST_SHOWN = 10;
-/** As LESS_IS_BETTER of luthier/evaluation/significance.py. */
-const LOWER = [
-  "mean_absolute_error", "cer", "declined_wrongly", "perplexity", "pseudo_perplexity", "loss", "gap in nats",
-  "share of hostile endings",
-];
+/** Measures with lower values being better, as the server lists them with each report. */
+let lower = [];
 
 const pathOf = (kind, id) => `/api/v1/${kind}/${encodeURIComponent(id)}`;
+
+/** Return an evaluation or comparison with its report. */
+async function getReport(path, signal) {
+  const found = await call("GET", path, { signal });
+  lower = found.errors;
+  return found;
+}
 
 /** The lists of evaluations and comparisons, and a form. */
 export function Evaluations({ query }) {
@@ -107,7 +111,7 @@ export function ModelEvaluations({ model }) {
     const { measurements } = await call("GET", "/api/v1/evaluations", { query: { limit: 100, state: "Completed" }, signal });
     const own = measurements.filter((each) => [model.id, model.name, model.arn].includes(each.models[0])).slice(0, MOST_SHOWN);
     await learnNames(own.map((each) => each.request.rows), signal);
-    return Promise.all(own.map((each) => call("GET", pathOf("evaluations", each.id), { signal })));
+    return Promise.all(own.map((each) => getReport(pathOf("evaluations", each.id), signal)));
   });
   const rows = (data ?? []).map(({ id, ended, request, report }) => {
     const [name, score] = Object.entries(report.scores)[0];
@@ -145,7 +149,7 @@ export const Comparison = ({ params }) => html`<${Measured} kind="comparisons" i
 function Measured({ kind, id }) {
   const path = pathOf(kind, id);
   const { data, error, read } = useData(async (signal) => {
-    const found = await call("GET", path, { signal });
+    const found = await getReport(path, signal);
     await learnNames([found.request.rows], signal);
     return found;
   });
@@ -188,7 +192,7 @@ function Download({ path, name }) {
   return html`<button type="button" onclick=${run}>Download the report</button><${ErrorBox} error=${error} />`;
 }
 
-const isShare = (name, values) => !LOWER.includes(name) && values.every((value) => value >= 0 && value <= 1);
+const isShare = (name, values) => !lower.includes(name) && values.every((value) => value >= 0 && value <= 1);
 
 /** Return bars for `ScoreBars` from scores `[name, value, interval]` of one measure. */
 function barsOf(measure, scores) {
@@ -197,7 +201,7 @@ function barsOf(measure, scores) {
   const bars = scores.map(([name, value, interval], index) => ({
     name, value, shown: show(value), low: interval?.[0] ?? null, high: interval?.[1] ?? null, kind: index ? "base" : "tuned",
   }));
-  return { bars, measure: words(measure), isLess: LOWER.includes(measure), show };
+  return { bars, measure: words(measure), isLess: lower.includes(measure), show };
 }
 
 function EvaluationReport({ report }) {
