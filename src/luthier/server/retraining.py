@@ -132,18 +132,7 @@ def draft(
     database = locations.uploads.database
     with database.read() as session:
         active = find_active(session, arns, account, model)
-    if active.job is None and not reads_paths:
-        raise RefusedInput(
-            f'Model "{active.model.name}" was not trained by a job of this service. '
-            f"Run `luthier live retrain {active.model.name}` on the server's machine.",
-            setting="model",
-        )
-    if active.stored.objective.method not in KINDS:
-        raise RefusedInput(
-            f'Model "{active.model.name}" was trained with `{active.stored.objective.method}`. '
-            f"Feedback gives rows for {', '.join(KINDS)}.",
-            setting="model",
-        )
+    check_supported(active, reads_paths)
     rows = _collect(locations, account, active, {model, active.model.name}, since)
     base_model = ModelIds(database, arns).base(account, base or active.model.base_model)
     if base_model is None:
@@ -194,6 +183,22 @@ def draft(
         raise
     _delete_files(locations, account, replaced)
     return job
+
+
+def check_supported(active: ActiveModel, reads_paths: bool = False) -> None:
+    """Raise :class:`RefusedInput` for a model that cannot be retrained."""
+    if active.job is None and not reads_paths:
+        raise RefusedInput(
+            f'Model "{active.model.name}" was not trained by a job of this service. '
+            f"Run `luthier live retrain {active.model.name}` on the server's machine.",
+            setting="model",
+        )
+    if active.stored.objective.method not in KINDS:
+        raise RefusedInput(
+            f'Model "{active.model.name}" was trained with `{active.stored.objective.method}`. '
+            f"Feedback gives rows for {', '.join(KINDS)}.",
+            setting="model",
+        )
 
 
 def latest(session: Session, account: str, model: str) -> Job | None:

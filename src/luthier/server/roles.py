@@ -66,9 +66,9 @@ _OPERATIONS = {
         ),
         "luthier": (
             "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport ListEvaluations "
-            "GetSchedule GetEvaluation GetEvaluationReport ListComparisons GetComparison "
+            "GetSchedule GetRetraining GetEvaluation GetEvaluationReport ListComparisons GetComparison "
             "GetComparisonReport "
-            "GetCapture ListDeployments GetFeedback GetModelHealth GetDeploymentHistory "
+            "GetCapture ListDeployments GetFeedback GetAgreement GetModelHealth GetDeploymentHistory "
             "GetCertificate DownloadCertificate GetUsage GetDailyUsage "
             "openai.files.list openai.files.retrieve openai.files.content "
             "openai.fine_tuning.jobs.list openai.fine_tuning.jobs.retrieve "
@@ -98,7 +98,7 @@ _OPERATIONS = {
             "openai.responses.delete openai.chat.completions.update "
             "openai.chat.completions.delete CreateJob PauseJob ResumeJob StopJob PreviewData "
             "StoreExample InspectData EstimateJob RetrainModel CreateExport "
-            "StopExport SetSchedule DeleteSchedule CreateEvaluation StopEvaluation "
+            "StopExport SetSchedule DeleteSchedule SetRetraining CreateEvaluation StopEvaluation "
             "DeleteEvaluation CreateComparison "
             "StopComparison DeleteComparison PromoteDeployment RollBackDeployment DeleteModel "
             "SetCapture CreateRows CreateDeployment LoadModel UnloadModel "

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import QuotaExceeded
 from luthier.limits import AccountQuotas
+from luthier.server.auto_retraining import request_draft
 from luthier.server.identifiers import model_name, stored_id_of
 from luthier.server.jobs.measurements import check_measurement
 from luthier.server.jobs.submit import submit_measurement
@@ -229,6 +230,9 @@ class Schedules:
             if endpoint is not None and (run.failure or (run.change or {}).get("is_fall")):
                 text, key = alert_text(endpoint, run), f"evaluation {run.id}"
                 add_alert(session, schedule.account, "evaluation", endpoint.name, text, key)
+                if not run.failure:
+                    reason, stored_id = "a scheduled evaluation fell", run.models[0]["stored_id"]
+                    request_draft(session, schedule.account, stored_id, reason)
 
 
 def alert_text(endpoint: Endpoint, run: Measurement) -> str:

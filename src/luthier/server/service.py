@@ -127,7 +127,7 @@ class Service:
         self.capture = Capture(self.objects, settings.region)
         self.canaries = Canaries(self.database)
         self.alerts = Alerts(self.database, settings.alert_webhook, settings.alert_secret)
-        self.watch = Watch(self.locations, self.arns)
+        self.watch = Watch(self.locations, self.arns, limits)
         self.schedules = Schedules(self.locations, settings.limits, self.scheduler.wake)
         components = Components(
             database=self.database,

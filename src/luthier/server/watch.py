@@ -13,8 +13,10 @@ from sqlalchemy import or_, select, update
 from luthier.errors import LuthierError, RefusedInput
 from luthier.library import models
 from luthier.library.models import StoredModel
+from luthier.limits import AccountQuotas
+from luthier.server.auto_retraining import prepare_drafts, request_draft
 from luthier.server.live import drift
-from luthier.server.live.health import Health, health
+from luthier.server.live.health import RATING, Health, health
 from luthier.server.live.rows import input_text, read_answers, requests_to
 from luthier.server.periodic import PeriodicThread
 from luthier.server.retraining import find_active, old_rows
@@ -111,14 +113,22 @@ def _store_sample(
     drift.store_sample(stored, [*dict.fromkeys(text for row in rows if (text := input_text(row)))])
 
 
+def _reason_to_retrain(state: Health) -> str | None:
+    if state.drift and state.drift.drifted:
+        return "the inputs have drifted"
+    falls = [e for e in state.changes if e.measure == RATING and e.last.value < e.before.value]
+    return f"the mean rating fell to {falls[0].last.text()}" if falls else None
+
+
 class Watch:
     """Thread that checks all captured models each Monday, 00:00 UTC, and adds alerts.
 
+    The thread also prepares drafts of retrainings.
     The checked period is fixed, so that a second server comes to the same alerts.
     """
 
-    def __init__(self, locations: Locations, arns: Arns) -> None:
-        self.locations, self.arns = locations, arns
+    def __init__(self, locations: Locations, arns: Arns, limits: AccountQuotas) -> None:
+        self.locations, self.arns, self.limits = locations, arns, limits
         self.thread = PeriodicThread(
             "watch", self.tick, CHECK_SECONDS, "the health of models could not be checked",
             first=1.0,
@@ -145,13 +155,16 @@ class Watch:
             alerts = {"health": state.summary} if state.changes else {}
             if state.drift and state.drift.drifted:
                 alerts["drift"] = state.drift.summary
+            reason = _reason_to_retrain(state)
             with database.write() as session:
+                if reason:
+                    request_draft(session, account, model, reason)
                 for kind, text in alerts.items():
                     key = f"{kind} {model} {until:%Y-%m-%d}"
                     add_alert(session, account, kind, model, text, key)
 
     def tick(self) -> None:
-        """Check the accounts that were not checked since Monday."""
+        """Check the accounts that were not checked since Monday, and prepare due retrainings."""
         today = datetime.combine(now().date(), datetime.min.time(), UTC)
         monday = today - timedelta(days=today.weekday())
         database, checked = self.locations.uploads.database, CaptureSettings.checked
@@ -167,3 +180,4 @@ class Watch:
                 session.execute(
                     update(CaptureSettings).filter_by(account=account).values(checked=monday)
                 )
+        prepare_drafts(self.locations, self.arns, self.limits)

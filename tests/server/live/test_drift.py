@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from luthier.cli.service.live import live_app
 from luthier.files import sha256_of, write_json
 from luthier.library import models
+from luthier.limits import AccountQuotas
 from luthier.models.manifest import DRIFT_SAMPLE, MANIFEST
 from luthier.server.jobs.submit import register_model
 from luthier.server.live import drift, settings
@@ -111,7 +112,7 @@ def test_drift_is_an_alert(
     found = health(running)["drift"]
     assert found["drifted"] and found["clusters"]
 
-    watch = Watch(running.service.locations, running.service.arns)
+    watch = Watch(running.service.locations, running.service.arns, AccountQuotas())
     moment = now()
     for _ in range(2):
         watch.check(ONE, moment)
@@ -130,6 +131,6 @@ def test_week_is_checked_once(running: Running, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Watch, "check", check)
     for _ in range(2):  # the second is a new server
-        Watch(running.service.locations, running.service.arns).tick()
+        Watch(running.service.locations, running.service.arns, AccountQuotas()).tick()
     (monday,) = checked
     assert monday.weekday() == 0 and monday <= now()

@@ -111,6 +111,29 @@ def test_position_counts_the_answers(running: Running, request_id: str) -> None:
     assert waiting() == []
 
 
+def test_share_of_answers_goes_to_two_raters(running: Running, request_id: str) -> None:
+    requests = [request_id, *(running.chat().headers["x-request-id"] for _ in range(9))]
+
+    def waiting() -> int:
+        key = {"Authorization": f"Bearer {running.key()}"}
+        return int(running.http.get("/api/v1/review", headers=key).json()["waiting"])
+
+    for number, request in enumerate(requests):
+        rate(running, request, rating=1 + number % 5, rater="ann")
+    assert waiting() == 10
+    for share, count in ((0, 0), (0.5, 5), (1, 10)):
+        with running.service.database.write() as session:
+            settings.enable(session, ONE, second_rater=share)
+        assert waiting() == count
+    for number, request in enumerate(requests):
+        rate(running, request, rating=1 + number % 5 if number else 5)
+    key = {"Authorization": f"Bearer {running.key()}"}
+    (found,) = running.http.get("/api/v1/models/tiny/agreement", headers=key).json()["agreement"]
+    assert (found["name"], found["answers"]) == ("rating", 10) and 0.5 < found["alpha"] < 1
+    shown = CliRunner().invoke(live_app, ["feedback", "agreement", "tiny"]).stdout
+    assert "10 answers" in shown
+
+
 def test_unknown_request_and_request_of_other_account(running: Running, request_id: str) -> None:
     unknown = rate(running, "nothing", rating=3)
     foreign = rate(running, request_id, OTHER, rating=3)

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from luthier_server import BASE, ONE, Served, home_with_tiny, until
+from luthier_server import ONE, Served, home_with_tiny, until
 
 from luthier.data.rows import load_rows
-from luthier.server.tables.jobs import ENDED
-
-SETTINGS = {"training": {"max_steps": 2}, "adaptation": {"method": "lora", "rank": 2}}
+from luthier.limits import AccountQuotas
+from luthier.server.auto_retraining import prepare_drafts, request_draft
+from luthier.server.retraining import is_draft, latest
+from luthier.server.stores.locations import Locations
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.database import Database
+from luthier.server.tables.jobs import Job
 
 YES_OR_NO = {
     "type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "boolean"}},
@@ -30,12 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
     made.client("s3").create_bucket(Bucket="bucket")
     put(made, "rows.jsonl", range(40))
     put(made, "held.jsonl", range(40, 60))
-    asked = {
-        "name": "job", "model_name": "mine", "base": BASE, "training": ["s3://bucket/rows.jsonl"],
-        "validation": ["s3://bucket/held.jsonl"], "settings": SETTINGS,
-    }  # fmt: skip
-    assert made.ask("POST", "/api/v1/jobs", asked)[0] == 201
-    assert ended(made, "job")["state"] == "Completed"
+    made.train_mine(validation=["s3://bucket/held.jsonl"])
     made.command("live", "capture", "on")
     time.sleep(1.5)  # until the server reads the setting
     yield made
@@ -44,14 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 
 def put(server: Served, key: str, numbers: range) -> None:
     lines = [{"prompt": f"number {n}?", "completion": f"it is {n}."} for n in numbers]
-    body = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    server.client("s3").put_object(Bucket="bucket", Key=key, Body=body)
-
-
-def ended(server: Served, job: str) -> Any:
-    path = f"/api/v1/jobs/{job}"
-    until(lambda: server.ask("GET", path)[1]["state"] in ENDED, 280)
-    return server.ask("GET", path)[1]
+    server.put_rows(key, lines)
 
 
 def rated(server: Served, model: str, numbers: range, before: Sequence[Any] = ()) -> None:
@@ -108,7 +100,7 @@ def test_draft_trains_after_start_and_is_compared(server: Served, tmp_path: Path
     ).stderr
     assert "retrain mine --base mine" in " ".join(other.split())
     server.command("live", "retrain", "mine", "--start")
-    job = ended(server, "mine-r2")
+    job = server.ended("/api/v1/jobs/mine-r2")
     assert job["state"] == "Completed", job["failure"]
     compared = job["result"]["retraining"]
     assert (compared["fresh"]["rows"], compared["frozen"]["rows"]) == (6, 20)
@@ -135,6 +127,49 @@ def test_draft_trains_after_start_and_is_compared(server: Served, tmp_path: Path
     file.write_text("".join(json.dumps(row) + "\n" for row in mixed))
     assert {len(row["messages"]) for row in mixed} == {2, 4}
     assert len(load_rows(str(file))) == len(mixed)
+
+
+def test_server_drafts_after_ratings_or_an_alert(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_HOME", str(server.home))
+    locations = Locations(Database(f"sqlite:///{server.home / 'luthier.db'}"), None)
+    database, arns = locations.uploads.database, Arns("us-east-1")
+    created = {"name": "live", "model": "mine"}
+    assert server.ask("POST", "/api/v1/deployments", created)[0] == 201
+    path = "/api/v1/deployments/live/retraining"
+
+    def prepared() -> Job:
+        prepare_drafts(locations, arns, AccountQuotas())
+        with database.read() as session:
+            job = latest(session, ONE, "live")
+        assert job is not None
+        return job
+
+    for wrong in ({"rows": 1}, {"auto": True}):
+        assert server.ask("PUT", path, wrong)[0] == 400
+    assert server.ask("PUT", path, {"rows": 25})[0] == 200
+    rated(server, "mine", range(300, 324))
+    with database.read() as session:
+        assert latest(session, ONE, "live") is None
+    prepare_drafts(locations, arns, AccountQuotas())
+    assert "note" not in server.ask("GET", path)[1]
+    rated(server, "mine", range(324, 326))
+    job = prepared()
+    assert is_draft(job) and job.name in server.ask("GET", path)[1]["note"]
+    assert prepared().id == job.id
+    log = server.home / "server.log"
+    until(lambda: "alert (retraining): live" in log.read_text())
+
+    shown = server.command("live", "auto-retrain", "live", "--on-alert", "--auto").stdout
+    assert "on" in shown.split()
+    with database.write() as session:
+        request_draft(session, ONE, job.details["retraining"]["stored_id"], "the inputs drifted")
+    job = prepared()
+    assert not is_draft(job) and "drifted" in server.ask("GET", path)[1]["note"]
+    assert server.ask("POST", f"/api/v1/jobs/{job.name}/stop")[0] == 200
+    assert "off" in server.command("live", "auto-retrain", "live", "--off").stdout.split()
+    database.close()
 
 
 def test_input_without_a_retraining(server: Served) -> None:

@@ -22,6 +22,7 @@ from luthier.cli.service.database import (
     plain_record,
     show_record,
 )
+from luthier.cli.service.live_schedules import auto_retrain, schedule_app, show_rule
 from luthier.cli.terminal.bridge import Command, CommandGroup
 from luthier.cli.terminal.console import note, print_rows, print_text
 from luthier.formatting import format_duration
@@ -43,7 +44,10 @@ LOADING_SECONDS = 60.0
 """Time limit for the loading of a new model, in seconds."""
 IMPORTED_ROWS = 200
 """Rows of imported feedback per transaction."""
-_SETTINGS = ("account", "enabled", "share", "redact", "days", "most_bytes", "bucket", "prefix")
+_SETTINGS = (
+    "account", "enabled", "share", "redact", "days", "most_bytes", "bucket", "prefix",
+    "second_rater",
+)  # fmt: skip
 
 
 def capture_on(
@@ -57,6 +61,9 @@ def capture_on(
         bool | None,
         typer.Option("--redact/--no-redact", help="Replace personal data before writing."),
     ] = None,
+    second_rater: Annotated[
+        float | None, typer.Option(help="Share of answers that go to two raters.")
+    ] = None,
     account: Account = FIRST_ACCOUNT,
     database: ServiceDatabase = None,
 ) -> Record:
@@ -64,6 +71,7 @@ def capture_on(
     from luthier.server.live.settings import enable
 
     given = {"share": share, "days": days, "most_bytes": most_bytes, "redact": redact}
+    given["second_rater"] = second_rater
     values = {name: value for name, value in given.items() if value is not None}
     with audited_write(database, "capture.on", account, "", values) as session:
         return plain_record(enable(session, account, **values), *_SETTINGS)
@@ -271,6 +279,38 @@ def feedback_import(
                     rater = each.rater or operator()
                     added += len(store_feedback(session, account, each, rater)[1])
     return {"file": str(file), "rows": len(rows), "added": added}
+
+
+def feedback_agreement(
+    model: str, *, account: Account = FIRST_ACCOUNT, database: ServiceDatabase = None
+) -> Record:
+    """Show how well the raters of a model's answers agree (Krippendorff's alpha).
+
+    Args:
+        model: Name that clients sent, or a custom model.
+    """
+    from luthier.server.live.agreement import agreements
+    from luthier.server.live.health import unknown_model
+
+    with open_database(database) as service, service.read() as session:
+        if unknown := unknown_model(session, account, model):
+            raise unknown
+        return {"agreement": [each.model_dump() for each in agreements(session, account, model)]}
+
+
+def show_agreement(record: Record) -> None:
+    """Print alpha by kind of feedback, and its usual reading."""
+    if not record["agreement"]:
+        print_text("No answer has two raters. Command: luthier live capture on --second-rater 0.1")
+        return
+    for each in record["agreement"]:
+        alpha = "undefined, because all values are equal"
+        if each["alpha"] is not None:
+            alpha = "{alpha:.2f} ({low:.2f} to {high:.2f})".format(**each)
+        print_text(
+            f"{each['name']}: {alpha}, on {each['answers']:,} answers with two or more raters"
+        )
+    print_text("Usual reading: 0 is chance, and from 0.8 the ratings are reliable.")
 
 
 def health(
@@ -536,130 +576,6 @@ def show_history(record: Record) -> None:
     print_rows([*columns], rows)
 
 
-def schedule_set(
-    deployment: str,
-    rows: str,
-    *,
-    every: Literal["day", "week"] = "week",
-    grader: Sequence[str] = (),
-    max_tokens: int = 128,
-    account: Account = FIRST_ACCOUNT,
-    region: Region = "us-east-1",
-    database: ServiceDatabase = None,
-) -> Record:
-    """Evaluate a deployment now, then every day or week.
-
-    Args:
-        deployment: Name or ARN of the deployment.
-        rows: Held-out rows: a file, s3:// address or file id.
-        every: Time between two evaluations.
-        grader: Grader of replies, such as exact; repeatable.
-        max_tokens: Token limit of a reply.
-    """
-    from luthier.errors import RefusedInput
-    from luthier.server.native.measurements import request_of
-    from luthier.server.native.schedules import NewSchedule
-    from luthier.server.promotion import find_deployment
-    from luthier.server.schedules import set_schedule
-    from luthier.server.stores.locations import Locations
-    from luthier.server.tables.arns import Arns
-
-    arns, file = Arns(region), Path(rows)
-    if not file.is_file() and not rows.startswith(("s3://", "file-")):
-        raise RefusedInput(f"{rows} is no file. Name a file, an s3:// address or the id of a file.")
-    with open_database(database) as service:
-        locations = Locations(service, None)
-        with service.read() as session:
-            find_deployment(session, arns, account, deployment)
-        stored = None
-        if file.is_file():
-            content = [file.read_bytes()]
-            stored = rows = locations.uploads.add(account, content, file.name, "evals").id
-        body = NewSchedule(rows=rows, every=every, graders=list(grader), max_tokens=max_tokens)
-        request = request_of(locations, account, body)
-        try:
-            set_schedule(
-                locations, arns, account, deployment, request.pop("every"), request, stored
-            )
-        except BaseException:
-            if stored:
-                locations.uploads.delete(account, stored)
-            raise
-    details = {"every": every, "rows": request["rows"]}
-    with audited_write(database, "schedule.set", account, deployment, details):
-        pass  # the schedule has transactions of its own
-    return schedule_show(deployment, account=account, region=region, database=database)
-
-
-def schedule_show(
-    deployment: str,
-    *,
-    account: Account = FIRST_ACCOUNT,
-    region: Region = "us-east-1",
-    database: ServiceDatabase = None,
-) -> Record:
-    """Show the schedule of a deployment and its results.
-
-    Args:
-        deployment: Name or ARN of the deployment.
-    """
-    from luthier.server.schedules import describe, find_schedule
-    from luthier.server.tables.arns import Arns
-
-    with open_database(database) as service, service.read() as session:
-        return describe(session, *find_schedule(session, Arns(region), account, deployment))
-
-
-def schedule_list(*, account: Account = FIRST_ACCOUNT, database: ServiceDatabase = None) -> Record:
-    """List the schedules, and the last result of each."""
-    from luthier.server.schedules import list_schedules
-
-    with open_database(database) as service, service.read() as session:
-        return {"schedules": list_schedules(session, account)}
-
-
-def schedule_remove(
-    deployment: str,
-    *,
-    account: Account = FIRST_ACCOUNT,
-    region: Region = "us-east-1",
-    database: ServiceDatabase = None,
-) -> Record:
-    """End the scheduled evaluations of a deployment. The evaluations stay.
-
-    Args:
-        deployment: Name or ARN of the deployment.
-    """
-    from luthier.server.schedules import end_schedule
-    from luthier.server.stores.locations import Locations
-    from luthier.server.tables.arns import Arns
-
-    with open_database(database) as service:
-        end_schedule(Locations(service, None), Arns(region), account, deployment)
-    with audited_write(database, "schedule.remove", account, deployment):
-        pass  # the schedule has transactions of its own
-    return {"deployment": deployment, "schedule": "removed"}
-
-
-def show_schedule(record: Record) -> None:
-    """Print the schedule, and a row for each result."""
-    show_record({name: record[name] for name in ("deployment", "every", "next_run", "skipped")})
-    rows = []
-    for each in record["results"]:
-        row = {"created": f"{each['created']:%Y-%m-%d %H:%M}", "model": each["model"]}
-        row |= {"state": each["state"], "score": "", "95 % interval": "", "since the first": ""}
-        if each["score"] is not None:
-            row["score"] = f"{each['measure']} {each['score']:.3g}"
-        if each["interval"] is not None:
-            row["95 % interval"] = "{:.3g} to {:.3g}".format(*each["interval"])
-        if (change := each["change"]) is not None:
-            mark = ", significant" if change["significant"] else ""
-            row["since the first"] = f"{change['difference']:+.3g}{mark}"
-        rows.append(row | {"failure": each["failure"] or ""})
-    if rows:
-        print_rows([*rows[0]], rows)
-
-
 def show_settings(record: Record) -> None:
     """Print the settings with a clear first line."""
     state = "on" if record["enabled"] else "off"
@@ -677,17 +593,14 @@ capture_app.add(Command(capture_export, print_export, "export"))
 feedback_app = CommandGroup("Rate captured requests.", extra="server")
 feedback_app.add(Command(feedback_add, show_record, "add"))
 feedback_app.add(Command(feedback_import, show_record, "import"))
+feedback_app.add(Command(feedback_agreement, show_agreement, "agreement"))
 live_app = CommandGroup("Keep a deployed model good: capture, rate, watch.", extra="server")
 live_app.add_typer(capture_app, name="capture")
 live_app.add_typer(feedback_app, name="feedback")
-schedule_app = CommandGroup("Evaluate a deployment every day or week.", extra="server")
-schedule_app.add(Command(schedule_set, show_schedule, "set"))
-schedule_app.add(Command(schedule_show, show_schedule, "show"))
-schedule_app.add(Command(schedule_list, show_record, "list"))
-schedule_app.add(Command(schedule_remove, show_record, "remove"))
 live_app.add_typer(schedule_app, name="schedule")
 live_app.add(Command(health, show_health))
 live_app.add(Command(retrain, show_retraining))
+live_app.add(Command(auto_retrain, show_rule))
 live_app.add(Command(promote, show_history))
 live_app.add(Command(rollback, show_history))
 live_app.add(Command(history, show_history))

@@ -30,7 +30,9 @@ from luthier.validation import describe_located_error
 
 OUTCOME = "outcome."
 """Prefix of the names of outcomes among the names of feedback."""
-_STATEMENTS = ("thumb", "rating", "preferred", "corrected", "label", "comment")
+RATINGS = ("thumb", "rating", "preferred", "corrected", "label")
+"""Names of feedback with which an answer counts as rated."""
+_STATEMENTS = (*RATINGS, "comment")
 _TEXT_CHARACTERS = 1_000_000
 Text = Annotated[str, Field(min_length=1, max_length=_TEXT_CHARACTERS)]
 

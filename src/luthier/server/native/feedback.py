@@ -8,6 +8,7 @@ from typing import Any
 
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
+from luthier.server.live.agreement import Agreement, agreements
 from luthier.server.live.feedback import (
     Statement,
     UnknownRequest,
@@ -72,6 +73,20 @@ def get_feedback(call: NativeCall, request: Name) -> FeedbackView:
         if found is None:
             raise Fault("ResourceNotFound", UnknownRequest(request).text, parameter="request")
         return _view(found, latest_feedback(session, [found.seq]).get(found.seq, ()))
+
+
+class AgreementView(View):
+    """Agreement of raters."""
+
+    agreement: list[Agreement]
+    """Kinds of feedback with two raters of an answer."""
+
+
+@router.get("/models/{model}/agreement")
+def get_agreement(call: NativeCall, model: Name) -> AgreementView:
+    """Return how well the raters of a model's answers agree."""
+    with call.context.database.read() as session:
+        return AgreementView(agreement=agreements(session, call.account, model))
 
 
 def _view(request: CapturedRequest, rows: Sequence[Feedback], added: int = 0) -> FeedbackView:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import Query
 from pydantic import Field
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from luthier.errors import RefusedInput
@@ -16,14 +16,13 @@ from luthier.files import json_lines
 from luthier.server.http.messages import Fault
 from luthier.server.live import rows as live_rows
 from luthier.server.live import settings
+from luthier.server.live.feedback import RATINGS
 from luthier.server.live.rows import RowKind
 from luthier.server.native.operations import Input, NativeCall, Page, View, native_router
 from luthier.server.stores.uploaded_files import file_address
 from luthier.server.tables.live.captures import CapturedRequest, CaptureSettings, Feedback
 
 router = native_router()
-RATINGS = ("thumb", "rating", "preferred", "corrected", "label")
-"""Names of feedback with which an answer counts as rated."""
 MOST_READ = 20
 """Records that are read for each answer of a page, because some records have no text."""
 
@@ -144,8 +143,19 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
         .scalar_subquery()
     )
     waits = positions < func.coalesce(CapturedRequest.answers, 1)
+    done_by_me = ~waits
     with database.read() as session:
-        waiting, rated = (_count(session, own.where(each)) for each in (waits, ~waits))
+        settings = session.get(CaptureSettings, call.account)
+        if settings is not None and settings.second_rater is not None:
+            others = select(func.count(Feedback.rater.distinct())).where(
+                Feedback.request_seq == CapturedRequest.seq,
+                Feedback.rater != call.caller.user,
+                Feedback.name.in_(RATINGS),
+            )
+            # Multiplied, so that neighbours do not have the same number of raters.
+            is_shared = (CapturedRequest.seq * 37) % 100 < 100 * settings.second_rater
+            waits &= others.scalar_subquery() < case((is_shared, 2), else_=1)
+        waiting, rated = (_count(session, own.where(each)) for each in (waits, done_by_me))
         names = (
             select(CapturedRequest.model).distinct().where(CapturedRequest.account == call.account)
         )

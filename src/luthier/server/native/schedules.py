@@ -5,11 +5,16 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 
+from pydantic import Field
+
 from luthier.server import schedules
+from luthier.server.auto_retraining import describe, set_rule
 from luthier.server.http.routes import Name
 from luthier.server.native.deployments import deployment_faults
 from luthier.server.native.measurements import EvaluationFields, request_of
-from luthier.server.native.operations import NativeCall, View, native_router
+from luthier.server.native.operations import Input, NativeCall, View, native_router
+from luthier.server.promotion import find_deployment
+from luthier.server.retraining import LEAST_NEW
 
 router = native_router()
 
@@ -58,6 +63,49 @@ class DeletedScheduleView(View):
     """Response to the deletion of a schedule."""
 
     deployment: str
+
+
+class RetrainingRule(Input):
+    """Conditions for a draft of a retraining. Without a condition, the server prepares none."""
+
+    rows: int | None = Field(default=None, ge=LEAST_NEW)
+    """Number of newly rated requests."""
+    on_alert: bool = False
+    """After drift, a fall of ratings, or a fall of a scheduled evaluation."""
+    auto: bool = False
+    """Start the draft without approval."""
+
+
+class RetrainingRuleView(View):
+    """Conditions and the outcome of the last draft."""
+
+    deployment: str
+    rows: int | None = None
+    on_alert: bool
+    auto: bool
+    note: str | None = None
+    """Outcome of the last draft."""
+
+
+@router.put("/deployments/{deployment}/retraining")
+def set_retraining(call: NativeCall, deployment: Name, body: RetrainingRule) -> RetrainingRuleView:
+    """Prepare drafts of retrainings from now on."""
+    call.record(f"custom-model-deployment/{deployment}")
+    context = call.context
+    with deployment_faults():
+        set_rule(
+            context.locations, context.arns, call.account, deployment, body.rows, body.on_alert,
+            body.auto,
+        )  # fmt: skip
+    return get_retraining(call, deployment)
+
+
+@router.get("/deployments/{deployment}/retraining")
+def get_retraining(call: NativeCall, deployment: Name) -> RetrainingRuleView:
+    """Return the conditions for drafts of retrainings."""
+    with call.context.database.read() as session, deployment_faults():
+        endpoint = find_deployment(session, call.context.arns, call.account, deployment)
+        return RetrainingRuleView.model_validate(describe(endpoint))
 
 
 @router.put("/deployments/{deployment}/schedule")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypedDict
 
 from sqlalchemy import UniqueConstraint, and_, delete, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -16,7 +16,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from luthier.server.tables import audit
 from luthier.server.tables.arns import Arn
 from luthier.server.tables.custom_models import CustomModel
-from luthier.server.tables.database import Base, now
+from luthier.server.tables.database import Base, Plain, now
 from luthier.server.tables.live.canaries import delete_answers
 
 DEPLOYMENT, PROVISIONED = "custom-model-deployment", "provisioned-model"
@@ -27,6 +27,23 @@ PREPARING, CANARY, SWITCHED, ENDED = "preparing", "canary", "switched", "ended"
 """States of a change: loading, answering a share of the requests, successful, without success."""
 CREATE, PROMOTE, ROLL_BACK = "create", "promote", "rollback"
 """Actions of a change."""
+
+
+class AutoRetraining(TypedDict):
+    """Rule for the drafts of retrainings that the server prepares."""
+
+    rows: int | None
+    """Number of newly rated requests for a draft."""
+    on_alert: bool
+    """True if drift or a fall of ratings or scores causes a draft."""
+    auto: bool
+    """True if drafts start without approval."""
+    since: str
+    """Time from which new ratings count, in ISO 8601."""
+    reason: str | None
+    """Reason of an alert for the next draft."""
+    note: str | None
+    """Outcome of the last draft."""
 
 
 class Endpoint(Base):
@@ -59,6 +76,7 @@ class Endpoint(Base):
     """Commitment of provisioned throughput: ``OneMonth`` or ``SixMonths``. Recorded without effect."""
     canary_share: Mapped[float | None]
     """Share of the requests that ``next_model`` answers; none without a running canary."""
+    retraining: Mapped[AutoRetraining | None] = mapped_column(Plain, nullable=True)
     created: Mapped[datetime]
     modified: Mapped[datetime]
 

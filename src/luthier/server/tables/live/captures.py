@@ -39,6 +39,9 @@ class CaptureSettings(Base):
     """Prefix of the objects' keys."""
     logging: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """``loggingConfig`` as sent to the Bedrock API; empty if capture was enabled in another way."""
+    second_rater: Mapped[float | None]
+    """Share of answers to review that go to two raters, and the others to one; None for all answers
+    to all raters."""
     checked: Mapped[datetime | None]
     """End of the last week whose health was checked."""
 
