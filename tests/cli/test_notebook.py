@@ -86,5 +86,3 @@ def test_executed_notebook_renders_each_result(
         assert "<table" in result["data"]["text/html"]
         assert [each["text"] for each in progress if each["name"] == "stderr"] == []
         assert not any("\x1b" in each["text"] for each in progress)
-    if folder := os.environ.get("KEEP"):
-        nbformat.write(notebook, f"{folder}/{name}.ipynb")

@@ -214,7 +214,7 @@ def test_results_print_short_and_render_as_html(
     assert compared.verdict().replace("'", "&#39;") in check_display(compared)
     assert compared.to_rows()[0]["name"] == compared.best.name
     predictions = luthier.predict(tuned.model_id, [row["text"] for row in ROWS[:2]])
-    check_display(predictions)
+    assert "<table" in check_display(predictions) and ROWS[0]["text"] in repr(predictions)
     assert {*predictions.to_rows()[0]} == {"text", "predicted"}
     check_display(luthier.estimate(ROWS, base=base))
     monkeypatch.setitem(sys.modules, "pandas", None)

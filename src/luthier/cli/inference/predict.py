@@ -24,7 +24,7 @@ from luthier.cli.terminal.console import (
 )
 from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RayAddress
 from luthier.errors import RecipeError
-from luthier.pages import PAGE, Tabular, render_page, shorten
+from luthier.pages import PAGE, Table, Tabular, render_page, shorten
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -44,10 +44,31 @@ class Predictions(Tabular):
 
     def summary(self) -> list[str]:
         """Return the number of rows and the first rows."""
+        lines = [shorten("  ".join(filter(None, pair))) for pair in self._first(3)]
+        return [*self._title(), *lines]
+
+    def html(self, layout: str = PAGE) -> str:
+        """Return a table of the first rows as a page or fragment."""
+        title, *lines = self._title()
+        table = Table.of("First rows", {"prediction": "text", "row": "text"}, self._first(10))
+        return render_page(
+            "luthier.pages", "summary.html", layout, title=title, lines=lines, facts=[],
+            tables=[table] if table.rows else [], pictures=[],
+        )  # fmt: skip
+
+    def _title(self) -> list[str]:
         answers = self.answers
-        lines = [] if answers.output is None else [f"written to {answers.output}"]
-        lines += [shorten(line) for line in answers.lines.split("\n")[:3] if line]
-        return [f"Predictions of {answers.model} for {answers.rows:,} rows", *lines]
+        place = [] if answers.output is None else [f"written to {answers.output}"]
+        return [f"Predictions of {answers.model} for {answers.rows:,} rows", *place]
+
+    def _first(self, count: int) -> list[tuple[str, str]]:
+        """Return the likeliest prediction and the first text of the first rows."""
+        found = list[tuple[str, str]]()
+        for line in self.answers.lines.splitlines()[:count]:
+            row = json.loads(line)
+            shown = self.task.show(row.pop("predicted"), self.threshold, 1).strip()
+            found.append((shown, next((v for v in row.values() if isinstance(v, str)), "")))
+        return found
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Return each row with ``predicted``."""
