@@ -120,6 +120,7 @@ def compare(
     base: str | None = None,
     train: str | Path | Rows | None = None,
     documents: Sequence[str | Path] = (),
+    index: str | None = None,
     prompt: Sequence[Path] = (),
     rival: Sequence[str] = (),
     graders: Sequence[Spec] | Mapping[str, Spec] | None = None,

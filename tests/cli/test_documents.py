@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from luthier.cli import documents
+from luthier.cli.compare import compare
 from luthier.cli.data import convert
 from luthier.cli.documents import (
     ask,
@@ -20,6 +21,7 @@ from luthier.cli.documents import (
     show_summary,
 )
 from luthier.cli.inference.generate import chat
+from luthier.data.conversations.citations import DECLINED
 from luthier.documents.index import DocumentIndex
 from luthier.documents.retriever import Reranker
 from luthier.engine.metrics import Reporter
@@ -61,6 +63,24 @@ def test_foreign_question_is_declined_without_a_model(
         index.keep_threshold(1.1)
     answer = ask(str(tiny_model_folder), "How many days?", index=indexed)
     assert answer.declined and not answer.cited and answer.passages
+
+
+def test_compare_declines_the_questions_that_ask_declines(
+    indexed: str, tiny_model_folder: Path, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "How many days?", "completion": "Thirty"}\n')
+    tuned, base = str(tiny_model_folder), str(family_folder("gpt2"))
+    replies = []
+    for threshold in (2.0, -1.0):
+        with DocumentIndex.open(indexed) as index:
+            index.keep_threshold(threshold)
+        found = compare(rows, [tuned], base=base, index=indexed, max_tokens=4)
+        (contender,) = [
+            each for each in found.contenders if each.technique == "fine-tuning and RAG"
+        ]
+        replies.append(contender.replies[0])
+    assert replies[0] == DECLINED != replies[1]
 
 
 def test_reading_model_answers_with_a_span(

@@ -41,6 +41,7 @@ def compare(
     base: str | None = None,
     train: str | Path | None = None,
     documents: Sequence[str | Path] = (),
+    index: str | None = None,
     prompt: Sequence[Path] = (),
     rival: Sequence[str] = (),
     graders: Graders = None,
@@ -66,6 +67,7 @@ def compare(
         base: Model without tuning; the base of the first by default.
         train: Rows for examples; the training rows by default.
         documents: Text, document or folder with the facts for replies; repeatable.
+        index: Index whose search gives passages (luthier index add).
         prompt: Instructions, or a template with {column}; repeatable.
         rival: Model at an endpoint, https://host/v1#model; repeatable.
         graders: Grader such as exact, or a TOML file; the first decides.
@@ -94,6 +96,7 @@ def compare(
     with heavy_imports():
         from luthier.chat_models.base import ModelSpec, address_fields
         from luthier.chat_models.endpoint import EndpointModel
+        from luthier.cli.documents import open_search
         from luthier.data.rows import load_rows
         from luthier.documents.readers import load_texts
         from luthier.engine.metrics import Reporter
@@ -123,33 +126,38 @@ def compare(
     if local := next((each for each in rival if "url" not in address_fields(each)), None):
         raise RecipeError(f"the rival {local} is no address. Write https://host/v1#model")
     prompts = {path.name: read_text(path).strip() for path in prompt}
-    found = run(
-        rows,
-        find(base or models[0].root),
-        models,
-        load_rows(train, train_columns) if train is not None else (),
-        load_texts(documents),
-        chosen,
-        max_tokens,
-        table,
-        None if encoder is None else find(encoder),
-        None if judge is None else resolve_judge(judge),
-        prompts,
-        records_of(str(data)) if prompts else {},
-        [EndpointModel(ModelSpec(model=each)) for each in rival],
-        show,
-        seeds,
-        per_month or 0,
-        reporter.note,
-        lambda done, total: reporter.progress(done, total, "compare"),
-    )
-    if documents and "RAG" in found.best.technique:
-        model = found.best.name.split(" with ")[0]
-        names = shlex.join(map(str, documents))
-        found.remarks.append(
-            f"Use the best contender: luthier index add {names} --name documents && "
-            f"luthier chat {model} --index documents"
+    with open_search(index) as search_index:
+        found = run(
+            rows,
+            find(base or models[0].root),
+            models,
+            load_rows(train, train_columns) if train is not None else (),
+            load_texts(documents),
+            chosen,
+            max_tokens,
+            table,
+            None if encoder is None else find(encoder),
+            None if judge is None else resolve_judge(judge),
+            prompts,
+            records_of(str(data)) if prompts else {},
+            [EndpointModel(ModelSpec(model=each)) for each in rival],
+            show,
+            seeds,
+            per_month or 0,
+            search_index,
+            reporter.note,
+            lambda done, total: reporter.progress(done, total, "compare"),
         )
+    if "RAG" in found.best.technique:
+        model, _, passages = found.best.name.partition(" with ")
+        command = f"luthier chat {model} --index {index}"
+        if passages != "the index":
+            names = shlex.join(map(str, documents))
+            command = (
+                f"luthier index add {names} --name documents, then compare with --index documents, "
+                "whose search also uses embeddings"
+            )
+        found.remarks.append(f"Use the best contender: {command}")
     if attach:
         attach_report(models, "comparison", [data], found.plain(), reporter.note)
     if html is not None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from luthier.library.models import StoredModel
     from luthier.models.decoding.sampling import Sampling
     from luthier.types import Message
+    from luthier.workflows.prompting import PassageSearch
 
 
 WATCH_SECONDS = 2.0
@@ -394,6 +395,24 @@ def open_retriever(name: str, reranker: str | None = None) -> Iterator[Retriever
             ranker = check_ranks(find(reranker, is_able=lambda objective: objective.task.ranks))
             ranks = Reranker(ranker.content_hash, load_once(ranker).rank)
         yield Retriever(index, load_once(stored).embed, ranks)
+
+
+@contextmanager
+def open_search(name: str | None) -> Iterator[PassageSearch | None]:
+    """Yield the search of ``luthier ask`` in the index ``name``; None without a name."""
+    if name is None:
+        yield None
+        return
+    with heavy_imports():
+        from luthier.documents.answers import PASSAGES, search_text
+
+    with open_retriever(name) as retriever:
+
+        def search(turns: Sequence[Message]) -> tuple[list[str], bool]:
+            found, may_answer = retriever.search(search_text(turns), PASSAGES)
+            return [each.passage.content for each in found], may_answer
+
+        yield search
 
 
 def check_ranks(stored: StoredModel) -> StoredModel:

@@ -4,19 +4,26 @@ The process reads a path per line from standard input and writes a JSON object p
 and ``note``, or ``error``. Files come from users, and the libraries that read them have no limits of
 memory and time: the process limits its memory, the caller limits its time
 (:mod:`luthier.documents.readers`).
+
+Tesseract, if installed, reads the pages of a PDF file without a text layer. PP-OCR (``rapidocr``) was
+tried, too: its recognizer lacks the Vietnamese letters with tone marks.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import resource
+import shutil
+import subprocess
 import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +36,10 @@ HEADING_RATIO = 1.15
 HEADING_CHARACTERS = 120
 PARAGRAPH_GAP = 1.7
 """Distance of two lines that begins a paragraph, relative to the height of a line."""
+SCAN_RESOLUTION = 300
+"""Resolution of a scanned page for Tesseract, in dots per inch, as its documentation recommends."""
+SCAN_SECONDS = 60.0
+"""Time limit of a scanned page."""
 _ADDRESS = r"(?:[^()\s]|\([^()\s]*\))*"
 _LINK = re.compile(rf"!?\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\({_ADDRESS}(?:\s\"[^\"]*\")?\)")
 _FOOTNOTE = re.compile(r"\[\w{1,3}\]")
@@ -101,7 +112,7 @@ def _read_pdf(path: Path) -> dict[str, Any]:
         reason = "protected by a password" if locked else "damaged, or not a PDF file"
         raise RefusedDocument(reason) from None
     pages = [[*_lines(page)] for page in document]
-    empty = [number for number, lines in enumerate(pages, 1) if not lines]
+    scanned = {n: _recognize(document[n - 1], n) for n, lines in enumerate(pages, 1) if not lines}
     pages = _without_running_lines(pages)
     heights = Counter[float]()
     for line in (line for lines in pages for line in lines):
@@ -109,11 +120,47 @@ def _read_pdf(path: Path) -> dict[str, Any]:
     body = heights.most_common(1)[0][0] if heights else 0.0
     larger = sorted({h for h in heights if h >= HEADING_RATIO * body}, reverse=True)
     texts = [_page_text(lines, body, larger) for lines in pages]
+    texts = [scanned.get(n, text) for n, text in enumerate(texts, 1)]
     note = ""
-    if empty:
+    if empty := [n for n, text in scanned.items() if not text]:
         named = ", ".join(map(str, empty[:10])) + (", …" if len(empty) > 10 else "")
-        note = f"pages without a text layer, left out: {named}"
+        reason = "text" if _scan_languages() else "a text layer (tesseract reads them if installed)"
+        note = f"pages without {reason}, left out: {named}"
     return {"pages": [[n, text] for n, text in enumerate(texts, 1) if text], "note": note}
+
+
+@cache
+def _scan_languages() -> str:
+    """Return the language packs of Tesseract, such as ``eng+vie``; empty without Tesseract."""
+    if shutil.which("tesseract") is None:
+        return ""
+    listed = subprocess.run(["tesseract", "--list-langs"], capture_output=True, text=True)
+    codes = {*listed.stdout.split("\n")[1:]} - {"", "osd", "equ"}
+    return "+".join(sorted(codes))
+
+
+def _recognize(page: Any, number: int) -> str:
+    """Return the text of a scanned page; empty without Tesseract, or after :data:`SCAN_SECONDS`."""
+    if not _scan_languages():
+        return ""
+    image = io.BytesIO()
+    page.render(scale=SCAN_RESOLUTION / 72, grayscale=True).to_pil().save(image, "PNG")
+    command = ["tesseract", "stdin", "stdout", "-l", _scan_languages()]
+    # Its threads cost more than they save on one page.
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    try:
+        read = subprocess.run(
+            command, input=image.getvalue(), capture_output=True, env=environment,
+            timeout=SCAN_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return ""
+    print(
+        json.dumps({"scanned": number}), file=sys.__stdout__, flush=True
+    )  # the caller's time limit
+    paragraphs = re.split(r"\n\s*\n", read.stdout.decode("utf-8", "replace"))
+    joined = (" ".join(re.sub(r"-\n(?=\w)", "", each).split()) for each in paragraphs)
+    return "\n\n".join(each for each in joined if each)
 
 
 def _lines(page: Any) -> Iterator[Line]:

@@ -27,7 +27,7 @@ FORMATS = (*TEXT_FORMATS, *LIBRARY_FORMATS)
 """Extensions of the supported formats; :data:`LIBRARY_FORMATS` need the extra ``documents``."""
 ROW_FORMATS = (*TABLE_ENDINGS, ".json")
 SECONDS = 120.0
-"""Time limit of a document."""
+"""Time limit of a document, and of each scanned page."""
 MOST_BYTES = 512 << 20
 """Largest document."""
 LANGUAGE_DOCUMENTS, LANGUAGE_CHARACTERS = 10, 5_000
@@ -173,8 +173,10 @@ class DocumentReader:
         try:
             child.stdin.write(json.dumps(str(path)) + "\n")
             child.stdin.flush()
-            ready, _, _ = select.select([child.stdout], [], [], self._seconds)
-            line = child.stdout.readline() if ready else ""
+            line, ready = '{"scanned": 0}', [child.stdout]
+            while line.startswith('{"scanned"'):  # each scanned page has the whole time
+                ready, _, _ = select.select([child.stdout], [], [], self._seconds)
+                line = child.stdout.readline() if ready else ""
         except BrokenPipeError:
             ready, line = [child.stdout], ""
         finally:

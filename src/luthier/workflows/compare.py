@@ -33,6 +33,7 @@ from luthier.workflows.contenders import SHOWN, Contender, Contest, count_tokens
 from luthier.workflows.estimate.budget import BreakEven
 from luthier.workflows.evaluate import open_graders
 from luthier.workflows.prompting import (
+    PassageSearch,
     PromptVariant,
     Records,
     own_prompts,
@@ -264,6 +265,7 @@ def compare(
     show: int = 0,
     seeds: int = 0,
     per_month: int = 0,
+    search_index: PassageSearch | None = None,
     note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadToHead:
@@ -286,6 +288,7 @@ def compare(
         show: number of rows whose replies of base and tuned models are returned.
         seeds: number of sampled replies to each row, for the consistency of base and tuned models.
         per_month: number of answers in a month, for monthly costs.
+        search_index: search of the passages of an index, as ``luthier ask`` uses it.
         note: called with progress messages.
         on_progress: called with the number of answers and the total.
 
@@ -318,8 +321,12 @@ def compare(
     variants: list[PromptVariant] = []
     if writes:
         own = own_prompts(prompts or {}, rows, row_questions, records or {})
-        variants = [*prompt_variants(row_questions, train_questions, documents, embed), *own]
-    for option, value in (("documents", documents), ("graders", graders), ("prompts", prompts)):
+        variants = [
+            *prompt_variants(row_questions, train_questions, documents, embed, search_index),
+            *own,
+        ]
+    unused = {"documents": documents, "index": search_index, "graders": graders, "prompts": prompts}
+    for option, value in unused.items():
         if value and not writes:
             remarks.append(f"{option} ignored: no model generates text")
     if graders is None:

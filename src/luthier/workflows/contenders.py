@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from luthier.chat_models.base import ChatModel, Failure, SamplingSpec, writer_of
+from luthier.data.conversations.citations import DECLINED
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.texts import LabelledText
 from luthier.data.tree import READING_BUDGET
@@ -192,8 +193,9 @@ class Contest:
                 generator.replies(prompts[:1], replace(sampling, max_tokens=1))
             begin_peak_memory()
             graded = grade_replies(
-                generator, prompt_rows, self.graders, self.max_tokens, self._done
-            )
+                generator, prompt_rows, self.graders, self.max_tokens, self._done,
+                known=dict.fromkeys(variant.declined, DECLINED),
+            )  # fmt: skip
             self.finished += len(rows)
             contenders.append(
                 Contender(

@@ -246,8 +246,11 @@ def grade_replies(
     done: Done = lambda count: None,
     on_error: OnError = "fail",
     long_rows: LongRows = "error",
+    known: Mapping[int, str] | None = None,
 ) -> Evaluation:
     """Generate a greedy reply to each row and grade the replies.
+
+    ``known`` has replies that need no query of the model, by the number of the row.
 
     Prompts without room for a reply are rejected or dropped. They are never truncated, because the
     question is at their end.
@@ -263,7 +266,11 @@ def grade_replies(
         )
     prompts = [Chat(each, row.tools) for row, each in zip(rows, questions(rows), strict=True)]
     sampling = Sampling(max_tokens=max_tokens)
-    refusals = [generator.refusal(prompt, sampling) for prompt in prompts]
+    known = known or {}
+    refusals = [
+        None if number in known else generator.refusal(prompt, sampling)
+        for number, prompt in enumerate(prompts)
+    ]
     fitting = [index for index, refusal in enumerate(refusals) if refusal is None]
     fix = "Shorten the row, set `long_rows=drop`, or lower `max_tokens`."
     problems = [
@@ -274,8 +281,11 @@ def grade_replies(
     dropped = len(rows) - len(fitting)
     reject_long_rows(problems, len(fitting), dropped)
     began = time.perf_counter()
-    replies = generator.replies([prompts[index] for index in fitting], sampling, done=done)
+    asked = [index for index in fitting if index not in known]
+    generated = generator.replies([prompts[index] for index in asked], sampling, done=done)
     seconds = time.perf_counter() - began
+    by_row = {**known, **dict(zip(asked, generated, strict=True))}
+    replies = [by_row[index] for index in fitting]
     graded = grade([rows[index] for index in fitting], replies, graders, on_error)
     return replace(graded, dropped=dropped, reply_seconds=seconds)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -37,6 +37,8 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 Records = Mapping[tuple[str, int], Mapping[str, object]]
 """Columns of rows, by file and line."""
+PassageSearch = Callable[[Sequence[Message]], tuple[Sequence[str], bool]]
+"""Returns the passages for a conversation, and whether they may answer its question."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class PromptVariant:
     context: Sequence[Sequence[Question | str]]
     questions: Sequence[Question] = ()
     """Questions with own instructions, instead of the questions of the rows."""
+    declined: Sequence[int] = ()
+    """Numbers of the questions that the search declines, without a query of the model."""
 
     @property
     def tuned_technique(self) -> Technique:
@@ -116,9 +120,10 @@ def prompt_variants(
     train: Sequence[Question],
     documents: Sequence[str],
     embed: Embedder | None = None,
+    search_index: PassageSearch | None = None,
 ) -> list[PromptVariant]:
-    """Return the techniques: unchanged, with examples, with the nearest examples, and with
-    passages.
+    """Return the techniques: unchanged, with examples, with the nearest examples, with passages of
+    ``documents``, and with passages of an index.
 
     The nearest examples are found by words, and with ``embed`` also by words and meaning.
     """
@@ -141,6 +146,11 @@ def prompt_variants(
         for by, search in searches.items():
             passages = retrieve_passages(questions, documents, embed=search)
             variants.append(PromptVariant("RAG", f"passages of the documents{by}", passages))
+    if search_index is not None:
+        found = [search_index(each.asked) for each in questions]
+        declined = [number for number, (_, may_answer) in enumerate(found) if not may_answer]
+        context = [passages for passages, _ in found]
+        variants.append(PromptVariant("RAG", "the index", context, declined=declined))
     return variants
 
 
