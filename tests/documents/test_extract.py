@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
+from PIL import Image
 
 import luthier
 from luthier.documents import extract
@@ -17,7 +19,7 @@ from luthier.documents.readers import DocumentReader, document_files, load_texts
 from luthier.errors import DataError, RecipeError, RefusedInput
 
 pytest.importorskip("markitdown", reason="needs the extra documents")
-pytest.importorskip("pypdfium2", reason="needs the extra documents")
+PdfDocument = pytest.importorskip("pypdfium2", reason="needs the extra documents").PdfDocument
 
 BODY = "Refunds are paid within fourteen days."
 
@@ -46,6 +48,18 @@ def test_pdf_has_pages_headings_and_no_running_lines(tmp_path: Path) -> None:
     assert BODY in read.pages[1].text
     assert "Handbook" not in read.pages[1].text and "Page" not in read.pages[1].text
     assert "4" in read.note
+
+
+@pytest.mark.skipif(shutil.which("tesseract") is None, reason="needs Tesseract (apt install)")
+def test_scanned_pages_are_recognized_and_empty_pages_named(tmp_path: Path) -> None:
+    (printed,) = PdfDocument(pdf_pages(tmp_path / "printed.pdf", [[(BODY, 10)]]))
+    scan = printed.render(scale=3).to_pil()
+    blank = Image.new("RGB", scan.size, "white")
+    scan.save(tmp_path / "scan.pdf", save_all=True, append_images=[blank], resolution=216)
+    with DocumentReader.open() as reader:
+        read = reader.read(tmp_path / "scan.pdf")
+    assert [(page.text, page.number) for page in read.pages] == [(BODY, 1)]
+    assert read.note.endswith(": 2")
 
 
 def test_html_keeps_tables_and_drops_addresses(tmp_path: Path) -> None:

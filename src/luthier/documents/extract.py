@@ -1,9 +1,9 @@
 """Conversion of one document into pages of Markdown, in a process of its own.
 
 The process reads a path per line from standard input and writes a JSON object per line: ``pages``
-and ``note``, or ``error``. Files come from users, and the libraries that read them have no limits of
-memory and time: the process limits its memory, the caller limits its time
-(:mod:`luthier.documents.readers`).
+and ``note``, or ``error``, after a space for each scanned page. Files come from users, and the
+libraries that read them have no limits of memory and time: the process limits its memory, the caller
+limits its time (:mod:`luthier.documents.readers`).
 
 Tesseract, if installed, reads the pages of a PDF file without a text layer. PP-OCR (``rapidocr``) was
 tried, too: its recognizer lacks the Vietnamese letters with tone marks.
@@ -112,7 +112,7 @@ def _read_pdf(path: Path) -> dict[str, Any]:
         reason = "protected by a password" if locked else "damaged, or not a PDF file"
         raise RefusedDocument(reason) from None
     pages = [[*_lines(page)] for page in document]
-    scanned = {n: _recognize(document[n - 1], n) for n, lines in enumerate(pages, 1) if not lines}
+    scanned = {n: _recognize(document[n - 1]) for n, lines in enumerate(pages, 1) if not lines}
     pages = _without_running_lines(pages)
     heights = Counter[float]()
     for line in (line for lines in pages for line in lines):
@@ -132,20 +132,21 @@ def _read_pdf(path: Path) -> dict[str, Any]:
 @cache
 def _scan_languages() -> str:
     """Return the language packs of Tesseract, such as ``eng+vie``; empty without Tesseract."""
-    if shutil.which("tesseract") is None:
+    if (program := shutil.which("tesseract")) is None:
         return ""
-    listed = subprocess.run(["tesseract", "--list-langs"], capture_output=True, text=True)
+    listed = subprocess.run([program, "--list-langs"], capture_output=True, text=True)
     codes = {*listed.stdout.split("\n")[1:]} - {"", "osd", "equ"}
     return "+".join(sorted(codes))
 
 
-def _recognize(page: Any, number: int) -> str:
+def _recognize(page: Any) -> str:
     """Return the text of a scanned page; empty without Tesseract, or after :data:`SCAN_SECONDS`."""
     if not _scan_languages():
         return ""
+    print(end=" ", file=sys.__stdout__, flush=True)  # starts the caller's time limit again
     image = io.BytesIO()
     page.render(scale=SCAN_RESOLUTION / 72, grayscale=True).to_pil().save(image, "PNG")
-    command = ["tesseract", "stdin", "stdout", "-l", _scan_languages()]
+    command = [str(shutil.which("tesseract")), "stdin", "stdout", "-l", _scan_languages()]
     # Its threads cost more than they save on one page.
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     try:
@@ -155,9 +156,6 @@ def _recognize(page: Any, number: int) -> str:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return ""
-    print(
-        json.dumps({"scanned": number}), file=sys.__stdout__, flush=True
-    )  # the caller's time limit
     paragraphs = re.split(r"\n\s*\n", read.stdout.decode("utf-8", "replace"))
     joined = (" ".join(re.sub(r"-\n(?=\w)", "", each).split()) for each in paragraphs)
     return "\n\n".join(each for each in joined if each)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import unicodedata
@@ -28,6 +29,8 @@ FORMATS = (*TEXT_FORMATS, *LIBRARY_FORMATS)
 ROW_FORMATS = (*TABLE_ENDINGS, ".json")
 SECONDS = 120.0
 """Time limit of a document, and of each scanned page."""
+READ_BYTES = 1 << 16
+"""Bytes of an answer that are read at once: the capacity of a pipe."""
 MOST_BYTES = 512 << 20
 """Largest document."""
 LANGUAGE_DOCUMENTS, LANGUAGE_CHARACTERS = 10, 5_000
@@ -113,7 +116,7 @@ class DocumentReader:
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._seconds = seconds
-        self._child: subprocess.Popen[str] | None = None
+        self._child: subprocess.Popen[bytes] | None = None
 
     @staticmethod
     @contextmanager
@@ -165,23 +168,25 @@ class DocumentReader:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                text=True,
             )
         child = self._child
         assert child.stdin is not None and child.stdout is not None
         work = cancellable(KillHandle(child.kill))
+        line, ready = bytearray(), list[object]()
         try:
-            child.stdin.write(json.dumps(str(path)) + "\n")
+            child.stdin.write(json.dumps(str(path)).encode() + b"\n")
             child.stdin.flush()
-            line, ready = '{"scanned": 0}', [child.stdout]
-            while line.startswith('{"scanned"'):  # each scanned page has the whole time
+            while not line.endswith(b"\n"):
                 ready, _, _ = select.select([child.stdout], [], [], self._seconds)
-                line = child.stdout.readline() if ready else ""
+                received = os.read(child.stdout.fileno(), READ_BYTES) if ready else b""
+                line += received
+                if not received:
+                    break
         except BrokenPipeError:
-            ready, line = [child.stdout], ""
+            ready, line = [child.stdout], bytearray()
         finally:
             work.finish()
-        if line:
+        if line.endswith(b"\n"):
             answer: dict[str, Any] = json.loads(line)
             return answer
         self.close()
