@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.adaptations.base import VirtualTokens, peft_config
 from luthier.errors import RecipeError
-from luthier.models.networks.heads import prompt_ids
+from luthier.models.networks.heads import prompt_ids, truncation_length
 from luthier.models.networks.layers import replace_modules
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ class Prompt(VirtualTokens):
     def adapt(self, model: nn.Module) -> None:
         """Put the prompt behind the vocabulary of the input embedding; freeze everything else."""
         from luthier.adaptations.prompt_layer import PromptEmbedding
-        from luthier.models.networks.heads import truncation_length
 
         if prompt_ids(model):
             raise RecipeError(

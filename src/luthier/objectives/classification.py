@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from luthier.data.shapes.base import Labelled, is_multi_label
 from luthier.errors import RecipeError, RowRefused
 from luthier.formatting import did_you_mean, list_some
-from luthier.models.networks.heads import FITTED, MEAN_POOLED, Head, declared_pooling
+from luthier.models.networks.heads import FITTED, MEAN_POOLED, Head, declared_pooling, score_layer
 from luthier.objectives.base import (
     Objective,
     PreparedRows,
@@ -283,7 +283,6 @@ class Classification(Objective):
         import torch
 
         from luthier.evaluation.linear import fit_logistic
-        from luthier.models.networks.heads import score_layer
 
         network, examples, plain = start.network, start.examples, PreparedRows(start.examples)
         layer, classes = score_layer(network.model), len(self.labels or ())

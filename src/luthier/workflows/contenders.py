@@ -14,7 +14,7 @@ from luthier.data.conversations.citations import DECLINED
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.texts import LabelledText
 from luthier.data.tree import READING_BUDGET
-from luthier.engine.machine import begin_peak_memory, peak_memory
+from luthier.engine.machine import begin_peak_memory, open_network, peak_memory
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.baselines import (
     ComparedRows,
@@ -310,7 +310,6 @@ class Contest:
         self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row]
     ) -> FittedBaselines | None:
         from luthier.engine.comparison import encode_cut, fit_baselines
-        from luthier.engine.machine import open_network
 
         task = task_of(rows[0])
         encoder = OBJECTIVES[task.encoder].model_validate({})

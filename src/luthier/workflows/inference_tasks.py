@@ -24,7 +24,7 @@ from luthier.files import json_lines
 from luthier.inference.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line
 from luthier.inference.explanation import explain as explain_label
 from luthier.inference.inference import Chat
-from luthier.inference.prediction import BLOCK_PROMPTS, BLOCK_ROWS, keep_likeliest
+from luthier.inference.prediction import BLOCK_PROMPTS, BLOCK_ROWS, Predictor, keep_likeliest
 from luthier.models.decoding.sampling import Sampling
 from luthier.types import Row
 
@@ -335,7 +335,6 @@ def predict_rows(
 
 
 def _open_predictor(model: str, precise: bool = False) -> Predictor:
-    from luthier.inference.prediction import Predictor
     from luthier.library.models import check_active, find
 
     return Predictor.open(check_active(find(model, is_able=Predictor.is_able)), precise)

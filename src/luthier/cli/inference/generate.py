@@ -268,7 +268,6 @@ def chat(
         from luthier.inference.generation import Generator
         from luthier.inference.opened_model import backend_for_one
         from luthier.library.models import check_active, find
-        from luthier.models.decoding.sampling import Sampling
         from luthier.types import Message
 
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature)

@@ -13,7 +13,7 @@ from luthier.cli.model import stored_model
 from luthier.cli.terminal.console import new_table, print_table, print_text
 from luthier.cli.terminal.options import Mapped, ModelSource
 from luthier.errors import DataError, RecipeError
-from luthier.exports.export import Format
+from luthier.exports.export import Format, change_record, check_settings, export_model
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -65,7 +65,6 @@ def export(
         RunConflict: if the folder is not empty.
     """
     from luthier.engine.metrics import Reporter
-    from luthier.exports.export import check_settings, export_model
 
     reporter = reporter or Reporter()
     stored, target = stored_model(model), Path(folder).expanduser()
@@ -99,7 +98,6 @@ def _measure_cost(
     Without ``data``, the validation rows of an SFT run are measured, if they are unchanged.
     """
     from luthier.data.rows import load_rows
-    from luthier.exports.export import change_record
     from luthier.exports.quantization import measure_quantization
     from luthier.exports.writer import new_target
     from luthier.library.reports import hashes_of_data

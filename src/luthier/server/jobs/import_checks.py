@@ -48,7 +48,7 @@ from luthier.models.formats.external import (
     check_weights,
 )
 from luthier.models.formats.pipelines import is_pipeline, network_folders, tokenizer_folder
-from luthier.models.formats.save import ADAPTER
+from luthier.models.formats.save import ADAPTER, read_adapter, save_format
 from luthier.models.manifest import Manifest
 from luthier.types import Message
 
@@ -206,7 +206,6 @@ def accept_adapter(
     import torch
 
     from luthier.adaptations.peft import lora_of
-    from luthier.models.formats.save import read_adapter
     from luthier.models.text_part import fit_to_text_part
     from luthier.models.tokenizer import check_vocabulary
     from luthier.objectives import OBJECTIVES
@@ -356,7 +355,6 @@ def _sample_input(kind: str) -> ModelInput:
 def _adapter_format(folder: Path, base: StoredModel) -> ChatFormat:
     """Return the chat format of an adapter, and save the base's tokenizer if the adapter has none."""
     from luthier.data.conversations.chat import ChatFormat
-    from luthier.models.formats.save import save_format
     from luthier.models.tokenizer import load_tokenizer
 
     template: Template = "auto"

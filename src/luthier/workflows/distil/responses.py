@@ -40,7 +40,7 @@ from luthier.inference.reply_log import (
     reply_log_path,
 )
 from luthier.library.folders import short_name
-from luthier.library.models import StoredModel, find
+from luthier.library.models import StoredModel, check_writes, find
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.base import RunModels
 from luthier.pages import PAGE, Displayed
@@ -389,7 +389,6 @@ class LocalTeacher(ChatModel):
     """A base or custom model of this machine, a batch at a time."""
 
     def __init__(self, spec: TeacherSpec, stored: StoredModel) -> None:
-        from luthier.library.models import check_writes
 
         check_writes(stored)
         self.name, self.spec, self.stored = stored.id, spec, stored
@@ -438,6 +437,5 @@ def teacher_of(spec: TeacherSpec, say: Callable[[str], None]) -> ChatModel:
         from luthier.chat_models.endpoint import EndpointModel
 
         return EndpointModel(spec)
-    from luthier.library.models import find
 
     return LocalTeacher(spec, find(spec.model, say))
