@@ -52,6 +52,7 @@ def test_every_edit_is_a_field_of_the_plan() -> None:
         "normalize": True,
         "merge_labels": True,
         "redact": ["all"],
+        "relabel": {"1": "a"},
     }
     assert CleaningPlan.of(every).edits == tuple(EDITS)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from luthier.errors import RecipeError
 from luthier.gate.check import CheckContext
@@ -34,6 +34,8 @@ class CleaningPlan(StrictModel):
     normalize: bool = False
     """Remove control characters, byte order marks and invisible characters; write CRLF as LF;
     convert to NFC."""
+    relabel: Mapping[str, str] = Field(default_factory=dict)
+    """New label by line or row number of a file, as corrected by a person."""
     merge_labels: bool = False
     """Replace labels that differ in case, white space or punctuation with the most frequent
     spelling."""
@@ -93,6 +95,7 @@ class CleaningPlan(StrictModel):
         """Names of the selected edits."""
         asked = {
             "normalize": self.normalize,
+            "relabel": self.relabel,
             "merge_labels": self.merge_labels,
             "redact": self.redact,
         }

@@ -116,6 +116,32 @@ def _strip_text(text: str, done: Counter[str]) -> str:
     return fixed
 
 
+class Relabel(Edit):
+    """Correction of single labels by a person."""
+
+    name: ClassVar[str] = "relabel"
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        super().__init__()
+        self.labels = labels
+
+    @classmethod
+    def of(cls, context: EditContext) -> Self:
+        """Create the edit from the plan."""
+        return cls(context.plan.relabel)
+
+    def apply(self, draft: RowDraft) -> tuple[RowDraft, str]:
+        """Replace the label of a row that the plan names."""
+        row = draft.row
+        new = self.labels.get(str(int(row.line)))
+        if new is None or not isinstance(row, Labelled) or row.labels == (new,):
+            return draft, ""
+        self.counts["labels changed"] += 1
+        label = new if isinstance(row.label, str) else (new,)
+        words = f"{', '.join(map(quote, row.labels))} to {quote(new)}"
+        return RowDraft(replace(row, label=label), draft.further), words  # type: ignore[call-arg]
+
+
 class MergeLabels(Edit):
     """Fix for ``label.spelling``: write labels and tag names in the most frequent spelling."""
 
@@ -268,7 +294,7 @@ class Redact(Edit):
         return RowDraft(row, further), ", ".join(changed_fields)
 
 
-_KINDS: tuple[type[Edit], ...] = (Strip, MergeLabels, Redact)
+_KINDS: tuple[type[Edit], ...] = (Strip, Relabel, MergeLabels, Redact)
 EDITS: Mapping[str, type[Edit]] = {kind.name: kind for kind in _KINDS}
 """Edits by name. Hidden characters go first: an address or a number may contain hidden characters."""
 

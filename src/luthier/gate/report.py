@@ -114,6 +114,7 @@ class Report(Tabular):
     def plain(self) -> dict[str, Any]:
         """The report for JSON."""
         found = self.findings
+        fixable = {rule.id for rule in _fixable_rules(self, notes=True)}
         return {
             "verdict": self.verdict,
             "exit_code": self.exit_code,
@@ -131,6 +132,7 @@ class Report(Tabular):
                     "about": rule.about,
                     "why": rule.why,
                     "fix": rule.fix,
+                    "fixable": rule.id in fixable,
                     "places": [each.plain() for each in found.examples[rule.id]],
                 }
                 for rule in found.rules()
@@ -303,7 +305,7 @@ _SAME_ENDING = (".csv", ".tsv", ".parquet", ".txt", ".md")
 def cleaning_command(report: Report) -> str:
     """Return the cleaning command that fixes the findings of the training rows; empty without
     fixes."""
-    options = _options(_fixable_rules(report))
+    options = cleaning_options(rule.id for rule in _fixable_rules(report))
     if not options:
         return ""
     source = report.source("train")
@@ -326,8 +328,8 @@ def target_of(source: str) -> str:
     return str(path.with_name(name)) if path.is_file() else name
 
 
-def _fixable_rules(report: Report) -> Iterable[Rule]:
-    """Yield the rules with an automatic fix. Notes are left to the user."""
+def _fixable_rules(report: Report, notes: bool = False) -> Iterable[Rule]:
+    """Yield the rules with an automatic fix. Notes are left to the user unless ``notes``."""
     found = report.findings
     train = set(report.files.get("train", ()))
 
@@ -335,7 +337,7 @@ def _fixable_rules(report: Report) -> Iterable[Rule]:
         return each.place.file in train or each.rule.id.startswith("leakage.")
 
     for rule in found.rules():
-        serious = found.severity(rule) != "note"
+        serious = notes or found.severity(rule) != "note"
         option, value = FIXES.get(rule.id, ("", ""))
         if option == "--drop" and not value.startswith("leakage.") and _drops_much(report, value):
             continue  # a fault of many rows is a fault of the file
@@ -355,11 +357,11 @@ def _drops_much(report: Report, value: str) -> bool:
     return dropped > MOST_DROPPED * (report.rows.get("train", 0) + unreadable)
 
 
-def _options(rules: Iterable[Rule]) -> dict[str, dict[str, None]]:
-    """Values of each option, each once."""
+def cleaning_options(rules: Iterable[str]) -> dict[str, dict[str, None]]:
+    """Return the values of each option of ``luthier clean`` that fixes ``rules``, each once."""
     options: dict[str, dict[str, None]] = {}
     for rule in rules:
-        name, value = FIXES[rule.id]
+        name, value = FIXES[rule]
         options.setdefault(name, {})[value] = None
     if "near" in options.get("--dedupe", {}):
         options["--dedupe"] = {"near": None}  # near includes exact copies

@@ -65,7 +65,7 @@ _OPERATIONS = {
             "GetModelInvocationLoggingConfiguration"
         ),
         "luthier": (
-            "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport ListEvaluations "
+            "ListRows ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport ListEvaluations "
             "GetSchedule GetRetraining GetEvaluation GetEvaluationReport ListComparisons GetComparison "
             "GetComparisonReport "
             "GetCapture ListDeployments GetFeedback GetAgreement GetModelHealth GetDeploymentHistory "
@@ -97,7 +97,7 @@ _OPERATIONS = {
         "luthier": (
             "openai.responses.delete openai.chat.completions.update "
             "openai.chat.completions.delete CreateJob PauseJob ResumeJob StopJob PreviewData "
-            "StoreExample InspectData EstimateJob RetrainModel CreateExport "
+            "StoreExample InspectData CleanData EstimateJob RetrainModel CreateExport "
             "StopExport SetSchedule DeleteSchedule SetRetraining CreateEvaluation StopEvaluation "
             "DeleteEvaluation CreateComparison "
             "StopComparison DeleteComparison PromoteDeployment RollBackDeployment DeleteModel "

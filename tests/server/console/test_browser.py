@@ -267,7 +267,7 @@ def test_pages_and_buttons_follow_the_rights_of_the_key(server: Served, page: Br
 
     page.sign_in(new_key(server, "read-only"))
     page.until_text("What would you like", "h1")
-    menu = ["Home", "Jobs", "Models", "Evaluate", "Deployments", "Usage"]
+    menu = ["Home", "Data", "Jobs", "Models", "Evaluate", "Deployments", "Usage"]
     assert shown("jobs", "There are no jobs yet") == menu
     assert shown("models", "Base models") == menu
     assert shown("models/luthier.tiny", "Use the model") == [*menu, "Copy"]
@@ -480,3 +480,29 @@ def put(server: Served, path: Path) -> str:
     s3.create_bucket(Bucket="data")
     until(lambda: s3.upload_file(str(path), "data", "rows.jsonl") is None)
     return "s3://data/rows.jsonl"
+
+
+def test_data_page_shows_findings_and_writes_cleaned_file(
+    server: Served, page: Browser, tmp_path: Path
+) -> None:
+    lines = [{"text": f"{HOSTILE} {n}", "label": f"team {n % 2}"} for n in range(24)]
+    table = tmp_path / "teams.jsonl"
+    table.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *lines[:2]]))
+    sign_in(page)
+    page.click('#navigation a[href="#/data"]')
+    page.until("document.querySelector('#opened-file') !== null")
+    page.write("#opened-file", str(table))
+    page.until_text("26 rows", "#found")
+    page.fill("#search", "> 7")
+    page.until_text("1 of 26 rows", "#found")
+    page.fill("#search", "\b")
+    page.choose("#label", "team 1")
+    page.until_text("13 of 26 rows", "#found")
+    page.until("document.querySelector('.inspection details.rule') !== null", 120)
+    page.script("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+    copies = "each.innerText.includes('duplicate.exact')"
+    rules = f"[...document.querySelectorAll('details.rule')].filter((each) => {copies})"
+    page.script(f"[...{rules}[0].querySelectorAll('button')].at(-1).click()")
+    page.until_text("teams-clean.jsonl", "h1", 120)
+    page.until_text("24 rows", "#found")
+    check_quiet(page)

@@ -1,4 +1,4 @@
-"""Data reports and estimates, each computed by a CLI command in a child process.
+"""Data reports, cleanings and estimates, each computed by a CLI command in a child process.
 
 A report needs a tokenizer, an estimate needs real training steps: both would block the server's
 other requests. At most :data:`AT_ONCE` run at the same time, each with a time limit.
@@ -13,10 +13,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from luthier.data.files.read import read_records
 from luthier.data.shapes import SHAPES
 from luthier.formatting import column_options, map_code, one_line
 from luthier.processes import python_command
@@ -33,6 +34,7 @@ from luthier.server.native.operations import (
     native_router,
     setting_name,
 )
+from luthier.server.stores.uploaded_files import file_address
 from luthier.server.tables.custom_models import CustomModel
 from luthier.types import map_texts
 
@@ -89,6 +91,39 @@ class Inspection(Input):
     ``none`` counts no tokens, and so loads no model."""
     objective: str | None = None
     """Training objective. The default follows from the rows."""
+    line: int | None = Field(default=None, ge=1)
+    """Line or row number of a single row to check and show."""
+
+
+class Cleaning(Input):
+    """Fixes for data."""
+
+    training: str
+    """Address of the data: a single file."""
+    validation: str | None = None
+    """Address of validation data, for rules of leakage."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column names of the data by key; an empty name ignores the key or column."""
+    rules: tuple[str, ...] = Field(default=(), max_length=100)
+    """Rules to fix, which the report marks as ``fixable``."""
+    labels: dict[Annotated[str, Field(pattern="^[0-9]+$")], str] = Field(
+        default_factory=dict, max_length=10_000
+    )
+    """Corrected label by line or row number."""
+
+
+class CleaningView(View):
+    """Cleaned data as a file of the account."""
+
+    address: str
+    """Address for the ``training`` of a job."""
+    name: str
+    rows_in: int
+    rows_out: int
+    changed: dict[str, int]
+    """Number of changed rows by fix."""
+    dropped: dict[str, int]
+    """Number of dropped rows by rule."""
 
 
 class ReportView(View):
@@ -154,6 +189,9 @@ def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
         rows = _fetch(call, body.training, folder / "training", media)
         command = ["inspect", str(rows)] + ([] if base is None else ["--base", base])
         addresses = {str(rows): body.training}
+        if body.line is not None:
+            rows = _single_row(rows, body.line, folder / "row.jsonl")
+            addresses[str(rows)] = body.training
         if body.validation is not None:
             validation = _fetch(call, body.validation, folder / "validation", media)
             command += ["--validation", str(validation)]
@@ -163,6 +201,41 @@ def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
         command += column_options(body.columns)
         report = _run_command(command, addresses, (0, 1, 2))
     return ReportView(verdict=report["verdict"], report=report)
+
+
+@router.post("/cleanings", status_code=201)
+def clean_data(call: NativeCall, body: Cleaning) -> CleaningView:
+    """Fix data, and store the result as a new file of the account."""
+    from luthier.gate.report import FIXES, cleaning_options, target_of
+    from luthier.recipe import to_toml
+
+    call.record("file")
+    if unknown := [rule for rule in body.rules if rule not in FIXES]:
+        raise Fault("Validation", f"No automatic fix for {', '.join(unknown)}.", parameter="rules")
+    with _report_folder() as folder:
+        rows = _fetch(call, body.training, folder / "training", media=False)
+        if rows.is_dir():
+            text = f"{body.training} has several files. Clean each file."
+            raise Fault("Validation", text, parameter="training")
+        target = folder / Path(target_of(str(rows))).name
+        addresses = {str(rows): body.training, str(target): target.name}
+        command = ["clean", str(rows), str(target), *column_options(body.columns)]
+        for name, values in cleaning_options(body.rules).items():
+            command += [word for each in values for word in (name, each) if word]
+        if body.labels:
+            plan = folder / "plan.toml"
+            plan.write_text(to_toml({"relabel": body.labels}), encoding="utf-8")
+            command += ["--plan", str(plan)]
+        if body.validation is not None:
+            held = _fetch(call, body.validation, folder / "validation", media=False)
+            command += ["--validation", str(held)]
+            addresses[str(held)] = body.validation
+        summary = _run_command(command, addresses, (0,))
+        file = call.context.locations.uploads.add(
+            call.account, [target.read_bytes()], target.name, "fine-tune"
+        )
+    fields = {name: summary[name] for name in ("rows_in", "rows_out", "changed", "dropped")}
+    return CleaningView(address=file_address(file.id), name=file.name, **fields)
 
 
 @router.post("/estimates")
@@ -222,6 +295,16 @@ def _fetch_held_out(
     # After the files in the folder, because the replacement of paths follows this order.
     addresses[str(folder)] = ", ".join(sources)
     return files[0] if len(files) == 1 else folder
+
+
+def _single_row(file: Path, line: int, target: Path) -> Path:
+    """Write one row of a file to ``target``, a file of JSON Lines."""
+    found = (record for number, record in read_records(file, [], whole=False) if number == line)
+    record = None if file.is_dir() else next(found, None)
+    if record is None:
+        raise Fault("Validation", f"The file has no row {line}.", parameter="line")
+    target.write_text(json.dumps(record, ensure_ascii=False, default=str), encoding="utf-8")
+    return target
 
 
 def _fetch(call: Call, address: str, folder: Path, media: bool) -> Path:

@@ -17,6 +17,7 @@ from luthier.server.native import (
     models,
     reports,
     review,
+    rows,
     schedules,
     usage,
 )
@@ -61,7 +62,7 @@ def native_api(context: Context, version: str) -> Api:
     """Return the API with all operations."""
     modules = (
         jobs, models, deployments, examples, exports, feedback, loaded_models, inference,
-        measurements, administration, reports, review, schedules, usage,
+        measurements, administration, reports, review, rows, schedules, usage,
     )  # fmt: skip
     routers = (router, *(module.router for module in modules))
     app = api_application(

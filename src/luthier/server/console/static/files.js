@@ -13,6 +13,9 @@ export function addressOf(id) {
   return `s3://luthier-files/${id}`;
 }
 
+/** Return the id of an uploaded file, or undefined for another address. */
+export const idOf = (address) => new RegExp(`^${ADDRESS.source}$`).exec(address)?.[1];
+
 /** Store the name of a file object. */
 export function remember(file) {
   names.set(file.id, file.filename);

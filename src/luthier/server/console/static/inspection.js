@@ -1,8 +1,9 @@
 // Results before a job: the report of the data checks, and the estimate.
 
+import { call, may } from "./api.js";
 import { placeOf, withNames } from "./files.js";
 import { bytes, duration, number, words } from "./format.js";
-import { Chip, Facts, Table, html } from "./ui.js";
+import { Chip, ErrorBox, Facts, Table, html, toast, useAction } from "./ui.js";
 
 const VERDICTS = {
   passed: "The data are ready for training.", warnings: "The data have warnings. Read the warnings before training.",
@@ -20,11 +21,16 @@ const PARTS = {
   checkpoints: "Checkpoints", store: "Storing the model",
 };
 
-/** The verdict on the data, findings with locations, and rows as the model learns them. */
-export function Inspection({ verdict, report }) {
+/**
+ * The verdict on the data, findings with locations, and rows as the model learns them. With `address` and `onfixed`, each
+ * rule with an automatic fix has a button that writes a cleaned file; `showRows` filters the rows of the page by a rule.
+ */
+export function Inspection({ verdict, report, address, columns, validation, onfixed, showRows }) {
   const splits = report.summaries?.learning?.splits ?? {};
   const rules = [...report.rules].sort((a, b) => ORDER.indexOf(a.severity) - ORDER.indexOf(b.severity));
   const count = (name) => rules.filter((rule) => rule.severity === name).reduce((sum, rule) => sum + rule.count, 0);
+  const source = { training: address, columns, validation };
+  const fixable = onfixed && may("develop") ? rules.filter((rule) => rule.fixable).map((rule) => rule.rule) : [];
   const skipped = Object.entries(report.left_out ?? {}).map(([name, why]) => `${name} (${why})`);
   return html`
     <section class="inspection">
@@ -40,14 +46,38 @@ export function Inspection({ verdict, report }) {
         ["Base model", report.base ? withNames(report.base) : null],
       ]} />
       ${rules.length > 0 && html`<h3>Findings</h3>`}
-      ${rules.map((rule) => html`<${Rule} rule=${rule} />`)}
+      ${fixable.length > 1 && html`<div class="actions"><${FixButton} rules=${fixable} source=${source} onfixed=${onfixed} /></div>`}
+      ${rules.map((rule) => html`
+        <${Rule} rule=${rule}>
+          ${showRows && rule.places.some((each) => each.line || each.row) && html`
+            <button type="button" onclick=${() => showRows(rule)}>Show these rows</button>
+          `}
+          ${fixable.includes(rule.rule) && html`<${FixButton} rules=${[rule.rule]} source=${source} onfixed=${onfixed} />`}
+        <//>
+      `)}
       ${Object.entries(splits).map(([split, found]) => html`<${Rows} split=${split} rows=${found.shown ?? []} />`)}
       ${skipped.length > 0 && html`<p class="soft">Not checked: ${skipped.join(", ")}.</p>`}
     </section>
   `;
 }
 
-function Rule({ rule }) {
+/** A button that writes a cleaned file without the faults of some rules. */
+function FixButton({ rules, source, onfixed }) {
+  const { busy, error, run } = useAction(async () => {
+    const made = await call("POST", "/api/v1/cleanings", { body: { ...source, rules } });
+    const changed = Object.values(made.changed).reduce((sum, each) => sum + each, 0);
+    toast(`${made.name}: ${number(changed)} rows changed, ${number(made.rows_in - made.rows_out)} removed, ${number(made.rows_out)} left.`);
+    onfixed(made);
+  });
+  return html`
+    <button type="button" class="primary" disabled=${busy} onclick=${run}>
+      ${busy ? "Writing the file …" : rules.length > 1 ? `Fix ${rules.length} findings in a new file` : "Fix in a new file"}
+    </button>
+    <${ErrorBox} error=${error} />
+  `;
+}
+
+function Rule({ rule, children }) {
   const times = rule.count === 1 ? "once" : `${number(rule.count)} times`;
   return html`
     <details class="rule" open=${rule.severity === "error"}>
@@ -58,6 +88,7 @@ function Rule({ rule }) {
       <div class="inside">
         ${rule.why && html`<p><strong>Why: </strong>${rule.why}</p>`}
         ${rule.fix && html`<p><strong>Fix: </strong>${rule.fix}</p>`}
+        <div class="actions">${children}</div>
         <ul class="places">
           ${rule.places.map(
             (place) => html`
@@ -96,7 +127,7 @@ function Rows({ split, rows }) {
 }
 
 /** Return tokens with learned tokens marked, in as few elements as there are changes. */
-function tokensView(tokens, learned) {
+export function tokensView(tokens, learned) {
   const cut = tokens.length - HEAD - TAIL;
   const parts = cut > 0 ? [[0, HEAD], [tokens.length - TAIL, tokens.length]] : [[0, tokens.length]];
   return parts.map(([from, to], index) => {

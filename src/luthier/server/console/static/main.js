@@ -2,6 +2,7 @@
 
 import { Administration } from "./administration.js";
 import { InputError, call, key, may, messageOf, problemOfKey, rights, signIn, signOut } from "./api.js";
+import { Data, Files } from "./data.js";
 import { Deployment, Deployments } from "./deployments.js";
 import { Comparison, Evaluation, Evaluations } from "./evaluate.js";
 import { EvalRun } from "./eval_run.js";
@@ -24,6 +25,8 @@ const ROUTES = [
   ["jobs", Jobs],
   ["jobs/:name", Job],
   ["new", NewJob],
+  ["data", Files],
+  ["data/:address", Data],
   ["models", Models],
   ["models/:id", Model],
   ["playground", ChooseModel],
@@ -41,7 +44,7 @@ const ROUTES = [
 ];
 /** Pages of the side bar with the permission that each needs; the pages of daily work come first. */
 const DAILY = [
-  ["home", "Home", "read"], ["jobs", "Jobs", "read"], ["models", "Models", "identify"], ["playground", "Playground", "invoke"],
+  ["home", "Home", "read"], ["data", "Data", "read"], ["jobs", "Jobs", "read"], ["models", "Models", "identify"], ["playground", "Playground", "invoke"],
   ["review", "Review", "review"],
 ];
 const OTHERS = [

@@ -2,7 +2,7 @@
 
 import { InputError, call, may } from "./api.js";
 import { DataField, EMPTY } from "./data_field.js";
-import { learnNames, withNames } from "./files.js";
+import { idOf, learnNames, remember, withNames } from "./files.js";
 import { Columns } from "./columns.js";
 import { shortName } from "./format.js";
 import { Estimate, Inspection } from "./inspection.js";
@@ -155,6 +155,12 @@ function JobForm({ models, start, rows }) {
   useEffect(() => {
     if (hasRows && !isBusy(working.value)) startInspection(true);
   }, [training.value.address]);
+  /** Continue with a cleaned file. */
+  const useCleaned = ({ address, name }) => {
+    training.value = { ...EMPTY, address, name, said: `Selected: ${name}.` };
+    remember({ id: idOf(address), filename: name });
+    forget();
+  };
   const startEstimate = () =>
     run("Running a few training steps", async (signal) => {
       const body = { ...(await common(signal)), training: training.value.address };
@@ -260,7 +266,10 @@ function JobForm({ models, start, rows }) {
         ${working.value ? html`<${Working} ...${working.value} />` : outcome.value && html`<p class="soft">${outcome.value}</p>`}
       </div>
       <${Shown} content=${estimate.value}>${estimate.value && html`<${Estimate} estimate=${estimate.value} />`}<//>
-      <${Shown} content=${!inspection.value?.background && inspection.value}>${inspection.value && html`<${Inspection} ...${inspection.value} />`}<//>
+      <${Shown} content=${!inspection.value?.background && inspection.value}>${inspection.value && html`
+        <${Inspection} ...${inspection.value} address=${training.value.address} columns=${columns.value}
+          validation=${validation.value.address} onfixed=${useCleaned} />
+      `}<//>
     </form>
   `;
 }

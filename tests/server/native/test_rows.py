@@ -1,0 +1,82 @@
+"""Rows of files to browse, and cleanings that write files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from native_client import ACCOUNT, native_client
+from starlette.testclient import TestClient
+from stored_objects import put_objects
+
+from luthier.inference.pool import ModelPool
+from luthier.limits import AccountQuotas
+from luthier.server.live.capture import Capture
+from luthier.server.native.operations import Context
+from luthier.server.stores.locations import Locations
+from luthier.server.stores.objects import Objects
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.database import Base, Database
+
+ROWS = [{"text": f"The fox {n} runs home", "label": ("cat", "dog")[n % 2]} for n in range(12)]
+ADDRESS = "s3://rows/rows.jsonl"
+
+
+@pytest.fixture
+def client(luthier_home: Path) -> Iterator[TestClient]:
+    luthier_home.mkdir(exist_ok=True)
+    database = Database()
+    Base.metadata.create_all(database.engine)
+    rows = "".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[3]])
+    put_objects(database, ACCOUNT, {"rows.jsonl": rows.encode()})
+    context = Context(
+        database=database,
+        arns=Arns("us-east-1"),
+        locations=Locations(database),
+        pool=ModelPool(0),
+        quotas=lambda account: AccountQuotas(),
+        delete_model=lambda model: None,
+        capture=Capture(Objects(database)),
+    )
+    yield native_client(context)
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("filters", "lines"),
+    [
+        ({"limit": 2}, [1, 2]),
+        ({"limit": 2, "position": 12}, [13]),
+        ({"search": "FOX 1"}, [2, 11, 12]),
+        ({"label": "dog", "search": "fox 3"}, [4, 13]),
+        ({"lines": "2,5,99"}, [2, 5]),
+    ],
+)
+def test_rows_match_filter(
+    client: TestClient, filters: dict[str, str | int], lines: list[int]
+) -> None:
+    found = client.get("/api/v1/rows", params={"address": ADDRESS, **filters}).json()
+    assert [each["line"] for each in found["rows"]] == lines
+    assert found["total"] == 13 and found["is_complete"]
+    assert found["labels"] == [{"label": "dog", "rows": 7}, {"label": "cat", "rows": 6}]
+
+
+def test_single_row_is_shown_with_tokens(client: TestClient) -> None:
+    body = {"training": ADDRESS, "line": 4, "base": "none"}
+    report = client.post("/api/v1/inspections", json=body).json()["report"]
+    assert report["rows"]["train"] == 1
+    missing = client.post("/api/v1/inspections", json={**body, "line": 99}).json()["error"]
+    assert missing["parameter"] == "line"
+
+
+def test_cleaning_writes_file_with_fixes_and_corrected_labels(client: TestClient) -> None:
+    body = {"training": ADDRESS, "rules": ["duplicate.exact"], "labels": {"1": "wolf"}}
+    made = client.post("/api/v1/cleanings", json=body).json()
+    assert (made["rows_in"], made["rows_out"], made["name"]) == (13, 12, "rows-clean.jsonl")
+    assert made["changed"] == {"relabel": 1} and made["dropped"] == {"duplicate.exact": 1}
+    found = client.get("/api/v1/rows", params={"address": made["address"]}).json()
+    assert [each["labels"] for each in found["rows"][:2]] == [["wolf"], ["dog"]]
+    unknown = client.post("/api/v1/cleanings", json={"training": ADDRESS, "rules": ["amount.few"]})
+    assert unknown.json()["error"]["parameter"] == "rules"
