@@ -10,6 +10,8 @@ const { roundsBetween, writes } = await import(`${folder}/models.js`);
 const { datesBetween } = await import(`${folder}/usage.js`);
 const { pythonString, shellWord, snippets } = await import(`${folder}/snippets.js`);
 const { age, bytes, duration, number, percent, shortName } = await import(`${folder}/format.js`);
+const { differences, flattened } = await import(`${folder}/job_differences.js`);
+const { labelsByFile } = await import(`${folder}/label_issues.js`);
 const { widen } = await import(`${folder}/charts.js`);
 
 test("a column is read as a key, ignored, or read automatically", () => {
@@ -282,4 +284,17 @@ test("a verdict is one sentence of at most twenty words", async () => {
   assert.ok(tuned.low > 0.8 && tuned.high < 1 && before.low === 0.05 - 1.96 * Math.sqrt((0.05 * 0.95) / 80));
   assert.equal(judge(undefined), null);
   assert.deepEqual(judge({ outcome: "unmeasured" }).bars, []);
+});
+
+test("two jobs show the values that differ, with settings by dotted name", () => {
+  const first = flattened({ training: { epochs: 2, seed: null }, data: { train: ["a"] }, base: "x" });
+  assert.deepEqual(first, { "training.epochs": "2", "data.train": '["a"]', base: "x" });
+  const second = { ...first, "training.epochs": "4", "adaptation.rank": "8" };
+  assert.deepEqual(differences(first, second), [["training.epochs", "2", "4"], ["adaptation.rank", "–", "8"]]);
+  assert.equal(differences(first, second, true).length, 4);
+});
+
+test("corrected labels are grouped by file", () => {
+  const issues = [{ file: "a", line: 3, likely_label: "x" }, { file: "b", row: 1, likely_label: "y" }, { file: "a", line: 9, likely_label: "z" }];
+  assert.deepEqual(labelsByFile(issues), { a: { 3: "x", 9: "z" }, b: { 1: "y" } });
 });

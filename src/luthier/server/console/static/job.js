@@ -3,9 +3,11 @@
 import { call, events, may } from "./api.js";
 import { baselines } from "./certificate.js";
 import { LineChart } from "./charts.js";
-import { learnNames, placeOf, withNames } from "./files.js";
-import { dateOf, duration, number, percent, time, words } from "./format.js";
+import { learnNames, withNames } from "./files.js";
+import { dateOf, duration, number, time, words } from "./format.js";
+import { CompareWith } from "./job_differences.js";
 import { ModelName, Progress, StateChip, customizationOf, hasEnded, modelNames, queuePlace, timeTaken } from "./jobs.js";
+import { LabelIssues } from "./label_issues.js";
 import {
   ErrorBox, Facts, Heading, Pending, Section, Table, announce, confirmed, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
   useRef, useSignal,
@@ -16,7 +18,6 @@ const REFRESH_SECONDS = 5;
 /** Messages that are shown at most: the newest. */
 const MOST_MESSAGES = 300;
 const DRAW_MILLISECONDS = 250;
-const ISSUES_PAGE = 50;
 const PARTS = { validation: "Checking the data", data_processing: "Preparing the data", training: "Training" };
 const ACTIONS = {
   pause: { label: "Pause", states: ["Queued", "Running"] },
@@ -110,7 +111,7 @@ function Followed({ path, first, nameOf }) {
       <${LineChart} title="Loss" x="step" series=${losses} event=${event} />
       ${scores.length > 0 && html`<${LineChart} title=${words(measure)} x="step" series=${scores} event=${event} />`}
     </section>
-    <section><h2>Facts</h2><${JobFacts} job=${job} nameOf=${nameOf} /></section>
+    <section><h2>Facts</h2><${JobFacts} job=${job} nameOf=${nameOf} /><${CompareWith} job=${job} /></section>
     <section>
       <h2>Settings and log</h2>
       <details class="rule"><summary>Settings with reasons</summary><div class="inside"><${Settings} job=${job} /></div></details>
@@ -235,7 +236,8 @@ function Completed({ job }) {
     ]);
     return { view, base };
   });
-  const { verdicts = [], examples } = job.result ?? {};
+  const { verdicts = [], examples, retraining } = job.result ?? {};
+  const reasons = verdicts.filter((each) => each !== retraining?.verdict);
   const record = found.data?.view.certificate.record ?? {};
   const metrics = record.metrics ?? {};
   const [shares, errors] = [new Set(found.data?.view.shares), new Set(found.data?.view.errors)];
@@ -244,10 +246,16 @@ function Completed({ job }) {
   return html`
     <div class=${`box ${verdict?.kind ?? "note"}`} id="result">
       <p><strong>${verdict?.text ?? "The model is trained."}</strong></p>
-      ${verdicts.length > 0 && html`
-        <details><summary>Reasons</summary>${verdicts.map((each) => html`<p>${sentence(each)}</p>`)}</details>
+      ${reasons.length > 0 && html`
+        <details><summary>Reasons</summary>${reasons.map((each) => html`<p>${sentence(each)}</p>`)}</details>
       `}
     </div>
+    ${retraining && html`
+      <div class="box note" id="retraining">
+        <p><strong>Compared with the model before.</strong> ${sentence(retraining.verdict)}</p>
+        <p><a href=${link("deployments")}>Deployments</a></p>
+      </div>
+    `}
     <div class="actions">
       <a class="button primary" href=${link("models", job.model_name)}>Open the model</a>
       ${may("invoke") && html`<a class="button" href=${link("playground", job.model_name)}>Playground</a>`}
@@ -270,39 +278,6 @@ function Completed({ job }) {
         ]} />
       </section>
     `}
-  `;
-}
-
-/** Labels of a completed job that may be wrong, as a table that grows page by page. */
-function LabelIssues({ job }) {
-  const { issues, rows } = job.result.label_issues;
-  const found = useSignal([]);
-  const next = useSignal(0);
-  const page = useData(async (signal) => {
-    const path = `/api/v1/jobs/${encodeURIComponent(job.name)}/label-issues`;
-    const loaded = await call("GET", path, { query: { limit: ISSUES_PAGE, position: next.value }, signal });
-    found.value = [...found.value, ...loaded.issues];
-    next.value = loaded.next ?? null;
-  });
-  return html`
-    <section id="label-issues">
-      <h2>Label issues</h2>
-      <p>
-        ${number(issues)} of ${number(rows)} labels differ from the labels of similar rows. Many of these labels may be
-        right. Read the rows, correct wrong labels in your file, and train again.
-      </p>
-      <${Table} caption="Rows with label issues, largest difference first"
-        columns=${["Location", "Label", "Similar rows", { name: "Probability", kind: "number" }, "Text"]}
-        rows=${found.value.map((each) => [
-          placeOf(each),
-          html`<bdi>${each.label}</bdi>`,
-          html`<bdi>${each.likely_label}</bdi>`,
-          percent(each.probability),
-          html`<bdi>${each.text}</bdi>`,
-        ])} />
-      <${ErrorBox} error=${page.error} />
-      ${next.value !== null && html`<button type="button" onclick=${page.read}>Show more</button>`}
-    </section>
   `;
 }
 

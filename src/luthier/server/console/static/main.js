@@ -9,6 +9,7 @@ import { EvalRun } from "./eval_run.js";
 import { HealthPage } from "./health.js";
 import { Home } from "./home.js";
 import { Job } from "./job.js";
+import { JobDifferences } from "./job_differences.js";
 import { Jobs } from "./jobs.js";
 import { Model } from "./model.js";
 import { Models } from "./models.js";
@@ -24,6 +25,7 @@ const ROUTES = [
   ["home", Home],
   ["jobs", Jobs],
   ["jobs/:name", Job],
+  ["jobs/:name/with/:other", JobDifferences],
   ["new", NewJob],
   ["data", Files],
   ["data/:address", Data],
