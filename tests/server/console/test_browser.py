@@ -331,9 +331,20 @@ def test_second_model_continues_conversation(server: Served, page: Browser) -> N
     assert page.script("return window.sent")[1:] == [["first", "answer 1", "second"]] * 2
     page.until_text("answer 3")
     page.until("!document.querySelector('#beside').disabled")
+    names = page.texts(".side h2")
+    page.click("#blind")
+    page.fill("#message", "third")
+    page.click(".ask .primary")
+    page.until("document.querySelector('#vote') !== null")
+    # Blind messages start new chats.
+    assert page.texts(".side h2") == page.texts(".turn.model .who") == ["A", "B"]
+    assert page.script("return window.sent")[3:] == [["third"], ["third"]]
+    page.click("#vote button:last-child")
+    page.until_text("equal 1", "#wins")
+    assert sorted(page.texts(".side h2")) == sorted(names)
     page.choose("#beside", "")
     page.until("document.querySelectorAll('.side').length === 1")
-    assert page.texts(".turn.user .said") == ["first", "second"]
+    assert page.texts(".turn.user .said") == ["third"]
     check_quiet(page)
 
 
@@ -493,9 +504,9 @@ def test_data_page_shows_findings_and_writes_cleaned_file(
     page.until("document.querySelector('#opened-file') !== null")
     page.write("#opened-file", str(table))
     page.until_text("26 rows", "#found")
-    page.fill("#search", "> 7")
+    page.fill("#search", "' 7")
     page.until_text("1 of 26 rows", "#found")
-    page.fill("#search", "\b")
+    page.write("#search", "\b\b\b")
     page.choose("#label", "team 1")
     page.until_text("13 of 26 rows", "#found")
     page.until("document.querySelector('.inspection details.rule') !== null", 120)

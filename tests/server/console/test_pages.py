@@ -262,17 +262,21 @@ def test_deployments_health_and_review_in_browser(
             page.click(".ask .primary")
             page.until_text("Label:", "#answer")
         page.click('#navigation a[href="#/review"]')
-        page.until_text("0 rated, 3 to rate", "#progress")
+        page.until_text("0 rated by you, 3 to rate", "#progress")
         assert "fox 2" in page.text("#card") and HOSTILE in page.text("#card")
         keyboard = "document.dispatchEvent(new KeyboardEvent('keydown', { key: arguments[0] }))"
-        for key, shown in (("u", "1 rated, 2 to rate"), ("z", "0 rated, 3"), ("u", "1 rated, 2")):
+        for key, shown in (
+            ("u", "1 rated by you, 2 to rate"),
+            ("z", "0 rated by"),
+            ("u", "1 rated by"),
+        ):
             page.script(keyboard, key)
             page.until_text(shown, "#progress")
         page.script(keyboard, "e")
         page.until("document.querySelector('#corrected') !== null")
         page.fill("#corrected", "wolf")
         page.click("main form .primary")
-        page.until_text("2 rated, 1 to rate", "#progress")
+        page.until_text("2 rated by you, 1 to rate", "#progress")
         page.script("document.querySelector('main details.rule').open = true")
         page.choose("#rows-kind", "classification")
         page.click("main details.rule .primary")

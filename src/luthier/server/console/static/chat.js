@@ -4,7 +4,7 @@ import { ENDINGS, StreamedAnswer, turnsOf } from "./answers.js";
 import { call, chat, may, messageOf } from "./api.js";
 import { duration, number } from "./format.js";
 import { writes } from "./models.js";
-import { Field, announce, html, link, options, signal, toast, useAction, useData, useEffect, useLeaving, useRef, useSignal } from "./ui.js";
+import { Field, announce, bound, html, link, options, signal, toast, useAction, useData, useEffect, useLeaving, useRef, useSignal } from "./ui.js";
 
 /** The chat with `model`. */
 export function Chat({ model }) {
@@ -15,6 +15,8 @@ export function Chat({ model }) {
   const running = useRef(Promise.resolve());
   const left = useLeaving();
   const message = useRef(null);
+  const vote = useSignal(NO_VOTE);
+  const wins = useSignal({});
   useEffect(() => message.current.focus(), []);
   useEffect(() => left.addEventListener("abort", () => stop.value?.abort()), []);
 
@@ -22,7 +24,16 @@ export function Chat({ model }) {
     const other = others.data.find((each) => each.id === target.value);
     // Answers can be compared only if both models get the same earlier turns.
     sides.value = [sides.value[0], ...(other ? [new Side(other, sides.value[0])] : [])];
+    vote.value = NO_VOTE;
+    wins.value = {};
   };
+  const isBlind = vote.value.blind && sides.value.length > 1;
+  const judge = useAction(async (better) => {
+    const name = better?.model.name ?? "equal";
+    wins.value = { ...wins.value, [name]: (wins.value[name] ?? 0) + 1 };
+    vote.value = { ...vote.value, revealed: true, open: false };
+    if (better && may("rate")) await storePreference(better, sides.value.find((each) => each !== better));
+  });
   const restart = async () => {
     stop.value?.abort();
     // An answer that is stopped still adds its turn.
@@ -39,12 +50,19 @@ export function Chat({ model }) {
     const body = { temperature: numberOf("temperature"), max_tokens: numberOf("most"), seed: numberOf("seed") };
     const own = (stop.value = new AbortController());
     message.current.value = "";
+    if (isBlind) {
+      // Each vote is about one message, and the sides say nothing about the models.
+      for (const each of sides.value) each.clear();
+      if (Math.random() < 0.5) sides.value = sides.value.toReversed();
+      vote.value = { ...vote.value, revealed: false, open: false };
+    }
     const answers = Promise.all(sides.value.map((each) => each.ask(text, field("system").value, body, own.signal)));
     running.current = answers;
     const complete = await answers;
     stop.value = null;
     if (left.aborted) return;
     announce(complete.every(Boolean) ? "The reply is complete." : "The reply is incomplete.");
+    if (isBlind) vote.value = { ...vote.value, open: complete.every(Boolean), revealed: !complete.every(Boolean) };
     // The user keeps a message without an answer.
     if (!complete.some(Boolean) && !own.signal.aborted && !message.current.value) message.current.value = text;
     message.current.focus();
@@ -77,10 +95,29 @@ export function Chat({ model }) {
           ${options([["", "no other model"], ...(others.data ?? []).map((each) => [each.id, each.name + about(each)])])}
         </select>
       <//>
+      ${sides.value.length > 1 && html`
+        <label class="check">
+          <input type="checkbox" id="blind" checked=${vote.value.blind} disabled=${stop.value !== null}
+            onchange=${({ target }) => (vote.value = { ...NO_VOTE, blind: target.checked, revealed: true })} />
+          ${" "}Blind: hide the names until you choose the better answer
+        </label>
+      `}
     </div>
     <div class=${`sides ${sides.value.length > 1 ? "two" : ""}`}>
-      ${sides.value.map((each) => html`<${SideView} key=${each.model.id} side=${each} />`)}
+      ${sides.value.map((each, index) => html`
+        <${SideView} key=${each.model.id} side=${each} hidden=${isBlind && !vote.value.revealed && "AB"[index]} />
+      `)}
     </div>
+    ${isBlind && vote.value.open && html`
+      <div class="actions" id="vote" role="group" aria-label="Better answer">
+        ${sides.value.map((each, index) => html`<button type="button" class="primary" onclick=${() => judge.run(each)}>${"AB"[index]} is better</button>`)}
+        <button type="button" onclick=${() => judge.run(null)}>Equal</button>
+      </div>
+    `}
+    ${isBlind && Object.keys(wins.value).length > 0 && html`
+      <p class="soft" role="status" id="wins">Better answers so far: ${Object.entries(wins.value).map(([name, count]) => `${name} ${count}`).join(", ")}.</p>
+    `}
+    <${RatingError} error=${judge.error} />
     <form class="ask" onsubmit=${submit}>
       <label for="message" class="visually-hidden">Message</label>
       <textarea id="message" rows="3" placeholder="Write a message" dir="auto" aria-describedby="message-help" ref=${message}
@@ -93,6 +130,16 @@ export function Chat({ model }) {
       </div>
     </form>
   `;
+}
+
+const NO_VOTE = { blind: false, open: false, revealed: true };
+
+/** Store the better of two answers as the preferred answer to the captured request of the other. */
+async function storePreference(better, other) {
+  const [winner, loser] = [better, other].map((each) => each.turns.value.at(-1).state.value.answer);
+  await call("POST", "/api/v1/feedback", { body: { request: loser.id, thumb: "down", preferred: winner.text } });
+  await call("POST", "/api/v1/feedback", { body: { request: winner.id, thumb: "up" } });
+  toast("The preference is stored. Review makes training rows of preferences.");
 }
 
 /** Return the other models that chat, the base of the model first. */
@@ -153,17 +200,17 @@ class Side {
   }
 }
 
-function SideView({ side }) {
-  const name = html`<bdi>${side.model.name}</bdi>`;
+/** The chat with one model; `hidden` is shown in place of the name. */
+function SideView({ side, hidden }) {
   return html`
-    <section class="side" aria-label=${`Chat with ${side.model.name}`}>
-      <h2>${name}</h2>
-      ${side.copied && side.turns.value.length > 0 && html`<p class="help">Earlier turns are with <bdi>${side.copied}</bdi>.</p>`}
+    <section class="side" aria-label=${`Chat with ${hidden || side.model.name}`}>
+      <h2><bdi>${hidden || side.model.name}</bdi></h2>
+      ${side.copied && !hidden && side.turns.value.length > 0 && html`<p class="help">Earlier turns are with <bdi>${side.copied}</bdi>.</p>`}
       <div class="turns">
         ${side.turns.value.map(
           ({ text, state }, index) => html`
             <div class="turn user" dir="auto"><p class="who">You</p><p class="said">${text}</p></div>
-            <${Turn} key=${index} state=${state} />
+            <${Turn} key=${index} state=${state} hidden=${hidden} />
           `,
         )}
       </div>
@@ -172,7 +219,7 @@ function SideView({ side }) {
 }
 
 /** An answer of the model while it grows. */
-function Turn({ state }) {
+function Turn({ state, hidden }) {
   const place = useRef(null);
   const { answer, text, reasoning, busy, problem } = state.value;
   useEffect(() => place.current.scrollIntoView({ block: "nearest" }), []);
@@ -184,14 +231,14 @@ function Turn({ state }) {
   const tools = busy ? [] : answer.tools.filter(Boolean);
   return html`
     <div class="turn model" aria-busy=${busy ? "true" : null} ref=${place}>
-      <p class="who">${answer.model ?? "Model"}</p>
+      <p class="who">${hidden || (answer.model ?? "Model")}</p>
       ${reasoning && html`<details class="reasoning"><summary>Reasoning</summary><p class="said" dir="auto">${reasoning}</p></details>`}
       ${busy && !text && !reasoning && html`<p class="soft">…</p>`}
       <p class="said" dir="auto">${text}</p>
-      ${tools.map((each) => html`<p>Tool call: <code>${each.name}</code></p><pre class="row">${each.given}</pre>`)}
+      ${tools.map((each) => html`<p>Tool call: <code>${each.name}</code></p><pre class="row" tabindex="0">${each.given}</pre>`)}
       ${!busy && !text && !tools.length && !problem && html`<p class="soft">The reply is empty.</p>`}
-      ${!busy && html`<p class="help">${measures(answer)}</p>`}
-      ${!busy && !problem && answer.id && may("rate") && html`<${Thumbs} id=${answer.id} />`}
+      ${!busy && !hidden && html`<p class="help">${measures(answer)}</p>`}
+      ${!busy && !hidden && !problem && answer.id && may("rate") && html`<${Feedback} id=${answer.id} text=${answer.text} />`}
       ${problem && html`
         <p class=${problem === "Stopped." ? "soft" : "box error"} role=${problem === "Stopped." ? null : "alert"}>${problem}</p>
       `}
@@ -199,24 +246,50 @@ function Turn({ state }) {
   `;
 }
 
-/** Buttons that rate an answer, if the capture stores the answer. */
-function Thumbs({ id }) {
-  const chosen = useSignal("");
-  const { error, run } = useAction(async (thumb) => {
-    await call("POST", "/api/v1/feedback", { body: { request: id, thumb } });
-    chosen.value = thumb;
-    toast("The rating is stored.");
+/** Buttons that rate an answer or save it as an example, if the capture stores the answer. */
+function Feedback({ id, text }) {
+  const [chosen, editing] = [useSignal(""), useSignal(null)];
+  const { busy, error, run } = useAction(async (values, said) => {
+    await call("POST", "/api/v1/feedback", { body: { request: id, ...values } });
+    chosen.value = values.thumb ?? chosen.value;
+    editing.value = null;
+    toast(said);
   });
   const button = (thumb, label) => html`
-    <button type="button" class="quiet" aria-pressed=${String(chosen.value === thumb)} onclick=${() => run(thumb)}>${label}</button>
+    <button type="button" class="quiet" aria-pressed=${String(chosen.value === thumb)} onclick=${() => run({ thumb }, "The rating is stored.")}>${label}</button>
   `;
+  const save = (event) => {
+    event.preventDefault();
+    const edited = editing.value.trim();
+    // An unchanged answer is an example because it is good.
+    run(edited === text.trim() ? { thumb: "up" } : { corrected: edited }, "The example is saved. Review makes training rows of examples.");
+  };
   return html`
-    <div class="actions">${button("up", "Good answer")} ${button("down", "Bad answer")}</div>
-    ${error && html`
-      <p class="soft" role="alert">
-        ${error.status === 404 ? html`Ratings need captured requests. <a href=${link("review")}>Capture requests</a>, then ask again.` : messageOf(error)}
-      </p>
+    <div class="actions">
+      ${button("up", "Good answer")} ${button("down", "Bad answer")}
+      <button type="button" class="quiet" onclick=${() => (editing.value = text)}>Save as example</button>
+    </div>
+    ${editing.value !== null && html`
+      <form onsubmit=${save}>
+        <${Field} id=${`example-${id}`} label="Answer that the model should give">
+          <textarea id=${`example-${id}`} rows="4" dir="auto" ...${bound(editing, "oninput")} />
+        <//>
+        <div class="actions">
+          <button type="submit" class="primary" disabled=${busy || !editing.value.trim()}>Save</button>
+          <button type="button" onclick=${() => (editing.value = null)}>Cancel</button>
+        </div>
+      </form>
     `}
+    <${RatingError} error=${error} />
+  `;
+}
+
+function RatingError({ error }) {
+  if (!error) return null;
+  return html`
+    <p class="soft" role="alert">
+      ${error.status === 404 ? html`Ratings need captured requests. <a href=${link("review")}>Capture requests</a>, then ask again.` : messageOf(error)}
+    </p>
   `;
 }
 

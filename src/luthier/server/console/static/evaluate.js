@@ -5,7 +5,7 @@ import { resultView } from "./certificate.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { learnNames, withNames } from "./files.js";
 import { age, bytes, duration, number, percent, time, words } from "./format.js";
-import { hasEnded } from "./jobs.js";
+import { hasEnded, modelNames } from "./jobs.js";
 import { nameOf } from "./models.js";
 import {
   Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link, options,
@@ -45,14 +45,14 @@ function List({ kind, title }) {
   const pages = usePages();
   const position = pages.value.at(-1);
   const { data, error, read } = useData(async (signal) => {
-    const found = await call("GET", `/api/v1/${kind}`, { query: { limit: PAGE, position }, signal });
+    const [found, named] = await Promise.all([call("GET", `/api/v1/${kind}`, { query: { limit: PAGE, position }, signal }), modelNames(signal)]);
     await learnNames(found.measurements.map((each) => each.request.rows), signal);
-    return found;
+    return { ...found, named };
   }, [position]);
   usePolling(SECONDS, async () => data?.measurements.some((each) => !hasEnded(each.state)) && read());
   if (!data) return html`<${ErrorBox} error=${error} again=${read} />`;
   const rows = data.measurements.map((each) => [
-    html`<a href=${link(kind, each.id)}><bdi>${each.models.join(", ")}</bdi></a>`,
+    html`<a href=${link(kind, each.id)}><bdi>${each.models.map(data.named).join(", ")}</bdi></a>`,
     html`<${Chip} kind=${STATES[each.state]}>${each.state}<//>`,
     withNames(each.request.rows),
     html`<span title=${time(each.created)}>${age(each.created)}</span>`,
@@ -149,9 +149,9 @@ export const Comparison = ({ params }) => html`<${Measured} kind="comparisons" i
 function Measured({ kind, id }) {
   const path = pathOf(kind, id);
   const { data, error, read } = useData(async (signal) => {
-    const found = await getReport(path, signal);
+    const [found, named] = await Promise.all([getReport(path, signal), modelNames(signal)]);
     await learnNames([found.request.rows], signal);
-    return found;
+    return { ...found, models: found.models.map(named) };
   });
   usePolling(SECONDS, async () => data && !hasEnded(data.state) && read());
   const stop = useAction(() => call("POST", `${path}/stop`).then(read));

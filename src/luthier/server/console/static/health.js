@@ -4,10 +4,15 @@ import { call, may } from "./api.js";
 import { LineChart } from "./charts.js";
 import { number, percent, words } from "./format.js";
 import { CaptureSwitch } from "./review.js";
-import { Empty, Field, Heading, Pending, Table, bound, html, link, options, useData, useSignal } from "./ui.js";
+import { DataTable, Empty, Field, Heading, Pending, Table, bound, html, link, options, useData, useSignal } from "./ui.js";
 
 const RANGES = [["7d", "7 days"], ["30d", "30 days"], ["90d", "90 days"], ["365d", "a year"]];
 const NAMES = { errors: "Errors", milliseconds: "Median latency in ms", tokens: "Tokens per answer", empty: "Empty answers", rating: "Rating" };
+/** Measures with this prefix are shares of a label. */
+const LABEL = "label.";
+/** Measures in one table, and periods in the table of the labels. */
+const MOST_COLUMNS = 8;
+const SHOWN_PERIODS = 4;
 
 /** Return the name of a measure such as `label.refund`. */
 const nameOf = (measure) => NAMES[measure] ?? words(measure.replace(".", ": "));
@@ -43,6 +48,10 @@ export function HealthPage({ params }) {
     name, marks: field === "value",
     points: periods.flatMap(({ measures: { [shown]: figure } }, index) => (typeof figure?.[field] === "number" ? [[index, figure[field]]] : [])),
   });
+  // Many labels would make the table wider than the page; they have a table of their own.
+  const isLabel = (name) => name.startsWith(LABEL) && measures.length > MOST_COLUMNS;
+  const columns = measures.filter((name) => !isLabel(name));
+  const labels = measures.filter(isLabel);
   const unit = periods.length > 1 && Date.parse(periods[1].first) - Date.parse(periods[0].first) > 86_400_000 ? "Week" : "Day";
   return html`
     <${Heading} title=${`Health of ${params.name}`} tab="Health">
@@ -68,7 +77,18 @@ export function HealthPage({ params }) {
         series=${[line("Value", "value"), line("Lower bound (95 %)", "low"), line("Upper bound (95 %)", "high")]} />
     `}
     <${Table} caption=${`Figures by ${unit.toLowerCase()}, newest first, with 95 % intervals`}
-      columns=${[unit, ...["Requests", ...measures.map(nameOf)].map((name) => ({ name, kind: "number" }))]}
-      rows=${periods.toReversed().map((each) => [each.first, number(each.requests), ...measures.map((name) => figureText(each.measures[name]))])} />
+      columns=${[unit, ...["Requests", ...columns.map(nameOf)].map((name) => ({ name, kind: "number" }))]}
+      rows=${periods.toReversed().map((each) => [each.first, number(each.requests), ...columns.map((name) => figureText(each.measures[name]))])} />
+    ${labels.length > 0 && html`
+      <section id="labels">
+        <h2>Labels</h2>
+        <${DataTable} caption="Shares of labels with 95 % intervals" filter="label" rows=${labels} columns=${[
+          { name: "Label", value: (name) => name.slice(LABEL.length) },
+          ...periods.slice(-SHOWN_PERIODS).reverse().map((each) => ({
+            name: each.first, kind: "number", value: (name) => each.measures[name]?.value, show: (name) => figureText(each.measures[name]),
+          })),
+        ]} />
+      </section>
+    `}
   `;
 }

@@ -95,7 +95,7 @@ function Rule({ rule, children }) {
               <li>
                 <code>${placeOf(place)}</code> ${withNames(place.message ?? "")}
                 ${place.fix && place.fix !== rule.fix && html` <strong>Fix: </strong>${withNames(place.fix)}`}
-                ${place.excerpt && html`<pre class="row">${place.excerpt}</pre>`}
+                ${place.excerpt && html`<pre class="row" tabindex="0">${place.excerpt}</pre>`}
               </li>
             `,
           )}
@@ -119,7 +119,7 @@ function Rows({ split, rows }) {
           <figcaption class="soft">
             ${placeOf(row)}${row.taught && html` · learned: <mark>${String(row.taught)}</mark>`}
           </figcaption>
-          <pre class="row">${tokensView(row.tokens ?? [], row.learned ?? [])}</pre>
+          <pre class="row" tabindex="0">${tokensView(row.tokens ?? [], row.learned ?? [])}</pre>
         </figure>
       `,
     )}

@@ -115,10 +115,10 @@ function Followed({ path, first, nameOf }) {
     <section>
       <h2>Settings and log</h2>
       <details class="rule"><summary>Settings with reasons</summary><div class="inside"><${Settings} job=${job} /></div></details>
-      <details class="rule"><summary>Complete recipe</summary><pre class="row">${withNames(JSON.stringify(job.recipe, null, 2))}</pre></details>
+      <details class="rule"><summary>Complete recipe</summary><pre class="row" tabindex="0">${withNames(JSON.stringify(job.recipe, null, 2))}</pre></details>
       <details class="rule"><summary>Steps of the job</summary><div class="inside"><${Parts} job=${job} /></div></details>
       <details class="rule" open=${!hasEnded(first.state)}><summary>Messages</summary><div class="inside"><${Messages} messages=${messages} /></div></details>
-      <details class="rule" open=${first.state === "Failed"}><summary>End of the log</summary><pre class="row">${log}</pre></details>
+      <details class="rule" open=${first.state === "Failed"}><summary>End of the log</summary><pre class="row" tabindex="0">${log}</pre></details>
     </section>
   `;
 }

@@ -94,11 +94,12 @@ export function customizationOf(job) {
   return CUSTOMIZATIONS[job.customization_type]?.name ?? job.customization_type;
 }
 
-/** Return a function from the ARN of a model to its name. */
+/** Return a function from the ARN or id of a model to its name. */
 export async function modelNames(signal) {
   const names = new Map();
   try {
-    for (const each of (await call("GET", "/api/v1/models", { signal })).models) names.set(each.arn, nameOf(each));
+    for (const each of (await call("GET", "/api/v1/models", { signal })).models)
+      for (const key of [each.arn, each.id]) names.set(key, nameOf(each));
   } catch (error) {
     // Keys that may not list models see the last part of the ARN.
     if (error.name === "AbortError" || error.status === 401) throw error;

@@ -22,7 +22,7 @@ export function ChooseModel() {
   const rows = [...active.filter((each) => each.kind === "custom").reverse(), ...active.filter((each) => each.kind !== "custom")];
   return html`
     <${Heading} title="Playground" />
-    <p>Choose a model. A chat can be compared with a second model.</p>
+    <p>Choose a model. A chat can be compared with a second model, also blind.</p>
     <${DataTable} caption="Models to try" filter="name or use" rows=${rows} columns=${[
       { name: "Name", value: nameOf, show: (each) => html`<a href=${link("playground", each.id)}><bdi>${nameOf(each)}</bdi></a>` },
       { name: "Kind", value: (each) => (each.kind === "custom" ? "custom model" : "base model") },

@@ -140,7 +140,7 @@ function Answer({ answer, text }) {
         <p class="box said" dir="auto">${answer.text || "(empty text)"}</p>
         ${typeof answer.probability === "number" && html`<p class="soft">Probability ${percent(answer.probability)}</p>`}
       `}
-      ${(!known || answer.embedding) && html`<pre class="row">${JSON.stringify(answer)}</pre>`}
+      ${(!known || answer.embedding) && html`<pre class="row" tabindex="0">${JSON.stringify(answer)}</pre>`}
     </section>
   `;
 }
@@ -174,7 +174,7 @@ function Entities({ text, found }) {
 
 function Pairs({ answers, names }) {
   const vectors = answers.map((each) => each.embedding);
-  if (!vectors.every(Array.isArray)) return html`<pre class="row">${JSON.stringify(answers).slice(0, 10_000)}</pre>`;
+  if (!vectors.every(Array.isArray)) return html`<pre class="row" tabindex="0">${JSON.stringify(answers).slice(0, 10_000)}</pre>`;
   const others = (a) => vectors.map((_, b) => b).filter((b) => b > a);
   const pairs = vectors.flatMap((first, a) => others(a).map((b) => [names[a], names[b], cosine(first, vectors[b])]));
   pairs.sort((a, b) => b[2] - a[2]);

@@ -178,7 +178,7 @@ function Rating({ model }) {
     <div class="narrow"><${Field} id="model" label="Model"><select id="model" ...${bound(model)}>${options(choices)}</select><//></div>
     <${ErrorBox} error=${error} />
     <progress max=${rated + done + remaining || 1} value=${rated + done} aria-label="Rated answers" />
-    <p class="soft" id="progress">${number(rated + done)} rated, ${number(remaining)} to rate</p>
+    <p class="soft" id="progress">${number(rated + done)} rated by you, ${number(remaining)} to rate</p>
     ${first ? html`<${Card} key=${`${first.request} ${first.position}`} answer=${first} />` : html`
       <${Empty} text=${models.length ? "No complete answer waits for your rating." : "No answer is captured yet. Turn the capture on, then query a model."}>
         ${may("invoke") && html`<a class="button" href=${link("playground")}>Talk to a model</a>`}
