@@ -499,7 +499,7 @@ def test_data_page_shows_findings_and_writes_cleaned_file(
     lines = [{"text": f"{HOSTILE} {n}", "label": f"team {n % 2}"} for n in range(24)]
     table = tmp_path / "teams.jsonl"
     table.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *lines[:2]]))
-    sign_in(page)
+    page.sign_in(KEY)
     page.click('#navigation a[href="#/data"]')
     page.until("document.querySelector('#opened-file') !== null")
     page.write("#opened-file", str(table))
