@@ -44,10 +44,7 @@ def test_pages_have_no_accessibility_findings(tmp_path: Path, tiny_model_folder:
     try:
         with browser(tmp_path / "browser") as page:
             page.get(f"{server.url}/console/")
-            page.until_text("Sign in", "h1")
-            page.fill("#key", KEYS[ONE]["api_key"])
-            page.click(".sign-in button")
-            page.until_text("Sign out", "#account")
+            page.sign_in(KEYS[ONE]["api_key"])
             page.script(axe)
             for place in PLACES:
                 if place != PLACES[0]:
