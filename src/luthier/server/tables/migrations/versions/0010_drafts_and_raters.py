@@ -12,4 +12,4 @@ def upgrade() -> None:
     """Add the columns."""
     plain = sa.JSON().with_variant(JSONB(), "postgresql")
     op.add_column("endpoints", sa.Column("retraining", plain, nullable=True))
-    op.add_column("capture_settings", sa.Column("second_rater", sa.Float(), nullable=True))
+    op.add_column("capture_settings", sa.Column("second_rater", sa.Double(), nullable=True))
