@@ -452,6 +452,8 @@ def check_creatable(path: Path) -> None:
         raise RecipeError("- is standard output; name a file", rule="file.unwritable")
     try:
         target = path.resolve()
+        if target.is_symlink():  # since Python 3.13, a circle resolves to one of its links
+            raise OSError(errno.ELOOP, "")
         parent = nearest_existing(target.parent)
         if not os.access(target if target.exists() else parent, os.W_OK):
             raise PermissionError(errno.EACCES, "")
