@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from both_databases import with_tables
 
-from luthier.server.tables.database import Base, Database
+from luthier.server.tables.database import Database
 
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
     """An empty database with all tables."""
-    made = Database(database_url)
-    Base.metadata.create_all(made.engine)
-    yield made
-    made.close()
+    yield from with_tables(database_url)

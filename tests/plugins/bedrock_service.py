@@ -32,7 +32,7 @@ from luthier.server.stores.removal import delete
 from luthier.server.tables import jobs as queue
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CustomModel
-from luthier.server.tables.database import Base, Database
+from luthier.server.tables.database import Database
 from luthier.server.tables.jobs import Job
 
 ALICE, BOB = "111111111111", "222222222222"
@@ -226,15 +226,6 @@ class Server:
         finally:
             made.preparation.free.set()
             made.control.activation.close()
-
-
-def opened(url: str) -> Iterator[Database]:
-    """A database with all tables."""
-    made = Database(url)
-    with made.write() as session:
-        Base.metadata.create_all(session.connection())
-    yield made
-    made.close()
 
 
 def graders(account: str, function: str) -> dict[str, Any] | None:

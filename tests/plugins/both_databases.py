@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from luthier.server.stores.objects import Objects
-from luthier.server.tables.database import Database
-from luthier.server.tables.schema import METADATA
+from luthier.server.tables.database import Database, default_url
+from luthier.server.tables.schema import upgrade
 
 
-def with_tables(url: str) -> Iterator[Database]:
-    """Yield a database with empty tables, and close the database at the end."""
-    made = Database(url)
-    METADATA.create_all(made.engine)
+def with_tables(url: str | None = None) -> Iterator[Database]:
+    """Yield a database with empty tables, by default of the store, and close the database."""
+    made = new_database(url)
     yield made
     made.close()
+
+
+def new_database(url: str | None = None) -> Database:
+    """Return a database with empty tables, by default of the store.
+
+    Creating 40 tables takes 0.1 s of processor time; a copy of a file with the tables does not.
+    """
+    url = url or default_url()
+    if not url.startswith("sqlite:///"):
+        made = Database(url)
+        upgrade(made)
+        return made
+    file = Path(url.removeprefix("sqlite:///"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(empty_file())
+    return Database(url)
+
+
+@cache
+def empty_file() -> bytes:
+    """Return the content of an SQLite file with empty tables."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "luthier.db"
+        made = Database(f"sqlite:///{file}")
+        upgrade(made)
+        made.close()
+        return file.read_bytes()
 
 
 @pytest.fixture

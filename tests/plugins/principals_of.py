@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from both_databases import with_tables
 from signing import ACCESS_KEY, SECRET
 
 from luthier.server.tables import accounts, principals
-from luthier.server.tables.database import Database, default_url
-from luthier.server.tables.schema import upgrade
+from luthier.server.tables.database import Database
 from luthier.server.tables.secrets import Sealing
 
 KEY = bytes(range(32))
@@ -17,20 +17,10 @@ FIRST = "000000000000"
 OTHER = "111111111111"
 
 
-def made_at(url: str) -> Iterator[Database]:
-    """Yield a database with all tables, and close the database at the end."""
-    made = Database(url)
-    try:
-        upgrade(made)
-        yield made
-    finally:
-        made.close()
-
-
 @pytest.fixture
 def database() -> Iterator[Database]:
     """An empty database in the test's store."""
-    yield from made_at(default_url())
+    yield from with_tables()
 
 
 @pytest.fixture

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from both_databases import new_database
 from moto_server import KEYS, moto_client, moto_server
 
 from luthier.errors import LocationRefused
 from luthier.server.stores.locations import Locations
-from luthier.server.tables.database import Base, Database
 
 ACCOUNT = "000000000000"
 
@@ -40,20 +41,19 @@ def test_external_folder_is_listed_and_copied(
 ) -> None:
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
-    database = Database()
-    Base.metadata.create_all(database.engine)
-    locations = Locations(database, f"http://127.0.0.1:{moto}")
-    sizes = {path.name: path.stat().st_size for path in tiny_model_folder.iterdir()}
-    for uri in ("s3://models/some/tiny", "s3://models/some/tiny/"):
-        assert dict(locations.folder(ACCOUNT, uri)) == sizes
-        locations.fetch_from(ACCOUNT, uri, "model.safetensors", tmp_path / "weights")
-        whole = (tiny_model_folder / "model.safetensors").read_bytes()
-        assert (tmp_path / "weights").read_bytes() == whole
-    for uri in ("s3://models/some/none", "s3://nobodys/some/tiny", "s3://models/some/tin"):
+    with closing(new_database()) as database:
+        locations = Locations(database, f"http://127.0.0.1:{moto}")
+        sizes = {path.name: path.stat().st_size for path in tiny_model_folder.iterdir()}
+        for uri in ("s3://models/some/tiny", "s3://models/some/tiny/"):
+            assert dict(locations.folder(ACCOUNT, uri)) == sizes
+            locations.fetch_from(ACCOUNT, uri, "model.safetensors", tmp_path / "weights")
+            whole = (tiny_model_folder / "model.safetensors").read_bytes()
+            assert (tmp_path / "weights").read_bytes() == whole
+        for uri in ("s3://models/some/none", "s3://nobodys/some/tiny", "s3://models/some/tin"):
+            with pytest.raises(LocationRefused):
+                locations.folder(ACCOUNT, uri)
         with pytest.raises(LocationRefused):
-            locations.folder(ACCOUNT, uri)
-    with pytest.raises(LocationRefused):
-        locations.fetch_from(ACCOUNT, "s3://models/some/tiny", "none", tmp_path / "x")
-    monkeypatch.setattr("luthier.server.stores.locations.MOST_ENTRIES", len(sizes))
-    with pytest.raises(LocationRefused):
-        locations.folder(ACCOUNT, "s3://models/some/tiny")
+            locations.fetch_from(ACCOUNT, "s3://models/some/tiny", "none", tmp_path / "x")
+        monkeypatch.setattr("luthier.server.stores.locations.MOST_ENTRIES", len(sizes))
+        with pytest.raises(LocationRefused):
+            locations.folder(ACCOUNT, "s3://models/some/tiny")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bedrock_service import ALICE, BOB, Server, Service, job_members, opened
+from bedrock_service import ALICE, BOB, Server, Service, job_members
+from both_databases import with_tables
 
 from luthier.server.tables.database import Database
 
@@ -23,7 +24,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
     """Return a database file with all tables."""
-    yield from opened(f"sqlite:///{tmp_path / 'service.db'}")
+    yield from with_tables(f"sqlite:///{tmp_path / 'service.db'}")
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from bedrock_service import ALICE, BASE, BOB, Service, job_members, opened
+from bedrock_service import ALICE, BASE, BOB, Service, job_members
+from both_databases import with_tables
 from botocore.exceptions import ClientError
 
 from luthier.server.tables.database import Database
@@ -16,7 +17,7 @@ from luthier.server.tables.database import Database
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
     """Return SQLite and PostgreSQL databases, which differ in locking."""
-    yield from opened(database_url)
+    yield from with_tables(database_url)
 
 
 def refused(call: Callable[..., Any], **members: Any) -> tuple[str, str]:

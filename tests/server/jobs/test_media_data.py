@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from both_databases import with_tables
 from PIL import Image
 
 from luthier.data.rows import load_rows
@@ -28,7 +29,7 @@ from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.submit import Submission, recipe_of
 from luthier.server.stores.locations import Locations
 from luthier.server.stores.objects import Objects
-from luthier.server.tables.database import Base, Database
+from luthier.server.tables.database import Database
 from luthier.server.tables.foundation import foundation_model
 from luthier.server.tables.objects import ObjectMetadata
 
@@ -73,10 +74,8 @@ class Bucket:
 
 @pytest.fixture
 def bucket(luthier_home: Path, tmp_path: Path) -> Iterator[Bucket]:
-    database = Database(f"sqlite:///{tmp_path / 'service.db'}")
-    Base.metadata.create_all(database.engine)
-    yield Bucket(database)
-    database.close()
+    for database in with_tables(f"sqlite:///{tmp_path / 'service.db'}"):
+        yield Bucket(database)
 
 
 def labels(data: JobData) -> list[tuple[str, int]]:

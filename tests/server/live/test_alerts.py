@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from both_databases import new_database
 from sqlalchemy import select, update
 
 from luthier.errors import RefusedInput
 from luthier.server.live.alerts import SIGNATURE, Alerts, check_webhook
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.live.alerts import MOST_ATTEMPTS, Alert, add_alert
-from luthier.server.tables.schema import upgrade
 
 SECRET = "0123456789abcdef"
 
@@ -58,8 +58,7 @@ def webhook() -> Iterator[Webhook]:
 
 @pytest.fixture
 def database(luthier_home: Path) -> Iterator[Database]:
-    made = Database(None)
-    upgrade(made)
+    made = new_database()
     with made.write() as session:
         for _ in range(2):
             add_alert(session, "1", "drift", "support", "The inputs have drifted.", "drift 1")

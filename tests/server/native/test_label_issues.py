@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from both_databases import new_database
 
 from luthier.engine.runs import LABEL_ISSUES, run_of
 from luthier.inference.pool import ModelPool
@@ -22,10 +23,8 @@ from luthier.server.native.operations import Call, Context
 from luthier.server.stores import removal
 from luthier.server.stores.objects import Objects
 from luthier.server.tables.arns import Arns
-from luthier.server.tables.database import Database
 from luthier.server.tables.foundation import foundation_model
 from luthier.server.tables.jobs import Job
-from luthier.server.tables.schema import upgrade
 
 ACCOUNT = "000000000000"
 
@@ -33,8 +32,7 @@ ACCOUNT = "000000000000"
 @pytest.fixture
 def jobs(luthier_home: Path) -> Iterator[Call]:
     """A call on a database with a single job. The run of the job recorded three label issues."""
-    database, arns = Database(), Arns()
-    upgrade(database)
+    database, arns = new_database(), Arns()
     nowhere: Any = SimpleNamespace()
     base = foundation_model("smollm2-135m-instruct")
     assert base is not None

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from both_databases import new_database
 from native_client import native_client
 from sqlalchemy import update
 
@@ -24,18 +25,15 @@ from luthier.server.stores import removal
 from luthier.server.stores.objects import Objects
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
-from luthier.server.tables.database import Database
 from luthier.server.tables.foundation import foundation_model
 from luthier.server.tables.jobs import Job
-from luthier.server.tables.schema import upgrade
 
 ACCOUNT = "000000000000"
 
 
 @pytest.fixture
 def context() -> Iterator[Context]:
-    database = Database()
-    upgrade(database)
+    database = new_database()
     nowhere: Any = SimpleNamespace()
     yield Context(
         database=database,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from both_databases import new_database
 from native_client import native_client
 from stored_objects import put_objects
 
@@ -19,15 +20,13 @@ from luthier.server.native.operations import Context
 from luthier.server.stores.locations import Locations
 from luthier.server.stores.objects import Objects
 from luthier.server.tables.arns import Arns
-from luthier.server.tables.database import Base, Database
 
 ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 
 
 def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
     """Return the response of the native API to a request with files in ``folder``."""
-    database = Database()
-    Base.metadata.create_all(database.engine)
+    database = new_database()
     files = {file.name: file.read_bytes() for file in folder.glob("*.*")}
     put_objects(database, "111111111111", files)
     context = Context(

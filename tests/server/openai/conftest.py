@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+from both_databases import new_database
 from starlette.testclient import TestClient
 
 from luthier.files import write_json
@@ -31,7 +32,6 @@ from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.principals import User
-from luthier.server.tables.schema import METADATA
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
 KEYS = {"sk-one": ACCOUNT, "sk-other": OTHER, "sk-fast": ACCOUNT}
@@ -104,8 +104,7 @@ def _base(name: str, kind: str, folder: Path) -> str:
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with all tables and the users of the keys, to be copied."""
     path = tmp_path_factory.mktemp("database") / "luthier.db"
-    made = Database(f"sqlite:///{path}")
-    METADATA.create_all(made.engine)
+    made = new_database(f"sqlite:///{path}")
     with made.write() as session:
         for account in (ACCOUNT, OTHER):
             session.add(Account(id=account, name="", disabled=False, created=now()))

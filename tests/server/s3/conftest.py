@@ -10,6 +10,7 @@ from typing import Any
 
 import boto3
 import pytest
+from both_databases import new_database
 from botocore.config import Config
 from served import served
 from trails import Remembered
@@ -22,7 +23,7 @@ from luthier.server.s3.routes import s3_api
 from luthier.server.sigv4 import Credential, verify
 from luthier.server.stores.object_files import ObjectFiles
 from luthier.server.stores.objects import Objects
-from luthier.server.tables.database import Base, Database, now
+from luthier.server.tables.database import now
 
 ACCOUNTS = {"AKONE": "000000000001", "AKTWO": "000000000002"}
 SECRET = "a secret of thirty letters, or so"
@@ -73,8 +74,7 @@ def any_s3(objects: Objects) -> Api:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Over http."""
     home = tmp_path_factory.mktemp("service")
-    database = Database(f"sqlite:///{home}/luthier.db")
-    Base.metadata.create_all(database.engine)
+    database = new_database(f"sqlite:///{home}/luthier.db")
     objects = Objects(database, ObjectFiles(home / "objects"))
 
     app = Application(

@@ -13,8 +13,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from both_databases import with_tables
 from postgres import Postgres
-from principals_of import FIRST, made_at
+from principals_of import FIRST
 from sqlalchemy import select
 
 from luthier.errors import CorruptFile, LuthierError, RefusedInput, RunConflict
@@ -362,7 +363,7 @@ def test_backup_and_restore_with_postgresql(
         copy(database, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(subprocess, "run", check_command)
-    for database in made_at(url):
+    for database in with_tables(url):
         put(database, b"content")
         with monkeypatch.context() as patch:
             patch.setattr(backups, "_copy_database", change_meanwhile)

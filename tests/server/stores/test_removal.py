@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from both_databases import with_tables
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
@@ -28,7 +29,6 @@ from luthier.server.tables.measurements import (
     create_measurement,
     delete,
 )
-from luthier.server.tables.schema import upgrade
 
 
 def stored(name: str, parent: str | None, saved: str = "adapter") -> str:
@@ -110,10 +110,7 @@ def test_parent_not_marked_for_deletion_remains() -> None:
 
 @pytest.fixture
 def database() -> Iterator[Database]:
-    made = Database()
-    upgrade(made)
-    yield made
-    made.close()
+    yield from with_tables()
 
 
 def recorded(database: Database, stored_id: str) -> CustomModel:

@@ -6,13 +6,11 @@ from datetime import timedelta
 
 from sqlalchemy import update
 
-from luthier.server.tables.database import Base, Database, now
+from luthier.server.tables.database import Database, now
 from luthier.server.tables.idempotency import RETENTION, AnsweredRequest, Attempt, recall, remember
 
 
-def test_remembered_response_expires_after_retention(database_url: str) -> None:
-    database = Database(database_url)
-    Base.metadata.create_all(database.engine)
+def test_remembered_response_expires_after_retention(database: Database) -> None:
     first, second, other = (
         Attempt.of(account, "create", token, {"name": "a"})
         for account, token in (("1", "one"), ("1", "two"), ("2", "one"))
@@ -31,4 +29,3 @@ def test_remembered_response_expires_after_retention(database_url: str) -> None:
         assert recall(session, first) is None
         assert recall(session, second) == {"arn": "second"}
         assert recall(session, other) == {"arn": "other"}
-    database.close()

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from both_databases import new_database
 
 from luthier.errors import QuotaExceeded, RefusedInput
 from luthier.limits import AccountQuotas
@@ -16,7 +17,6 @@ from luthier.server.tables import accounts
 from luthier.server.tables.accounts import create_account, set_quota
 from luthier.server.tables.database import Database
 from luthier.server.tables.objects import ObjectMetadata
-from luthier.server.tables.schema import upgrade
 from luthier.server.tables.storage import Storage, stored_by
 
 ONE, OTHER = "111111111111", "222222222222"
@@ -64,8 +64,7 @@ class Store:
 
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:
-    database = Database(database_url)
-    upgrade(database)
+    database = new_database(database_url)
     with database.write() as session:
         create_account(session, ONE)
         create_account(session, OTHER)
