@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import gc
 import json
 import os
@@ -18,11 +19,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import typer.testing
 from forked_commands import forker
 
+gc.disable()  # until the end of the collection: imports make a million lasting objects
 pytest_plugins = ["job_queue", "openai_endpoint", "postgres", "principals_of", "ray_cluster"]
 
 torch.set_num_threads(1)
+# Otherwise each command builds all commands anew, for 0.07 s.
+typer.testing._get_command = cache(typer.testing._get_command)
 
 CHATML = (
     "{% for message in messages %}"
@@ -83,6 +88,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None
+    gc.enable()
 
 
 @pytest.fixture
@@ -151,8 +157,8 @@ def one_thread() -> Iterator[None]:
 def pictures_drawn_once() -> Iterator[None]:
     """Draw the curves of runs once per set of metrics, and copy the images.
 
-    Drawing takes a quarter of a short run. test_metrics.py tests the content. Commands and workers
-    are separate processes with their own curves.
+    Drawing takes a quarter of a short run. test_metrics.py tests the content. In commands and
+    workers, ``forked_commands`` copies one picture.
     """
     from luthier.engine import model_writer
     from luthier.files import write_bytes
@@ -254,15 +260,24 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) 
 
 @pytest.fixture(scope="session")
 def thinking_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``thinking_folder(kind)`` returns the folder of a reasoning model."""
+    """``thinking_folder(kind)`` returns the folder of a reasoning model, shared by all workers."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
 
     @cache
     def make(kind: str) -> Path:
         from thinking_models import TEMPLATES, make_thinking_model
 
-        tokenizer = make_tokenizer(TEMPLATES[kind])
-        network = make_llama(eos_token_id=tokenizer.eos_token_id)
-        return make_thinking_model(tmp_path_factory.mktemp("thinking"), network, tokenizer)
+        folder = shared / f"thinking-{[*TEMPLATES].index(kind)}"
+        folder.mkdir(exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (folder / "thinker").exists():
+                return folder / "thinker"
+            tokenizer = make_tokenizer(TEMPLATES[kind])
+            network = make_llama(eos_token_id=tokenizer.eos_token_id)
+            return make_thinking_model(folder, network, tokenizer)
 
     return make
 

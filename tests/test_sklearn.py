@@ -10,7 +10,6 @@ import pytest
 from sklearn.base import clone, is_classifier
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
-from sklearn.utils import estimator_checks
 
 import luthier
 from luthier.errors import RecipeError
@@ -73,4 +72,6 @@ CHECKS = (
 @pytest.mark.parametrize("estimator", [TextClassifier, TextEncoder])
 @pytest.mark.parametrize("check", CHECKS)
 def test_checks_of_scikit_learn_without_a_fit(estimator: type[Any], check: str) -> None:
+    from sklearn.utils import estimator_checks  # imports all estimators, for seconds
+
     getattr(estimator_checks, check)(estimator.__name__, estimator())

@@ -45,8 +45,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "target"),
+    [(name, TARGETS[(n + k) % 5]) for n, name in enumerate(COMMANDS) for k in (0, 2)],
+)
 def test_invalid_output_path_is_rejected(
     home: Path, folder: Path, command: str, target: str
 ) -> None:

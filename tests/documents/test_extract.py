@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from luthier.documents import extract
 from luthier.documents.readers import DocumentReader, document_files, load_texts, main_language
 from luthier.errors import DataError, RecipeError, RefusedInput
 
-pytest.importorskip("markitdown", reason="needs the extra documents")
+if not find_spec("markitdown"):  # importing takes seconds
+    pytest.skip("needs the extra documents", allow_module_level=True)
 PdfDocument = pytest.importorskip("pypdfium2", reason="needs the extra documents").PdfDocument
 
 BODY = "Refunds are paid within fourteen days."

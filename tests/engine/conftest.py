@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked_commands import forked_training
 from killed_runs import ENVIRONMENT, LINES, STEPS, Forker, Outcome, leftovers, outcome
 from short_runs import WORDS, recipe, rows
 
@@ -20,6 +21,15 @@ __all__ = ["recipe", "rows"]
 def forker(tmp_path_factory: pytest.TempPathFactory) -> Forker:
     """Starter of forked runs, with one folder for all output."""
     return Forker(tmp_path_factory.mktemp("forker"))
+
+
+@pytest.fixture
+def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes of ``train_in_processes``: importing torch takes 4 s in each."""
+    command = forked_training()
+    monkeypatch.setattr(
+        "luthier.engine.processes.python_command", lambda module, *arguments: [*command, *arguments]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,9 @@ def processes_by_rank() -> dict[int, psutil.Process]:
     for each in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # the process has ended
             if "luthier.engine.processes" in each.cmdline():
-                found[int(each.environ()["RANK"])] = each
+                rank = int(each.environ()["RANK"])
+                fork = Path(each.cmdline()[-1], f"fork-{rank}")
+                found[rank] = psutil.Process(int(fork.read_text())) if fork.exists() else each
     return found
 
 
@@ -69,6 +71,7 @@ def weights_of(result: Result) -> str:
     return files.get("adapter_model.safetensors") or files["model.safetensors"]
 
 
+@pytest.mark.usefixtures("forked_processes")
 @pytest.mark.parametrize(
     "ranks", [pytest.param([0]), pytest.param([1, 0, 1], marks=pytest.mark.slow)]
 )
@@ -203,6 +206,7 @@ def test_full_disk_of_first_process_ends_run_resumably(
     check_resumed(SETTINGS, recipe, disk.folder / "runs" / tiny_model_folder.name / "x")
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_full_disk_of_second_process_ends_run_resumably(
     luthier_home: Path, recipe: Recipes, tiny_model_folder: Path
 ) -> None:

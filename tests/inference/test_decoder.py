@@ -69,30 +69,27 @@ def test_the_likeliest_answer_is_the_generator_s(
     assert found.reason == ("stop" if expected.finished else "length")
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.9}, {"temperature": 1.3, "top_p": 0.8}, {"stop": (" ", "a")}]
-)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.3, "top_p": 0.8}, {"stop": (" ", "a")}])
 def test_seed_gives_same_text_in_server_stream_and_batch(
     opened: Decoder, tiny_model_folder: Path, settings: dict[str, Any]
 ) -> None:
     """The server, streamed replies, batches, and completions of a network in training."""
     stored = find(str(tiny_model_folder))
     generator = generator_of(stored)
-    for seed in (0, 5):
-        sampling = Sampling(max_tokens=24, seed=seed, **settings)
-        fields = {"seed": seed, **settings}
-        served = [answer(opened, asked(question, **fields)).text for question in QUESTIONS]
-        assert generator.replies(QUESTIONS, sampling, batch_size=3) == served
-        assert ["".join(generator.stream(question, sampling)) for question in QUESTIONS] == served
-        if "stop" in settings:
-            continue
-        prompts = [generator.chat.encode_prompt([Message("user", q)]) for q in QUESTIONS]
-        drawn = sample(generator.network, prompts, 2, sampling, stop_ids=generator.chat.stop_ids)
-        several = [opened.submit(asked(q, n=2, **fields)).results() for q in QUESTIONS]
-        for pair, two in zip(drawn, several, strict=True):
-            for completion, each in zip(pair, two, strict=True):
-                ids = completion.ids_T[: len(completion.ids_T) - completion.stopped].tolist()
-                assert generator.chat.replies.decode(ids).rstrip("\ufffd") == each.text
+    sampling = Sampling(max_tokens=24, seed=5, **settings)
+    fields = {"seed": 5, **settings}
+    served = [answer(opened, asked(question, **fields)).text for question in QUESTIONS]
+    assert generator.replies(QUESTIONS, sampling, batch_size=3) == served
+    assert ["".join(generator.stream(question, sampling)) for question in QUESTIONS] == served
+    if "stop" in settings:
+        return
+    prompts = [generator.chat.encode_prompt([Message("user", q)]) for q in QUESTIONS]
+    drawn = sample(generator.network, prompts, 2, sampling, stop_ids=generator.chat.stop_ids)
+    several = [opened.submit(asked(q, n=2, **fields)).results() for q in QUESTIONS]
+    for pair, two in zip(drawn, several, strict=True):
+        for completion, each in zip(pair, two, strict=True):
+            ids = completion.ids_T[: len(completion.ids_T) - completion.stopped].tolist()
+            assert generator.chat.replies.decode(ids).rstrip("\ufffd") == each.text
 
 
 def test_seeds(opened: Decoder) -> None:

@@ -39,6 +39,16 @@ HEAVY = (
     "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 LUTHIER = "import runpy\nrunpy.run_module('luthier', run_name='__main__', alter_sys=True)\n"
+TRAINING = "luthier.engine.processes"
+"""Module of one of several processes that train a model."""
+TRAIN = f"""
+import os, sys
+import {TRAINING} as processes
+with open(os.path.join(sys.argv[1], "fork-" + os.environ["RANK"]), "w") as file:
+    file.write(str(os.getpid()))
+processes.watch_agent = lambda agent: None  # the parent is the fork server
+processes.main(processes._train)
+"""
 LARGEST_MESSAGE = 1 << 17
 """Maximum message size in bytes: a job with its environment and code."""
 MOST_FILES = 16
@@ -156,6 +166,14 @@ def forked_workers() -> str:
     )
 
 
+def forked_training() -> list[str]:
+    """Return the command of a training process: ``python -m luthier.engine.processes`` as a fork.
+
+    The fork writes its process id into the folder of the command.
+    """
+    return [sys.executable, "-S", "-E", __file__, forker(), TRAINING]
+
+
 @cache
 def forker() -> str:
     """Return the socket of the fork server, which ends with this process.
@@ -184,10 +202,22 @@ def main(path: str) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in HEAVY:
         importlib.import_module(name)
-    from luthier.engine.metrics import draw_curves
+    from luthier.engine import model_writer
 
-    with tempfile.TemporaryDirectory() as folder:  # loads fonts
-        draw_curves([{"event": "train", "step": 1, "loss": 1.0}], Path(folder), "x")
+    with tempfile.TemporaryDirectory() as drawn:
+        line = {"event": "train", "step": 1, "loss": 1.0}
+        pictures = {
+            name: Path(drawn, name).read_bytes()
+            for name in model_writer.draw_curves([line], Path(drawn), "x")
+        }
+
+    def copy_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[str]:
+        for name, content in pictures.items():
+            (folder / name).write_bytes(content)
+        return [*pictures]
+
+    # Drawing takes a quarter of a short run. test_metrics.py tests the content.
+    model_writer.draw_curves = copy_curves
     gc.collect()
     gc.freeze()  # no pass of the collector in a fork copies these pages
     if job := _fork_for_all(path):
@@ -281,6 +311,8 @@ def _run(code: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[2:3] == [TRAINING]:
+        stand_for(sys.argv[1], TRAIN, sys.argv[2:])
     if sys.argv[2:]:
         stand_for(sys.argv[1], LUTHIER, ["luthier", *sys.argv[2:]])
     main(sys.argv[1])
