@@ -55,9 +55,15 @@ LONGEST = {
     "engine/test_process_faults.py",
     "server/jobs/test_shared_training.py",
     "exports/test_onnx.py",
+    "inference/test_adapters.py",
+    "inference/test_prediction.py",
+    "inference/test_reasoning.py",
+    "server/test_measurements.py",
+    "test_pairs.py",
     "test_processes.py",
+    "workflows/test_capabilities.py",
 }
-"""Files with few tests of more than 10 s each."""
+"""Files that take more than 20 s, with few tests of more than 10 s or many short ones."""
 
 
 @pytest.hookimpl(trylast=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,23 +39,47 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, family_folder: Callable[[str], Path]
+) -> Callable[..., tuple[Path, str]]:
+    """``trained(rows, family, fields)`` returns a folder with rows and a store, and the model id."""
+    made: dict[str, tuple[Path, str]] = {}
+
+    def train(rows: list[dict[str, Any]], family: str, fields: dict[str, Any]) -> tuple[Path, str]:
+        key = json.dumps([rows, family, fields])
+        if key not in made:
+            folder = tmp_path_factory.mktemp("trained")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("LUTHIER_HOME", str(folder / "home"))
+                result = luthier.tune(
+                    write(folder / "rows.jsonl", rows),
+                    base=str(family_folder(family)),
+                    name="x",
+                    # Copies stay in the same split, so held-out words would be unseen.
+                    data__validation_share=0,
+                    training__learning_rate=3e-3,
+                    training__epochs=10,
+                    training__batch_size=8,
+                    training__precision="float32",
+                    **fields,
+                )
+            made[key] = folder, result.model_id
+        return made[key]
+
+    return train
+
+
 @pytest.fixture
-def tuned(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[..., tuple[str, Path]]:
+def tuned(
+    trained: Callable[..., tuple[Path, str]], luthier_home: Path
+) -> Callable[..., tuple[str, Path]]:
+    """``tuned(rows, family, …)`` copies a model into the store; returns its id and rows."""
+
     def tune(rows: list[dict[str, Any]], family: str = "bert", **fields: Any) -> tuple[str, Path]:
-        data = write(tmp_path / "rows.jsonl", rows)
-        result = luthier.tune(
-            data,
-            base=str(family_folder(family)),
-            name="x",
-            # Copies stay in the same split, so held-out words would be unseen.
-            data__validation_share=0,
-            training__learning_rate=3e-3,
-            training__epochs=10,
-            training__batch_size=8,
-            training__precision="float32",
-            **fields,
-        )
-        return result.model_id, data
+        folder, model_id = trained(rows, family, fields)
+        shutil.copytree(folder / "home", luthier_home)
+        return model_id, folder / "rows.jsonl"
 
     return tune
 
@@ -363,7 +388,7 @@ def test_bad_labels_are_refused_with_line_and_rule(
 
 
 def test_classifier_trains_from_custom_model(
-    tuned: Callable[..., tuple[str, Path]], tmp_path: Path, family_folder: Callable[[str], Path]
+    tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
     text = write(tmp_path / "text.jsonl", [{"text": row["text"]} for row in LABELLED])
     short: dict[str, Any] = {"training__max_steps": 2}

@@ -111,7 +111,16 @@ def test_catalogue_model_has_capabilities_before_download(
     assert of["dpo", "full"].memory - of["sft", "full"].memory in (2 * weights, 4 * weights)
 
 
-@pytest.mark.parametrize("model_type", UNSUPPORTED)
+ONE_OF_EACH = {bool(known[1]): name for name, known in UNSUPPORTED.items()}.values()
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=[] if name in ONE_OF_EACH else [pytest.mark.slow])
+        for name in UNSUPPORTED
+    ],
+)
 def test_unsupported_families_are_refused(model_type: str) -> None:
     able = {verdict.objective for verdict in family_table(model_type) if not verdict.reason}
     assert "sft" not in able
