@@ -11,7 +11,7 @@ import pytest
 
 from luthier.server.stores.objects import Objects
 from luthier.server.tables.database import Database, default_url
-from luthier.server.tables.schema import upgrade
+from luthier.server.tables.schema import METADATA, upgrade
 
 
 def with_tables(url: str | None = None) -> Iterator[Database]:
@@ -29,7 +29,7 @@ def new_database(url: str | None = None) -> Database:
     url = url or default_url()
     if not url.startswith("sqlite:///"):
         made = Database(url)
-        upgrade(made)
+        METADATA.create_all(made.engine)
         return made
     file = Path(url.removeprefix("sqlite:///"))
     file.parent.mkdir(parents=True, exist_ok=True)
