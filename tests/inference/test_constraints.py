@@ -140,12 +140,12 @@ def test_oversized_schemas_are_refused_within_time_limit(
 ) -> None:
     constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer))
     lark = f"start: %json {json.dumps(definition)}"
-    started = time.monotonic()
+    started = time.process_time()
     for constraint in (Constraint("schema", definition), Constraint("grammar", lark)):
         with pytest.raises(InferenceRefused) as refused:
             constraints.matcher(constraint)
         assert refused.value.parameter == constraint.kind
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert not constraints.matcher(Constraint("schema", {"type": "string"})).is_finished
 
 

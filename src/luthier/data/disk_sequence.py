@@ -154,11 +154,11 @@ class _OnDisk(_Lazy[T]):
 
     def _append(self, scratch: io.BytesIO) -> int:
         """Append ``scratch`` to the file; return the file size."""
+        written, size = 0, scratch.tell()
         with scratch.getbuffer() as data, disk_errors(self._folder):
-            left = data[: scratch.tell()]
-            while left:
-                left = left[self._file.write(left) :]
-            left.release()
+            while written < size:
+                # After an error, no slice may remain: Python 3.13 then cannot free the buffer.
+                written += self._file.write(data[written:size])
         scratch.seek(0)
         return self._ends[-1] if self._ends else 0
 
