@@ -6,6 +6,7 @@ import asyncio
 import json
 import urllib.request
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import HTTPError
 
@@ -17,10 +18,15 @@ pytest.importorskip("mcp")
 from luthier_server import BASE, KEYS, ONE, OTHER, Served
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
+from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import CallToolResult
 
+from luthier.server import mcp
+from luthier.server.http.messages import Caller
+from luthier.server.mcp import _Tools
+
 ROWS = [{"prompt": f"row {n}", "completion": "even" if n % 2 == 0 else "odd"} for n in range(40)]
-MOST_BYTES, MOST_SECONDS = 8_000, 5.0
+MOST_BYTES = 8_000
 CallTool = Callable[..., CallToolResult]
 
 
@@ -74,12 +80,46 @@ def test_tools_in_both_revisions(revision: str, call: CallTool) -> None:
     assert BASE in text_of(call("job", revision=revision))
 
 
-def test_rows_are_inspected_tuned_and_evaluated(call: CallTool, file: str) -> None:
-    report = call("inspect", data=file, columns={})
+@pytest.mark.slow
+def test_rows_are_inspected(call: CallTool, file: str) -> None:
+    report = call("inspect", data=file)
     while (report.structured_content or {}).get("state") == "Running":
         report = call("job", id=(report.structured_content or {})["job"])
-    assert not report.is_error, text_of(report)
-    assert "40" in text_of(report)
+    assert "40" in text_of(report) and "Inspection" in text_of(report)
+
+
+def context_of(account: str) -> Any:
+    """Return the context of a call with a key of ``account``."""
+    caller = Caller(account, "anna", ("administrator",))
+    request = SimpleNamespace(
+        client=None, headers={"authorization": "Bearer x"}, scope={"state": {"caller": caller}}
+    )
+    return SimpleNamespace(request_context=SimpleNamespace(request=request))
+
+
+def test_slow_reply_has_an_id_for_its_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.3)
+        body = json.dumps({"answers": [{"label": "even"}]}).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    async def use() -> None:
+        tools = _Tools(slow)
+        monkeypatch.setattr(mcp, "WAIT_SECONDS", 0.05)
+        answer = await tools.predict(context_of(ONE), "model", ["row 2"])
+        id = (answer.structured_content or {})["job"]
+        with pytest.raises(ToolError, match="no job"):
+            await tools.job(context_of(OTHER), id)
+        monkeypatch.setattr(mcp, "WAIT_SECONDS", 5)
+        assert "even" in text_of(await tools.job(context_of(ONE), id))
+        with pytest.raises(ToolError, match="no job"):
+            await tools.job(context_of(ONE), id)
+
+    asyncio.run(use())
+
+
+def test_rows_are_tuned_and_evaluated(call: CallTool, file: str) -> None:
     started = call("tune", data=file, name="parity", base=BASE,
                    settings={"training": {"max_steps": 2}})  # fmt: skip
     assert started.structured_content is not None, text_of(started)
