@@ -59,7 +59,8 @@ class Predictions(Tabular):
     def _title(self) -> list[str]:
         answers = self.answers
         place = [] if answers.output is None else [f"written to {answers.output}"]
-        return [f"Predictions of {answers.model} for {answers.rows:,} rows", *place]
+        count = f"{answers.rows:,} row{'s' * (answers.rows != 1)}"
+        return [f"Predictions of {answers.model} for {count}", *place]
 
     def _first(self, count: int) -> list[tuple[str, str]]:
         """Return the likeliest prediction and the first text of the first rows."""
