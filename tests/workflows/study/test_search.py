@@ -1,4 +1,4 @@
-"""Searches: proposals, early stops and limits."""
+"""Searches: proposals and limits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def searched(*texts: str, trials: int, size: int = 1, limit: float | None = None
 def measured(configuration: Configuration) -> StudyRow:
     rate = configuration.settings.get("training.learning_rate", 1e-3)
     loss = 1 + abs(rate - 3e-3)
-    return StudyRow(configuration, [Outcome(value=loss, curve=[2.0, loss], seconds=6e4 * rate)])
+    return StudyRow(configuration, [Outcome(value=loss, seconds=6e4 * rate)])
 
 
 def settings(rows: Sequence[StudyRow]) -> list[dict[str, object]]:
@@ -84,17 +84,6 @@ def test_search_keeps_within_a_limit() -> None:
     free = searched("training.learning_rate=1e-4..1e-2", trials=25)
     without = [row.outcomes[0].seconds / 60 for row in free[10:]]
     assert sum(minutes <= 1.5 for minutes in late) > sum(minutes <= 1.5 for minutes in without)
-
-
-def test_bounds_are_medians_after_the_first_measurements() -> None:
-    search = Search(parse_dimensions(["training.epochs=1..3.5"]), 5, 1, {}, RECIPE)
-    new: list[StudyRow] = []
-    for last in (0.5, 0.7, 0.6):
-        assert search.bounds == []
-        (configuration,) = search.propose(new)
-        new = [StudyRow(configuration, [Outcome(value=last, curve=[2.0, 1.0, last])])]
-    search.propose(new)
-    assert search.bounds == [float("inf"), float("inf"), 0.6]
 
 
 def test_default_space_is_rate_and_rank() -> None:

@@ -28,7 +28,7 @@ from luthier import __version__
 from luthier.data.tree import READING_BUDGET
 from luthier.engine.job import prepare_job
 from luthier.engine.machine import choose_machine, open_network
-from luthier.engine.metrics import MetricsFile, Reporter, best_measurement, cost_of
+from luthier.engine.metrics import MetricsFile, Reporter, best_measurement
 from luthier.engine.report_file import ReportFile
 from luthier.engine.runs import METRICS, Result, Run
 from luthier.engine.train import store_trial
@@ -56,10 +56,8 @@ from luthier.workflows.child_processes import (
     run_processes,
 )
 from luthier.workflows.latency import measure_latency
-from luthier.workflows.study.grid import TAUGHT
 from luthier.workflows.study.prompts import with_prompts
-from luthier.workflows.study.students import student_recipe
-from luthier.workflows.tuning import tune
+from luthier.workflows.study.starts import start_of
 
 if TYPE_CHECKING:
     from luthier.inference.generation import Generator
@@ -99,22 +97,17 @@ class Cell:
     def request(self) -> dict[str, Any]:
         """Everything that determines the measurements, as JSON values."""
         recipe, training = self.recipe, self.recipe.training
-        files = [
-            *recipe.data.files,
-            *(Path(p) for p in (self.before, self.earlier, self.prompts) if p),
-        ]
+        named = [Path(path) for path in (self.before, self.earlier, self.prompts) if path]
         others = {} if recipe.objective is None else recipe.objective.other_models
         return {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
             "recipe": portable(recipe),
-            "before": self.before,
-            "forgetting": self.forgetting,
-            "earlier": self.earlier,
-            "prompts": self.prompts,
-            "student": self.student,
             "base": find(recipe.base).content_hash,
             "others": {name: find(other).content_hash for name, other in others.items()},
-            "data": [cached_sha256_of(p) if p.is_file() else sha256_of(p) for p in files],
-            "media": self.media,
+            "data": [
+                cached_sha256_of(path) if path.is_file() else sha256_of(path)
+                for path in (*recipe.data.files, *named)
+            ],
             "machine": choose_machine(training.precision, training.threads).reason,
             "luthier": __version__,
         }
@@ -165,10 +158,6 @@ class Outcome:
     """Outcome of the run, such as ``learned``."""
     reason: str = ""
     """Reason of a failure; empty for a measured cell."""
-    curve: Sequence[float] = ()
-    """Measurements during the training, as numbers to minimize."""
-    bounds: Sequence[float] = ()
-    """Bounds by measurement of a training that a search stopped early."""
     is_share: bool = False
     """True for the score of a grader from 0 to 1."""
     prompt_tokens: float | None = None
@@ -191,24 +180,15 @@ class CellRunner(ProcessRunner):
         return Resources()
 
 
-def measured_outcome(cell: Cell, bounds: Sequence[float] = ()) -> Outcome | None:
-    """Return the measurements of an earlier study; ``None`` for a missing or failed cell.
-
-    A training that was stopped early counts for the same ``bounds``.
-    """
+def measured_outcome(cell: Cell) -> Outcome | None:
+    """Return the measurements of an earlier study; ``None`` for a missing or failed cell."""
     path = cell.folder / OUTCOME
     found = Outcome(**read_json(path)) if path.is_file() else None
-    if found is None or (found.reason and not (bounds and found.bounds == bounds)):
-        return None
-    return found
+    return None if found is None or found.reason else found
 
 
-def run_cells(
-    cells: Sequence[Cell], reporter: Reporter, runner: CellRunner, bounds: Sequence[float] = ()
-) -> list[Outcome]:
+def run_cells(cells: Sequence[Cell], reporter: Reporter, runner: CellRunner) -> list[Outcome]:
     """Train ``cells`` at the same time, measure one after the other, and return the outcomes.
-
-    A training stops early if its best measurement is above the bound of the measurement.
 
     Raises:
         Interrupted: on Ctrl-C or SIGTERM; a repeated call resumes.
@@ -218,12 +198,12 @@ def run_cells(
         for folder in sorted(by_folder):
             locks.enter_context(lock(folder / ".lock", wait=True))
         # A study at the same time may have measured some.
-        missing = {f: c for f, c in by_folder.items() if measured_outcome(c, bounds) is None}
+        missing = {f: c for f, c in by_folder.items() if measured_outcome(c) is None}
         for folder, cell in missing.items():
             # A process of a killed study is about to stop.
             with lock(folder / _PROCESS_LOCK, wait=True):
                 (folder / OUTCOME).unlink(missing_ok=True)
-            write_json(folder / REQUEST, {**cell.request, "bounds": list(bounds)})
+            write_json(folder / REQUEST, cell.request)
         _run_stage(missing, "train", reporter, runner)
         for folder, cell in missing.items():
             if not (folder / OUTCOME).is_file():  # the training may have failed
@@ -283,70 +263,26 @@ def _run_stage(
             write_json(process.work / OUTCOME, asdict(Outcome(reason=process.reason(code))))
 
 
-class _Hopeless(Exception):
-    """A training that a search stops early."""
-
-
-class _Watch(ReportFile):
-    """Stops a training whose best measurement is above the bound."""
-
-    def __init__(self, folder: Path, bounds: Sequence[float]) -> None:
-        super().__init__(folder / REPORTS)
-        self.folder, self.bounds = folder, bounds
-
-    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """Report the line, and compare a measurement before the last step with its bound."""
-        super().metrics(line, steps)
-        if self.bounds and line["event"] == "validation" and line["step"] < steps:
-            curve = _curve(self.folder)
-            if len(curve) <= len(self.bounds) and min(curve) > self.bounds[len(curve) - 1]:
-                raise _Hopeless
-
-
 def _validation_lines(folder: Path) -> list[dict[str, Any]]:
     """Return the validation measurements of the training in ``folder``."""
     lines = MetricsFile(folder / METRICS).read(rows=True)
     return [line for line in lines if line["event"] == "validation"]
 
 
-def _curve(folder: Path) -> list[float]:
-    lines = _validation_lines(folder)
-    return [cost_of(line, lines[0].get("measure", "loss")) for line in lines]
-
-
 def _train(folder: Path, reporter: Reporter) -> None:
     request, path = read_json(folder / REQUEST), folder / TRAINED
     earlier = read_json(path)["processor_seconds"] if path.is_file() else 0.0
     recipe = Recipe.parse(request["recipe"])
-    if request["student"]:  # the time of the teacher's training is not the student's
-        recipe = student_recipe(recipe, request["student"] == TAUGHT, reporter)
     began = time.process_time()
+    if request["student"]:  # the time of the teacher's training is not the student's
+        recipe = start_of(recipe, None, request["student"], reporter)
+        began = time.process_time()
     try:
-        if request["before"]:
-            recipe = _after(recipe, request["before"], reporter)
-        store_trial(recipe, folder, _Watch(folder, request["bounds"]))
-    except _Hopeless:
-        reason = "stopped early: worse than half of the earlier trainings"
-        outcome = Outcome(reason=reason, curve=_curve(folder), bounds=request["bounds"])
-        write_json(folder / OUTCOME, asdict(outcome))
+        recipe = start_of(recipe, request["before"], None, reporter)
+        store_trial(recipe, folder, reporter)
     finally:
         spent = earlier + time.process_time() - began
         write_json(path, {"processor_seconds": spent, "recipe": portable(recipe)})
-
-
-def _after(recipe: Recipe, before: str, reporter: Reporter) -> Recipe:
-    """Return ``recipe`` on a custom model that was trained on ``before``.
-
-    The model stays in the library, because several cells need it.
-    """
-    key = [find(recipe.base).content_hash, cached_sha256_of(Path(before)), before, __version__]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-    first = Recipe.parse(
-        {"base": recipe.base, "name": f"before-{digest}", "data": {"train": before}}
-    )
-    with lock(luthier_home() / "studies" / f".{first.name}.lock", wait=True):
-        result = tune(first, resume=True, reporter=reporter)
-    return recipe.model_copy(update={"base": result.model_id})
 
 
 def _measure(folder: Path, reporter: Reporter) -> None:
@@ -414,7 +350,6 @@ def _measure(folder: Path, reporter: Reporter) -> None:
         forgotten=drift,
         earlier=earlier,
         verdict="" if result.verdict is None else result.verdict.outcome,
-        curve=_curve(folder),
     )
     if request["prompts"]:
         outcome = with_prompts(outcome, job, stored, parent, request["prompts"], reporter)

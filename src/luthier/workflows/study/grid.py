@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,8 +219,7 @@ def check_grid(
             setting="seeds",
         )
     for each in dimensions:
-        if each.key in _CHECKS:
-            _CHECKS[each.key](each, recipe)
+        _check_special(each, recipe)
     for configuration in grid:
         try:
             configuration.recipe(recipe, 0, _UNKNOWN)
@@ -228,38 +227,23 @@ def check_grid(
             raise RecipeError(f"`{configuration.name}`: {error}", setting="vary") from error
 
 
-def _check_rows(dimension: Dimension, recipe: Recipe) -> None:
-    if recipe.data.mix:
+def _check_special(dimension: Dimension, recipe: Recipe) -> None:
+    """Check the values of a key of :data:`SPECIAL`."""
+    key, message = dimension.key, None
+    if key == "rows" and recipe.data.mix:
         message = "`--vary rows` excludes `--mix`: only the rows of the main file can be a part."
-        raise RecipeError(message, setting="rows")
-    for value in dimension.values:
-        if value != ALL and (type(value) is not int or value < 1):
-            message = f"`--vary rows`: {value!r} is not a number of rows. Write rows=50,200,all."
-            raise RecipeError(message, setting="rows")
-
-
-def _check_before(dimension: Dimension, recipe: Recipe) -> None:
-    for value in dimension.values:
-        if value != NONE and not Path(str(value)).is_file():
-            message = f"`--vary before`: {value} is not a file. Write before=none,FILE."
-            raise RecipeError(message, setting="before")
-
-
-def _check_mix(dimension: Dimension, recipe: Recipe) -> None:
-    if len(recipe.data.mix) != 1:
+    if key == "mix.share" and len(recipe.data.mix) != 1:
         message = "`--vary mix.share` needs one file: `--mix FILE=0.5`. The study sets the ratio."
-        raise RecipeError(message, setting="mix.share")
     for value in dimension.values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        number = type(value) in (int, float)
+        if key == "rows" and value != ALL and (type(value) is not int or value < 1):
+            message = f"`--vary rows`: {value!r} is not a number of rows. Write rows=50,200,all."
+        elif key == "before" and value != NONE and not Path(str(value)).is_file():
+            message = f"`--vary before`: {value} is not a file. Write before=none,FILE."
+        elif key == "mix.share" and not (number and 0 <= value < 1):
             message = f"`--vary mix.share`: {value!r} is not a share from 0 to less than 1."
-            raise RecipeError(message, setting="mix.share")
-
-
-_CHECKS: Mapping[str, Callable[[Dimension, Recipe], None]] = {
-    "rows": _check_rows,
-    "before": _check_before,
-    "mix.share": _check_mix,
-}
+    if message is not None:
+        raise RecipeError(message, setting=key)
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:

@@ -120,20 +120,14 @@ class StudyRow:
     @property
     def gain(self) -> float | None:
         """Improvement over the measurement before training."""
-        starts = [each.start for each in self.outcomes]
-        if any(start is None for start in starts):
-            return None
-        return as_gain(
-            self.measure, self.value - mean(start for start in starts if start is not None)
-        )
+        start = self.figure("start")
+        return None if start is None else as_gain(self.measure, self.value - start)
 
     @property
     def relative_gain(self) -> float | None:
         """Gain as a share of the measurement before training."""
-        if self.gain is None:
-            return None
-        start = mean(each.start for each in self.outcomes if each.start is not None)
-        return self.gain / abs(start) if start else None
+        start = self.figure("start")
+        return self.gain / abs(start) if self.gain is not None and start else None
 
     def figure(self, name: str) -> float | None:
         """Return the mean over seeds of a field of :class:`Outcome`."""
@@ -366,14 +360,8 @@ class Study(Tabular):
         if not row.is_measured:
             return plain | {"reason": row.reason}
         apart = self.apart.get(row.name)
-        figures = {
-            name: row.figure(name)
-            for name in (
-                "seconds", "processor_seconds", "peak_memory_bytes", "trained_weights", "saved_bytes",
-                "milliseconds", "forgotten", "earlier", "training_rows", "steps", "batch_size",
-                "warmup_ratio", "prompt_tokens",
-            )
-        }  # fmt: skip
+        names = ("training_rows", "batch_size", "warmup_ratio")
+        figures = {name: row.figure(name) for name in (*names, *_FIELDS)}
         return plain | {
             "measure": row.measure,
             "value": row.value,
@@ -428,6 +416,7 @@ _COLUMNS = {
     "ms": ("milliseconds", 1.0, ",.1f"),
 }
 """Heading of a figure, with field, unit and form."""
+_FIELDS = [name for name, _, _ in _COLUMNS.values()]
 FIGURES = {"ms": "ms", "mb": "MB", "minutes": "minutes", "drift": "drift"}
 """Figures with a limit, and their headings."""
 

@@ -8,16 +8,14 @@ cells. A journal is not needed.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from luthier.recipe import Recipe
-from luthier.workflows.study.grid import ALL, NONE, SPECIAL, Configuration, Dimension
+from luthier.workflows.study.grid import ALL, NONE, SPECIAL, Configuration, Dimension, grid_of
 from luthier.workflows.study.results import StudyRow, figure_of
 
 if TYPE_CHECKING:
@@ -26,10 +24,6 @@ if TYPE_CHECKING:
 
 RANDOM_TRIALS = 5
 """Random trials before the sampler learns from results; the first trial is the given recipe."""
-TRIALS_BEFORE_STOP = 3
-"""The median of fewer trials says little."""
-MEASUREMENTS_BEFORE_STOP = 2
-"""Measurements of a trial that may not stop it: the first are within the warm-up."""
 RATE_FACTOR = 5
 RANKS = (8, 16, 32)
 ASKS = 50
@@ -56,28 +50,22 @@ class Search:
         self._start = {each.key: _start_of(each.key, resolved) for each in dimensions}
         self._study = optuna.create_study(direction="minimize")
         self._asked: list[tuple[optuna.Trial, dict[str, Any]]] = []
-        self._curves: list[Sequence[float]] = []
 
     def propose(self, new: Sequence[StudyRow]) -> list[Configuration]:
         """Return the next round, after the rows of the round before; empty at the end."""
+        import optuna
+
         for (trial, _), row in zip(self._asked[len(self._asked) - len(new) :], new, strict=True):
-            self._record(trial, row)
+            if not row.is_measured:  # counts as the worst trial
+                self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                continue
+            for name, limit in self.limits.items():
+                value = figure_of(row, name)
+                trial.set_constraint(name, math.inf if value is None else value - limit)
+            self._study.tell(trial, row.cost)
         size = min(self.size if self._asked else 1, self.trials - len(self._asked))
         asked = [self._ask() for _ in range(size)]
         return [Configuration(settings) for settings in asked if settings is not None]
-
-    @property
-    def bounds(self) -> list[float]:
-        """Median cost of the complete trials by measurement; no trial may be worse for long."""
-        if len(self._curves) < TRIALS_BEFORE_STOP:
-            return []
-        length = max(map(len, self._curves))
-        return [
-            median(curve[place] for curve in self._curves if place < len(curve))
-            if place >= MEASUREMENTS_BEFORE_STOP
-            else math.inf
-            for place in range(length)
-        ]
 
     def _ask(self) -> dict[str, Any] | None:
         """Return the settings of a new trial; ``None`` after all combinations."""
@@ -100,32 +88,15 @@ class Search:
                 break
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
-            keys = [each.key for each in self.dimensions]
-            combinations = itertools.product(*(each.values for each in self.dimensions))
-            everything = (dict(zip(keys, values, strict=True)) for values in combinations)
-            left = next((each for each in everything if each not in known), None)
-            if left is None:
+            everything = [dict(each.settings) for each in grid_of(self.dimensions, self.trials)]
+            left = [each for each in everything if each not in known]
+            if not left:
                 return None
-            settings = left
+            settings = left[0]
             self._study.enqueue_trial(settings)
             trial = self._study.ask({each.key: _distribution(each) for each in self.dimensions})
         self._asked.append((trial, settings))
         return settings
-
-    def _record(self, trial: optuna.Trial, row: StudyRow) -> None:
-        import optuna
-
-        curve = row.outcomes[0].curve if row.outcomes else ()
-        if row.is_measured:
-            self._curves.append(curve)
-            for name, limit in self.limits.items():
-                value = figure_of(row, name)
-                trial.set_constraint(name, math.inf if value is None else value - limit)
-            self._study.tell(trial, row.cost)
-            return
-        for number, cost in enumerate(curve):
-            trial.report(cost, number)
-        self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
 
 
 def default_space(recipe: Recipe, resolved: Recipe) -> list[Dimension]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
@@ -203,23 +203,23 @@ class _Warnings(Reporter):
             self.outer.note(text)
 
 
+@dataclass
 class _Work:
     """The cells of a study."""
 
-    def __init__(
-        self,
-        cell: Cell,
-        seeds: int,
-        rows: int,
-        reporter: Reporter,
-        runner: CellRunner,
-        parallel: int,
-        max_minutes: float | None,
-    ) -> None:
-        self.cell, self.seeds, self.rows = cell, seeds, rows
-        self.reporter, self.runner, self.parallel = reporter, runner, parallel
-        self.max_minutes, self.began = max_minutes, time.monotonic()
-        self.done, self.spent, self.expected = 0, list[float](), 0.0
+    cell: Cell
+    seeds: int
+    rows: int
+    """Number of training rows."""
+    reporter: Reporter
+    runner: CellRunner
+    parallel: int
+    max_minutes: float | None
+    began: float = field(default_factory=time.monotonic)
+    done: int = 0
+    spent: list[float] = field(default_factory=list)
+    """Seconds of each round."""
+    expected: float = 0.0
 
     def cells(self, configuration: Configuration) -> list[Cell]:
         """Return a cell for each seed."""
@@ -242,20 +242,18 @@ class _Work:
         rows = list[StudyRow]()
         new = rows
         while configurations := search.propose(new):
-            new = self.measure(configurations, search.trials, search.bounds)
+            new = self.measure(configurations, search.trials)
             rows += new
         return rows
 
-    def measure(
-        self, grid: Sequence[Configuration], count: int, bounds: Sequence[float] = ()
-    ) -> list[StudyRow]:
+    def measure(self, grid: Sequence[Configuration], count: int) -> list[StudyRow]:
         """Run the missing cells of ``grid``, and return a row for each configuration.
 
         ``count`` is the number of configurations in the study.
         """
         names = [each.name for each in grid for _ in range(self.seeds)]
         cells = [cell for each in grid for cell in self.cells(each)]
-        outcomes = [measured_outcome(cell, bounds) for cell in cells]
+        outcomes = [measured_outcome(cell) for cell in cells]
         missing = [number for number, outcome in enumerate(outcomes) if outcome is None]
         if reused := len(cells) - len(missing):
             self.reporter.note(f"{reused} of {len(cells)} trainings are measured already")
@@ -279,15 +277,15 @@ class _Work:
                     f"seed {cells[number].recipe.training.seed}{text * bool(self.spent)}"
                 )
             began = time.monotonic()
-            found = run_cells([cells[n] for n in part], self.reporter, self.runner, bounds)
+            found = run_cells([cells[n] for n in part], self.reporter, self.runner)
             if not all(each.reason for each in found):
                 self.spent.append(time.monotonic() - began)
             left -= len(part)
             for number, outcome in zip(part, found, strict=True):
                 outcomes[number] = outcome
-                failed = "failed: " * (not outcome.bounds) + outcome.reason.partition("\n")[0]
+                failed = outcome.reason.partition("\n")[0]
                 measured = f"{outcome.measure} {outcome.value or 0.0:.4f}"
-                self.reporter.note(failed if outcome.reason else measured)
+                self.reporter.note(f"failed: {failed}" if failed else measured)
         self.done += len(cells)
         complete = iter([each for each in outcomes if each is not None])
         return [

@@ -1,0 +1,80 @@
+"""Models that cells start from: trained on text of the domain first, or half of a teacher's layers.
+
+The models stay in the library, because several cells need each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from luthier import __version__
+from luthier.engine.metrics import Reporter
+from luthier.engine.runs import Run
+from luthier.errors import RecipeError
+from luthier.files import cached_sha256_of, lock, luthier_home
+from luthier.library.models import custom_models, find
+from luthier.models.networks.layers import layer_names
+from luthier.models.shrinking.student import StudentShape
+from luthier.recipe import Recipe, portable
+from luthier.workflows.student import make_student
+from luthier.workflows.study.grid import TAUGHT, with_settings
+from luthier.workflows.tuning import tune
+
+_DISTILLATIONS = {"classification": "encoder_distillation", "sft": "logit_distillation"}
+"""Objective of a student by objective of the teacher."""
+
+
+def start_of(recipe: Recipe, before: str | None, student: str | None, reporter: Reporter) -> Recipe:
+    """Return ``recipe`` with the model that a cell starts from.
+
+    Args:
+        recipe: recipe of the cell.
+        before: file to train on first.
+        student: ``taught`` or ``rows``, see :class:`luthier.workflows.study.cells.Cell`.
+        reporter: receives progress.
+
+    Raises:
+        RecipeError: for a teacher without a distillation of its scores, or a single layer.
+    """
+    if student:
+        return _student(recipe, student == TAUGHT, reporter)
+    if before:
+        first = Recipe.parse({"base": recipe.base, "data": {"train": before}})
+        return with_settings(recipe, {"base": _train_once(first, "before", reporter)[0]})
+    return recipe
+
+
+def _train_once(
+    recipe: Recipe, kind: str, reporter: Reporter, has_student: bool = False
+) -> tuple[str, str]:
+    """Train ``recipe`` unless an earlier cell did; return the ids of the model and of a student."""
+    key = [
+        find(recipe.base).content_hash, portable(recipe), __version__,
+        [cached_sha256_of(path) for path in recipe.data.files],
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    first = recipe.model_copy(update={"name": f"{kind}-{digest}"})
+    with lock(luthier_home() / "studies" / f".{first.name}.lock", wait=True):
+        model = find(tune(first, resume=True, reporter=reporter).model_id)
+        student = Run(model.root, f"student-{digest}")
+        if has_student and student.model_id not in [each.id for each in custom_models()]:
+            depth = len(layer_names(model.network.sketch(model.objective.head())))
+            make_student(model.id, student.name, StudentShape(layers=depth // 2), reporter)
+    return model.id, student.model_id
+
+
+def _student(recipe: Recipe, is_taught: bool, reporter: Reporter) -> Recipe:
+    """Return the recipe of a student of the model that ``recipe`` trains."""
+    teacher, student = _train_once(recipe, "teacher", reporter, has_student=True)
+    fields: dict[str, Any] = {"base": student}
+    if is_taught:
+        method = find(teacher).objective.method
+        if method not in _DISTILLATIONS:
+            raise RecipeError(
+                f"A student learns from a teacher of labels or replies, not of objective {method}.",
+                setting="preset",
+            )
+        fields["objective"] = {"method": _DISTILLATIONS[method], "teacher": teacher}
+    return with_settings(recipe, fields)
