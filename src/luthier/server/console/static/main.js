@@ -16,6 +16,7 @@ import { Models } from "./models.js";
 import { NewJob } from "./new_job.js";
 import { ChooseModel, Playground } from "./playground.js";
 import { Review } from "./review.js";
+import { Studies, StudyPage } from "./studies.js";
 import { ErrorBox, Heading, Overlays, html, link, render, signal, useAction, useEffect, useRef } from "./ui.js";
 import { Usage } from "./usage.js";
 import { useErrorBoundary } from "./vendor/preact-hooks.js";
@@ -36,6 +37,8 @@ const ROUTES = [
   ["evaluations", Evaluations],
   ["evaluations/:id", Evaluation],
   ["comparisons/:id", Comparison],
+  ["studies", Studies],
+  ["studies/:id", StudyPage],
   ["administration", Administration],
   ["evals/:eval/runs/:run", EvalRun],
   ["deployments", Deployments],
@@ -50,7 +53,7 @@ const DAILY = [
   ["review", "Review", "review"],
 ];
 const OTHERS = [
-  ["evaluations", "Evaluate", "read"], ["deployments", "Deployments", "read"], ["usage", "Usage", "read"],
+  ["evaluations", "Evaluate", "read"], ["studies", "Studies", "read"], ["deployments", "Deployments", "read"], ["usage", "Usage", "read"],
   ["administration", "Administration", "administer"],
 ];
 /** Width from which the side bar is next to the page. */

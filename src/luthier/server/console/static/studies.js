@@ -1,0 +1,193 @@
+// Studies: trainings with different settings of a job, side by side, with table, pictures and the winner.
+
+import { call, may } from "./api.js";
+import { learnNames, withNames } from "./files.js";
+import { age, time } from "./format.js";
+import { hasEnded } from "./jobs.js";
+import {
+  Chip, Empty, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link, options, toast,
+  useAction, useData, usePages, usePolling, useSignal,
+} from "./ui.js";
+
+const SECONDS = 4;
+const PAGE = 25;
+const STATES = { Completed: "good", Failed: "error", Running: "note" };
+const QUESTIONS = [
+  ["methods", "Which method is best, and what does it cost?"], ["layers", "How many layers need training?"],
+  ["rate", "Is the learning rate right?"], ["rows", "Would more rows help?"],
+  ["augmentation", "Do random changes of images help?"], ["bits", "What do fewer bits of the base cost?"],
+  ["", "Other fields"],
+];
+/** Groups and fields of a recipe that the study takes from a job. */
+const GROUPS = ["training", "adaptation", "objective"];
+const DATA = ["long_rows", "validation_share", "columns", "severity", "augmentation"];
+/** Questions that set the method. */
+const METHODS = ["methods", "layers", "bits"];
+const TITLES = { cost: "Score against cost", forgotten: "Score against drift", earlier: "Score against the earlier task", line: "Score by value" };
+
+const pathOf = (id) => `/api/v1/studies/${encodeURIComponent(id)}`;
+
+/** The list of studies, and a form. */
+export function Studies({ query }) {
+  return html`
+    <${Heading} title="Compare settings" tab="Studies" />
+    ${may("develop") && html`<${NewStudy} chosen=${query.get("job")} />`}
+    <${List} />
+  `;
+}
+
+function List() {
+  const pages = usePages();
+  const position = pages.value.at(-1);
+  const { data, error, read } = useData(async (signal) => {
+    const found = await call("GET", "/api/v1/studies", { query: { limit: PAGE, position }, signal });
+    await learnNames(found.measurements.map((each) => each.request.training), signal);
+    return found;
+  }, [position]);
+  usePolling(SECONDS, async () => data?.measurements.some((each) => !hasEnded(each.state)) && read());
+  if (!data) return html`<${ErrorBox} error=${error} again=${read} />`;
+  const rows = data.measurements.map((each) => [
+    html`<a href=${link("studies", each.id)}><bdi>${each.models.join(", ")}</bdi></a>`, topicOf(each.request),
+    html`<${Chip} kind=${STATES[each.state]}>${each.state}<//>`, withNames(each.request.training),
+    html`<span title=${time(each.created)}>${age(each.created)}</span>`,
+  ]);
+  return html`
+    <section>
+      <h2>Studies</h2>
+      <${ErrorBox} error=${error} again=${read} />
+      <${Table} caption="Studies, newest first" columns=${["Base", "Varied", "State", "Rows", { name: "Age", kind: "nowrap" }]} rows=${rows}
+        empty=${html`<${Empty} text="There are no studies yet. Choose a job and a question." />`} />
+      <${PageButtons} pages=${pages} next=${data.next} noun="studies" />
+    </section>
+  `;
+}
+
+const topicOf = ({ preset, vary }) => preset ?? vary.join(", ");
+
+function NewStudy({ chosen }) {
+  const preset = useSignal(QUESTIONS[0][0]);
+  const jobs = useData(async (signal) => {
+    const { jobs } = await call("GET", "/api/v1/jobs", { query: { limit: 100 }, signal });
+    return jobs.filter((each) => each.customization_type === "FINE_TUNING" && each.details.sources?.length === 1);
+  });
+  const { busy, error, run } = useAction(async (event) => {
+    const { job, vary, seeds, minutes } = event.target.elements;
+    const found = jobs.data.find((each) => each.id === job.value);
+    const body = {
+      ...settingsOf(found, preset.value), seeds: Number(seeds.value),
+      ...(minutes.value && { max_minutes: Number(minutes.value) }),
+      ...(preset.value ? { preset: preset.value } : { vary: vary.value.split("\n").map((each) => each.trim()).filter(Boolean) }),
+    };
+    const made = await call("POST", "/api/v1/studies", { body });
+    go("studies", made.id);
+  });
+  return html`
+    <section class="box">
+      <form onsubmit=${run}>
+        <div class="fields">
+          <${Field} id="job" label="Rows and settings of the job">
+            <select id="job" name="job" required>
+              ${(jobs.data ?? []).map((each) => html`<option value=${each.id} selected=${[each.id, each.name].includes(chosen)}>${each.name}</option>`)}
+            </select>
+          <//>
+          <${Field} id="preset" label="Question"><select id="preset" ...${bound(preset)}>${options(QUESTIONS)}</select><//>
+          <${Field} id="vary" label="Varied fields" hidden=${preset.value !== ""} help="One field per line, with values: training.epochs=1,3">
+            <textarea id="vary" name="vary" rows="3" class="code" spellcheck="false" />
+          <//>
+          <${Field} id="seeds" label="Trainings of each combination" help="With 3, differences include the chance of the training.">
+            <input id="seeds" name="seeds" type="number" min="1" max="10" value="1" required />
+          <//>
+          <${Field} id="minutes" label="Time limit in minutes (optional)"><input id="minutes" name="minutes" type="number" min="1" step="any" /><//>
+        </div>
+        <${ErrorBox} error=${jobs.error} again=${jobs.read} /><${ErrorBox} error=${error} />
+        ${jobs.data && !jobs.data.length && html`<p class="soft">A study needs a fine-tuning job with one file. <a href=${link("home")}>Train a model</a>.</p>`}
+        <div class="actions"><button type="submit" class="primary" disabled=${busy || !jobs.data?.length}>Start</button></div>
+      </form>
+    </section>
+  `;
+}
+
+/** Return the fields of a study with rows, base and settings of a job. Questions about methods replace the job's method. */
+function settingsOf({ base, recipe, details }, preset) {
+  const groups = GROUPS.filter((group) => recipe[group] && !(group === "adaptation" && METHODS.includes(preset)));
+  const settings = Object.fromEntries(groups.map((group) => [group, recipe[group]]));
+  const data = Object.fromEntries(DATA.filter((name) => recipe.data?.[name] !== undefined).map((name) => [name, recipe.data[name]]));
+  return { base, training: details.sources[0], settings: { ...settings, ...(Object.keys(data).length && { data }) } };
+}
+
+/** The page of one study. */
+export function StudyPage({ params }) {
+  const path = pathOf(params.id);
+  const { data, error, read } = useData(async (signal) => {
+    const found = await call("GET", path, { signal });
+    await learnNames([found.request.training], signal);
+    return found;
+  });
+  usePolling(SECONDS, async () => data && !hasEnded(data.state) && read());
+  const stop = useAction(() => call("POST", `${path}/stop`).then(read));
+  const remove = useAction(async () => {
+    if (!(await confirmed({ title: "Delete this study?", text: "Models and rows stay.", verb: "Delete", danger: true }))) return;
+    await call("DELETE", path);
+    toast("The study was deleted.");
+    go("studies");
+  });
+  if (!data) return html`<${Pending} title="Study" error=${error} read=${read} />`;
+  const { report, progress } = data;
+  return html`
+    <p class="soft"><a href=${link("studies")}>Studies</a> /</p>
+    <${Heading} title=${`${topicOf(data.request)} on ${data.models.join(", ")}`} tab="Study"
+      chips=${html`<${Chip} kind=${STATES[data.state]}>${data.state}<//>`}>
+      ${report?.keep && may("develop") && html`<${Keep} keep=${report.keep} name=${report.chosen} />`}
+      ${may("develop") && html`
+        <button type="button" class="danger" onclick=${hasEnded(data.state) ? remove.run : stop.run}>${hasEnded(data.state) ? "Delete" : "Stop"}</button>
+      `}
+    <//>
+    <p class="soft">Rows: ${withNames(data.request.training)}</p>
+    <${ErrorBox} error=${error} /><${ErrorBox} error=${stop.error} /><${ErrorBox} error=${remove.error} />
+    ${data.failure && html`<p class="box error" role="alert">${withNames(data.failure)}</p>`}
+    ${!hasEnded(data.state) && html`
+      <p class="soft" role="status">${progress?.phase ?? "Waiting for a worker …"}</p>
+      ${progress && html`<progress max=${progress.total} value=${progress.done} aria-label="Steps of this training" />`}
+    `}
+    ${report && html`<${Report} report=${report} />`}
+  `;
+}
+
+function Report({ report }) {
+  const { rows, table, verdict, remarks, pictures } = report;
+  const columns = Object.keys(table);
+  const cells = rows.map((row, index) => [
+    row.name === report.chosen ? html`<strong>${row.name}</strong>` : row.name,
+    ...columns.map((name, place) => (row.reason ? (place ? "" : row.reason) : table[name][index])),
+  ]);
+  return html`
+    <div class="box note" id="summary">
+      <p><strong>${verdict}</strong></p>
+      ${remarks.map((each) => html`<p>${each}</p>`)}
+    </div>
+    <${Table} caption="Configurations; the choice is bold" columns=${["", ...columns.map((name) => ({ name, kind: "number" }))]} rows=${cells} />
+    ${Object.entries(pictures).map(([name, { light, dark }]) => html`
+      <${Section} title=${TITLES[name] ?? name}>
+        <picture>
+          <source media="(prefers-color-scheme: dark)" srcset=${addressOf(dark)} />
+          <img src=${addressOf(light)} alt=${`${TITLES[name] ?? name}: the figures of the table`} class="study" />
+        </picture>
+      <//>
+    `)}
+  `;
+}
+
+const addressOf = (svg) => `data:image/svg+xml;charset=utf-8,${encodeURIComponent(svg)}`;
+
+/** Train the choice as a custom model. */
+function Keep({ keep, name }) {
+  const { busy, error, run } = useAction(async () => {
+    const model = `study-${new Date().toISOString().replace(/\D/g, "").slice(2, 14)}`;
+    await call("POST", "/api/v1/jobs", { body: { ...keep, name: model, model_name: model } });
+    go("jobs", model);
+  });
+  return html`
+    <button type="button" class="primary" disabled=${busy} title=${`Train ${name} as a model`} onclick=${run}>Keep the winner</button>
+    <${ErrorBox} error=${error} />
+  `;
+}
