@@ -67,7 +67,7 @@ _OPERATIONS = {
         "luthier": (
             "ListRows ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport ListEvaluations "
             "GetSchedule GetRetraining GetEvaluation GetEvaluationReport ListComparisons GetComparison "
-            "GetComparisonReport "
+            "GetComparisonReport ListStudies GetStudy GetStudyReport "
             "GetCapture ListDeployments GetFeedback GetAgreement GetModelHealth GetDeploymentHistory "
             "GetCertificate DownloadCertificate GetUsage GetDailyUsage "
             "openai.files.list openai.files.retrieve openai.files.content "
@@ -100,7 +100,8 @@ _OPERATIONS = {
             "StoreExample InspectData CleanData EstimateJob RetrainModel CreateExport "
             "StopExport SetSchedule DeleteSchedule SetRetraining CreateEvaluation StopEvaluation "
             "DeleteEvaluation CreateComparison "
-            "StopComparison DeleteComparison PromoteDeployment RollBackDeployment DeleteModel "
+            "StopComparison DeleteComparison CreateStudy StopStudy DeleteStudy "
+            "PromoteDeployment RollBackDeployment DeleteModel "
             "SetCapture CreateRows CreateDeployment LoadModel UnloadModel "
             "openai.files.create "
             "openai.files.delete openai.fine_tuning.jobs.create openai.fine_tuning.jobs.cancel "

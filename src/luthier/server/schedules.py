@@ -17,7 +17,7 @@ from luthier.limits import AccountQuotas
 from luthier.server.auto_retraining import request_draft
 from luthier.server.identifiers import model_name, stored_id_of
 from luthier.server.jobs.measurements import check_measurement
-from luthier.server.jobs.submit import submit_measurement
+from luthier.server.jobs.submit import submit_report
 from luthier.server.periodic import PeriodicThread
 from luthier.server.promotion import UnknownName, find_deployment
 from luthier.server.stores.locations import Locations
@@ -209,10 +209,11 @@ class Schedules:
         # After a pause of the server, one evaluation stands for the missed evaluations.
         schedule.next_run += period * ((moment - schedule.next_run) // period + 1)
         try:
-            submit_measurement(
-                session, schedule.account, EVALUATION, schedule.request,
+            submit_report(
+                session, Measurement, schedule.account, schedule.request,
                 [_model_of(session, endpoint)],
-                quotas_of(session, schedule.account, self.limits), schedule.id,
+                quotas_of(session, schedule.account, self.limits),
+                kind=EVALUATION, schedule=schedule.id,
             )  # fmt: skip
             schedule.skipped = None
         except QuotaExceeded as error:

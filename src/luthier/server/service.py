@@ -63,6 +63,7 @@ from luthier.server.tables.measurements import Measurement
 from luthier.server.tables.principals import matching_server_key
 from luthier.server.tables.schema import upgrade
 from luthier.server.tables.secrets import Sealing
+from luthier.server.tables.studies import Study
 from luthier.server.watch import Watch
 
 _log = logging.getLogger("luthier.server")
@@ -284,6 +285,7 @@ class Service:
                     ("jobs", Job),
                     ("exports", ModelExport),
                     ("measurements", Measurement),
+                    ("studies", Study),
                 )
             }
         return {

@@ -26,7 +26,8 @@ from luthier.server.tables.database import Database, now
 from luthier.server.tables.measurements import (
     EVALUATION,
     MeasuredModel,
-    create_measurement,
+    Measurement,
+    create,
     delete,
 )
 
@@ -184,7 +185,7 @@ def test_measured_model_is_not_deleted(database: Database) -> None:
     model = recorded(database, stored("parent", "tiny"))
     measured = MeasuredModel(name="parent", arn=model.arn(Arns()), stored_id="tiny:parent")
     with database.write() as session:
-        row = create_measurement(session, model.account, EVALUATION, {}, [measured])
+        row = create(session, Measurement, model.account, {}, [measured], kind=EVALUATION)
         with pytest.raises(WrongState):
             delete(session, row)
     with pytest.raises(removal.ModelInUse):

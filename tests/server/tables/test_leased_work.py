@@ -12,7 +12,7 @@ import pytest
 from job_rows import ACCOUNT, OTHER, add_job
 
 from luthier.errors import LeaseLost
-from luthier.server.jobs.submit import submit_export, submit_import, submit_measurement
+from luthier.server.jobs.submit import submit_export, submit_import, submit_report
 from luthier.server.tables import imports, jobs, queue, results
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database, new_id, now
@@ -51,7 +51,9 @@ def submit_model_export(database: Database, account: str) -> str:
 
 def submit_evaluation(database: Database, account: str) -> str:
     with database.write() as session:
-        return submit_measurement(session, account, EVALUATION, {"rows": "s3://b/x"}, []).id
+        return submit_report(
+            session, Measurement, account, {"rows": "s3://b/x"}, [], kind=EVALUATION
+        ).id
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from luthier.server.tables.database import Database
 from luthier.server.tables.jobs import COMPLETED, Job, run_name
 from luthier.server.tables.measurements import Measurement
 from luthier.server.tables.queue import log_file
+from luthier.server.tables.studies import Study
 
 LOG_TAIL, DEATH_TAIL = 20, 5
 """Lines of the log in the view of a job, and in the reason of a failure."""
@@ -150,6 +151,22 @@ class MeasurementFolders(ResultFolders):
     """Lock, log and rows of a measurement."""
 
     prefix = Measurement.prefix
+
+
+class StudyFolders(ResultFolders):
+    """Lock, log, rows and measured trainings of a study."""
+
+    prefix = Study.prefix
+
+    @property
+    def study(self) -> Path:
+        """Folder of the study, which a second worker continues."""
+        return luthier_home() / "studies" / self.job_id
+
+    def remove_working_files(self) -> None:
+        """Remove working files and measured trainings."""
+        shutil.rmtree(self.study, ignore_errors=True)
+        super().remove_working_files()
 
 
 def tidy(database: Database, job: Job, folders: JobFolders) -> None:

@@ -25,6 +25,7 @@ from luthier.server.jobs.folders import (
     JobFolders,
     MeasurementFolders,
     ResultFolders,
+    StudyFolders,
     tidy,
 )
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
@@ -34,6 +35,7 @@ from luthier.server.tables.imports import ModelImport
 from luthier.server.tables.jobs import ENDED, QUEUED, Job
 from luthier.server.tables.measurements import Measurement
 from luthier.server.tables.queue import QueuedWork, has_unfinished
+from luthier.server.tables.studies import Study
 
 ESTIMATES = 20
 """Maximum number of estimated jobs per scheduling round."""
@@ -148,7 +150,15 @@ TRAINING = WorkKind(
     prepare=_prepare_jobs,
     distributed=True,
 )
+STUDY = WorkKind(
+    "study",
+    Study,
+    "luthier.server.jobs.study_worker:StudyWorker",
+    StudyFolders,
+    partial(_remove_left_behind, Study, StudyFolders),
+    max_running=1,  # a study of many trainings leaves threads for the jobs in between
+)
 WORK_KINDS: Mapping[str, WorkKind] = {
-    kind.name: kind for kind in (IMPORT, EXPORT, MEASUREMENT, TRAINING)
+    kind.name: kind for kind in (IMPORT, EXPORT, MEASUREMENT, TRAINING, STUDY)
 }
 """Kinds by name, in the order of scheduling: the first kinds are few and short."""

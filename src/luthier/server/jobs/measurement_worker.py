@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.data.rows import load_rows
@@ -24,7 +26,7 @@ from luthier.server.jobs.worker import ResultWorker, explain_error, rename
 from luthier.server.tables import results, storage
 from luthier.server.tables.accounts import quotas_of
 from luthier.server.tables.jobs import COMPLETED
-from luthier.server.tables.measurements import EVALUATION, Measurement, runs_of
+from luthier.server.tables.measurements import EVALUATION, Measurement, Report, runs_of
 from luthier.workflows.compare import compare, comparison_page
 from luthier.workflows.evaluate import evaluate
 from luthier.workflows.prompting import records_of
@@ -33,11 +35,58 @@ FIXED_BYTES = 512 << 20
 """Memory of a worker without a model."""
 
 
-class MeasurementWorker(ResultWorker[Measurement]):
+class ReportWorker(ResultWorker[Report]):
+    """Base class of workers whose result is a report and a page."""
+
+    sources: ClassVar[Sequence[str]]
+    """Fields of the request with addresses of rows."""
+
+    def finish(self, session: Session, end: Any) -> None:
+        """Store the report and the page, which count towards the account's storage."""
+        report, html = (end, "") if isinstance(end, str) else end
+        row = results.finish(session, self.table, self.row_id, self.lease, report)
+        if row.state == COMPLETED:
+            row.page, row.stored_bytes = html, len(json.dumps(report)) + len(html.encode())
+            quotas = quotas_of(session, row.account, self.quotas)
+            storage.charge(session, row.account, quotas, stored_bytes=row.stored_bytes)
+
+    def explain(self, error: Exception, row: Report) -> str:
+        """See :meth:`ResultWorker.explain`."""
+        return explain_error(error, self._names(row))
+
+    def fetch(self, row: Report, member: str) -> Path:
+        """Fetch the rows that a field of the request names."""
+        media = any(base_reads_media(each["stored_id"]) for each in row.models)
+        folder, address = self.folders.data / member, row.request[member]
+        return self.retry(lambda: fetch_rows(self.locations, row.account, address, folder, media))
+
+    def renamed(
+        self, row: Report, report: Mapping[str, Any], html: str
+    ) -> tuple[dict[str, Any], str]:
+        """Return the report and the page with the client's names of models and rows."""
+        names = self._names(row)
+        # Names of models are also keys of objects. Keys of S3 may contain quotes and tags.
+        quoted = {name: json.dumps(shown)[1:-1] for name, shown in names.items()}
+        escaped = {name: escape(shown) for name, shown in names.items()}
+        return json.loads(rename(json.dumps(report), quoted)), rename(html, escaped)
+
+    def _names(self, row: Report) -> dict[str, str]:
+        """Return the client's names of models and rows by the names on this machine."""
+        names = {each["stored_id"]: each["name"] for each in row.models if ":" in each["stored_id"]}
+        for member in self.sources:
+            folder = self.folders.data / member
+            names |= {str(path): row.request[member] for path in folder.glob("*")}
+            names[str(folder)] = str(row.request.get(member))
+        # An id can be the start of another id.
+        return dict(sorted(names.items(), key=lambda each: len(each[0]), reverse=True))
+
+
+class MeasurementWorker(ReportWorker[Measurement]):
     """Worker of an evaluation or comparison."""
 
     table = Measurement
     folders_type = MeasurementFolders
+    sources = ("rows", "training")
     row_scores: dict[str, Any] | None = None
     """Scores of the rows of a scheduled evaluation."""
 
@@ -48,7 +97,7 @@ class MeasurementWorker(ResultWorker[Measurement]):
         largest = max(folder_size(each.network_folder) for each in models)
         self.reserve_memory(FIXED_BYTES + 2 * largest)
         request = row.request
-        rows = self._fetch(row, "rows")
+        rows = self.fetch(row, "rows")
         columns, max_tokens = request["columns"], request["max_tokens"]
         graders = graders_of(request)
         if row.kind == EVALUATION:
@@ -69,7 +118,7 @@ class MeasurementWorker(ResultWorker[Measurement]):
                     }  # fmt: skip
         else:
             *tuned, base = models
-            train = self._fetch(row, "training") if request.get("training") else None
+            train = self.fetch(row, "training") if request.get("training") else None
             prompts = request["prompts"]
             compared = compare(
                 load_graded(rows, columns, (graders or {}).values()), base, tuned,
@@ -80,45 +129,19 @@ class MeasurementWorker(ResultWorker[Measurement]):
                 on_progress=lambda done, total: self.show("compare", done, total),
             )  # fmt: skip
             report, html = compared.plain(), comparison_page(compared, request["rows"])
-        names = self._names(row)
-        # Names of models are also keys of objects. Keys of S3 may contain quotes and tags.
-        quoted = {name: json.dumps(shown)[1:-1] for name, shown in names.items()}
-        escaped = {name: escape(shown) for name, shown in names.items()}
-        return json.loads(rename(json.dumps(report), quoted)), rename(html, escaped)
+        return self.renamed(row, report, html)
 
     def finish(self, session: Session, end: Any) -> None:
-        """Store the report and the page, which count towards the account's storage."""
-        report, html = (end, "") if isinstance(end, str) else end
-        row = results.finish(session, Measurement, self.row_id, self.lease, report)
+        """Store the report, and the change of a scheduled evaluation."""
+        super().finish(session, end)
+        row = session.scalars(select(Measurement).filter_by(id=self.row_id)).one()
         if row.state == COMPLETED:
-            row.page, row.stored_bytes = html, len(json.dumps(report)) + len(html.encode())
-            quotas = quotas_of(session, row.account, self.quotas)
             row.row_scores = self.row_scores
             row.change = _change(session, row)
-            storage.charge(session, row.account, quotas, stored_bytes=row.stored_bytes)
 
     def time_limit(self, row: Measurement) -> float:
         """See :meth:`ResultWorker.time_limit`."""
         return float(row.request.get("time_limit", math.inf))
-
-    def explain(self, error: Exception, row: Measurement) -> str:
-        """See :meth:`ResultWorker.explain`."""
-        return explain_error(error, self._names(row))
-
-    def _fetch(self, row: Measurement, member: str) -> Path:
-        media = any(base_reads_media(each["stored_id"]) for each in row.models)
-        folder, address = self.folders.data / member, row.request[member]
-        return self.retry(lambda: fetch_rows(self.locations, row.account, address, folder, media))
-
-    def _names(self, row: Measurement) -> dict[str, str]:
-        """Return the client's names of models and rows by the names on this machine."""
-        names = {each["stored_id"]: each["name"] for each in row.models if ":" in each["stored_id"]}
-        for member in ("rows", "training"):
-            folder = self.folders.data / member
-            names |= {str(path): row.request[member] for path in folder.glob("*")}
-            names[str(folder)] = str(row.request.get(member))
-        # An id can be the start of another id.
-        return dict(sorted(names.items(), key=lambda each: len(each[0]), reverse=True))
 
 
 def _change(session: Session, row: Measurement) -> dict[str, Any] | None:

@@ -50,7 +50,8 @@ from luthier.server.tables.jobs import QUEUED, QUEUED_OR_RUNNING, Job, record, r
 from luthier.server.tables.measurements import (
     MeasuredModel,
     Measurement,
-    create_measurement,
+    Report,
+    create,
 )
 from luthier.server.tables.queue import in_flight, next_turn
 
@@ -354,28 +355,29 @@ def submit_export(
     return exports.create_export(session, model, arn, output, format, merged, quantization)
 
 
-def submit_measurement(
+def submit_report(
     session: Session,
+    table: type[Report],
     account: str,
-    kind: str,
     request: Mapping[str, Any],
     models: Sequence[MeasuredModel],
     limits: AccountQuotas | None = None,
-    schedule: str | None = None,
-) -> Measurement:
-    """Queue an evaluation or comparison, in the caller's transaction.
+    **columns: Any,
+) -> Report:
+    """Queue an evaluation, comparison or study, in the caller's transaction.
 
     Raises:
-        QuotaExceeded: if the account has too many unfinished measurements, or no space for a report.
+        QuotaExceeded: if the account has too much such work, or no space for a report.
     """
     limits = limits or AccountQuotas()
     lock_by_name(session, f"submit {account}")
     storage.check_count(
-        in_flight(session, Measurement, account), limits, "jobs_in_flight",
-        "unfinished evaluations and comparisons", "Wait, or stop some of them.",
+        in_flight(session, table, account), limits, "jobs_in_flight",
+        f"unfinished {'evaluations and comparisons' if table is Measurement else 'studies'}",
+        "Wait, or stop some of them.",
     )  # fmt: skip
     storage.check(session, account, limits, stored_bytes=1)
-    return create_measurement(session, account, kind, request, models, schedule)
+    return create(session, table, account, request, models, **columns)
 
 
 def recipe_of(submission: Submission, job_id: str) -> Recipe:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import Query, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import Field
 from sqlalchemy.orm import Session
 
@@ -14,7 +14,7 @@ from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
 from luthier.server.jobs.measurements import check_measurement
-from luthier.server.jobs.submit import submit_measurement
+from luthier.server.jobs.submit import submit_report
 from luthier.server.native.operations import (
     Call,
     Input,
@@ -27,7 +27,13 @@ from luthier.server.native.operations import (
 from luthier.server.stores.locations import Locations
 from luthier.server.stores.uploaded_files import file_address
 from luthier.server.tables import measurements, results
-from luthier.server.tables.measurements import COMPARISON, EVALUATION, MeasuredModel, Measurement
+from luthier.server.tables.measurements import (
+    COMPARISON,
+    EVALUATION,
+    MeasuredModel,
+    Measurement,
+    ReportWork,
+)
 
 router = native_router()
 State = Literal["Queued", "Running", "Stopping", "Completed", "Failed", "Stopped"]
@@ -96,19 +102,20 @@ class NewComparison(_NewMeasurement):
 
 
 class MeasurementView(View):
-    """State and report of an evaluation or comparison."""
+    """State and report of an evaluation, comparison or study."""
 
     id: str
     models: list[str]
-    """Names of the models, as sent. In a comparison, the base is the last model."""
+    """Names of the models, as sent. In a comparison, the base is the last model. In a study, the base
+    models."""
     request: dict[str, Any]
     """Fields of the request."""
     state: State
     progress: dict[str, Any] | None = None
     """Progress of a running measurement: ``phase``, ``done`` and ``total`` (rows or replies)."""
     report: dict[str, Any] | None = None
-    """Report of ``luthier evaluate --json`` or ``luthier compare --json``; missing in lists."""
-    errors: list[str] = Field(default_factory=lambda: sorted(LESS_IS_BETTER))
+    """Report of ``luthier evaluate``, ``compare`` or ``study`` with ``--json``; missing in lists."""
+    errors: list[str]
     """Names of measures with lower values being better."""
     failure: str | None = None
     created: datetime
@@ -117,7 +124,7 @@ class MeasurementView(View):
 
 
 class MeasurementsView(View):
-    """Evaluations or comparisons, newest first."""
+    """Evaluations, comparisons or studies, newest first."""
 
     measurements: list[MeasurementView]
     next: int | None = None
@@ -125,13 +132,13 @@ class MeasurementsView(View):
 
 
 class DeletedMeasurementView(View):
-    """Response to the deletion of an evaluation or comparison."""
+    """Response to the deletion of an evaluation, comparison or study."""
 
     id: str
 
 
 class MeasurementsPage(Page):
-    """Filter and page of a list of evaluations or comparisons."""
+    """Filter and page of a list of evaluations, comparisons or studies."""
 
     state: State | None = None
 
@@ -139,7 +146,7 @@ class MeasurementsPage(Page):
 @router.post("/evaluations", status_code=201)
 def create_evaluation(call: NativeCall, body: NewEvaluation) -> MeasurementView:
     """Create an evaluation of a model on held-out rows."""
-    return _create(call, EVALUATION, body, [_model_of(call, body.model)])
+    return _create(call, EVALUATION, body, [model_of(call, body.model)])
 
 
 @router.post("/comparisons", status_code=201)
@@ -147,32 +154,44 @@ def create_comparison(call: NativeCall, body: NewComparison) -> MeasurementView:
     """Create a comparison of custom models with their base, prompting and baselines."""
     from luthier.library.models import describe
 
-    models = [_model_of(call, name) for name in body.models]
+    models = [model_of(call, name) for name in body.models]
     base = body.base or describe(models[0]["stored_id"]).root
-    return _create(call, COMPARISON, body, [*models, _model_of(call, base)])
+    return _create(call, COMPARISON, body, [*models, model_of(call, base)])
 
 
-def _add_operations(kind: str) -> None:
-    """Add the operations that evaluations and comparisons share."""
+def add_operations(router: APIRouter, table: type[ReportWork], kind: str, kinds: str) -> None:
+    """Add the operations that evaluations, comparisons and studies share.
+
+    ``kinds`` is the plural of the name ``kind``.
+    """
+    own = (Measurement.kind == kind,) if table is Measurement else ()
+
+    def find(call: Call, session: Session, name: str, *, lock: bool = False) -> ReportWork:
+        """Return the work, and record the ARN for the audit log."""
+        call.record(f"{kind}/{name}")
+        row = results.get(session, table, call.account, name, lock=lock)
+        if row is None or getattr(row, "kind", kind) != kind:
+            raise not_found(kind, name)
+        return row
 
     def list_all(call: NativeCall, page: Annotated[MeasurementsPage, Query()]) -> MeasurementsView:
         states = (page.state,) if page.state else ()
         with call.context.database.read() as session:
             rows = results.list_works(
-                session, Measurement, call.account, states, Measurement.kind == kind,
+                session, table, call.account, states, *own,
                 limit=page.limit + 1, position=page.position,
             )  # fmt: skip
-        views = [_view(each, None) for each in rows[: page.limit]]
+        views = [view_report(each, None) for each in rows[: page.limit]]
         return MeasurementsView(measurements=views, next=page.next(rows))
 
     def get(call: NativeCall, id: Name) -> MeasurementView:
         with call.context.database.read() as session:
-            row = _find(call, session, kind, id)
-            return _view(row, row.result)
+            row = find(call, session, id)
+            return view_report(row, row.result)
 
     def report(call: NativeCall, id: Name) -> Response:
         with call.context.database.read() as session:
-            row = _find(call, session, kind, id)
+            row = find(call, session, id)
             html = row.page
         if html is None:
             raise Fault("Conflict", f"The {kind} {id} is {row.state} and has no report.")
@@ -180,19 +199,19 @@ def _add_operations(kind: str) -> None:
 
     def stop(call: NativeCall, id: Name) -> MeasurementView:
         with call.context.database.write() as session:
-            row = _find(call, session, kind, id, lock=True)
-            view = _view(results.stop(session, row), None)
+            row = find(call, session, id, lock=True)
+            view = view_report(results.stop(session, row), None)
         call.context.wake()
         return view
 
     def delete(call: NativeCall, id: Name) -> DeletedMeasurementView:
         with call.context.database.write() as session:
-            measurements.delete(session, _find(call, session, kind, id, lock=True))
+            measurements.delete(session, find(call, session, id, lock=True))
         return DeletedMeasurementView(id=id)
 
-    one = f"/{kind}s/{{id}}"
+    one = f"/{kinds}/{{id}}"
     for method, path, name, text, operation in (
-        ("GET", f"/{kind}s", f"list_{kind}s", f"List {kind}s, newest first.", list_all),
+        ("GET", f"/{kinds}", f"list_{kinds}", f"List {kinds}, newest first.", list_all),
         ("GET", one, f"get_{kind}", f"Return the {kind} with its report.", get),
         ("GET", f"{one}/report", f"get_{kind}_report", f"Return the page of the {kind}.", report),
         ("POST", f"{one}/stop", f"stop_{kind}", f"Stop the {kind}.", stop),
@@ -204,7 +223,7 @@ def _add_operations(kind: str) -> None:
 
 
 for _kind in (EVALUATION, COMPARISON):
-    _add_operations(_kind)
+    add_operations(router, Measurement, _kind, f"{_kind}s")
 
 
 def _create(
@@ -216,23 +235,23 @@ def _create(
     check_measurement(context.locations, call.account, kind, request, models)
     with context.database.write() as session:
         limits = context.quotas(call.account)
-        row = submit_measurement(session, call.account, kind, request, models, limits)
+        row = submit_report(session, Measurement, call.account, request, models, limits, kind=kind)
         call.record_created(f"{kind}/{row.id}")
-        view = _view(row, None)
+        view = view_report(row, None)
     context.wake()
     return view
 
 
-def request_of(locations: Locations, account: str, body: _NewMeasurement) -> dict[str, Any]:
+def request_of(locations: Locations, account: str, body: Input) -> dict[str, Any]:
     """Return the fields of a body, with addresses in place of the ids of files."""
     request = body.model_dump(mode="json")
-    for member in ("rows", "training"):
+    for member in ("rows", "training", "validation", "earlier"):
         if (value := request.get(member)) and locations.uploads.get(account, value):
             request[member] = file_address(value)
     return request
 
 
-def _model_of(call: Call, name: str) -> MeasuredModel:
+def model_of(call: Call, name: str) -> MeasuredModel:
     """Return the model that a name stands for now."""
     target = call.context.models.target(call.account, name)
     if target is None:
@@ -240,17 +259,13 @@ def _model_of(call: Call, name: str) -> MeasuredModel:
     return MeasuredModel(name=name, arn=target.model, stored_id=target.stored_id)
 
 
-def _find(call: Call, session: Session, kind: str, name: str, *, lock: bool = False) -> Measurement:
-    """Return the measurement, and record the ARN for the audit log."""
-    call.record(f"{kind}/{name}")
-    row = results.get(session, Measurement, call.account, name, lock=lock)
-    if row is None or row.kind != kind:
-        raise not_found(kind, name)
-    return row
-
-
-def _view(row: Measurement, report: dict[str, Any] | None) -> MeasurementView:
-    fields: dict[str, Any] = {"models": [each["name"] for each in row.models], "report": report}
+def view_report(row: ReportWork, report: dict[str, Any] | None) -> MeasurementView:
+    """Return the work for a response."""
+    fields: dict[str, Any] = {
+        "models": [each["name"] for each in row.models],
+        "report": report,
+        "errors": sorted(LESS_IS_BETTER),
+    }
     fields |= {
         name: getattr(row, name) for name in MeasurementView.model_fields.keys() - fields.keys()
     }

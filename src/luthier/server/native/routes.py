@@ -19,6 +19,7 @@ from luthier.server.native import (
     review,
     rows,
     schedules,
+    studies,
     usage,
 )
 from luthier.server.native.operations import (
@@ -62,7 +63,7 @@ def native_api(context: Context, version: str) -> Api:
     """Return the API with all operations."""
     modules = (
         jobs, models, deployments, examples, exports, feedback, loaded_models, inference,
-        measurements, administration, reports, review, rows, schedules, usage,
+        measurements, administration, reports, review, rows, schedules, studies, usage,
     )  # fmt: skip
     routers = (router, *(module.router for module in modules))
     app = api_application(

@@ -32,7 +32,9 @@ from luthier.server.tables.endpoints import DEPLOYMENT, Endpoint, endpoint_that_
 from luthier.server.tables.foundation import FoundationModel
 from luthier.server.tables.imports import files_name, stored_name
 from luthier.server.tables.jobs import Job, job_of_run, run_name
+from luthier.server.tables.measurements import Measurement
 from luthier.server.tables.queue import log_file
+from luthier.server.tables.studies import Study
 
 _REMOVED_MARK = ".removed"
 """Marker file in the folder of a model without a record."""
@@ -94,7 +96,9 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
         raise ModelInUse(f"The model {model.name} is the base of an unfinished job.")
     if exports.is_exported(session, arn):
         raise ModelInUse(f"The model {model.name} has a running export. Stop the export, or wait.")
-    if measurements.is_measured(session, model.account, arn):
+    if measurements.is_measured(session, Study, model.account, arn):
+        raise ModelInUse(f"A study trains the model {model.name}. Stop the study, or wait.")
+    if measurements.is_measured(session, Measurement, model.account, arn):
         raise ModelInUse(f"The model {model.name} is evaluated now. Stop the evaluation, or wait.")
     tags.drop(session, arn)
     session.delete(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from sqlalchemy import BigInteger, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -30,15 +30,9 @@ class MeasuredModel(TypedDict):
     stored_id: str
 
 
-class Measurement(ResultWork, Base):
-    """An evaluation or a comparison."""
+class ReportWork(ResultWork):
+    """Work that ends with a report."""
 
-    __tablename__ = "measurements"
-    noun = "the measurement"
-    unknown_memory = 1 << 29
-    prefix = "measurement-"
-
-    kind: Mapped[str]
     request: Mapped[dict[str, Any]] = mapped_column(JSONText)
     """Body of the request."""
     models: Mapped[list[Any]]
@@ -48,6 +42,20 @@ class Measurement(ResultWork, Base):
     page: Mapped[str | None] = mapped_column(QuotingText, deferred=True)
     """The report as an HTML page."""
     stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+Report = TypeVar("Report", bound=ReportWork)
+
+
+class Measurement(ReportWork, Base):
+    """An evaluation or a comparison."""
+
+    __tablename__ = "measurements"
+    noun = "the measurement"
+    unknown_memory = 1 << 29
+    prefix = "measurement-"
+
+    kind: Mapped[str]
     schedule: Mapped[str | None] = mapped_column(index=True)
     """Id of the :class:`EvaluationSchedule` that created the evaluation."""
     row_scores: Mapped[dict[str, Any] | None] = mapped_column(JSONText, deferred=True)
@@ -79,37 +87,35 @@ class EvaluationSchedule(Base):
     created: Mapped[datetime]
 
 
-def create_measurement(
+def create(
     session: Session,
+    table: type[Report],
     account: str,
-    kind: str,
     request: Mapping[str, Any],
     models: Sequence[MeasuredModel],
-    schedule: str | None = None,
-) -> Measurement:
-    """Queue a measurement."""
+    **columns: Any,
+) -> Report:
+    """Queue work that ends with a report."""
     moment = now()
-    made = Measurement(
-        id=new_id(),
-        account=account,
-        turn=next_turn(session, Measurement, account),
-        since=moment,
-        created=moment,
-        kind=kind,
-        request=dict(request),
-        models=list(models),
-        schedule=schedule,
-    )
+    fields: dict[str, Any] = {
+        "id": new_id(),
+        "account": account,
+        "turn": next_turn(session, table, account),
+        "since": moment,
+        "created": moment,
+        "request": dict(request),
+        "models": list(models),
+        **columns,
+    }
+    made = table(**fields)
     session.add(made)
     session.flush()
     return made
 
 
-def is_measured(session: Session, account: str, arn: str) -> bool:
-    """Return whether an unfinished measurement of the account reads the model of this ARN."""
-    unfinished = select(Measurement.models).where(
-        Measurement.account == account, Measurement.is_unfinished()
-    )
+def is_measured(session: Session, table: type[ReportWork], account: str, arn: str) -> bool:
+    """Return whether unfinished work of the account reads the model of this ARN."""
+    unfinished = select(table.models).where(table.account == account, table.is_unfinished())
     return any(each["arn"] == arn for models in session.scalars(unfinished) for each in models)
 
 
@@ -119,14 +125,14 @@ def runs_of(session: Session, schedule: str, after: int = 0) -> list[Measurement
     return list(session.scalars(query.order_by(Measurement.seq)))
 
 
-def delete(session: Session, row: Measurement) -> None:
-    """Delete an ended measurement. The caller has locked the row.
+def delete(session: Session, row: ReportWork) -> None:
+    """Delete ended work with its report. The caller has locked the row.
 
     Raises:
-        WrongState: if the measurement has not ended.
+        WrongState: if the work has not ended.
     """
     if row.state not in ENDED:
-        raise WrongState(f"{row.noun} {row.id} is {row.state}. Stop the {row.kind} first.")
+        raise WrongState(f"{row.noun} {row.id} is {row.state}. Stop {row.noun} first.")
     session.delete(row)
     session.flush()
     storage.release(session, row.account, stored_bytes=row.stored_bytes)

@@ -24,6 +24,7 @@ from luthier.server.tables import (
     objects,
     principals,
     storage,
+    studies,
     tags,
     usage,
 )
@@ -39,8 +40,8 @@ from luthier.server.tables.openai import (
 
 _MODULES = (
     accounts, alerts, audit, batches, captures, conversations, custom_models, endpoints, evaluations,
-    exports, idempotency, imports, jobs, measurements, objects, principals, storage, tags,
-    uploaded_files, usage, vector_stores,
+    exports, idempotency, imports, jobs, measurements, objects, principals, storage,
+    studies, tags,    uploaded_files, usage, vector_stores,
 )  # fmt: skip
 """Modules that declare tables when imported."""
 METADATA = Base.metadata

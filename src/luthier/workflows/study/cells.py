@@ -81,6 +81,8 @@ class Cell:
     recipe: Recipe
     before: str | None = None
     """File to train on first."""
+    home: Path | None = None
+    """Folder of all cells; by default ``studies`` in the home folder."""
     forgetting: bool = False
     """True to measure the drift from the base."""
     earlier: str | None = None
@@ -100,7 +102,7 @@ class Cell:
         named = [Path(path) for path in (self.before, self.earlier, self.prompts) if path]
         others = {} if recipe.objective is None else recipe.objective.other_models
         return {
-            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "home"},
             "recipe": portable(recipe),
             "base": find(recipe.base).content_hash,
             "others": {name: find(other).content_hash for name, other in others.items()},
@@ -116,7 +118,8 @@ class Cell:
     def folder(self) -> Path:
         """Folder of the measurements."""
         plain = json.dumps(self.request, sort_keys=True).encode()
-        return luthier_home() / "studies" / ".cells" / hashlib.sha256(plain).hexdigest()[:20]
+        home = self.home or luthier_home() / "studies"
+        return home / ".cells" / hashlib.sha256(plain).hexdigest()[:20]
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,12 @@ FIXED = frozenset(
 )  # fmt: skip
 """Fields that a study sets, or that change the held-out rows."""
 _GROUPS = ("base", "objective", "adaptation")
+FIGURES = {"ms": "ms", "mb": "MB", "minutes": "minutes", "drift": "drift"}
+"""Figures with a limit, and their headings in the table."""
 NONE, ALL = "none", "all"
 TEACHER, TAUGHT = "teacher", "taught"
 """Name of a configuration, and value of the key ``student``."""
-_UNKNOWN = 10**12
+UNKNOWN_ROWS = 10**12
 """Number of rows before the data is read: any count in a grid is a valid share."""
 
 
@@ -222,9 +224,23 @@ def check_grid(
         _check_special(each, recipe)
     for configuration in grid:
         try:
-            configuration.recipe(recipe, 0, _UNKNOWN)
+            configuration.recipe(recipe, 0, UNKNOWN_ROWS)
         except RecipeError as error:
             raise RecipeError(f"`{configuration.name}`: {error}", setting="vary") from error
+
+
+def check_limits(limits: Mapping[str, float], forgetting: bool) -> None:
+    """Check the limits of the choice.
+
+    Raises:
+        RecipeError: for an unknown figure, or a limit of the drift without its measurement.
+    """
+    if unknown := next((name for name in limits if name not in FIGURES), None):
+        raise RecipeError(
+            f"`at_most`: {unknown!r} is none of {', '.join(FIGURES)}.", setting="at_most"
+        )
+    if "drift" in limits and not forgetting:
+        raise RecipeError("`at_most` drift needs `forgetting`.", setting="at_most")
 
 
 def _check_special(dimension: Dimension, recipe: Recipe) -> None:

@@ -23,7 +23,7 @@ from luthier.evaluation.significance import (
 from luthier.pages import PAGE, Table, Tabular, render_page, svg_address
 from luthier.workflows.study.cells import Outcome
 from luthier.workflows.study.extrapolation import MIN_POINTS, CurvePoint, MoreRows
-from luthier.workflows.study.grid import TEACHER, Configuration, Dimension
+from luthier.workflows.study.grid import FIGURES, TEACHER, Configuration, Dimension
 
 LEVEL = 0.05
 """Probability of any false significance in a study."""
@@ -417,8 +417,6 @@ _COLUMNS = {
 }
 """Heading of a figure, with field, unit and form."""
 _FIELDS = [name for name, _, _ in _COLUMNS.values()]
-FIGURES = {"ms": "ms", "mb": "MB", "minutes": "minutes", "drift": "drift"}
-"""Figures with a limit, and their headings."""
 
 
 def _score_text(found: Study, row: StudyRow) -> str:

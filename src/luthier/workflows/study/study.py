@@ -27,11 +27,12 @@ from luthier.workflows.study.grid import (
     Configuration,
     Dimension,
     check_grid,
+    check_limits,
     is_search,
     with_settings,
 )
 from luthier.workflows.study.prompts import check_prompts
-from luthier.workflows.study.results import FIGURES, Study, StudyRow
+from luthier.workflows.study.results import Study, StudyRow
 from luthier.workflows.study.search import Search, default_space
 
 PROCESS_SECONDS = 20.0
@@ -52,6 +53,7 @@ def study(
     trials: int | None = None,
     parallel: int | None = None,
     runner: CellRunner | None = None,
+    home: Path | None = None,
 ) -> Study:
     """Train ``recipe`` with the settings of each configuration, and compare the results.
 
@@ -73,6 +75,7 @@ def study(
             search proposes each from the measurements before its round.
         parallel: trainings at the same time.
         runner: runner of the trainings; by default this machine.
+        home: folder of the study and the cells; by default ``studies`` in the home folder.
 
     Raises:
         RefusedInput: before any training, for grid, recipe or data.
@@ -80,10 +83,7 @@ def study(
     """
     reporter, runner = reporter or Reporter(), runner or CellRunner()
     limits = dict(limits or {})
-    if unknown := next((name for name in limits if name not in FIGURES), None):
-        raise RecipeError(f"`at_most`: {unknown!r} is none of {', '.join(FIGURES)}.")
-    if "drift" in limits and not forgetting:
-        raise RecipeError("`at_most` drift needs `forgetting`.")
+    check_limits(limits, forgetting)
     check_grid(grid, dimensions, recipe, seeds, trials)
     keys = {key for each in grid for key in each.settings}
     if "base" in keys:
@@ -95,7 +95,7 @@ def study(
     base = find(recipe.base, reporter.stage)
     reporter.stage("Checking the data")
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
-    parent = luthier_home() / "studies"
+    parent = home or luthier_home() / "studies"
     name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
     request_file = parent / name / "request.json"
     stored = read_json(request_file) if resume and request_file.is_file() else {}
@@ -149,6 +149,7 @@ def study(
         cell = Cell(
             recipe.model_copy(update={"name": None}),
             forgetting=forgetting,
+            home=parent,
             earlier=request["earlier"],
             media=job.data.hashes.get(NAMED_MEDIA),
         )
