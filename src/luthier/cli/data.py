@@ -209,6 +209,8 @@ def show_cleaning(summary: CleaningSummary) -> None:
     """Print the number of rows that each fix changed or dropped."""
     from rich.table import Table
 
+    from luthier.gate.pii import NOT_SEARCHED
+
     out = new_console(highlight=False)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
     table.add_column(justify="right", no_wrap=True)
@@ -222,6 +224,8 @@ def show_cleaning(summary: CleaningSummary) -> None:
     written = "rows in the result (dry run)" if summary.dry_run else "rows written"
     table.add_row(f"{summary.rows_out:,}", written)
     out.print(table)
+    if summary.redacts:
+        out.print(NOT_SEARCHED, soft_wrap=True)
     if not summary.dry_run:
         out.print(f"{summary.target}; log of changes: {summary.changes}", soft_wrap=True)
 

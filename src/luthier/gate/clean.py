@@ -71,6 +71,8 @@ class CleaningSummary(Displayed):
     passes: int = 0
     """Runs of the gate; the last found nothing more to drop."""
     dry_run: bool = False
+    redacts: bool = False
+    """True if personal data was replaced, as far as recognized."""
 
     def summary(self) -> list[str]:
         """Return the number of rows before and after."""
@@ -141,7 +143,8 @@ def clean(
         labels = spellings(Counter(name for row in rows for name in {*labels_of(row)}))
     context = EditContext(plan, _load_context(plan, on_stage), labels)
     work = _Cleaning(source, columns, context, on_progress)
-    summary = CleaningSummary(str(source), str(target), str(changes_path(target)), dry_run=dry_run)
+    summary = CleaningSummary(str(source), str(target), str(changes_path(target)), dry_run=dry_run,
+                              redacts=bool(plan.redact))  # fmt: skip
     selection = Selection()
     if plan.dropped_rules:
         splits = {split: _rows_reader(each) for split, each in held.items()}

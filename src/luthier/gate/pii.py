@@ -27,6 +27,10 @@ PiiKind = Literal[
 ]  # fmt: skip
 KINDS: tuple[PiiKind, ...] = get_args(PiiKind)
 """All kinds in order of priority: the earlier kind wins overlapping characters."""
+NOT_SEARCHED = (
+    "Not searched: names of people, postal addresses, birth dates, and record or customer numbers."
+)
+"""Personal data without a recognizable form, for the output of commands that redact."""
 SECRETS: frozenset[PiiKind] = frozenset({"private_key", "api_key", "jwt", "password"})
 SEPARATOR = "\x00"
 """Separator of joined texts. No item contains the separator."""

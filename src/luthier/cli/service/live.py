@@ -578,11 +578,15 @@ def show_history(record: Record) -> None:
 
 def show_settings(record: Record) -> None:
     """Print the settings with a clear first line."""
+    from luthier.gate.pii import NOT_SEARCHED
+
     state = "on" if record["enabled"] else "off"
     shown = {name: value for name, value in record.items() if name != "enabled"}
     # A false value would not be printed, and a reader would miss that redaction is off.
     shown["redact"] = "yes" if record["redact"] else "no"
     show_record({"capture": state} | shown)
+    if record["enabled"] and record["redact"]:
+        print_text(NOT_SEARCHED)
 
 
 capture_app = CommandGroup("Capture requests to models and the replies.", extra="server")
