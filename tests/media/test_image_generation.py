@@ -224,3 +224,10 @@ def test_a_grid_shows_each_image_once() -> None:
     assert [int((whole == value).all(-1).sum()) for value in (10, 20, 30)] == [12, 12, 12]
     assert grid(tiles, columns=3).shape == (8, 17, 3)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(whole)))), whole)
+
+
+def test_metadata_of_a_generated_image_name_the_model() -> None:
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    made = Image.open(io.BytesIO(encode_png(pixels, "small-vae:digits")))
+    assert "synthetic" in made.info["Title"] and made.info["Source"] == "small-vae:digits"
+    assert "Title" not in Image.open(io.BytesIO(encode_png(pixels))).info

@@ -130,7 +130,7 @@ class Predictor:
     def embed_rows(
         self, rows: Sequence[Row], done: Done = lambda count: None
     ) -> NDArray[np.float32]:
-        """Return embeddings ``[N, H]`` of bare rows.
+        """Return embeddings ``[N, H]`` of bare rows; the latents of an autoencoder.
 
         Raises:
             DataError: with every row that is unreadable or longer than the context.
@@ -143,7 +143,11 @@ class Predictor:
                 done(start + count)
 
             with self._named_media_errors(rows):
-                answers = self.read(examples[start : start + BLOCK_ROWS], block_done)
+                answers = self.read(
+                    examples[start : start + BLOCK_ROWS],
+                    block_done,
+                    self.objective.task.reconstructs,
+                )
             # To float32 per block, because Python numbers take eight times the memory.
             arrays.append(np.array([answer["embedding"] for answer in answers], dtype=np.float32))
         return np.concatenate(arrays)
@@ -183,16 +187,25 @@ class Predictor:
         return np.array([answer["embedding"] for answer in self.read(cut, done)], dtype=np.float32)
 
     def read(
-        self, examples: Sequence[Example], done: Done = lambda count: None
+        self,
+        examples: Sequence[Example],
+        done: Done = lambda count: None,
+        codes: bool = False,
     ) -> list[dict[str, Any]]:
-        """Return predictions for encoded rows, in their order."""
+        """Return predictions for encoded rows, in their order; with ``codes``, the latents."""
         import torch
 
         finished = 0
 
+        objective = self.objective
+
         def predict(batch: TreeBatch) -> list[dict[str, Any]]:
             nonlocal finished
-            predictions = self.objective.predict(self.network, batch)
+            if codes:
+                found = objective.codes(self.network, batch)
+                predictions: list[dict[str, Any]] = [{"embedding": each} for each in found]
+            else:
+                predictions = objective.predict(self.network, batch)
             finished += len(predictions)
             done(finished)
             return predictions

@@ -18,6 +18,7 @@ from luthier.media.objectives.vae import VAE, Compression
 from luthier.media.processors import ImageProcessor
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from luthier.data.conversations.chat import ChatFormat
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 100_000
 """Maximum number of images per request, because all images stay in memory."""
+STRIP = 9
+"""Images of the strip of a latent."""
 MAX_SHOWN_LABELS = 20
 """Maximum number of classes in an error message."""
 
@@ -248,6 +251,40 @@ class ImageGenerator:
                 # Rows of a batch are in the order of its tree.
                 ways.append(way if batch.tree.examples[0].row == pair[0].row else way[::-1])
         return ways
+
+    def decode(self, code_NZ: NDArray[np.float32]) -> list[Pixels]:
+        """Return the images of codes ``[N, Z]``.
+
+        Raises:
+            RecipeError: for a model without codes, or codes of another length.
+        """
+        import torch
+
+        objective = self._reconstructor()
+        size = int(self.network.model.config.latent_size)
+        if code_NZ.ndim != 2 or code_NZ.shape[1] != size or not np.isfinite(code_NZ).all():
+            raise RecipeError(
+                f"codes of {self.name} have {size} finite numbers in each row. Write codes with "
+                f"`luthier embed {self.name} IMAGES --output codes.npy`"
+            )
+        images: list[Pixels] = []
+        at_once = images_at_once(self.processor)
+        for start in range(0, len(code_NZ), at_once):
+            with torch.inference_mode():
+                codes = torch.from_numpy(code_NZ[start : start + at_once])
+                images += self._pixels(objective.decode(self.network, codes))
+        return images
+
+    def strips(self, code_Z: NDArray[np.float32] | None = None) -> list[Pixels]:
+        """Return :data:`STRIP` images per latent: the latent runs from -3 to 3 deviations, the other
+        latents stay at ``code_Z`` (default 0)."""
+        self._reconstructor()
+        size = int(self.network.model.config.latent_size)
+        start_Z = np.zeros(size, np.float32) if code_Z is None else code_Z
+        code_ZSZ = np.tile(start_Z, (size, STRIP, 1))
+        for latent in range(size):
+            code_ZSZ[latent, :, latent] = np.linspace(-3, 3, STRIP)
+        return self.decode(code_ZSZ.reshape(size * STRIP, size).astype(np.float32))
 
     def _reconstructor(self) -> VAE:
         if not isinstance(self.objective, VAE):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from luthier import __version__
+
 if TYPE_CHECKING:
     from luthier.media.decoding import Pixels
 
@@ -30,10 +32,18 @@ def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
     return whole
 
 
-def encode_png(pixels: Pixels) -> bytes:
-    """Encode an image ``[H, W, 3]`` as a PNG file."""
-    from PIL import Image
+def encode_png(pixels: Pixels, model: str | None = None) -> bytes:
+    """Encode an image ``[H, W, 3]`` as a PNG file.
 
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="PNG")
+    The metadata of an image that ``model`` made say so, in the keywords of the PNG specification.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    stream, info = io.BytesIO(), PngInfo()
+    if model is not None:
+        info.add_text("Title", "synthetic image")
+        info.add_text("Source", model)
+        info.add_text("Software", f"luthier {__version__}")
+    Image.fromarray(pixels).save(stream, format="PNG", pnginfo=info)
     return stream.getvalue()

@@ -69,4 +69,5 @@ class SampleGrids:
         self.folder.mkdir(exist_ok=True)
         with new_file(self.folder / f"{step:06}.png") as file:
             columns = len(set(self.labels)) if self.objective.sample_labels else None
-            file.write(encode_png(grid(pixels, columns)))
+            run = self.folder.parent
+            file.write(encode_png(grid(pixels, columns), f"{run.parent.name}:{run.name}"))

@@ -444,6 +444,10 @@ class Objective(StrictModel):
         """
         raise NotImplementedError
 
+    def codes(self, network: Network, batch: TreeBatch) -> list[list[float]]:
+        """Return the latents of each row, in tree order; for tasks that reconstruct."""
+        raise NotImplementedError
+
 
 class ReplyObjective(Objective):
     """Base class of the objectives for networks that generate replies."""

@@ -17,9 +17,12 @@ import luthier
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, BareWindow, LabelledImage
-from luthier.media.image_generation import ImageGenerator
+from luthier.errors import RecipeError
+from luthier.inference.prediction import Predictor
+from luthier.media.image_generation import STRIP, ImageGenerator
 from luthier.media.objectives.generative import draw_noise
 from luthier.media.objectives.vae import VAE, divergence
+from luthier.media.processors import ImageProcessor
 from luthier.models.load import as_network, load_model
 from luthier.models.networks.layouts import MediaLayout
 from luthier.models.networks.network import Network
@@ -72,6 +75,52 @@ def test_the_loss_is_minus_the_bound(network: Network, examples: list[Example]) 
     assert found.metrics["reconstruction"] == pytest.approx(
         -float(likelihood.sum().detach()), rel=1e-5
     )
+
+
+@torch.no_grad()
+def test_bernoulli_loss_is_minus_the_log_likelihood_less_its_best_value(
+    network: Network, examples: list[Example], family_folder: Callable[[str], Path]
+) -> None:
+    network.chat = load_chat_format(family_folder("vae"))
+    objective = VAE(likelihood="bernoulli", beta=0.0)
+    network.model.eval()
+    (batch,) = objective.annotate(network, examples, 100)
+    found = objective.loss(network, batch)
+    mean, log_variance = network.model.encode(batch.plan)
+    noise = draw_noise(row_generators(batch.tree.examples, None), mean.shape[1])
+    logits = network.model.decode(mean + (0.5 * log_variance).exp() * noise)
+    arrays = [image(each.row).array for each in batch.tree.examples]
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255
+    share = logits.double().sigmoid()
+    likelihood = pixels * share.log() + (1 - pixels) * (1 - share).log()
+    best = torch.xlogy(pixels, pixels) + torch.xlogy(1 - pixels, 1 - pixels)
+    assert float(found.total) == pytest.approx(float((best - likelihood).sum()), rel=1e-4)
+    copies = objective.reconstruct(network, batch)
+    processor = network.chat.media
+    assert isinstance(processor, ImageProcessor)
+    wanted = network.model.decode(mean).sigmoid() * 255
+    shown = np.stack([processor.to_pixels(each.numpy()) for each in copies])
+    assert np.abs(shown.transpose(0, 3, 1, 2) - wanted.numpy()).max() < 1
+
+
+@torch.no_grad()
+def test_codes_are_decoded_to_the_copies(
+    network: Network, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    chat = load_chat_format(family_folder("vae"))
+    rows = [BareImage("f", n, image(n)) for n in range(6)]
+    code_NZ = Predictor(network, VAE(), chat, 1 << 20).embed_rows(rows)
+    generator = ImageGenerator(network, VAE(), chat, "vae")
+    copies = [each.copy for each in generator.reconstruct(rows)]
+    decoded = generator.decode(code_NZ)
+    assert np.abs(np.stack(decoded).astype(int) - np.stack(copies)).max() <= 1
+    strips = np.stack(generator.strips(code_NZ[0])).reshape(4, STRIP, 9, 7, 3)
+    at = np.linspace(-3, 3, STRIP)
+    moved = code_NZ[:1].copy()
+    moved[0, 2] = at[7]
+    assert np.abs(strips[2, 7].astype(int) - generator.decode(moved)[0]).max() <= 1
+    with pytest.raises(RecipeError):
+        generator.decode(code_NZ[:, :3])
 
 
 def test_divergence_matches_torch() -> None:

@@ -15,6 +15,7 @@ from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RayAddress,
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
+    from luthier.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ def embed(
     ray_gpus: float = 0.0,
     reporter: Reporter | None = None,
 ) -> Embeddings:
-    """Write embeddings of rows, images or audio files.
+    """Write embeddings of rows, images or audio files, or the codes of a VAE.
 
     A .jsonl or .parquet file has the rows with their ``embedding``, a .npy file an array of float32 in
     the order of the rows. With --processes or --ray-address, several processes share the rows, and the
     same command resumes after an interruption.
 
     Args:
-        model: Id of an embedding model.
+        model: Id of an embedding model or VAE.
         data: File of rows, or folder or archive of images or audio.
         output: File for the result: .jsonl, .parquet or .npy.
         columns: Column of a key, e.g. prompt=question; repeatable.
@@ -80,14 +81,18 @@ def embed(
         from luthier.library.models import check_active, find
         from luthier.workflows.inference_tasks import NUMBERS, EmbedTask
 
+    def has_vectors(objective: Objective) -> bool:
+        return gives_embeddings(objective) or objective.task.reconstructs
+
     reporter = reporter or Reporter()
     form = embedding_format(output)
     shared = RowProcesses(processes, ray_address, ray_gpus)
     is_shared = shared.check(data, output)
     check_output(output, data, overwrite=overwrite)
     rows = [] if is_shared else load_inputs(data, columns, EMBEDDING)
-    stored = check_active(find(model, is_able=gives_embeddings))
-    check_embeds(stored, stored.objective)
+    stored = check_active(find(model, is_able=has_vectors))
+    if not stored.objective.task.reconstructs:
+        check_embeds(stored, stored.objective)
     for text in embedding_notes(stored):
         reporter.note(text)
     if is_shared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from luthier.errors import RecipeError, RefusedInput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from luthier.engine.metrics import Reporter
     from luthier.media.image_generation import SampledImage
@@ -46,11 +50,14 @@ def sample(
     reconstruct: str | None = None,
     between: Annotated[int | None, typer.Option(min=2)] = None,
     columns: Mapped = None,
+    codes: Path | None = None,
+    latents: bool = False,
     reporter: Reporter | None = None,
 ) -> SampledImages | Reconstructions:
     """Generate images, or reconstruct images.
 
-    A model with classes generates the same number of images of each class.
+    A model with classes generates the same number of images of each class. The metadata of each
+    PNG file have the model and the word "synthetic".
 
     Args:
         model: Id of a model that generates images.
@@ -66,6 +73,8 @@ def sample(
         reconstruct: Images to reconstruct: folder, archive, .npz or one file.
         between: Number of steps between two of these images.
         columns: Column of a key of these images; repeatable.
+        codes: Codes of a VAE to decode: .npy or .jsonl of embed.
+        latents: A line of images per latent of a VAE, from -3 to 3.
         reporter: Receives progress; silent if not given.
 
     Returns:
@@ -84,6 +93,13 @@ def sample(
         return _reconstruct(model, reconstruct, output, count or 32, between, columns, reporter)
     if between is not None or columns is not None:
         raise RefusedInput("--between and --map need --reconstruct")
+    if codes is not None or latents:
+        settings_of_noise = (count, label, prompt, negative_prompt, steps, guidance_scale, eta)
+        if any(each is not None for each in settings_of_noise):
+            raise RefusedInput(
+                "--codes and --latents decode codes: settings of drawing have no effect"
+            )
+        return _decode(model, output, codes, latents)
     count = count or 64
     _check_samples(output)
     with heavy_imports():
@@ -103,9 +119,9 @@ def sample(
         settings=settings, prompt=prompt,
     )  # fmt: skip
     if output.suffix.lower() == ".png":
-        write_bytes(output, encode_png(grid([each.pixels for each in made])))
+        write_bytes(output, encode_png(grid([each.pixels for each in made]), generator.name))
     else:
-        _write_folder(made, output)
+        _write_folder(made, output, generator.name)
     return SampledImages(model, count, output, time.monotonic() - started)
 
 
@@ -142,7 +158,7 @@ def _check_samples(output: Path) -> None:
         raise RecipeError(f"{output} is not empty. Name a new folder")
 
 
-def _write_folder(made: Sequence[SampledImage], folder: Path) -> None:
+def _write_folder(made: Sequence[SampledImage], folder: Path, model: str) -> None:
     """Write a PNG file for each image, in a folder for each class."""
     from luthier.files import write_bytes
     from luthier.media.image_grid import encode_png
@@ -151,7 +167,52 @@ def _write_folder(made: Sequence[SampledImage], folder: Path) -> None:
         name = each.label.replace("/", "_").lstrip(".") or ("_" if each.label else "")
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
-        write_bytes(place / f"{number:05}.png", encode_png(each.pixels))
+        write_bytes(place / f"{number:05}.png", encode_png(each.pixels, model))
+
+
+def _decode(model: str, output: Path, codes: Path | None, latents: bool) -> SampledImages:
+    """Write the images of codes, or a strip of images for each latent of a VAE."""
+    if output.suffix.lower() != ".png":
+        raise RecipeError(f"the output is a PNG file. Name {output.with_suffix('.png')}")
+    check_output(output, None if codes is None else str(codes))
+    code_NZ = None if codes is None else _read_codes(codes)
+    with heavy_imports():
+        from luthier.files import write_bytes
+        from luthier.library.models import check_active, find
+        from luthier.media.image_generation import STRIP, ImageGenerator
+        from luthier.media.image_grid import encode_png, grid
+
+        generator = ImageGenerator.open(check_active(find(model, is_able=ImageGenerator.is_able)))
+    started = time.monotonic()
+    if latents:
+        first = None if code_NZ is None else code_NZ[0]
+        if code_NZ is not None:
+            generator.decode(code_NZ[:1])  # checks the length
+        images, columns = generator.strips(first), STRIP
+    else:
+        assert code_NZ is not None
+        images, columns = generator.decode(code_NZ), None
+    write_bytes(output, encode_png(grid(images, columns), generator.name))
+    return SampledImages(model, len(images), output, time.monotonic() - started)
+
+
+def _read_codes(path: Path) -> NDArray[np.float32]:
+    """Return the codes ``[N, Z]`` of a file of ``luthier embed``."""
+    import numpy as np
+
+    try:
+        if path.suffix == ".npy":
+            codes: NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32)
+            return codes
+        with path.open(encoding="utf-8") as file:
+            rows = [json.loads(line)["embedding"] for line in file if line.strip()]
+        return np.array(rows, dtype=np.float32)
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path} does not exist. Write codes with `luthier embed`") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{path} has no codes. Name a .npy or .jsonl file that `luthier embed` wrote"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -215,12 +276,14 @@ def _reconstruct(
     generator = ImageGenerator.open(check_active(find(model)))
     if between is not None:
         ways = generator.interpolate(rows, between)
-        write_bytes(output, encode_png(grid([each for way in ways for each in way], between)))
+        write_bytes(
+            output, encode_png(grid([each for way in ways for each in way], between), model)
+        )
         return Reconstructions(model, len(rows), len(found), output, [], None)
     made = generator.reconstruct(
         rows, lambda done: reporter.progress(done, len(rows), "reconstruct")
     )
     pairs = [pixels for each in made for pixels in (each.original, each.copy)]
-    write_bytes(output, encode_png(grid(pairs, 2 * max(1, round((len(made) / 2) ** 0.5)))))
+    write_bytes(output, encode_png(grid(pairs, 2 * max(1, round((len(made) / 2) ** 0.5))), model))
     errors = [each.error for each in made]
     return Reconstructions(model, len(rows), len(found), output, errors, made[0].compression)

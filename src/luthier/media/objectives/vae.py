@@ -15,7 +15,9 @@ negative bound at the mean of the latents. The threshold is the smallest score t
 of ``false_alarms`` of the held-out rows exceeds, fixed after training. Windows of a time series
 with too few values are not scored.
 
-Not implemented: the Bernoulli likelihood, which is for pixels of 0 and 1.
+With ``likelihood = "bernoulli"``, the decoder gives the logit of each pixel, and the first term is the
+binary cross-entropy less its smallest value, so 0 is a perfect copy here too. This likelihood is for
+pixels near black and white, such as digits (appendix C.1 of the paper).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from pydantic import Field
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.disk_sequence import spool
 from luthier.data.shapes.media import BareWindow
+from luthier.errors import RecipeError
 from luthier.evaluation.thresholds import choose_threshold
 from luthier.media.objectives.generative import Generative, draw_latents, draw_noise
 from luthier.media.processors import ImageProcessor
@@ -111,6 +114,8 @@ class VAE(Generative):
     """Share of the steps over which beta grows from 0."""
     sigma: float = Field(default=1.0, gt=0, le=1e3)
     """Deviation of the input around its copy; smaller gives sharper copies. Time series: 0.3."""
+    likelihood: Literal["normal", "bernoulli"] = "normal"
+    """``bernoulli``: binary cross-entropy, for images near black and white such as digits."""
     score_over: Literal["all", "last"] | None = None
     """Scored part of a row: all values, or the last. Default: last for time series, otherwise all."""
     false_alarms: float = Field(default=0.01, ge=0, lt=1)
@@ -137,6 +142,12 @@ class VAE(Generative):
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Choose settings for the rows: windows of a time series have few values, of deviation 1."""
         windows = all(isinstance(row, BareWindow) for row in rows)
+        if windows and self.likelihood == "bernoulli":
+            raise RecipeError(
+                "`objective.likelihood=bernoulli` is for images, whose values are from 0 to 1. Remove "
+                "the setting",
+                setting="objective.likelihood",
+            )
         chosen: dict[str, Any] = {} if self.score_over else {"score_over": "all"}
         if windows:
             usual = {"score_over": "last", "sigma": 0.3}
@@ -179,8 +190,30 @@ class VAE(Generative):
     def _copy_error(self, network: Network, batch: TreeBatch, latent_RZ: Tensor) -> Tensor:
         """Return the reconstruction errors ``[R]`` in nats."""
         copies = network.model.decode(latent_RZ.to(network.dtype)).float()
+        if self.likelihood == "bernoulli":
+            from torch.nn import functional as F
+
+            mean, spread = _pixel_scale(network)
+            pixels = (batch.plan.float() * spread + mean).clamp(0, 1)
+            cost = F.binary_cross_entropy_with_logits(copies, pixels, reduction="none")
+            least = F.binary_cross_entropy(pixels, pixels, reduction="none")
+            total: Tensor = (cost - least).flatten(1).sum(-1)
+            return total
         off: Tensor = (copies - batch.plan.float()).square().flatten(1).sum(-1)
         return off / (2 * self.sigma**2)
+
+    def decode(self, network: Network, latent_RZ: Tensor) -> Tensor:
+        """Return the images ``[R, C, H, W]`` of latents, in the scale of the inputs."""
+        images: Tensor = network.model.decode(latent_RZ.to(network.device, network.dtype))
+        if self.likelihood == "bernoulli":
+            mean, spread = _pixel_scale(network)
+            images = (images.float().sigmoid() - mean) / spread
+        return images
+
+    def codes(self, network: Network, batch: TreeBatch) -> list[list[float]]:
+        """Return the mean of the latents of each row, in tree order."""
+        codes: list[list[float]] = network.model.encode(batch.plan)[0].float().tolist()
+        return codes
 
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
@@ -221,7 +254,7 @@ class VAE(Generative):
         alone."""
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
         if self.score_over == "last":
-            copies = network.model.decode(mean_RZ.to(network.dtype)).float()
+            copies = self.decode(network, mean_RZ).float()
             off_RCH = (copies - batch.plan.float())[..., -1]
             off_R: Tensor = off_RCH.square().flatten(1).sum(-1) / (2 * self.sigma**2)
             return off_R
@@ -244,9 +277,7 @@ class VAE(Generative):
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
         """Generate images ``[R, C, H, W]`` from standard normal latents."""
         size = int(network.model.config.latent_size)
-        latent_RZ = draw_latents(len(labels), size, generator)
-        images: Tensor = network.model.decode(latent_RZ.to(network.device, network.dtype))
-        return images
+        return self.decode(network, draw_latents(len(labels), size, generator))
 
     def compression(self, network: Network) -> Compression:
         """Return the sizes of an input and of its latents."""
@@ -285,8 +316,7 @@ class VAE(Generative):
 
     def reconstruct(self, network: Network, batch: TreeBatch) -> Tensor:
         """Return the copies ``[R, C, H, W]`` of the rows at the means of the latents."""
-        copies: Tensor = network.model(pixel_values=batch.plan).reconstruction
-        return copies
+        return self.decode(network, network.model.encode(batch.plan)[0])
 
     def interpolate(self, network: Network, batch: TreeBatch, steps: int) -> Tensor:
         """Return images ``[steps, C, H, W]`` on the line between the latents of two rows."""
@@ -294,8 +324,17 @@ class VAE(Generative):
 
         mean_2Z = network.model.encode(batch.plan)[0]
         share_S1 = torch.linspace(0, 1, steps, device=mean_2Z.device, dtype=mean_2Z.dtype)[:, None]
-        images: Tensor = network.model.decode(torch.lerp(mean_2Z[:1], mean_2Z[1:], share_S1))
-        return images
+        return self.decode(network, torch.lerp(mean_2Z[:1], mean_2Z[1:], share_S1))
+
+
+def _pixel_scale(network: Network) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of the colours in an input, ``[C, 1, 1]``."""
+    import torch
+
+    processor = chat_of(network).media
+    assert isinstance(processor, ImageProcessor)
+    mean, spread = (torch.tensor(each)[:, None, None] for each in (processor.mean, processor.std))
+    return mean.to(network.device), spread.to(network.device)
 
 
 def _is_whole(example: Example) -> bool:

@@ -207,7 +207,7 @@ class _Runtime:
                 sampled = self.pool.sample(stored_id, form.request())
             except InferenceRefused as refused:
                 raise form.to_fault(refused) from refused
-        return form.response([encode_png(each.pixels) for each in sampled.images])
+        return form.response([encode_png(each.pixels, stored_id) for each in sampled.images])
 
 
 def _with_failure(

@@ -196,10 +196,10 @@ def sample_images(
         samples = call.context.pool.sample(stored_id, request)
     pixels = [each.pixels for each in samples.images]
     if PNG in accept:
-        return _picture(pixels, {"X-Luthier-Seed": str(samples.seed)})
+        return _picture(pixels, model, {"X-Luthier-Seed": str(samples.seed)})
     height, width, _ = pixels[0].shape
     views = [
-        SampleView(png=_base64(encode_png(each.pixels)), label=each.label or None)
+        SampleView(png=_base64(encode_png(each.pixels, model)), label=each.label or None)
         for each in samples.images
     ]
     return SamplesView(model=model, seed=samples.seed, width=width, height=height, images=views)
@@ -225,9 +225,10 @@ def reconstruct_images(
     with inference_faults():
         copies = call.context.pool.reconstruct(stored_id, images)
     if PNG in accept:
-        return _picture([pixels for each in copies for pixels in (each.original, each.copy)])
+        return _picture([pixels for each in copies for pixels in (each.original, each.copy)], model)
     views = [
-        ReconstructionView(png=_base64(encode_png(each.copy)), error=each.error) for each in copies
+        ReconstructionView(png=_base64(encode_png(each.copy, model)), error=each.error)
+        for each in copies
     ]
     ratio = copies[0].compression.ratio
     return ReconstructionsView(model=model, images=views, compression_ratio=ratio)
@@ -245,9 +246,9 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _picture(pixels: Sequence[Any], headers: dict[str, str] | None = None) -> Response:
+def _picture(pixels: Sequence[Any], model: str, headers: dict[str, str] | None = None) -> Response:
     """Return a PNG file of an image, or of a grid of images."""
     from luthier.media.image_grid import encode_png, grid
 
     whole = pixels[0] if len(pixels) == 1 else grid(pixels)
-    return Response(encode_png(whole), headers=headers, media_type=PNG)
+    return Response(encode_png(whole, model), headers=headers, media_type=PNG)

@@ -69,7 +69,7 @@ def generate(call: OpenAICall, body: ImageGenerationRequest) -> JsonObject:
             raise invalid(str(refused), parameter or None, "invalid_value") from refused
     height, width, _ = samples.images[0].pixels.shape
     count = len(samples.images)
-    files = (encode_png(image.pixels) for image in samples.images)
+    files = (encode_png(image.pixels, body.model) for image in samples.images)
     return {
         "created": int(time.time()),
         "data": [{"b64_json": base64.b64encode(file).decode()} for file in files],
