@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 
 from luthier.data.inputs import Media, read_processor
+from luthier.data.rows import load_rows
 from luthier.data.shapes.media import BareImage
 from luthier.data.shapes.texts import RawText
 from luthier.engine.train import train
 from luthier.errors import RecipeError, RunConflict
 from luthier.exports import onnx as onnx_export
 from luthier.exports.onnx import ONNX_CONFIG, ONNX_FILE, README, export_onnx
+from luthier.exports.onnx_int8 import measure_int8, quantize
 from luthier.files import hashes_of, read_json
 from luthier.inference.prediction import Predictor
 from luthier.library.models import StoredModel, custom_models, find
@@ -239,6 +242,57 @@ def test_onnx_gives_the_scores_of_a_classifier_of_texts(
         by_name = {labels[str(n)]: p for n, p in enumerate(scores / scores.sum())}
         assert by_name == pytest.approx(answer["scores"], abs=1e-4), text
     assert tokenizer.vocab_size == stored.chat.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "classification",
+        pytest.param("regression", marks=pytest.mark.slow),
+        pytest.param("token_classification", marks=pytest.mark.slow),
+    ],
+)
+def test_loss_of_score_in_8_bits_is_that_of_the_file(
+    method: str,
+    family_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, whole = str(family_folder("bert")), tmp_path / "whole.onnx"
+    if method == "classification":
+        label_texts(tmp_path, base, "int8")
+        stored, data = named("int8"), tmp_path / "int8.jsonl"
+    else:
+        stored, data = tuned(tmp_path, base, method), tmp_path / f"{method}.jsonl"
+
+    def keep_whole(file: Path, name: str) -> None:
+        shutil.copyfile(file, whole)
+        quantize(file, name)
+
+    monkeypatch.setattr(onnx_export, "quantize", keep_whole)
+    record = export_onnx(stored, tmp_path / "onnx", quantization="int8")
+    assert (record.name, record.tolerance) == ("onnx int8", None)
+    assert (tmp_path / "onnx" / ONNX_FILE).stat().st_size < 0.7 * whole.stat().st_size
+    rows = load_rows(str(data))
+    equal = measure_int8(stored, whole, rows)
+    assert equal.difference.value == pytest.approx(0, abs=1e-3) and equal.rows == len(rows)
+    found = measure_int8(stored, tmp_path / "onnx" / ONNX_FILE, rows)
+    assert found.whole == pytest.approx(equal.whole)
+    if method == "classification":
+        session = Session(tmp_path / "onnx")
+        logits, _ = session.ask([row.plain_text() for row in rows])
+        right = [session.config["labels"][n] for n in logits.argmax(-1)]
+        expected = np.mean([label == row.labels[0] for label, row in zip(right, rows, strict=True)])
+        assert (found.name, found.rounded) == ("accuracy", pytest.approx(expected))
+
+
+def test_networks_of_convolutions_have_no_8_bits(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 9, 7, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(8) % 2)
+    tune("small-cnn", "bits", str(tmp_path / "images.npz"))
+    with pytest.raises(RecipeError) as refused:
+        export_onnx(find("small-cnn:bits"), tmp_path / "onnx", quantization="int8")
+    assert refused.value.rule == "export.quantization" and not (tmp_path / "onnx").exists()
 
 
 @pytest.mark.slow

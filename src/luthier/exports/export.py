@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from luthier.errors import LuthierError, RecipeError
 
 if TYPE_CHECKING:
+    from luthier.exports.onnx_int8 import ScoreLoss
     from luthier.exports.quantization import QuantizationCost
     from luthier.exports.writer import OnProgress
     from luthier.library.models import StoredModel
@@ -41,8 +42,8 @@ class Export:
     record, and a changed record would break the signature of a signed model."""
     suits_onnx: bool = False
     """True if the model can also be exported as ONNX."""
-    cost: QuantizationCost | None = None
-    """The cost of the type of a GGUF file, if measured."""
+    cost: QuantizationCost | ScoreLoss | None = None
+    """The cost of fewer bits, if measured: in nats for a GGUF file, in score for an ONNX file."""
 
     @property
     def own_network(self) -> bool:
@@ -85,11 +86,14 @@ def check_settings(format: str, merged: bool | None, quantization: str | None) -
                 f"merged safetensors cannot have the type {quantization!r}. Choose one of "
                 f"{', '.join(PRECISIONS)}"
             )
+    elif format == "onnx" and quantization is not None:
+        if quantization != "int8":
+            raise RecipeError(f"ONNX files cannot have the type {quantization!r}. Use int8")
     elif quantization is not None:
         if format != "gguf":
             raise RecipeError(
-                "`--quantization` is for GGUF files and merged safetensors. Omit `--quantization` for "
-                f"{format}"
+                "`--quantization` is for GGUF files, ONNX files and merged safetensors. Omit "
+                "`--quantization` for an adapter"
             )
         from luthier.models.formats.gguf import check_quantization
 
@@ -125,7 +129,7 @@ def export_model(
     network = stored.network.config(stored.objective.head()).model_type
     record = None
     if format == "onnx":
-        record = export_onnx(stored, target, on_phase)
+        record = export_onnx(stored, target, on_phase, quantization)
     elif format == "gguf":
         record = export_gguf(stored, target, merged is not False, quantization, on_phase)
     else:

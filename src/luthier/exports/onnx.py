@@ -30,6 +30,7 @@ from luthier.data.shapes.texts import RawText
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.parity import REFERENCE_PROMPTS
+from luthier.exports.onnx_int8 import quantize
 from luthier.exports.writer import (
     OnProgress,
     ignore_progress,
@@ -182,7 +183,10 @@ def suits_onnx(stored: StoredModel, network: str) -> bool:
 
 @torch.no_grad()
 def export_onnx(
-    stored: StoredModel, target: Path, on_progress: OnProgress = ignore_progress
+    stored: StoredModel,
+    target: Path,
+    on_progress: OnProgress = ignore_progress,
+    quantization: str | None = None,
 ) -> ExportRecord:
     """Write an encoder to the new folder ``target`` for ONNX Runtime and return the record.
 
@@ -190,7 +194,8 @@ def export_onnx(
     ``attention_mask`` ``[batch, tokens]``, for any number of rows and tokens. Outputs in float32:
     ``logits`` of a classifier ``[batch, classes]`` or a tagger ``[batch, tokens, tags]``,
     ``rating`` or ``reward`` ``[batch]``, or ``sentence_embedding`` (``media_embedding``) ``[batch,
-    hidden]``.
+    hidden]``. With ``quantization`` ``int8``, the weights have 8 bits
+    (:mod:`luthier.exports.onnx_int8`).
 
     Raises:
         RecipeError: for a model without such an output, a network that cannot be traced, different
@@ -248,6 +253,9 @@ def export_onnx(
                 f"{ONNX_ERROR:g} is allowed",
                 rule="export.differs",
             )
+        if quantization is not None:
+            quantize(fresh / ONNX_FILE, stored.id)
+            error = _largest_error(graph, answer, chat, rows, fresh / ONNX_FILE, on_progress)
         model.config.save_pretrained(fresh)
         save_format(chat, fresh)
         config = {
@@ -264,11 +272,12 @@ def export_onnx(
         write_bytes(fresh / README, _readme(stored.id, answer, chat).encode())
         return ExportRecord(
             format="onnx",
+            quantization=quantization,
             created=created_now(),
             luthier=__version__,
             files=hashes_of(fresh),
             compared_in=f"ONNX Runtime {version('onnxruntime')}",
-            tolerance=ONNX_ERROR,
+            tolerance=ONNX_ERROR if quantization is None else None,
             score_error=error,
         )
 

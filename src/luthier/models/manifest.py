@@ -188,7 +188,7 @@ class ExportRecord(Record):
 
     format: Literal["gguf", "onnx"]
     quantization: str | None = None
-    """Type of the weights of a GGUF file."""
+    """Type of the weights of a GGUF file; ``int8`` for an ONNX file in 8 bits."""
     is_adapter: bool = False
     """True for an adapter without its base model."""
     created: str
@@ -222,9 +222,10 @@ class ExportRecord(Record):
                 f"{self.tokens.difference_text(text_of)}"
             )
         if self.score_error is not None:
+            limit = "without a limit" if self.tolerance is None else f"limit {self.tolerance:g}"
             return (
                 f"{self.compared_in} returns the model's scores (maximum relative difference "
-                f"{self.score_error:.1g}, limit {self.tolerance:g})"
+                f"{self.score_error:.1g}, {limit})"
             )
         return "not compared, because the software is not installed"
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
     from luthier.exports.export import Export
     from luthier.exports.hub import Push
+    from luthier.exports.onnx_int8 import ScoreLoss
     from luthier.exports.quantization import QuantizationCost
     from luthier.exports.writer import Phase
     from luthier.library.models import StoredModel
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 VALIDATION_ROWS = 200
 """Most validation rows for the cost of quantization: a float32 pass of model and base, twice."""
+SCORED_ROWS = 1000
+"""Most validation rows for the score of an ONNX file in 8 bits."""
 Merged = Annotated[bool | None, typer.Option("--merged/--adapter")]
 
 
@@ -43,14 +46,15 @@ def export(
     """Export a model for other software.
 
     Safetensors are for transformers, PEFT and diffusers, ONNX files for ONNX Runtime, and GGUF files
-    for llama.cpp and Ollama. GGUF weights are f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m or q4_0.
+    for llama.cpp and Ollama. GGUF weights are f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m or q4_0; ONNX
+    weights are float32 or int8.
 
     Args:
         model: Model id.
         folder: New or empty folder.
         format: File format.
         merged: Merge the adapter into its base, or export it.
-        quantization: Type of the weights, e.g. q4_k_m.
+        quantization: Type of the weights, e.g. q4_k_m or int8.
         data: Rows for the loss of quantization; default: validation rows.
         columns: Column of a key, e.g. prompt=question; repeatable.
         reporter: Receives progress; silent if not given.
@@ -69,8 +73,8 @@ def export(
     reporter = reporter or Reporter()
     stored, target = stored_model(model), Path(folder).expanduser()
     check_settings(format, merged, quantization)
-    if data is not None and (format != "gguf" or quantization is None):
-        raise RecipeError("`data` needs --format gguf and --quantization")
+    if data is not None and (format == "safetensors" or quantization is None):
+        raise RecipeError("`data` needs --format gguf or onnx, and --quantization")
     cost = None
     if quantization is not None and format == "gguf" and (data or quantization.startswith("q")):
         cost = _measure_cost(stored, target, data, columns, quantization, reporter)
@@ -82,7 +86,10 @@ def export(
         else:
             reporter.progress(done, total, phase)
 
-    return replace(export_model(stored, target, format, merged, quantization, move), cost=cost)
+    written = export_model(stored, target, format, merged, quantization, move)
+    if format == "onnx" and quantization is not None:
+        return replace(written, cost=_measure_onnx(stored, target, data, columns, reporter))
+    return replace(written, cost=cost)
 
 
 def _measure_cost(
@@ -129,11 +136,44 @@ def _measure_cost(
     return cost
 
 
+def _measure_onnx(
+    stored: StoredModel,
+    target: Path,
+    data: str | Path | None,
+    columns: Mapping[str, str] | None,
+    reporter: Reporter,
+) -> ScoreLoss | None:
+    """Return the loss of score of an ONNX file in 8 bits, on ``data`` or the validation rows."""
+    from luthier.data.rows import load_rows
+    from luthier.exports.onnx import ONNX_FILE
+    from luthier.exports.onnx_int8 import measure_int8
+    from luthier.workflows.training_overlap import validation_rows
+
+    rows = validation_rows(stored)[0] if data is None else load_rows(data, columns)
+    if len(rows) < 2:
+        reporter.note("the loss of score is not measured: the validation rows are missing")
+        return None
+    rows = rows if data is not None else rows[:SCORED_ROWS]
+    reporter.stage(f"Measuring int8 on {len(rows):,} rows")
+    try:
+        return measure_int8(stored, target / ONNX_FILE, rows)
+    except (DataError, RecipeError) as error:
+        if data is not None:
+            raise
+        reporter.note(f"the loss of score is not measured: {error}")
+        return None
+
+
 def show_export(written: Export) -> None:
     """Print the files, the comparison and compatible software."""
+    from luthier.exports.onnx_int8 import ScoreLoss
+
     print_text(f"{written.model} exported to {written.folder}")
     if written.record is not None:
         _print_record(written, written.record)
+    if isinstance(written.cost, ScoreLoss):
+        is_worse = written.cost.difference.significant
+        print_text(f"{'warning: ' * is_worse}{written.cost.verdict()}")
     if written.format == "gguf":
         _print_gguf(written)
     elif written.format == "safetensors":
@@ -205,8 +245,9 @@ def _print_cost(cost: QuantizationCost) -> None:
 def _print_gguf(written: Export) -> None:
     """Print the cost of quantization, and the command for Ollama."""
     from luthier.exports.ollama import FROM_BASE
+    from luthier.exports.quantization import QuantizationCost
 
-    if written.cost is not None:
+    if isinstance(written.cost, QuantizationCost):
         _print_cost(written.cost)
     if any(name.endswith("-LoRA.gguf") for name in written.files):
         print_text(FROM_BASE)
