@@ -33,7 +33,7 @@ def tune(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[..., 
         ]
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        base = base if base == "fasttext" else str(family_folder(base))
+        base = base if base in ("fasttext", "tfidf") else str(family_folder(base))
         return luthier.tune(
             path, base=base, name="x", data__validation_share=0, training__learning_rate=3e-3,
             training__epochs=6, training__batch_size=8, training__precision="float32", **fields,
@@ -84,6 +84,48 @@ def test_deciding_words_contribute_most_in_text_and_on_the_page(
     answer = luthier.predict(model, input=str(rows), explain=True, top=1).to_rows()[0]
     assert answer["id"] == 7 and len(answer["predicted"]["scores"]) == 1
     assert answer["predicted"]["explanation"]["words"] == words
+
+
+@pytest.mark.parametrize("base", ["tfidf", "fasttext"])
+def test_contributions_of_linear_models_are_differences_without_the_word(
+    base: str, tune: Callable[..., str]
+) -> None:
+    """A single word is one feature. The score less the bias is then its contribution."""
+    predictor = Predictor.open(find(tune(base)), precise=True)
+    for text in ("here", "not", TEXT):
+        row = RawText("text", 1, text)
+        (answer,) = predictor.answers([row])
+        found = explain(predictor, row, answer)
+        total = sum(each["contribution"] for each in found["words"])
+        assert found["rest"] == pytest.approx(0, abs=1e-6)
+        assert total == pytest.approx(found["score"] - found["baseline_score"], abs=1e-4)
+        assert [each["word"] for each in found["words"]] == text.split()
+    if base == "tfidf":
+        values = {each["word"]: each["contribution"] for each in found["words"]}
+        assert values["no"] > values["the"] and values["not"] > values["the"]
+
+
+def test_pixels_that_decide_have_the_contributions(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 40, (60, 16, 16, 3), dtype=np.uint8)
+    images[::2, 2:6, 10:14] = 250  # a bright square in the upper right corner
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(60) % 2)
+    model = luthier.tune(
+        tmp_path / "images.npz", base="small-cnn", name="x", data__validation_share=0,
+        data__image_size=16, training__max_steps=60, training__precision="float32",
+        data__augmentation={},
+    ).model_id  # fmt: skip
+    page = tmp_path / "page.html"
+    found = luthier.predict(
+        model, input=str(tmp_path / "images.npz"), explain=True, html=page
+    ).to_rows()[0]["predicted"]["explanation"]
+    cells = np.array(found["cells"])
+    assert cells.shape == (16, 16)
+    difference = found["score"] - found["baseline_score"]
+    assert cells.sum() == pytest.approx(difference, rel=0.05, abs=0.05)
+    inside = np.abs(cells[1:7, 9:15]).sum()
+    assert inside > 0.6 * np.abs(cells).sum()
+    assert found["picture"].startswith("data:image/png") and found["picture"] in page.read_text()
 
 
 def test_models_without_labels_or_token_embeddings_are_refused(tune: Callable[..., str]) -> None:

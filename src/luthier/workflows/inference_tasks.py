@@ -133,6 +133,7 @@ class PredictTask(InferenceTask):
 
     top: int | None = None
     explain: bool = False
+    pictures: bool = False
 
     def open(self) -> Answer:
         """See :class:`InferenceTask`."""
@@ -140,7 +141,7 @@ class PredictTask(InferenceTask):
 
         def answer(rows: Sequence[InputRow], done: OnDone) -> ShardAnswer:
             contents = [row.content for row in rows]
-            answers = predict_rows(predictor, contents, done, self.top, self.explain)
+            answers = predict_rows(predictor, contents, done, self.top, self.explain, self.pictures)
             lines = prediction_lines(self.records(rows), answers)
             return ShardAnswer(lines.encode(), anomaly_counts(answers))
 
@@ -322,13 +323,19 @@ def reasoning_of(answer: GeneratedReply) -> dict[str, str]:
 
 
 def predict_rows(
-    predictor: Predictor, rows: Sequence[Row], done: OnDone, top: int | None, explain: bool
+    predictor: Predictor,
+    rows: Sequence[Row],
+    done: OnDone,
+    top: int | None,
+    explain: bool,
+    pictures: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return the prediction for each row, with ``explain`` also the contribution of each word."""
+    """Return the prediction for each row, with ``explain`` also the contribution of each word or
+    cell, and with ``pictures`` the heat map of an image."""
     answers = predictor.answers(rows, (lambda count: None) if explain else done)
     if explain:
         for number, (row, answer) in enumerate(zip(rows, answers, strict=True), 1):
-            answer["explanation"] = explain_label(predictor, row, answer)
+            answer["explanation"] = explain_label(predictor, row, answer, pictures)
             done(number)
     keep_likeliest(answers, top)
     return answers

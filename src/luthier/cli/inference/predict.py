@@ -109,8 +109,8 @@ def predict(
         output: File for the result (JSONL); standard output by default.
         columns: Column of a key, e.g. prompt=question; repeatable.
         top: Number of classes; 5 for a text, all for a file by default.
-        explain: Add the contribution of each word to the label.
-        html: Write a page with marked words; needs --explain.
+        explain: Add the contribution of each word or image cell.
+        html: Page with marked words or heat maps; needs --explain.
         overwrite: Replace an existing file.
         processes: Processes that share the rows of a file.
         ray_address: Head of a Ray cluster that runs the processes.
@@ -154,8 +154,9 @@ def predict(
     if ignores_classes(stored):
         reporter.note(f"{stored.id} has classes of its pre-training only: the output is embeddings")
     work = PredictTask(
-        model=stored.id, source=str(input), columns=columns or {}, top=top, explain=explain
-    )
+        model=stored.id, source=str(input), columns=columns or {}, top=top, explain=explain,
+        pictures=html is not None,
+    )  # fmt: skip
     if is_shared and output is not None:
         return Predictions(shared.answer(work, output, reporter), objective.task, threshold)
     with heavy_imports():
@@ -164,7 +165,9 @@ def predict(
         else:
             row = input_row(text or "", "the command line")
             predictor = Predictor.open(stored, precise=explain)
-            found = predict_rows(predictor, [row], lambda count: None, top, explain)
+            found = predict_rows(
+                predictor, [row], lambda count: None, top, explain, html is not None
+            )
             answers = RowAnswers(stored.id, 1, 0.0, None, prediction_lines([{}], found))
     if html is not None:
         write_page(html, _explanation_page(answers), reporter)
@@ -181,12 +184,13 @@ def _explanation_page(answers: RowAnswers) -> str:
 
 
 def _marked(predicted: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return label and probability, and the words with a strength from -4 to 4."""
+    """Return label and probability, and the words with a strength from -4 to 4, or a heat map."""
     found = predicted["explanation"]
-    words, label = found["words"], found["label"]
+    words, label = found.get("words", ()), found["label"]
     most = max((abs(each["contribution"]) for each in words), default=0.0) or 1.0
     marks = [(e["word"], round(4 * e["contribution"] / most), e["contribution"]) for e in words]
-    return {"label": label, "share": predicted["scores"].get(label, 0.0), "words": marks}
+    return {"label": label, "share": predicted["scores"].get(label, 0.0), "words": marks,
+            "picture": found.get("picture")}  # fmt: skip
 
 
 def show_predictions(found: Predictions, text: str | None, top: int | None) -> None:
@@ -199,9 +203,7 @@ def show_predictions(found: Predictions, text: str | None, top: int | None) -> N
         else:
             print_text(found.task.show(predicted, threshold, top or SHOWN))
         if explained := predicted.get("explanation"):
-            print_text(f"contribution of each word to {explained['label']}:")
-            for each in sorted(explained["words"], key=lambda each: -abs(each["contribution"])):
-                print_text(f"  {each['contribution']:+.3f}  {each['word']}")
+            _print_explanation(explained)
     elif answers.output is None:
         write_json(answers.lines)
     else:
@@ -212,6 +214,24 @@ def show_predictions(found: Predictions, text: str | None, top: int | None) -> N
             )
             short = answers.counts["not_judged"]
             print_text(above + (f"; {short:,} rows have too short a history" if short else ""))
+
+
+def _print_explanation(explained: Mapping[str, Any]) -> None:
+    """Print the words by contribution, or the cells of an image as a map."""
+    if "cells" in explained:
+        print_text(f"contribution of each part to {explained['label']}, from - to +:")
+        most = max(abs(value) for row in explained["cells"] for value in row) or 1.0
+        for row in explained["cells"]:
+            places = (round(3 + 3 * value / most) for value in row)
+            print_text("  " + "".join(2 * _SHADES[place] for place in places))
+        return
+    print_text(f"contribution of each word to {explained['label']}:")
+    for each in sorted(explained["words"], key=lambda each: -abs(each["contribution"])):
+        print_text(f"  {each['contribution']:+.3f}  {each['word']}")
+
+
+_SHADES = "=-. :*#"
+"""Marks of cells, from cells that lower the score to cells that raise the score."""
 
 
 def _holds_rows(text: str) -> bool:

@@ -78,12 +78,7 @@ class TfidfModel(FastTextModel, TfidfPreTrainedModel):
     @torch.no_grad()
     def row_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return a sparse row of length 1 per text, ``[R, V]``, in float32."""
-        mask_RT = attention_mask.bool()
-        start_RT = input_ids == self.config.word_start_id
-        # A mark is a word of two tokens, the start and the mark.
-        mark_RT = torch.isin(input_ids, self._marks.to(input_ids.device))
-        mask_RT &= ~(mark_RT | (mark_RT.roll(-1, 1) & start_RT))
-        start_RT, word_K, pair_K, paired_K = self.terms(input_ids, mask_RT)
+        start_RT, word_K, pair_K, paired_K = self.known_terms(input_ids, attention_mask)
         row_K = start_RT.nonzero(as_tuple=True)[0]
         row_M = torch.cat([row_K, row_K[paired_K]])
         place_2M = torch.stack([row_M, torch.cat([word_K, pair_K[paired_K]])])
@@ -92,6 +87,17 @@ class TfidfModel(FastTextModel, TfidfPreTrainedModel):
             place_2M, torch.ones_like(row_M).float(), size, check_invariants=False
         )
         return self._weigh(counts.coalesce())
+
+    def known_terms(
+        self, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return :meth:`terms` without punctuation marks."""
+        mask_RT = attention_mask.bool()
+        start_RT = input_ids == self.config.word_start_id
+        # A mark is a word of two tokens, the start and the mark.
+        mark_RT = torch.isin(input_ids, self._marks.to(input_ids.device))
+        mask_RT &= ~(mark_RT | (mark_RT.roll(-1, 1) & start_RT))
+        return self.terms(input_ids, mask_RT)
 
     @torch.no_grad()
     def fit_features(self, features_NV: Tensor) -> Tensor:
