@@ -12,9 +12,12 @@ from xml.etree import ElementTree
 import pytest
 
 from luthier.engine.metrics import (
+    OPTIMIZER,
     MetricsFile,
     best_measurement,
+    clipped_share,
     cost_of,
+    curve_pictures,
     deciding_measure,
     draw_curves,
     is_hollow,
@@ -119,6 +122,30 @@ def test_a_curve_without_validation_marks_no_step(tmp_path: Path) -> None:
     shown = words_of(tmp_path / "loss.svg")
     assert "training, smoothed" in shown
     assert "validation" not in shown and not any(word.startswith("kept") for word in shown)
+
+
+def test_rates_of_layers_and_clipped_steps_are_drawn(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {**line(step, 1.0), "learning_rate": 0.1, "gradient_norm": 2.0, "clipped": step % 4 == 0}
+        for step in range(1, 9)
+    ]
+    assert clipped_share(lines) == 0.25 and clipped_share([line(1, 1.0)]) is None
+    assert draw_curves(lines, tmp_path, "t")[2:] == [OPTIMIZER]
+    shown = words_of(tmp_path / OPTIMIZER)
+    assert {"learning rate", "gradient norm", "share of clipped steps"} <= shown
+    for each in lines:
+        each["rates"] = {"all layers": 0.1, "head": 1.0}
+    draw_curves(lines, tmp_path, "t")
+    assert {"all layers", "head"} <= words_of(tmp_path / OPTIMIZER)
+    assert len(curve_pictures(lines, "t")) == 2
+
+
+def test_parts_of_the_loss_of_a_vae_have_panels(tmp_path: Path) -> None:
+    lines = [{**line(step, 3.0), "reconstruction": 2.0, "kl": 1.0} for step in range(1, 4)]
+    draw_curves(lines, tmp_path, "t")
+    assert {"reconstruction (nats)", "KL divergence (nats)"} <= words_of(tmp_path / "loss.svg")
+    draw_curves([{**each, "reward": 1.0} for each in lines], tmp_path, "t")
+    assert "KL divergence (nats)" not in words_of(tmp_path / "loss.svg")
 
 
 def test_start_of_a_refit_in_the_curve(tmp_path: Path) -> None:

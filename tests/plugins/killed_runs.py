@@ -18,7 +18,7 @@ STEPS = 32
 VALIDATIONS = 9  # a checkpoint before the first step, then every fourth step
 LINES = STEPS + VALIDATIONS
 TIMING = ("seconds", "tokens_per_second", "memory_bytes")
-PICTURES = ("loss.svg", "loss.png")  # plots contain the date
+PICTURES = ("loss.svg", "loss.png", "optimizer.svg")  # plots contain the date
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 OFTEN = """

@@ -84,7 +84,8 @@ def tune(
 def print_result(result: Result) -> None:
     """Print the result of a run and the next command."""
     from luthier.data.inputs import PLURAL
-    from luthier.engine.runs import GRIDS
+    from luthier.engine.metrics import OPTIMIZER, MetricsFile, clipped_share
+    from luthier.engine.runs import AUGMENTED, GRIDS, METRICS
     from luthier.library.models import find
 
     stored = find(result.model_id)
@@ -132,6 +133,13 @@ def print_result(result: Result) -> None:
     print_label_issues(result)
     print_verdict(result)
     out.print(f"  {curve} curve  {result.run_dir}/{curve}.png")
+    metrics = MetricsFile(Path(result.run_dir) / METRICS).read()
+    if (clipped := clipped_share(metrics)) is not None:
+        out.print(
+            f"  rate, norm  {result.run_dir}/{OPTIMIZER} ({clipped:.0%} of the steps are clipped)"
+        )
+    if (Path(result.run_dir) / AUGMENTED).is_file():
+        out.print(f"  changes     {result.run_dir}/{AUGMENTED}")
     if (Path(result.run_dir) / GRIDS).is_dir():
         out.print(f"  samples     {result.run_dir}/{GRIDS}/")
     use = objective.task.command(result.model_id, chat)

@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from luthier.data.augmentation import Augmentation
+from luthier.data.augmentation import Change
 from luthier.data.loader import MixedSet, RowOrder
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.embedding_rows import embedding_tables, sparse_gradients
@@ -93,7 +93,7 @@ class Loop:
     reporter: Reporter
     mixed: tuple[MixedSet, ...] = ()
     """Sizes of the mixed-in sets, stored after the main set in ``examples``."""
-    augmentation: Augmentation | None = None
+    augmentation: Change | None = None
     samples: MetricsFile | None = None
     """File for text generated in training."""
     on_measured: Callable[[int], None] | None = None
@@ -132,6 +132,7 @@ class Loop:
         )
         model = self.network.model
         layers = layer_names(model) if training.layer_decay < 1 or self.unfreeze_every else []
+        heads = head_weights(model)
         # Weight decay moves every row, and processes exchange dense gradients.
         whole = self.processes.size > 1 or self.network.is_sharded or training.weight_decay
         self._tables = {} if whole else embedding_tables(model)
@@ -139,14 +140,15 @@ class Loop:
             model.named_parameters(),
             training,
             layers,
-            head_weights(model),
+            heads,
             self.processes,
             self._tables,
         )
         self._layers = len(layers)
         named = [name for name, _ in model.named_parameters()]
-        self._positions = layer_positions(named, layers) if self.unfreeze_every else {}
-        """Layer of each weight, counted from 1; for gradual unfreezing."""
+        self._positions = layer_positions(named, layers) if layers else {}
+        """Layer of each weight, counted from 1, if layers have rates of their own."""
+        self._groups = self._weight_groups(heads)
         if self.objective.uses_reference:
             # Before any step and before `resume`: the reference is the initial model.
             self.network.remember_start()
@@ -292,7 +294,7 @@ class Loop:
             self.training.step_factor,
         )
         self._unfreeze()
-        objective = self.objective
+        objective, limit = self.objective, self.training.max_gradient_norm
         self.network.done = self.progress.step / self.steps
         # Random numbers depend on seed and step alone, so checkpoints store no generator state.
         seed_torch(derive_seed(self.training.seed, self.progress.step))
@@ -339,7 +341,9 @@ class Loop:
             "train",
             loss=loss,
             learning_rate=rate,
+            **self._rates_of_layers(rate),
             gradient_norm=norm,
+            **({"clipped": float(norm > limit)} if limit else {}),
             tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
@@ -367,6 +371,29 @@ class Loop:
         if self.unfreeze_every:
             for name, weight in self.optimizer.weights.items():
                 weight.requires_grad_(self._positions[name] >= self._lowest_layer)
+
+    def _weight_groups(self, heads: Collection[str]) -> dict[str, str]:
+        """Return a weight of each group with a learning rate of its own, from the bottom to the top;
+        nothing if all rates are equal."""
+        groups: dict[str, str] = {}
+        for name in self.optimizer.weights:
+            position = self._positions.get(name, 0)
+            group = "all layers"
+            if name in heads or position > self._layers:
+                group = "head"
+            elif self._positions:
+                group = f"layer {position}" if position else "embeddings"
+            groups[group] = name
+        shares = {self.optimizer.shares[name] for name in groups.values()}
+        return groups if len(shares) > 1 or self.unfreeze_every else {}
+
+    def _rates_of_layers(self, rate: float) -> dict[str, dict[str, float]]:
+        """Return the rates of the step by group for the metrics, if the rates differ."""
+        rates = {
+            group: rate * self.optimizer.shares[name] * self.optimizer.weights[name].requires_grad
+            for group, name in self._groups.items()
+        }
+        return {"rates": rates} if rates else {}
 
     def _rows(self, step: int) -> list[Example]:
         """Return the augmented rows of a 0-based step: a function of seed and step alone."""

@@ -27,6 +27,8 @@ SCORES: Mapping[str, str] = {
 """Display names of additional scores of objectives."""
 SHARES = SCORES.keys() - {"cosine", "absolute_error"}
 """Scores displayed in percent."""
+OPTIMIZER = "optimizer.svg"
+"""File with the curves of learning rates and gradient norms."""
 DISTANCES: Mapping[str, str] = {"frechet_distance": "Fréchet distance"}
 """Display names of distances (lower is better)."""
 FEW_ROWS = 30
@@ -40,6 +42,13 @@ FALLEN = 0.2
 """Fall of the loss, as a share, if an untrained head has learned."""
 HOLLOW = 0.95
 """Share of the chance-level loss from which a loss carries no information."""
+_PARTS: Mapping[str, str] = {
+    "reconstruction": "reconstruction (nats)",
+    "kl": "KL divergence (nats)",
+    "generator_loss": "loss of the generator",
+    "discriminator_loss": "loss of the discriminator",
+}
+"""Display names of the parts of a loss: of a VAE, and of both players of a GAN."""
 _REWARDS: Mapping[str, str] = {
     "reward": "mean reward",
     "completion_tokens": "tokens of a completion",
@@ -223,38 +232,53 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) ->
     ``loss.svg`` and ``loss.png`` show the training and validation loss, with each score of
     :data:`SCORES` below. For rewards, ``reward.svg`` and ``reward.png`` show reward, length and
     divergence of the completions: a reward that rises while completions grow or leave the reference
-    may be a grader's mistake.
+    may be a grader's mistake. ``optimizer.svg`` shows learning rates, gradient norms and the share
+    of clipped steps.
     """
-    beside = {**SCORES, **DISTANCES}.items()
-    scores = {name: label for name, label in beside if any(name in line for line in lines)}
-    pictures = {"loss": {"loss": "loss", **scores}}
-    if any("reward" in line for line in lines):
+    has_rewards = any("reward" in line for line in lines)
+    beside = ({} if has_rewards else dict(_PARTS)) | {**SCORES, **DISTANCES}
+    beside = {name: label for name, label in beside.items() if any(name in x for x in lines)}
+    pictures = {"loss": {"loss": "loss", **beside}}
+    if has_rewards:
         shown = {name: text for name, text in _REWARDS.items() if any(name in x for x in lines)}
         pictures["reward"] = shown
     for name, panels in pictures.items():
         path = folder / name
         figure = _draw_picture(lines, title, panels)
         save_figure(figure, path.with_suffix(".svg"), path.with_suffix(".png"))
-    return [f"{name}.{kind}" for name in pictures for kind in ("svg", "png")]
+    files = [f"{name}.{kind}" for name in pictures for kind in ("svg", "png")]
+    if figure := _draw_optimizer(lines, title):
+        save_figure(figure, folder / OPTIMIZER)
+        files.append(OPTIMIZER)
+    return files
+
+
+def clipped_share(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the share of steps with a clipped gradient; ``None`` without clipping."""
+    clipped = [line["clipped"] for line in lines if "clipped" in line]
+    return math.fsum(clipped) / len(clipped) if clipped else None
 
 
 def curve_pictures(lines: Sequence[Mapping[str, Any]], title: str) -> list[tuple[str, str]]:
-    """Return the addresses of the curve for light and for dark pages.
+    """Return the addresses of the curves for light and for dark pages.
 
-    The curve shows the reward or loss, and the measure that decides.
+    The first curve shows the reward or loss, and the measure that decides; the second, the learning
+    rates and the gradient norms.
     """
     main = "reward" if any("reward" in line for line in lines) else "loss"
     measure = next((line["measure"] for line in lines if "measure" in line), main)
     shown = {main: main} | ({measure: SCORES.get(measure, measure)} if measure != main else {})
     addresses = []
     for colours in THEMES.values():
-        figure = _draw_picture(lines, title, shown)
-        colour_figure(figure, colours)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="svg")
-        addresses.append(svg_address(picture.getvalue()))
-    light, dark = addresses
-    return [(light, dark)]
+        for figure in (_draw_picture(lines, title, shown), _draw_optimizer(lines, title)):
+            if figure is None:
+                continue
+            colour_figure(figure, colours)
+            picture = io.BytesIO()
+            figure.savefig(picture, format="svg")
+            addresses.append(svg_address(picture.getvalue()))
+    half = len(addresses) // 2
+    return [*zip(addresses[:half], addresses[half:], strict=True)]
 
 
 THEMES = {
@@ -303,6 +327,33 @@ def _draw_picture(lines: Sequence[Mapping[str, Any]], title: str, shown: Mapping
         axes.set(ylabel=label)
     panels[0].set(title=title)
     panels[0].legend(frameon=False)
+    panels[-1].set(xlabel="optimizer step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _draw_optimizer(lines: Sequence[Mapping[str, Any]], title: str) -> Any | None:
+    """Plot learning rates by group of layers, gradient norms, and the share of clipped steps."""
+    train = [line for line in lines if line["event"] == "train" and "learning_rate" in line]
+    if not train:
+        return None
+    shown = {"gradient_norm": "gradient norm", "clipped": "share of clipped steps"}
+    shown = {name: label for name, label in shown.items() if name in train[0]}
+    figure, panels = new_figure(1 + len(shown))
+    steps = [line["step"] for line in train]
+    groups = [*train[0].get("rates", ())]
+    for place, group in enumerate(groups):
+        shade = 0.25 + 0.75 * place / max(1, len(groups) - 1)
+        rates = [line.get("rates", {}).get(group, math.nan) for line in train]
+        panels[0].plot(steps, rates, color="#2f5d9b", alpha=shade, label=group)
+    if groups:
+        panels[0].legend(frameon=False, fontsize="x-small", ncols=1 + len(groups) // 5)
+    else:
+        panels[0].plot(steps, [line["learning_rate"] for line in train], color="#2f5d9b")
+    panels[0].set(ylabel="learning rate", title=title)
+    for axes, (name, label) in zip(panels[1:], shown.items(), strict=True):
+        _draw_train(axes, train, name)
+        axes.set(ylabel=label)
     panels[-1].set(xlabel="optimizer step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure

@@ -92,6 +92,8 @@ class MasterAdamW:
         shares |= {
             n: shares[n] * (training.head_rate_multiplier or 1.0) for n in heads if n in shares
         }
+        self.shares = {name: shares[name] for name in self.weights}
+        """Factor of the learning rate of each trained weight."""
         self._groups = _groups(self.masters, shares, training.weight_decay)
         self._is_decoupled = training.optimizer == "adamw"
         self._beta1, self._beta2 = training.beta1, training.beta2

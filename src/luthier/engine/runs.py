@@ -45,7 +45,7 @@ from luthier.library.folders import (
     working_folders,
 )
 from luthier.models.manifest import MANIFEST
-from luthier.pages import PAGE, Displayed, Table, render_page
+from luthier.pages import PAGE, Displayed, Table, png_address, render_page
 from luthier.recipe import NAME_PATTERN
 from luthier.types import dotted_items
 
@@ -72,6 +72,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints."""
 REFIT = "refit"
 """Folder of the refit while the refit runs."""
+AUGMENTED = "augmented.png"
+"""Picture of rows before and after random changes."""
 START, TOKENS = "start", "tokens"
 """Folders of a pre-training: the initial network, and the text as token ids."""
 
@@ -139,7 +141,11 @@ class Result(Displayed):
             rows += [[each.name, render(found.measure, each.score)] for each in found.baselines]
             caption = f"{found.rows:,} held-out rows"
             tables.append(Table.of(caption, {"": "name", "score": "number"}, rows))
-        metrics = MetricsFile(Path(self.run_dir) / METRICS).read()
+        folder = Path(self.run_dir)
+        metrics = MetricsFile(folder / METRICS).read()
+        pictures = curve_pictures(metrics, self.model_id) if metrics else []
+        if (changed := folder / AUGMENTED).is_file():
+            pictures.append((png_address(changed.read_bytes()),) * 2)
         facts = [
             ("loss", f"{self.train_loss:.3f}", "of the last step"),
             ("peak memory", f"{self.peak_memory_bytes / 1e9:.2f} GB", ""),
@@ -148,7 +154,7 @@ class Result(Displayed):
         ]
         return render_page(
             "luthier.pages", "summary.html", layout, title=title, lines=lines, facts=facts,
-            tables=tables, pictures=curve_pictures(metrics, self.model_id) if metrics else [],
+            tables=tables, pictures=pictures,
         )  # fmt: skip
 
     @staticmethod

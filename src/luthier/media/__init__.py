@@ -12,6 +12,7 @@ ENTRY_POINTS = {
         "image_to_text": "luthier.media.objectives.image_to_text:ImageToText",
     },
     "luthier.training_steps": {
+        "augmented_rows": "luthier.media.training_steps:AugmentedRows",
         "sample_pictures": "luthier.media.training_steps:SamplePictures",
         "generative_verdict": "luthier.media.training_steps:GenerativeVerdict",
     },

@@ -1,21 +1,80 @@
-"""Steps of a training run for objectives that generate images."""
+"""Pictures of augmented rows before training, and steps for objectives that generate images."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from luthier.data.inputs import PLURAL
 from luthier.engine import defaults
+from luthier.engine.runs import AUGMENTED
 from luthier.engine.steps import TrainingStep
+from luthier.files import write_bytes
+from luthier.media.image_grid import encode_png, grid
 from luthier.media.objectives.generative import MOST_COMPARED, Generative
+from luthier.media.processors import ImageProcessor
 from luthier.media.sample_grids import SampleGrids
 
 if TYPE_CHECKING:
     from luthier.engine.job import TrainingJob
     from luthier.engine.train import Trainer
+    from luthier.media.decoding import Pixels
+
+AUGMENTED_ROWS, DRAWS = 6, 4
+"""Rows of the picture of augmented rows, and the changes of each row."""
+FRAME = 400
+"""Samples of a frame in the picture of a waveform."""
+
+
+class AugmentedRows(TrainingStep):
+    """A picture of images or spectrograms before and after random changes."""
+
+    first_process_only = True
+    in_trials = False
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return whether the run changes images or audio."""
+        changes = job.recipe.data.augmentation
+        return changes is not None and bool(changes.kinds & {"image", "audio"})
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Write the picture: each line is a row, and the first column is unchanged."""
+        job, path = trainer.job, trainer.run_folder.folder / AUGMENTED
+        changes, media = job.recipe.data.augmentation, job.chat.media
+        rows = [example for example in job.data.train[:AUGMENTED_ROWS] if example.media]
+        if path.exists() or changes is None or not rows:
+            return
+        pictures = []
+        for place, row in enumerate(rows):
+            random = np.random.default_rng([job.recipe.training.seed, place])
+            for example in (row, *(changes.change(row, random) for _ in range(DRAWS))):
+                assert example.media is not None
+                array = example.media.array()
+                to_pixels = media.to_pixels if isinstance(media, ImageProcessor) else spectrogram_of
+                pictures.append(to_pixels(array))
+        write_bytes(path, encode_png(grid(pictures, 1 + DRAWS)))
+        kind = PLURAL[job.chat.reads]
+        trainer.reporter.note(f"{kind} before and after random changes: {path}")
+
+
+def spectrogram_of(array: np.ndarray[Any, Any]) -> Pixels:
+    """Return the input of an audio network ``[1, H, W]`` as a grey picture, time from left to right.
+
+    A waveform ``[1, 1, T]`` becomes a spectrogram.
+    """
+    values = array[0]
+    if len(values) == 1:
+        frames = values[0][: values.shape[1] // FRAME * FRAME].reshape(-1, FRAME)
+        power = np.abs(np.fft.rfft(frames * np.hanning(FRAME)))
+        values = np.log(power + 1e-5 * power.max() + 1e-12)
+    values = values.T if values.shape[0] > values.shape[1] or array.shape[1] == 1 else values
+    low, high = values.min(), values.max()
+    grey = np.round(255 * (values[::-1] - low) / max(high - low, 1e-12)).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1)
 
 
 class SamplePictures(TrainingStep):

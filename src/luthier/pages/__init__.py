@@ -112,6 +112,11 @@ def svg_address(picture: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(picture).decode()}"
 
 
+def png_address(picture: bytes) -> str:
+    """Return the address of a PNG picture inside a page."""
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
 def render_page(package: str, template: str, layout: str = PAGE, **content: Any) -> str:
     """Return the page for a template of ``package``, whole or as :data:`FRAGMENT`."""
     # Commands import this module for every start, and only pages need jinja2.
