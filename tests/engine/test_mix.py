@@ -157,6 +157,24 @@ def test_augmentation_of_images_is_rejected_for_a_text_model(
     assert refused.value.rule == "data.augmentation"
 
 
+@pytest.mark.parametrize("base", ["bert", "tfidf"])
+def test_left_out_words_are_rejected_for_tags_and_without_steps(
+    base: str, tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    tagged = [{"tokens": ["a", "fox"], "tags": ["O", "B-animal"]}, {"tokens": ["a"], "tags": ["O"]}]
+    labelled = [{"text": f"{word} fox", "label": word} for word in ("a", "the")]
+    rows = write(tmp_path / "p.jsonl", tagged if base == "bert" else labelled)
+    with pytest.raises(RefusedInput) as refused:
+        luthier.tune(
+            rows,
+            base=str(family_folder("bert")) if base == "bert" else base,
+            name="no",
+            data__validation_share=0,
+            data__augmentation={"drop": 0.1},
+        )
+    assert refused.value.rule == "data.augmentation"
+
+
 @pytest.mark.slow
 def test_replay_preserves_earlier_task(
     tmp_path: Path, family_folder: Callable[[str], Path]

@@ -36,6 +36,7 @@ CASES = {
     "magnitudes": ("llama", "sft", "lora", {}),
     "layer-wise rates": ("gpt2", "sft", "full", {}),
     "layers that start later": ("bert", "classification", "full", {}),
+    "words of every step": ("bert", "classification", "full", {}),
     "a packed base": ("llama", "sft", "qlora", {}),
     "a few weights of each layer": ("llama", "sft", "sparse", {}),
     "mixed rows": ("bert", "classification", "full", {}),
@@ -144,7 +145,8 @@ def write_sounds(folder: Path) -> Path:
 
 OFTEN = {
     "masks are drawn anew", "dropout above a frozen bottom", "a packed base", "labels that spread",
-    "mixed rows", "layers that start later", "a teacher's likeliest tokens", "answers of the student",
+    "mixed rows", "layers that start later", "words of every step", "a teacher's likeliest tokens",
+    "answers of the student",
     "pairs and a reference", "completions that are drawn", "a value head", "noise of images",
     "two players", "noise of every step", "views of images", "letters of columns",
     "a scale that is learned", "norms and dropout of VGG", "layers that are left out",
@@ -177,6 +179,8 @@ def test_resumed_run_has_bits_of_uninterrupted_run(
     if case == "mixed rows":
         other = rows_for("classification", tmp_path / "more.jsonl")
         more = {"mix": [{"train": other, "weight": 0.7}]}
+    if case == "words of every step":
+        more = {"augmentation": {"drop": 0.2, "swap": 0.2}}
     if objective == "semi_supervised":
         more = {"mix": [{"train": rows_for("", tmp_path / "texts.jsonl"), "weight": 2}]}
     monkeypatch.setattr(Checkpoints, "due", lambda self, step, size: step % 3 == 0)

@@ -138,6 +138,7 @@ def test_augmentation_leaves_original_row_unchanged() -> None:
         ({}, set()),
         ({"magnitude": 5}, set()),
         ({"flip": 0.5, "masks": 1}, {"image", "audio"}),
+        ({"drop": 0.1}, {"text"}),
     ],
 )
 def test_augmentation_kinds(settings: dict[str, float], kinds: set[str]) -> None:

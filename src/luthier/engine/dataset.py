@@ -546,6 +546,12 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
             f"{', '.join(able)}. Remove the setting",
             rule="data.augmentation",
         )
+    if "text" in augmentation.kinds and objective.contrasts_rows:
+        raise RecipeError(
+            f"data.augmentation.drop and data.augmentation.swap are for labels and ratings of texts, "
+            f"not for {objective.method}. Remove the settings",
+            rule="data.augmentation",
+        )
 
 
 def checker_for(objective: Objective | None) -> type[Checker]:

@@ -536,6 +536,12 @@ def _check_settings(
         check_dropout(model)
     if training.fully_shard:
         check_shardable(model, objective, plan.sketch.adaptation)
+    if recipe.data.augmentation and facts.is_fitted:
+        raise RecipeError(
+            "`data.augmentation` changes rows in each step, and TF-IDF is fitted without steps. "
+            "Remove the setting, or use the base model fasttext",
+            rule="data.augmentation",
+        )
     unfreezes = recipe.adaptation.unfreeze_steps is not None
     if unfreezes and training.fully_shard:
         raise RecipeError(

@@ -497,6 +497,7 @@ class Trainer:
 
     def _loop(self, checkpoints: Checkpoints) -> Loop:
         job, folder = self.job, self.run_folder.folder
+        augmentation = job.recipe.data.augmentation
 
         def on_measured(step: int) -> None:
             for each in self.steps:
@@ -513,7 +514,7 @@ class Trainer:
             metrics=MetricsFile(folder / METRICS),
             reporter=self.reporter,
             mixed=job.data.mixed,
-            augmentation=job.recipe.data.augmentation,
+            augmentation=augmentation.for_inputs(job.chat) if augmentation else None,
             samples=MetricsFile(folder / SAMPLES),
             on_measured=on_measured,
             clock=self.clock,

@@ -16,6 +16,7 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from luthier.errors import RecipeError
 from luthier.types import IntArray
@@ -240,9 +241,7 @@ class TextEncoder:
         empty.
         """
         names: list[str] = self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        # Checked by type, because a byte-level vocabulary may also have a token "##".
-        if backend is not None and type(backend.model).__name__ == "WordPiece":
+        if self._is_word_piece:
             # WordPiece tokens have no spaces; "##" marks the continuation of a word.
             return [name[2:] if name.startswith("##") else f" {name}" for name in names]
         with tokenizer_errors():
@@ -256,6 +255,23 @@ class TextEncoder:
                         texts[start:stop] = [whole, *[""] * (stop - start - 1)]
                         break
         return texts
+
+    @cached_property
+    def word_starts(self) -> NDArray[np.bool_]:
+        """Return for each token id whether the token starts a word, ``[V]``.
+
+        Byte-level and SentencePiece tokens start with a space; WordPiece marks the other tokens.
+        """
+        names: list[str] = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+        if self._is_word_piece:
+            return np.array([not name.startswith("##") for name in names])
+        return np.array([name.startswith(("Ġ", "▁")) for name in names])
+
+    @property
+    def _is_word_piece(self) -> bool:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        # Checked by type, because a byte-level vocabulary may also have a token "##".
+        return backend is not None and type(backend.model).__name__ == "WordPiece"
 
     def _piece(self, ids: Sequence[int]) -> str:
         before = self._piece_context

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.data.augmentation import Augmentation
 from luthier.errors import RecipeError
 from luthier.recipe import Recipe, assign, toml_value
 
@@ -99,6 +100,11 @@ class Configuration:
             else f"{key.rpartition('.')[2]} {value}"
             for key, value in self.settings.items()
         )
+
+    def suits(self, input_kind: str) -> bool:
+        """Return False for a preset's augmentation of another kind of input."""
+        changes = self.settings.get("data.augmentation") if self.label else None
+        return Augmentation.model_validate(changes or {}).kinds <= {input_kind}
 
     def recipe(self, recipe: Recipe, seed: int, rows: int) -> Recipe:
         """Return the recipe of a training of ``recipe`` with these settings.

@@ -108,14 +108,18 @@ PRESETS: Mapping[str, Preset] = {
         needs_file=True,
     ),
     "augmentation": Preset(
-        "Do random changes of images help?",
+        "Do random changes of texts, images or audio help?",
         "Augmentation improves accuracy, most with few rows (Shorten and Khoshgoftaar 2019, "
-        "doi:10.1186/s40537-019-0197-0).",
+        "doi:10.1186/s40537-019-0197-0; text: Wei and Zou 2019, arXiv:1901.11196).",
         configurations={
             "none": {"data.augmentation": {}},
             "crop": {"data.augmentation": {"crop": 0.3}},
             "colour": {"data.augmentation": {"colour": 0.4}},
             "RandAugment": {"data.augmentation": {"randaugment": 2}},
+            "shift and speed": {"data.augmentation": {"shift": 0.1, "speed": 0.15}},
+            "masks": {"data.augmentation": {"masks": 2}},
+            "words left out": {"data.augmentation": {"drop": 0.1}},
+            "words swapped": {"data.augmentation": {"swap": 0.1}},
         },
     ),
     "bits": Preset(

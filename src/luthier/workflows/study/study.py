@@ -93,6 +93,7 @@ def study(
     training = given.model_copy(update={"baseline_seconds": 0.0, "refit": False})
     recipe = recipe.model_copy(update={"training": training})
     base = find(recipe.base, reporter.stage)
+    grid = [each for each in grid if each.suits(base.chat.reads)]
     reporter.stage("Checking the data")
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     parent = home or luthier_home() / "studies"
