@@ -360,7 +360,7 @@ def _collect(
         ]
         kind = cast(RowKind, active.stored.objective.method)
         rated = [each for each in answers if kind != "sft" or _is_good(each)]
-        new, new_labels, rare = _with_frequent_labels(training_rows(rated, kind), active.stored)
+        new, new_labels, rare = with_frequent_labels(training_rows(rated, kind), active.stored)
         if kind == "sft":
             old, new, frozen = _in_one_form(old, new, frozen)
         parsed = {}
@@ -400,7 +400,7 @@ def _is_good(answer: Answer) -> bool:
     return better is not None or (answer.rating or 0) >= GOOD
 
 
-def _with_frequent_labels(
+def with_frequent_labels(
     rows: Sequence[Row], stored: StoredModel
 ) -> tuple[list[Row], dict[str, int], dict[str, str]]:
     """Return rows without rare unknown labels, the number of rows by new label, and rare labels."""

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from luthier_server import ONE, Served, home_with_tiny, until
 from luthier.data.rows import load_rows
 from luthier.limits import AccountQuotas
 from luthier.server.auto_retraining import prepare_drafts, request_draft
-from luthier.server.retraining import is_draft, latest
+from luthier.server.retraining import LEAST_OF_LABEL, is_draft, latest, with_frequent_labels
 from luthier.server.stores.locations import Locations
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database
@@ -170,6 +171,19 @@ def test_server_drafts_after_ratings_or_an_alert(
     assert server.ask("POST", f"/api/v1/jobs/{job.name}/stop")[0] == 200
     assert "off" in server.command("live", "auto-retrain", "live", "--off").stdout.split()
     database.close()
+
+
+def test_rare_labels_that_the_model_lacks_are_left_out() -> None:
+    stored: Any = SimpleNamespace(
+        manifest=SimpleNamespace(objective={"labels": ["complaint", "praise"]}),
+        objective=SimpleNamespace(method="classification"),
+    )
+    labels = ["praise", "complant", *["question"] * LEAST_OF_LABEL, ["praise", "rare"]]
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
+    kept, new, rare = with_frequent_labels(rows, stored)
+    assert [row["label"] for row in kept] == ["praise", *["question"] * LEAST_OF_LABEL]
+    assert new == {"question": LEAST_OF_LABEL}
+    assert rare.keys() == {"complant", "rare"} and "complaint" in rare["complant"]
 
 
 def test_input_without_a_retraining(server: Served) -> None:
