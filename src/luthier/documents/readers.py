@@ -172,18 +172,18 @@ class DocumentReader:
         child = self._child
         assert child.stdin is not None and child.stdout is not None
         work = cancellable(KillHandle(child.kill))
-        line, ready = bytearray(), list[object]()
+        line, ready = bytearray(), True
         try:
             child.stdin.write(json.dumps(str(path)).encode() + b"\n")
             child.stdin.flush()
             while not line.endswith(b"\n"):
-                ready, _, _ = select.select([child.stdout], [], [], self._seconds)
+                ready = bool(select.select([child.stdout], [], [], self._seconds)[0])
                 received = os.read(child.stdout.fileno(), READ_BYTES) if ready else b""
                 line += received
                 if not received:
                     break
         except BrokenPipeError:
-            ready, line = [child.stdout], bytearray()
+            ready, line = True, bytearray()
         finally:
             work.finish()
         if line.endswith(b"\n"):
