@@ -217,7 +217,8 @@ def clean_data(call: NativeCall, body: Cleaning) -> CleaningView:
         if rows.is_dir():
             text = f"{body.training} has several files. Clean each file."
             raise Fault("Validation", text, parameter="training")
-        target = folder / Path(target_of(str(rows))).name
+        # A file that was cleaned before keeps its name.
+        target = folder / Path(target_of(str(rows))).name.replace("-clean-clean.", "-clean.")
         addresses = {str(rows): body.training, str(target): target.name}
         command = ["clean", str(rows), str(target), *column_options(body.columns)]
         for name, values in cleaning_options(body.rules).items():

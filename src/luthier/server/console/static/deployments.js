@@ -22,7 +22,7 @@ async function deployableModels(signal) {
 }
 
 /** The list of deployments. */
-export function Deployments() {
+export function Deployments({ query }) {
   const pages = usePages();
   const position = pages.value.at(-1);
   const { data, error, read } = useData((signal) => call("GET", "/api/v1/deployments", { query: { limit: PAGE, position }, signal }), [position]);
@@ -41,11 +41,11 @@ export function Deployments() {
     <${ErrorBox} error=${error} again=${read} />
     <${Table} caption="Deployments, newest first" columns=${["Name", "State", "Answers now", "Canary", { name: "Changed", kind: "nowrap" }]} rows=${rows} empty=${empty} />
     <${PageButtons} pages=${pages} next=${data.next} noun="deployments" />
-    ${may("develop") && html`<${NewDeployment} />`}
+    ${may("develop") && html`<${NewDeployment} chosen=${query.get("model")} />`}
   `;
 }
 
-function NewDeployment() {
+function NewDeployment({ chosen }) {
   const models = useData(deployableModels);
   const { busy, error, run } = useAction(async (event) => {
     const { name, model } = event.target.elements;
@@ -59,6 +59,7 @@ function NewDeployment() {
   return html`
     <section>
       <h2>New deployment</h2>
+      <p class="soft">To change the model behind a name that applications use already, open the name above and promote the model.</p>
       <${ErrorBox} error=${models.error} again=${models.read} />
       <form onsubmit=${run}>
         <div class="fields">
@@ -66,7 +67,9 @@ function NewDeployment() {
             <input id="deployment-name" name="name" required maxlength="63" autocomplete="off" spellcheck="false" />
           <//>
           <${Field} id="deployment-model" label="Model">
-            <select id="deployment-model" name="model" required>${options((models.data ?? []).map((each) => [each.id, each.name]))}</select>
+            <select id="deployment-model" name="model" required>
+              ${(models.data ?? []).map((each) => html`<option value=${each.id} selected=${each.id === chosen}>${each.name}</option>`)}
+            </select>
           <//>
         </div>
         <${ErrorBox} error=${error} />

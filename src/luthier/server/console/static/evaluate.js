@@ -35,7 +35,7 @@ async function getReport(path, signal) {
 export function Evaluations({ query }) {
   return html`
     <${Heading} title="Evaluate and compare" tab="Evaluate" />
-    ${may("develop") && html`<${NewMeasurement} chosen=${query.get("model")} />`}
+    ${may("develop") && html`<${NewMeasurement} chosen=${query.get("model")} task=${query.get("task")} />`}
     <${List} kind="evaluations" title="Evaluations" />
     <${List} kind="comparisons" title="Comparisons" />
   `;
@@ -68,8 +68,8 @@ function List({ kind, title }) {
   `;
 }
 
-function NewMeasurement({ chosen }) {
-  const kind = useSignal("evaluations");
+function NewMeasurement({ chosen, task }) {
+  const kind = useSignal(task in KINDS ? task : "evaluations");
   const rows = useSignal(EMPTY);
   const models = useData(async (signal) => {
     const found = (await call("GET", "/api/v1/models", { signal })).models.filter((each) => /^active$/i.test(each.status));

@@ -4,7 +4,7 @@ import { call, events, may } from "./api.js";
 import { baselines } from "./certificate.js";
 import { LineChart } from "./charts.js";
 import { learnNames, withNames } from "./files.js";
-import { dateOf, duration, number, time, words } from "./format.js";
+import { dateOf, duration, number, shortName, time, words } from "./format.js";
 import { CompareWith } from "./job_differences.js";
 import { ModelName, Progress, StateChip, customizationOf, hasEnded, modelNames, queuePlace, timeTaken } from "./jobs.js";
 import { LabelIssues } from "./label_issues.js";
@@ -202,7 +202,7 @@ function JobFacts({ job, nameOf }) {
     ["Base model", html`<a href=${link("models", job.base)}>${nameOf(job.base)}</a>`],
     ["Model", html`<${ModelName} job=${job} />`],
     ["Method", customizationOf(job)],
-    ["Data", (job.details.sources ?? []).map((each) => html`<div>${withNames(each)}</div>`)],
+    ["Data", (job.details.sources ?? []).map((each) => html`<div><a href=${link("data", each)}>${shortName(withNames(each))}</a></div>`)],
     ["Created", time(job.created)],
     ["Ended", job.ended ? time(job.ended) : null],
     [hasEnded(job.state) ? "Time taken" : "Time since the start", timeTaken(job)],
@@ -259,6 +259,10 @@ function Completed({ job }) {
     <div class="actions">
       <a class="button primary" href=${link("models", job.model_name)}>Open the model</a>
       ${may("invoke") && html`<a class="button" href=${link("playground", job.model_name)}>Playground</a>`}
+      ${may("develop") && found.data && html`
+        <a class="button" href=${`${link("evaluations")}?task=comparisons&model=${encodeURIComponent(shortName(found.data.view.model))}`}>Compare with the base</a>
+        <a class="button" href=${`${link("deployments")}?model=${encodeURIComponent(shortName(found.data.view.model))}`}>Deploy or promote</a>
+      `}
     </div>
     <${ErrorBox} error=${found.error?.status !== 404 && found.error} again=${found.read} />
     ${verdict && html`<${ScoreBars} verdict=${verdict} />`}

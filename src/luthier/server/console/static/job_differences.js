@@ -46,7 +46,7 @@ export function JobDifferences({ params }) {
     <${Table} caption="Differences of the jobs" columns=${["Value", ...names]}
       rows=${rows.map(([name, ...values]) => [name, ...values.map((each) => html`<bdi>${withNames(each)}</bdi>`)])}
       empty=${html`<${Empty} text="The jobs have equal settings and results." />`} />
-    ${lines.some((each) => each.points.length) && html`<section><h2>Validation loss</h2><${LineChart} title="Validation loss" x="step" series=${lines} /></section>`}
+    ${lines.some((each) => each.points.length) && html`<${LineChart} title="Validation loss" x="step" series=${lines} />`}
   `;
 }
 
@@ -72,7 +72,7 @@ function factsOf({ job, record }, nameOf) {
     "Time taken": timeTaken(job), Started: time(job.started), "Base model": nameOf(job.base),
     Data: (job.details.sources ?? []).join(", "), "Rows learned": number(rows), "Rows held out": number(held),
     "Rows left out": number(dropped), "Rows cut": number(truncated),
-    ...flattened({ ...job.details.chosen, ...flattened(job.recipe) }),
+    ...flattened({ ...job.details.chosen, ...flattened({ ...job.recipe, name: null }) }),
   };
 }
 

@@ -46,8 +46,8 @@ export function LabelIssues({ job }) {
         html`<bdi>${each.label}</bdi>`,
         html`<bdi>${each.likely_label}</bdi> <span class="soft">${percent(each.probability)}</span>`,
         placeOf(each),
-        ...(isDeveloper ? [html`<span class="actions">${button(each, "keep", "Keep")} ${button(each, "change", "Change")}</span>`] : []),
-      ])} columns=${["Text", "Label", "Label of similar rows", "Location", ...(isDeveloper ? [{ name: "Decision", hidden: true }] : [])]} />
+        ...(isDeveloper ? [html`${button(each, "keep", "Keep")} ${button(each, "change", "Change")}`] : []),
+      ])} columns=${["Text", "Label", "Label of similar rows", "Location", ...(isDeveloper ? [{ name: "Decision", hidden: true, kind: "nowrap" }] : [])]} />
       <${ErrorBox} error=${page.error} />
       <div class="actions">
         ${next.value !== null && html`<button type="button" onclick=${page.read}>Show more</button>`}

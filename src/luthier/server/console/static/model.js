@@ -44,6 +44,10 @@ export function Model({ params }) {
       html`<a class="button primary" href=${link("playground", model.id)}>Playground</a>`}
       ${(active || !isCustom) && may("develop") &&
       html`<a class="button" href=${`${link("new")}?base=${encodeURIComponent(model.id)}`}>Train from this model</a>`}
+      ${active && may("develop") && html`
+        <a class="button" href=${`${link("evaluations")}?task=comparisons&model=${model.id}`}>Compare with the base</a>
+        <a class="button" href=${`${link("deployments")}?model=${model.id}`}>Deploy or promote</a>
+      `}
       ${active && may("read") && html`<a class="button" href=${link("health", model.name)}>Health</a>`}
       ${active && may("read") && html`<${CertificateDownload} model=${model} />`}
     <//>

@@ -3,6 +3,7 @@
 import { likeliest } from "./answers.js";
 import { call, may } from "./api.js";
 import { number, percent, time, words } from "./format.js";
+import { modelNames } from "./jobs.js";
 import {
   Empty, ErrorBox, ExampleCard, Field, Heading, Pending, announce, bound, html, link, options, signal, toast, useAction, useData, useEffect,
   useLeaving, useRef, useSignal,
@@ -136,6 +137,9 @@ class Queue {
 }
 
 function Rating({ model }) {
+  const named = useData(modelNames);
+  // Clients name models by id, ARN, name or deployment.
+  const nameOf = named.data ?? ((each) => each);
   const queue = useRef(null);
   queue.current ??= new Queue(model.value);
   const { answers, waiting, rated, done, models, loaded, error } = queue.current.state.value;
@@ -173,13 +177,13 @@ function Rating({ model }) {
     document.addEventListener("keydown", listen, { signal: left });
   }, []);
   if (!loaded) return error ? html`<${Pending} title="Review" error=${error} read=${() => queue.current.fill(left)} />` : html`<p class="soft">Loading …</p>`;
-  const choices = [["", "all models"], ...models.map((each) => [each, each])];
+  const choices = [["", "all models"], ...models.map((each) => [each, nameOf(each)])];
   return html`
     <div class="narrow"><${Field} id="model" label="Model"><select id="model" ...${bound(model)}>${options(choices)}</select><//></div>
     <${ErrorBox} error=${error} />
     <progress max=${rated + done + remaining || 1} value=${rated + done} aria-label="Rated answers" />
     <p class="soft" id="progress">${number(rated + done)} rated by you, ${number(remaining)} to rate</p>
-    ${first ? html`<${Card} key=${`${first.request} ${first.position}`} answer=${first} />` : html`
+    ${first ? html`<${Card} key=${`${first.request} ${first.position}`} answer=${first} nameOf=${nameOf} />` : html`
       <${Empty} text=${models.length ? "No complete answer waits for your rating." : "No answer is captured yet. Turn the capture on, then query a model."}>
         ${may("invoke") && html`<a class="button" href=${link("playground")}>Talk to a model</a>`}
       <//>
@@ -187,7 +191,10 @@ function Rating({ model }) {
     ${editing.value !== null && html`
       <form onsubmit=${(event) => (event.preventDefault(), rate({ [field]: editing.value.trim() }))}>
         <${Field} id="corrected" label=${field === "label" ? "Correct label" : "Corrected answer"}>
-          <textarea id="corrected" rows=${field === "label" ? 1 : 5} dir="auto" ref=${focus} ...${bound(editing, "oninput")} />
+          ${field === "label" ? html`
+            <input id="corrected" list="labels" autocomplete="off" dir="auto" ref=${focus} ...${bound(editing, "oninput")} />
+            <datalist id="labels">${Object.keys(first.prediction.scores ?? {}).map((each) => html`<option value=${each} />`)}</datalist>
+          ` : html`<textarea id="corrected" rows="5" dir="auto" ref=${focus} ...${bound(editing, "oninput")} />`}
         <//>
         <div class="actions">
           <button type="submit" class="primary" disabled=${!editing.value.trim() || editing.value === String(given)}>Save</button>
@@ -208,19 +215,19 @@ function Rating({ model }) {
     ${may("develop") && models.length > 0 && html`
       <details class="rule" open=${sent.value} ontoggle=${(event) => (sent.value = event.target.open)}>
         <summary>Make rows from these</summary>
-        <div class="inside"><${Rows} models=${models} chosen=${model.value} before=${() => queue.current.send()} /></div>
+        <div class="inside"><${Rows} models=${models} nameOf=${nameOf} chosen=${model.value} before=${() => queue.current.send()} /></div>
       </details>
     `}
   `;
 }
 
-function Card({ answer }) {
+function Card({ answer, nameOf }) {
   const turns = typeof answer.prompt === "string" ? [{ role: "user", content: answer.prompt }] : answer.prompt;
   const textOf = ({ content }) => (typeof content === "string" ? content : JSON.stringify(content));
   const said = answer.prediction ? predictionText(answer.prediction) : answer.reply;
   return html`
     <div aria-live="polite" id="card">
-      <${ExampleCard} title=${`${answer.model}, ${time(answer.created)}`} parts=${[["Question", textOf(turns.at(-1))], ["Answer", said || "(empty)"]]}>
+      <${ExampleCard} title=${`${nameOf(answer.model)}, ${time(answer.created)}`} parts=${[["Question", textOf(turns.at(-1))], ["Answer", said || "(empty)"]]}>
         ${turns.length > 1 && html`
           <details><summary>${number(turns.length - 1)} earlier turns</summary>
             ${turns.slice(0, -1).map((each) => html`<p class="said"><strong>${each.role}: </strong>${textOf(each)}</p>`)}
@@ -240,7 +247,7 @@ function predictionText(prediction) {
   }).join("\n");
 }
 
-function Rows({ models, chosen, before }) {
+function Rows({ models, nameOf, chosen, before }) {
   const found = useSignal(null);
   const { busy, error, run } = useAction(async (event) => {
     const { model, to } = event.target.elements;
@@ -253,7 +260,7 @@ function Rows({ models, chosen, before }) {
       <div class="fields">
         <${Field} id="rows-model" label="Model">
           <select id="rows-model" name="model" defaultValue=${chosen}>
-            ${models.map((each) => html`<option value=${each} selected=${each === chosen}>${each}</option>`)}
+            ${models.map((each) => html`<option value=${each} selected=${each === chosen}>${nameOf(each)}</option>`)}
           </select>
         <//>
         <${Field} id="rows-kind" label="Rows"><select id="rows-kind" name="to">${options(EXPORTS)}</select><//>

@@ -45,14 +45,16 @@ export function verdictOf(metrics, rows, { shares, errors }) {
   // The server compares beyond chance and has no verdict if the model is clearly better.
   const doubt = rival && comparison.verdict;
   const isWorse = doubt && gain(last, rival.score) < -CHANCE * rival.error;
-  const headline = isWorse ? "Worse than simple methods" : doubt ? "Not clearly better than simple methods" : HEADLINES[outcome];
+  const fell = hasFirst && gain(last, first) < 0;
+  const headline = isWorse ? "Worse than simple methods" : doubt ? "Not clearly better than simple methods"
+    : fell ? HEADLINES.worse : HEADLINES[outcome];
   const noun = measure === "loss" ? "the loss" : words(measure).toLowerCase().replace("mean ", "");
   const course = !hasFirst ? "is" : show(first) === show(last) ? "stays at" : `went from ${show(first)} to`;
   const sample = count ? ` on ${number(count)} rows` : "";
   const other = rival ? `; simple methods reach ${show(rival.score)}` : "";
   return {
     text: `${headline}: ${noun} ${course} ${show(last)}${sample}${other}.`,
-    kind: isWorse ? "error" : doubt ? "warning" : COLOURS[outcome], measure: words(measure), bars, isLess,
+    kind: isWorse ? "error" : doubt ? "warning" : COLOURS[fell ? "worse" : outcome], measure: words(measure), bars, isLess,
   };
 }
 
