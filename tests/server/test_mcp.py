@@ -67,9 +67,9 @@ def file(server: Served) -> str:
     """Return the id of an uploaded file of the first account."""
     from openai import OpenAI
 
-    client = OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"])
     body = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-    return client.files.create(file=("rows.jsonl", body), purpose="fine-tune").id
+    with OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"]) as client:
+        return client.files.create(file=("rows.jsonl", body), purpose="fine-tune").id
 
 
 @pytest.mark.parametrize("revision", ["2026-07-28", "legacy"])
@@ -189,4 +189,5 @@ def test_wrong_key_host_and_origin_are_refused(
     request = urllib.request.Request(f"{server.url}/mcp", body, {**head, **headers})
     with pytest.raises(HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
-    assert refused.value.code == status
+    with refused.value as answer:
+        assert answer.code == status
