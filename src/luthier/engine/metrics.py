@@ -354,6 +354,8 @@ def _draw_optimizer(lines: Sequence[Mapping[str, Any]], title: str) -> Any | Non
     for axes, (name, label) in zip(panels[1:], shown.items(), strict=True):
         _draw_train(axes, train, name)
         axes.set(ylabel=label)
+        if name == "clipped":
+            axes.set(ylim=(-0.05, 1.05))
     panels[-1].set(xlabel="optimizer step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure
