@@ -251,7 +251,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--id")
     parser.add_argument("--lease")
     parser.add_argument("--log", help="output file of a worker without a lease")
-    parser.add_argument("--needs", action="append", default=[], help="path that the node must see")
+    parser.add_argument("--needs", action="append", default=[], help="path visible to the node")
     parser.add_argument("command", nargs="*", help="command of the worker, after --")
     options = parser.parse_args(arguments)
     os.umask(0o077)

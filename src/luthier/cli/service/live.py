@@ -62,7 +62,7 @@ def capture_on(
         typer.Option("--redact/--no-redact", help="Replace personal data before writing."),
     ] = None,
     second_rater: Annotated[
-        float | None, typer.Option(help="Share of answers that go to two raters.")
+        float | None, typer.Option(help="Share of answers for two raters.")
     ] = None,
     account: Account = FIRST_ACCOUNT,
     database: ServiceDatabase = None,
