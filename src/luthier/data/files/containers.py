@@ -3,7 +3,8 @@
 Formats are JSON Lines, a JSON array or object, CSV, TSV, Parquet, plain text and annotated lines
 (:mod:`luthier.data.files.line_forms`). All but Parquet may be compressed with gzip or zstd, or be
 the only data file of a zip archive, next to the images and audio that the rows name. Images and
-audio alone are a folder or zip archive of files, or arrays in an ``.npz`` file.
+audio alone are a folder or zip archive of files, or arrays in an ``.npz`` file. E-mail is a folder,
+an mbox file or an EML file (:mod:`luthier.data.files.mail`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from luthier.data.files.line_forms import LINE_FORMS
+from luthier.data.files.mail import has_mail, is_mailbox
 from luthier.data.files.nested import rows_inside
 from luthier.data.files.parsing import quote, read_line
 from luthier.data.formats import KEYS
@@ -34,7 +36,18 @@ from luthier.files import names_below
 from luthier.plugins import bundled, extensions
 
 FileFormat = Literal[
-    "jsonl", "json", "csv", "tsv", "parquet", "text", "fasttext", "conll", "folder", "zip", "npz"
+    "jsonl",
+    "json",
+    "csv",
+    "tsv",
+    "parquet",
+    "text",
+    "fasttext",
+    "conll",
+    "folder",
+    "zip",
+    "npz",
+    "mail",
 ]
 Packing = Literal["", "gzip", "zstd", "zip"]
 
@@ -60,7 +73,7 @@ SEPARATOR = re.compile(r'"?sep=([^\w"\s]|\t)"?\s*')
 _SUPPORTED = (
     f"Supported are JSON Lines ({', '.join(JSON_LINES)}), JSON (.json), tables (.csv, .tsv, .parquet) "
     f"and plain text ({', '.join(PLAIN_TEXT)}) in UTF-8, optionally with .gz or .zst; "
-    "images and audio in a folder or .zip, or arrays (.npz)"
+    "images and audio in a folder or .zip, arrays (.npz), or e-mail (.mbox, .eml, Maildir)"
 )
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
@@ -108,7 +121,11 @@ def container_of(path: Path) -> Container:
     """
     if path.is_dir() and any(map(is_media, names_below(path))):
         return Container("folder")
+    if path.is_dir() and has_mail(path):
+        return Container("mail")
     _reject_irregular(path)
+    if is_mailbox(path):
+        return Container("mail")
     ending = path.suffix.lower()
     if ending not in DATA_ENDINGS and ending[1:] in extensions("readers").keys() - bundled(
         "readers"

@@ -29,6 +29,7 @@ from luthier.data.files.containers import (
 from luthier.data.files.headers import reject_missing_header
 from luthier.data.files.json_files import read_document
 from luthier.data.files.line_forms import LINE_FORMS
+from luthier.data.files.mail import read_mail
 from luthier.data.files.parsing import PieceDecoder, Record, decode, parse_line, read_line
 from luthier.data.files.tables import read_parquet, read_table
 from luthier.errors import Problem, RowRefused
@@ -71,14 +72,16 @@ def read_records(
         container = container or find_container(path, problems)
         if container is None:
             return
-        if reader := extensions("readers").get(container.kind):
+        point = extensions("readers").get(container.kind)
+        if point or container.kind == "mail":
+            reader = load_extension(point) if point else read_mail
             size = 0 if on_progress is None else source_size(path)
 
             def on_record(number: int, total: int) -> None:
                 if on_progress is not None:  # assumes files of equal size in a folder
                     on_progress(size * number // total)
 
-            yield from load_extension(reader)(path, on_record)
+            yield from reader(path, on_record)
             return
         with path.open("rb") as raw:
             records = _records(raw, container, file, problems, whole, warnings, columns or {})

@@ -4,7 +4,7 @@ A folder stands for the data files inside at any depth, ordered by name. Hidden 
 clutter are ignored (:func:`is_clutter`). A folder with additional files is rejected: rows next to
 plain text, or training next to test files. A pattern selects files in such a folder. Media files
 and archives next to rows are inputs of the rows. A folder of media files alone is one source
-(:mod:`luthier.media.files`).
+(:mod:`luthier.media.files`), and so is a folder with e-mail (:mod:`luthier.data.files.mail`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from luthier.data.files.containers import (
     TABLES,
     unpacked_name,
 )
+from luthier.data.files.mail import has_mail
 from luthier.data.inputs import conversion_fix, is_media
 from luthier.errors import DataError, Location, Problem
 from luthier.files import names_below, sha256_of
@@ -136,6 +137,8 @@ def _local(address: str) -> str:
 
 
 def _folder(folder: Path) -> list[Path]:
+    if has_mail(folder):
+        return [folder]
     media, classes = 0, set[str]()
     others: list[tuple[str, Path]] = []
     for name in names_below(folder):

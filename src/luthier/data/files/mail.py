@@ -1,0 +1,192 @@
+"""Reading of e-mail: EML files, mbox files and Maildir folders.
+
+A row has the subject and the text body of a message. HTML is read for messages without plain text.
+Attachments are named and left out. In a folder with several mailboxes, the mailbox is the label.
+"""
+
+from __future__ import annotations
+
+import mailbox
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from email import message_from_binary_file, policy
+from email.message import EmailMessage
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from luthier.data.files.parsing import Record
+from luthier.errors import RowNumber, RowRefused
+from luthier.files import names_below
+from luthier.formatting import list_some
+
+EML, MBOX = ".eml", ".mbox"
+INBOX = "inbox"
+"""Label of messages outside of the named mailboxes of a folder."""
+_NO_SUBJECT = "(no subject)"
+_SEPARATOR = re.compile(rb"From \S+ .*\d{4}.*\r?\n>?[\w-]+: ")
+"""First lines of an mbox file: the envelope, and a header."""
+_OF_PROGRAMS = re.compile(
+    r"(?:^|/)(?:\.|(?:dovecot[^/]*|maildirfolder|subscriptions|courierimap[^/]*|tmp/[^/]*"
+    r"|[^/]*\.(?:msf|dat|plist))$)"
+)
+"""Files of mail programs next to messages."""
+_BLOCKS = frozenset({"p", "div", "br", "tr", "li", "h1", "h2", "h3", "h4", "table", "blockquote"})
+_SHOWN = 8
+
+
+def is_mailbox(path: Path) -> bool:
+    """Return whether a file is a message or an mbox file, by the ending or the first lines."""
+    if path.suffix.lower() in (EML, MBOX):
+        return True
+    if path.suffix or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _SEPARATOR.match(file.read(1024)) is not None
+
+
+def has_mail(folder: Path) -> bool:
+    """Return whether a folder has messages below."""
+    return any(_is_mail(folder, name) for name in names_below(folder))
+
+
+def _is_mail(folder: Path, name: str) -> bool:
+    file = name.rpartition("/")[2]
+    return (
+        file.lower().endswith((EML, MBOX))
+        or _is_of_maildir(folder, name)
+        or ("." not in file and is_mailbox(folder / name))
+    )
+
+
+def _is_of_maildir(folder: Path, name: str) -> bool:
+    above, _, parent = name.rpartition("/")[0].rpartition("/")
+    return parent in ("cur", "new") and all(
+        (folder / above / each).is_dir() for each in ("cur", "new")
+    )
+
+
+def read_mail(
+    path: Path, on_record: Callable[[int, int], None] = lambda number, count: None
+) -> Iterator[tuple[int, Record]]:
+    """Yield a record for each message of a file or folder.
+
+    Raises:
+        RowRefused: for a folder with other files.
+    """
+    names = [*_mail_names(path)] if path.is_dir() else [""]
+    labels = [_mailbox_name(path, name) for name in names] if path.is_dir() else [""]
+    is_labelled = len({*labels}) > 1
+    number = 0
+    for place, (name, label) in enumerate(zip(names, labels, strict=True)):
+        for message in _messages(path / name):
+            number += 1
+            on_record(place, len(names))
+            record = _record(message)
+            yield RowNumber(number), record | ({"label": label or INBOX} if is_labelled else {})
+
+
+def _mail_names(folder: Path) -> Iterator[str]:
+    others = []
+    for name in names_below(folder):
+        if _is_mail(folder, name):
+            yield name
+        elif not _OF_PROGRAMS.search(name):
+            others.append(name)
+    if others:
+        message = f"Next to e-mail are other files: {list_some(others, _SHOWN)}."
+        raise RowRefused("file.directory", message, "Move the other files away.")
+
+
+def _mailbox_name(folder: Path, name: str) -> str:
+    """Return the mailbox of a file by its path, as ``Work/Invoice``; empty at the top."""
+    *folders, file = Path(name).parts
+    if _is_of_maildir(folder, name):
+        del folders[-1]
+    elif not file.lower().endswith(EML) and (file != "mbox" or not folders):
+        folders.append(file)  # an mbox file; Apple Mail writes Invoice.mbox/mbox
+    # Maildir++ writes the folder Work/Invoice as .Work.Invoice.
+    parts = [each.removesuffix(MBOX).removesuffix(".sbd").lstrip(".") for each in folders]
+    return "/".join(parts)
+
+
+def _messages(path: Path) -> Iterator[EmailMessage]:
+    parse: Any = partial(message_from_binary_file, policy=policy.default)
+    with path.open("rb") as file:
+        head = file.read(1024)
+        if not (path.suffix.lower() == MBOX or _SEPARATOR.match(head)):
+            file.seek(0)
+            yield parse(file)
+            return
+    with closing(mailbox.mbox(path, factory=parse, create=False)) as box:
+        messages: Iterable[Any] = box
+        yield from messages
+
+
+def _record(message: EmailMessage) -> Record:
+    body = message.get_body(("plain", "html"))
+    files = [part.get_filename() or part.get_content_type() for part in message.iter_attachments()]
+    lines = [_header(message, "subject") or _NO_SUBJECT, "", *_text(body).split("\n")]
+    if files:
+        lines += ["", *(f"Attachment: {name}" for name in files)]
+    record: Record = {"text": "\n".join(lines).strip()}
+    for key in ("from", "date"):
+        if value := _header(message, key):
+            record[key] = value
+    if files:
+        record["attachments"] = files
+    if value := _header(message, "x-gmail-labels"):
+        record["gmail_labels"] = [each.strip() for each in value.split(",")]
+    return record
+
+
+def _header(message: EmailMessage, name: str) -> str:
+    try:
+        value = message.get(name)
+    except (ValueError, IndexError, AttributeError):  # headers that the parser cannot read
+        value = next((str(text) for key, text in message.raw_items() if key.lower() == name), "")
+    return _printable(" ".join(str(value or "").split()))
+
+
+def _text(body: Any) -> str:
+    if body is None:
+        return ""
+    try:
+        text = str(body.get_content())
+    except (LookupError, ValueError):  # an unknown or wrong character set
+        text = (body.get_payload(decode=True) or b"").decode("utf-8", "replace")
+    if body.get_content_subtype() == "html":
+        reader = _HtmlText()
+        reader.feed(text)
+        reader.close()
+        text = "".join(reader.parts)
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return _printable(re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip())
+
+
+def _printable(text: str) -> str:
+    """Return valid Unicode: undecoded bytes are lone surrogates."""
+    return text.encode("utf-8", "replace").decode()
+
+
+class _HtmlText(HTMLParser):
+    """The text of an HTML body, with line ends at blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = list[str]()
+        self._hidden = 0
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self._hidden += tag in ("style", "script", "title")
+        if tag in _BLOCKS:
+            self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden -= tag in ("style", "script", "title") and self._hidden > 0
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self.parts.append(" ".join(data.splitlines()))
