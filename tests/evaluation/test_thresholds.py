@@ -7,7 +7,12 @@ import pytest
 
 from luthier.evaluation.retrieval import number_keys
 from luthier.evaluation.significance import values
-from luthier.evaluation.thresholds import choose_threshold, threshold_scores, unrelated_pairs
+from luthier.evaluation.thresholds import (
+    choose_threshold,
+    precision_threshold,
+    threshold_scores,
+    unrelated_pairs,
+)
 
 
 @pytest.mark.parametrize(("share", "above"), [(0.0, 0), (0.01, 0), (0.05, 0), (0.2, 3), (0.99, 18)])
@@ -33,3 +38,22 @@ def test_threshold_scores_count_hits_and_false_alarms() -> None:
     assert found == {"similar": pytest.approx(2 / 3), "false_alarms": pytest.approx(2 / 6)}
     same = values(threshold_scores(anchors, partners, ["a", "a", "c"], ["x", "y", "y"], 0.7))
     assert same == {"similar": pytest.approx(2 / 3), "false_alarms": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("scores", "right", "precision", "expected"),
+    [
+        ([0.9, 0.8, 0.6, 0.4], [True, True, False, True], 1.0, 0.7),
+        ([0.9, 0.8, 0.6, 0.4], [True, True, False, True], 0.75, 0.4),
+        ([0.5, 0.5, 0.5], [True, True, False], 0.9, 0.5),  # equal scores pass together
+    ],
+)
+def test_precision_threshold(
+    scores: list[float], right: list[bool], precision: float, expected: float
+) -> None:
+    found = precision_threshold(np.array(scores), np.array(right), precision)
+    assert found == pytest.approx(expected)
+
+
+def test_precision_threshold_without_reachable_precision_above_all_scores() -> None:
+    assert precision_threshold(np.array([0.9, 0.2]), np.array([False, True]), 0.9) > 0.9

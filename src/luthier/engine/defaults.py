@@ -164,6 +164,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
         and (rows <= MOST_REFIT_ROWS or facts.is_fitted)
         # Refits were measured for scores, not for losses (docs/log/defaults.md).
         and objective.measure in SCORES.keys() - LESS_IS_BETTER
+        and not objective.keeps_held_out
     ):
         reason = f"{rows} rows are few: after finding the number of steps, train on all rows"
         if facts.is_fitted:

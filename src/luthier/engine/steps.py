@@ -32,7 +32,7 @@ from luthier.models.networks.frozen_layer_cache import FrozenLayerCache, frozen_
 from luthier.models.networks.heads import score_layer, scratch_rate
 from luthier.models.networks.layers import layer_names
 from luthier.models.networks.layouts import MediaLayout
-from luthier.objectives.base import RunStart, threshold_of
+from luthier.objectives.base import RunStart
 from luthier.objectives.preferences.references import ReferenceObjective, with_reference_logps
 from luthier.plugins import PluginTable
 
@@ -465,8 +465,11 @@ class Threshold(TrainingStep):
         if done.objective is objective:
             return
         reason = f"from the scores of {done.rows:,} rows"
-        threshold = threshold_of(done.objective)
-        trainer.reporter.settings([("objective.threshold", threshold, reason)])
+        before = dict(objective)
+        changed = [(name, value) for name, value in done.objective if value != before[name]]
+        trainer.reporter.settings([(f"objective.{name}", value, reason) for name, value in changed])
+        if done.note:
+            trainer.reporter.note(done.note)
         if len(held) < done.wanted or trainer.refit is not None:
             why = f"{len(held):,} rows are held out, and {done.wanted:,} are needed"
             why += " (`data.validation_share`)"

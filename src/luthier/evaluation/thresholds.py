@@ -1,4 +1,5 @@
-"""Decision thresholds for a target false-positive rate, and the error rates of a threshold."""
+"""Decision thresholds for a target false-positive rate or precision, and error rates of a
+threshold."""
 
 from __future__ import annotations
 
@@ -18,6 +19,30 @@ def choose_threshold(ordinary: ArrayLike, false_alarms: float) -> float:
     The threshold is the quantile; between two scores, the higher score.
     """
     return float(np.quantile(np.asarray(ordinary), 1 - false_alarms, method="higher"))
+
+
+def precision_threshold(
+    score_N: NDArray[Any], right_N: NDArray[np.bool_], precision: float
+) -> float:
+    """Return the lowest threshold above which the share ``precision`` of the predictions is right.
+
+    The threshold is halfway to the next score. Without such a threshold, the result is above all
+    scores.
+
+    Args:
+        score_N: probability of the predicted label.
+        right_N: true for right predictions.
+    """
+    order = np.argsort(-score_N, kind="stable")
+    score_N, right_N = score_N[order], right_N[order]
+    share_N = np.cumsum(right_N) / np.arange(1, len(right_N) + 1)
+    # Equal scores pass together, so only the last of them counts.
+    is_last_N = np.append(score_N[1:] != score_N[:-1], True)[: len(score_N)]
+    good = np.flatnonzero(is_last_N & (share_N >= precision))
+    if not len(good):
+        return float(np.nextafter(score_N[0], np.inf)) if len(score_N) else 1.0
+    last = good[-1]
+    return float(score_N[last : last + 2].mean())
 
 
 def unrelated_pairs(

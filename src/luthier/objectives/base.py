@@ -157,6 +157,8 @@ class Finished:
     """Number of rows used for the settings."""
     wanted: int = 0
     """Sufficient number of held-out rows; with fewer, training rows were used too."""
+    note: str = ""
+    """Result on the held-out rows."""
 
 
 class Objective(StrictModel):
@@ -216,6 +218,11 @@ class Objective(StrictModel):
     def completions(self) -> tuple[int, int]:
         """Completions per row generated in a step, and maximum tokens per completion."""
         return 0, 0
+
+    @property
+    def keeps_held_out(self) -> bool:
+        """True if :meth:`finish` needs rows that the stored weights never learned."""
+        return False
 
     @property
     def starts_head(self) -> bool:
@@ -520,7 +527,8 @@ def add_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
 def threshold_of(objective: Objective) -> float | None:
     """Return the decision threshold of an objective that derives a threshold in :meth:`finish`."""
     # Not every `threshold` decides predictions: that of semi_supervised selects training rows.
-    is_derived = type(objective).finish is not Objective.finish
+    derives = type(objective).finish is not Objective.finish
+    is_derived = derives and "thresholds" not in type(objective).model_fields
     threshold: float | None = getattr(objective, "threshold", None) if is_derived else None
     return threshold
 

@@ -22,9 +22,12 @@ from pydantic import Field, field_validator, model_validator
 
 from luthier.data.shapes.base import Labelled, is_multi_label
 from luthier.errors import RecipeError, RowRefused
+from luthier.evaluation.significance import RowScores
+from luthier.evaluation.thresholds import precision_threshold
 from luthier.formatting import did_you_mean, list_some
 from luthier.models.networks.heads import FITTED, MEAN_POOLED, Head, declared_pooling, score_layer
 from luthier.objectives.base import (
+    Finished,
     Objective,
     PreparedRows,
     RunModels,
@@ -73,6 +76,11 @@ class Classification(Objective):
     """Share of the target spread over all classes (Szegedy et al. 2016); single label only."""
     class_weights: Literal["balanced"] | dict[str, float] | None = None
     """Row weight per label, 1 for labels not listed; ``balanced`` gives all labels equal weight."""
+    min_precision: dict[str, float] | None = None
+    """Precision of a label that its threshold must reach on held-out rows."""
+    thresholds: dict[str, float] | None = None
+    """Lowest probability of a label; default: from ``min_precision``. Rows below get the likeliest
+    other label, or no label if a row may have several."""
     pooling: Literal["first", "mean"] | None = None
     """Pooling of a BERT; default: ``mean`` if the base was trained with means, else ``first``."""
     probe: bool | None = None
@@ -114,6 +122,14 @@ class Classification(Objective):
                     f"{LARGEST_WEIGHT:,}, and is {weight!r}"
                 )
         return weights
+
+    @field_validator("min_precision", "thresholds")
+    @classmethod
+    def _check_precision(cls, shares: dict[str, float] | None) -> dict[str, float] | None:
+        for name, share in (shares or {}).items():
+            if not 0 < share <= 1:
+                raise ValueError(f"the value of {name!r} must be above 0 and at most 1")
+        return shares
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -167,6 +183,11 @@ class Classification(Objective):
         return bound.model_copy(update={"pooling": pooling, "probe": probe})
 
     @property
+    def keeps_held_out(self) -> bool:
+        """True if thresholds are chosen: the probabilities of learned rows are too high."""
+        return bool(self.min_precision) and not self.thresholds
+
+    @property
     def starts_head(self) -> bool:
         """True if a new head starts from logistic regression, with two classes or more."""
         return bool(self.probe) and len(self.labels or ()) > 1
@@ -188,6 +209,7 @@ class Classification(Objective):
                 message,
                 "Add rows of at least one other class.",
             )
+        self._check_labels(labels, multi_label)
         shares = self.shares or shares_of(labels, counts, len(rows) if multi_label else None)
         update = {"labels": labels, "multi_label": multi_label, "shares": shares}
         if self.class_weights is not None:
@@ -203,15 +225,26 @@ class Classification(Objective):
                 f"`{setting}` requires rows with one label each. Remove the setting",
                 setting=setting,
             )
-        if not isinstance(weights, dict):
-            return balanced_weights(labels, seen)
-        if unknown := [name for name in weights if name not in labels]:
-            nearest = did_you_mean(unknown[0], labels, f"the labels are {list_some(labels, 20)}")
-            raise RecipeError(
-                f"`{setting}` names {unknown[0]!r}, which no row has: {nearest}",
-                setting=setting,
-            )
-        return weights
+        return weights if isinstance(weights, dict) else balanced_weights(labels, seen)
+
+    def _check_labels(self, labels: Sequence[str], multi: bool) -> None:
+        """Reject settings for labels that no row has."""
+        for name in ("class_weights", "min_precision", "thresholds"):
+            values, setting = getattr(self, name), f"objective.{name}"
+            named = values if isinstance(values, dict) else {}
+            if unknown := [each for each in named if each not in labels]:
+                nearest = did_you_mean(
+                    unknown[0], labels, f"the labels are {list_some(labels, 20)}"
+                )
+                raise RecipeError(
+                    f"`{setting}` names {unknown[0]!r}, which no row has: {nearest}",
+                    setting=setting,
+                )
+            if name != "class_weights" and not multi and named and len(named) == len(labels):
+                raise RecipeError(
+                    f"`{setting}` names all labels. Leave out the label for uncertain rows",
+                    setting=setting,
+                )
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the whole row; the weight of a text is on the last token."""
@@ -328,6 +361,35 @@ class Classification(Objective):
         start.note(f"the new head starts from logistic regression on {len(chosen):,} rows")
         return PreparedRows(examples, head_fitted=True, is_final=is_sparse)
 
+    def finish(
+        self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
+    ) -> Finished:
+        """Choose a threshold for each label of :attr:`min_precision` from the held-out rows."""
+        if not self.keeps_held_out or not held:
+            return Finished(self)
+        names, wanted = self.labels or (), self.min_precision or {}
+        found = network.read_rows(held, budget, lambda batch: self.predict(network, batch))
+        target_NC = np.stack([np.asarray(example.target) for example in held])
+        if not self.multi_label:
+            target_NC = target_NC == np.arange(len(names))
+        thresholds, notes = dict[str, float](), list[str]()
+        for name, precision in wanted.items():
+            given_N = np.array([name in _labels_of(answer) for answer in found])
+            score_N = np.array([answer["scores"][name] for answer in found])
+            is_own_N = target_NC[:, names.index(name)] > 0.5
+            threshold = precision_threshold(score_N[given_N], is_own_N[given_N], precision)
+            thresholds[name] = threshold
+            passed_N = given_N & (score_N >= threshold)
+            right = RowScores.of(is_own_N[passed_N])
+            low, high = right.interval if len(right) else (0.0, 1.0)
+            notes.append(
+                f"{name}: {int(right.parts_R.sum())} of {len(right)} held-out rows from "
+                f"{threshold:.3f} are right (95 % interval of the precision {low:.0%} to {high:.0%}), "
+                f"of {int(is_own_N.sum())} rows with the label"
+            )
+        done = self.model_copy(update={"thresholds": thresholds})
+        return Finished(done, len(held), note="; ".join(notes))
+
     def describe(self, example: Example) -> str:
         """Return the labels of the row, if any."""
         target = np.asarray(example.target)
@@ -345,9 +407,17 @@ class Classification(Objective):
         labels = self.labels or ()
         p_C = scores_C.sigmoid() if self.multi_label else scores_C.softmax(-1)
         scores = dict(zip(labels, p_C.tolist(), strict=True))
+        least = self.thresholds or {}
         if self.multi_label:
-            return {"label": [name for name, p in scores.items() if p > 0.5], "scores": scores}
-        return {"label": max(scores, key=scores.__getitem__), "scores": scores}
+            given = [name for name, p in scores.items() if p > 0.5 and p >= least.get(name, 0)]
+            return {"label": given, "scores": scores}
+        passed = [name for name, p in scores.items() if p >= least.get(name, 0)]
+        return {"label": max(passed, key=scores.__getitem__), "scores": scores}
+
+
+def _labels_of(answer: Mapping[str, Any]) -> Sequence[str]:
+    label = answer["label"]
+    return [label] if isinstance(label, str) else label
 
 
 def detect_multi_label(rows: Sequence[Row]) -> bool:

@@ -43,10 +43,18 @@ _LABELS_CODE = """\
 labels = config["labels"]
 for scores in answer:
     print(labels[scores.argmax()])"""
+_THRESHOLDS_CODE = """\
+labels, least = config["labels"], config["thresholds"]
+for scores in answer:
+    share = numpy.exp(scores - scores.max())
+    share /= share.sum()
+    passed = [n for n, label in enumerate(labels) if share[n] >= least.get(label, 0)]
+    print(labels[max(passed, key=lambda n: share[n])])"""
 _LABEL_SETS_CODE = """\
 for scores in answer:
-    likely = 1 / (1 + numpy.exp(-scores)) > 0.5
-    print([label for label, one in zip(config["labels"], likely) if one])"""
+    shares = 1 / (1 + numpy.exp(-scores))
+    least = [max(0.5, config["thresholds"].get(label, 0)) for label in config["labels"]]
+    print([label for label, one in zip(config["labels"], shares >= least) if one])"""
 
 
 class ClassificationTask(Task):
@@ -86,10 +94,15 @@ class ClassificationTask(Task):
         function = (
             "sigmoid gives the probability of each" if several else "softmax gives probabilities"
         )
+        thresholds = getattr(objective, "thresholds", None) or {}
+        one = _THRESHOLDS_CODE if thresholds else _LABELS_CODE
         return OnnxOutput(
             "logits", ("batch", "classes"), f"scores of the classes; {function}",
-            "scores", "row_scores", _LABEL_SETS_CODE if several else _LABELS_CODE,
-            details={"labels": [*objective.head().labels], "multi_label": several},
+            "scores", "row_scores", _LABEL_SETS_CODE if several else one,
+            details={
+                "labels": [*objective.head().labels], "multi_label": several,
+                "thresholds": thresholds,
+            },
         )  # fmt: skip
 
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:

@@ -61,6 +61,20 @@ def parse_whole_numbers(text: str) -> list[int]:
         raise RecipeError(f"{text!r} is not a list of whole numbers like 0,2,4") from error
 
 
+def parse_shares(texts: list[str]) -> dict[str, float]:
+    """Parse each ``LABEL=PRECISION`` of ``--threshold``."""
+    shares = {}
+    for text in texts:
+        label, _, share = text.rpartition("=")
+        try:
+            shares[label] = float(share)
+        except ValueError:
+            label = ""
+        if not label:
+            raise RecipeError(f"--threshold takes LABEL=PRECISION such as spam=0.98, not {text!r}")
+    return shares
+
+
 def parse_settings(texts: list[str]) -> dict[str, Any]:
     """Parse each ``KEY=VALUE`` of ``--set``."""
     from luthier.recipe import parse_setting
@@ -134,6 +148,10 @@ TUNING: Mapping[str, RecipeField] = {
     "objective": RecipeField(
         "objective.method", "Objective, e.g. dpo; chosen from the rows by default."
     ),
+    "threshold": RecipeField(
+        "objective.min_precision", "Precision that a label must reach; repeatable.", list[str],
+        parse_shares, None, "LABEL=PRECISION",
+    ),
     "adaptation": RecipeField("adaptation.method", "Adaptation, e.g. lora, qlora or full."),
     "epochs": RecipeField("training.epochs", "Passes over the rows.", float),
     "batch_size": RecipeField("training.batch_size", "Rows per step.", int),
@@ -165,7 +183,10 @@ def tuning_recipe(data: str | Path | Recipe, fields: Mapping[str, Any]) -> Recip
     from luthier.recipe import Recipe, fields_of
 
     if not isinstance(data, Recipe):
-        return Recipe.parse(assign_fields(fields_of(data), fields, TUNING))
+        plain = fields_of(data)
+        if "threshold" in fields and "objective" not in plain.keys() | fields.keys():
+            fields = {"objective": "classification", **fields}
+        return Recipe.parse(assign_fields(plain, fields, TUNING))
     if fields:
         raise RecipeError("a Recipe object is complete. Set fields in the object")
     return data
