@@ -30,6 +30,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
+from matplotlib.patches import Rectangle
 
 from children import table
 from defaults import new_home, rows_of, write_rows
@@ -237,6 +238,12 @@ def write(use: Use, found: Found) -> None:
     use.page.write_text(text)
 
 
+def inside(path: str) -> str:
+    """Return the path of a sample file in the folder that `luthier examples` writes."""
+    parts = Path(path).parts
+    return "/".join(parts[2 if parts[0] == "examples" else 1 :])
+
+
 def write_index() -> None:
     """Write ``index.json`` and the cards of the index page, from the stored results."""
     entries, cards, lines = [], [], []
@@ -247,7 +254,7 @@ def write_index() -> None:
             "name": use.name, "title": use.title, "result": "", "measure": use.measure,
             "page": f"use-cases/{use.name}.md", "figure": f"use-cases/{use.name}.svg",
             "data": f"use-cases/{use.name}.json", "credit": use.credit, "commands": use.commands,
-            "files": {path: Path(path).name for path in use.files},
+            "files": {path: inside(path) for path in use.files},
         }  # fmt: skip
         stored = PAGES / f"{use.name}.json"
         if stored.is_file():
@@ -293,8 +300,8 @@ def wrong_label(bench: Bench) -> str:
     """Return the most certain wrong label of `evaluate --output`."""
     answers = rows_of(bench.folder / "answers.jsonl")
     wrong = [answer for answer in answers if answer["label"] != answer["expected"]]
-    worst = max(wrong, key=lambda answer: max(answer["scores"].values()))
-    certain = max(worst["scores"].values())
+    worst = max(wrong, key=lambda answer: answer["scores"][answer["label"]])
+    certain = worst["scores"][worst["label"]]
     return (
         f"{worst.get('text', worst.get('image'))}\n"
         f"answer:   {worst['label']} ({percent(certain)} certain)\n"
@@ -659,7 +666,120 @@ def paint_entities(axes: Any, colours: Colours, found: Found) -> None:
     paint_words(axes, colours, [words, [*ENTITY_COLOURS.items()]])
 
 
+SPAM = "spam"
+
+
+def collect_mail(bench: Bench) -> Found:
+    """Measure precision and recall of spam at each threshold, and of TF-IDF."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import precision_recall_curve
+    from sklearn.pipeline import make_pipeline
+
+    bench.run("luthier convert rows/test test.jsonl")
+    train, test = (rows_of(bench.folder / f"{split}.jsonl") for split in ("train", "test"))
+    answers = rows_of(bench.folder / "answers.jsonl")
+    words = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10)
+    )
+    words.fit([row["text"] for row in train], [row["label"] for row in train])
+    place = [*words.classes_].index(SPAM)
+    is_spam = [row["label"] == SPAM for row in test]
+    curves = {}
+    for name, scores in (
+        ("tuned", [each["scores"][SPAM] for each in answers]),
+        ("TF-IDF", words.predict_proba([row["text"] for row in test])[:, place]),
+    ):
+        precision, recall, _ = precision_recall_curve(is_spam, scores)
+        curves[name] = [recall[:-1].tolist(), precision[:-1].tolist()]
+    points = {}
+    for name, given in (
+        ("stored", [each["label"] == SPAM for each in answers]),
+        ("likeliest", [max(each["scores"], key=each["scores"].get) == SPAM for each in answers]),
+    ):
+        hits = sum(one and other for one, other in zip(given, is_spam, strict=True))
+        points[name] = [hits, sum(given), sum(is_spam)]
+    hits, called, spam = points["stored"]
+    hits_before, called_before, _ = points["likeliest"]
+    shown = [next(row for row in train if row["label"] == label) for label in ("invoice", SPAM)]
+    return {
+        "rows": [json.dumps(row, ensure_ascii=False) for row in shown],
+        "wrong": wrong_label(bench),
+        "curves": curves,
+        "points": points,
+        "facts": f"With the stored threshold, {hits} of {called} unseen mails called spam are spam, "
+        f"and {hits} of {spam} spam mails are found. The likeliest label alone calls "
+        f"{called_before} mails spam, {called_before - hits_before} of them by mistake.",
+    }
+
+
+def paint_mail(axes: Any, colours: Colours, found: Found) -> None:
+    """Draw precision against recall of spam, with the stored threshold."""
+    for (name, (recall, precision)), colour in zip(
+        found["curves"].items(), ("front", "point"), strict=True
+    ):
+        axes.step(
+            [100 * each for each in recall], [100 * each for each in precision],
+            color=colours[colour], label=name, where="post",
+        )  # fmt: skip
+    hits, called, spam = found["points"]["stored"]
+    axes.plot(
+        100 * hits / spam, 100 * hits / max(called, 1), "o", markersize=11, color=colours["right"],
+        label="stored threshold",
+    )  # fmt: skip
+    axes.axhline(98, color=colours["grid"], linestyle="--")
+    axes.set(
+        xlabel="spam mails found, %", ylabel="precision of spam on unseen mail, %", ylim=(-4, 104)
+    )
+    axes.legend(frameon=False, labelcolor=colours["text"], loc="upper right")
+
+
+def collect_sounds(bench: Bench) -> Found:
+    """Count the answers for each kind of sound, of the rival and of the network."""
+    found: Found = {"wrong": wrong_label(bench), "confusion": {}}
+    names = sorted({each["expected"] for each in rows_of(bench.folder / "answers.jsonl")})
+    for title, file in (("band means", "answers-bands.jsonl"), ("network", "answers.jsonl")):
+        answers = rows_of(bench.folder / file)
+        found["confusion"][title] = [
+            [sum(e["expected"] == one and e["label"] == other for e in answers) for other in names]
+            for one in names
+        ]
+    rows = [
+        {"audio": f"train.zip/{name}/01.ogg", "label": name} for name in ("dog", "fire_crackling")
+    ]
+    return found | {"names": names, "rows": [json.dumps(row) for row in rows]}
+
+
+def paint_sounds(axes: Any, colours: Colours, found: Found) -> None:
+    """Draw the confusion matrices of the rival and of the network next to each other."""
+    axes.set_axis_off()
+    names = [name.replace("_", " ") for name in found["names"]]
+    for place, (title, counts) in enumerate(found["confusion"].items()):
+        tile = axes.inset_axes([0.16 + 0.47 * place, 0.22, 0.37, 0.68])
+        tile.patch.set_alpha(0)
+        for row, line in enumerate(counts):
+            for column, count in enumerate(line):
+                colour = colours["right" if row == column else "front"]
+                share = count / max(1, sum(line))
+                tile.add_patch(
+                    Rectangle((column - 0.5, row - 0.5), 1, 1, color=colour, alpha=0.75 * share)
+                )
+                if count:
+                    tile.text(
+                        column, row, str(count), ha="center", va="center", color=colours["text"]
+                    )
+        tile.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
+        right = sum(line[row] for row, line in enumerate(counts))
+        tile.set_title(f"{title}: {right} of {sum(map(sum, counts))}", color=colours["text"])
+        tile.set_xticks(range(len(names)), names, rotation=40, ha="right")
+        tile.set_yticks(range(len(names)), names if not place else [""] * len(names))
+        tile.tick_params(colors=colours["text"], length=0)
+        for spine in tile.spines.values():
+            spine.set_color(colours["grid"])
+
+
 ROWS = ("train.jsonl", "test.jsonl", "NOTICE.md")
+MAILBOXES = ("invoice", "meeting", "spam", "support")
 
 USES = {
     use.name: use
@@ -722,6 +842,35 @@ USES = {
             "A sentence with right, missed and invented names of diseases",
             paint_entities,
             collect_entities,
+        ),
+        Use(
+            "mail",
+            "Sort an organisation's e-mail",
+            "mails of unknown senders",
+            "accuracy",
+            "Mail: Fernspoke Cycles, written for luthier, Apache-2.0. People and companies are "
+            "invented.",
+            (
+                *(f"examples/mail/{s}/{box}.mbox" for s in ("train", "test") for box in MAILBOXES),
+                "examples/mail/NOTICE.md",
+            ),
+            "Precision against recall of spam, with the stored threshold",
+            paint_mail,
+            collect_mail,
+        ),
+        Use(
+            "sounds",
+            "Sounds of nature",
+            "clips",
+            "accuracy",
+            "Clips: ESC-10 (Piczak 2015), each CC0 or CC BY 3.0; a cut. Authors are in credits.jsonl.",
+            tuple(
+                f"examples/sounds/{name}"
+                for name in ("train.zip", "test.zip", "credits.jsonl", "NOTICE.md")
+            ),
+            "Answers for each kind of sound, of band means and of a small network",
+            paint_sounds,
+            collect_sounds,
         ),
     )
 }  # fmt: skip
