@@ -25,7 +25,7 @@ def test_rows_of_use_case_are_readable_and_have_a_notice(
     assert all(load_rows(str(each)) for each in written if each.suffix == ".jsonl")
     words = " ".join(use["commands"]).split()
     used = {word.removeprefix("rows/") for word in words if word.startswith("rows/")}
-    assert used <= {str(each.relative_to(found.folder)) for each in written}
+    assert all((found.folder / each).exists() for each in used)
     page = (Path(__file__).parents[2] / "docs" / use["page"]).read_text()
     assert all(command in page for command in use["commands"])
     with pytest.raises(RecipeError):
