@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import luthier
+from luthier.cli.terminal.options import TUNING
 from luthier.recipe import parse_setting
 
 _STEPS = {
     "examples": "Write the rows",
+    "convert": "Read the rows",
     "tune": "Tune a model",
     "compare": "Compare with simpler methods on unseen rows",
     "evaluate": "Score on unseen rows",
@@ -54,7 +56,7 @@ def as_python(command: str) -> str:
     settings = dict(parse_setting(text) for text in given.pop("set_", ()))
     parts = list[str]()
     for key in sorted(given, key=lambda key: [*parameters, key].index(key)):
-        value = given[key]
+        value = TUNING[key].convert(given[key]) if key in TUNING else given[key]
         shown = repr(str(value) if isinstance(value, Path) else value)
         is_first = (
             key in parameters and parameters[key].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
