@@ -193,20 +193,22 @@ def _print_addresses(
     out = new_console(highlight=False, soft_wrap=True)
     by = "" if backend == "torch" else f", backend {backend}"
     by += ", adapters merged" if merged and backend == "torch" else ""
+    if backend == "torch" and not os.environ.get(SETTING) and llama_cpp_library() is not None:
+        hint = (
+            f"\nBackend: torch, the faster one for many requests at once; {SETTING}=llama.cpp is "
+            "faster for few on a CPU"
+        )
+    else:
+        hint = ""
     # A single write: a reader may close the pipe after the first line.
     # Text, not markup: IPv6 addresses have brackets.
     out.print(
         Text.assemble(
             ("luthier serves", "bold green"),
             f" {address}{by}\n",
-            f"Console (needs an API key): {address}{ROOT}",
+            f"Console (needs an API key): {address}{ROOT}{hint}",
         )
     )
-    if backend == "torch" and not os.environ.get(SETTING) and llama_cpp_library() is not None:
-        out.print(
-            f"Backend: torch, the faster one for many requests at once; {SETTING}=llama.cpp is "
-            "faster for few on a CPU"
-        )
     if unregistered:
         out.print(
             f"Models of the CLI without an account: {unregistered:,}. Register a model with "
