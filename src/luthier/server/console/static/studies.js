@@ -2,7 +2,7 @@
 
 import { call, may } from "./api.js";
 import { learnNames, withNames } from "./files.js";
-import { age, time } from "./format.js";
+import { age, shortName, time } from "./format.js";
 import { hasEnded } from "./jobs.js";
 import {
   Chip, Empty, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link, options, toast,
@@ -47,7 +47,7 @@ function List() {
   usePolling(SECONDS, async () => data?.measurements.some((each) => !hasEnded(each.state)) && read());
   if (!data) return html`<${ErrorBox} error=${error} again=${read} />`;
   const rows = data.measurements.map((each) => [
-    html`<a href=${link("studies", each.id)}><bdi>${each.models.join(", ")}</bdi></a>`, topicOf(each.request),
+    html`<a href=${link("studies", each.id)}><bdi>${each.models.map(shortName).join(", ")}</bdi></a>`, topicOf(each.request),
     html`<${Chip} kind=${STATES[each.state]}>${each.state}<//>`, withNames(each.request.training),
     html`<span title=${time(each.created)}>${age(each.created)}</span>`,
   ]);
@@ -135,7 +135,7 @@ export function StudyPage({ params }) {
   const { report, progress } = data;
   return html`
     <p class="soft"><a href=${link("studies")}>Studies</a> /</p>
-    <${Heading} title=${`${topicOf(data.request)} on ${data.models.join(", ")}`} tab="Study"
+    <${Heading} title=${`${topicOf(data.request)} on ${data.models.map(shortName).join(", ")}`} tab="Study"
       chips=${html`<${Chip} kind=${STATES[data.state]}>${data.state}<//>`}>
       ${report?.keep && may("develop") && html`<${Keep} keep=${report.keep} name=${report.chosen} />`}
       ${may("develop") && html`
@@ -146,7 +146,7 @@ export function StudyPage({ params }) {
     <${ErrorBox} error=${error} /><${ErrorBox} error=${stop.error} /><${ErrorBox} error=${remove.error} />
     ${data.failure && html`<p class="box error" role="alert">${withNames(data.failure)}</p>`}
     ${!hasEnded(data.state) && html`
-      <p class="soft" role="status">${progress?.phase ?? "Waiting for a worker …"}</p>
+      <p class="soft" role="status">${progress?.phase ?? (data.state === "Queued" ? "Waiting for a worker …" : "Starting …")}</p>
       ${progress && html`<progress max=${progress.total} value=${progress.done} aria-label="Steps of this training" />`}
     `}
     ${report && html`<${Report} report=${report} />`}
