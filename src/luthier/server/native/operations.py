@@ -93,6 +93,7 @@ _SETTINGS = (
 
 def setting_name(setting: str) -> str:
     """Return the native API's name of a recipe setting, such as ``training.epochs=3``."""
+    setting = setting.removeprefix("--")  # studies name options of the command
     for prefix, member in _ABOVE.items():
         if setting == prefix or setting.startswith((f"{prefix}.", f"{prefix}=")):
             return f"{member}{setting.removeprefix(prefix)}"
