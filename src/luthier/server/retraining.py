@@ -484,7 +484,9 @@ def old_rows(
             # An upload with compared rows is no file of the training, and cannot change.
             if path is None and source not in active.compared:
                 raise _missing(active, address, "The file has changed since the training.")
-            test_lines = set(record.held_out.get(path or "", ()))
+            # The frozen rows of a retraining are a file of their own. The rows that it held out to
+            # choose its steps are trained again, or each retraining would lose a tenth of the rows.
+            test_lines = set[int]() if active.compared else set(record.held_out.get(path or "", ()))
             if source in active.held_out:
                 frozen += [own for _, own in _records(file, active.recipe)]
                 continue

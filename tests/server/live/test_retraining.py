@@ -113,7 +113,7 @@ def test_draft_trains_after_start_and_is_compared(server: Served, tmp_path: Path
     rated(server, "mine-r2", range(90, 120))
     status, second = server.ask("POST", "/api/v1/models/mine-r2/retrain", {"base": "mine"})
     assert status == 201, second
-    # The rows that the job held out to choose its steps were trained in the refit.
+    # The rows that the job held out to choose its steps are training rows again.
     assert second["details"]["retraining"]["rows"]["frozen"] == 26
     assert "estimated_seconds" in second["details"]["retraining"]
 
@@ -124,7 +124,8 @@ def test_draft_trains_after_start_and_is_compared(server: Served, tmp_path: Path
     assert status == 201, third
     file = tmp_path / "rows.jsonl"
     mixed = rows(server, third["details"]["sources"][0])
-    mixed += rows(server, third["details"]["retraining"]["frozen"])
+    for part in ("fresh", "frozen"):
+        mixed += rows(server, third["details"]["retraining"][part])
     file.write_text("".join(json.dumps(row) + "\n" for row in mixed))
     assert {len(row["messages"]) for row in mixed} == {2, 4}
     assert len(load_rows(str(file))) == len(mixed)

@@ -17,7 +17,7 @@ from luthier.cli.service.database import (
     show_record,
 )
 from luthier.cli.terminal.bridge import Command, CommandGroup
-from luthier.cli.terminal.console import print_rows
+from luthier.cli.terminal.console import print_rows, print_text
 
 
 def auto_retrain(
@@ -146,6 +146,13 @@ def schedule_list(*, account: Account = FIRST_ACCOUNT, database: ServiceDatabase
         return {"schedules": list_schedules(session, account)}
 
 
+def show_schedules(record: Record) -> None:
+    """Print a row for each schedule."""
+    show_record(record)
+    if not record["schedules"]:
+        print_text("No deployment has a schedule.")
+
+
 def schedule_remove(
     deployment: str,
     *,
@@ -191,5 +198,5 @@ def show_schedule(record: Record) -> None:
 schedule_app = CommandGroup("Evaluate a deployment every day or week.", extra="server")
 schedule_app.add(Command(schedule_set, show_schedule, "set"))
 schedule_app.add(Command(schedule_show, show_schedule, "show"))
-schedule_app.add(Command(schedule_list, show_record, "list"))
+schedule_app.add(Command(schedule_list, show_schedules, "list"))
 schedule_app.add(Command(schedule_remove, show_record, "remove"))
