@@ -12,7 +12,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from luthier_server import KEYS, ONE, OTHER, Served, home_with_tiny, until
+from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny, until
+
+from luthier.recipe import Recipe
+from luthier.server.tables.database import Database
+from luthier.server.tables.studies import Study
+from luthier.workflows.study.grid import with_settings
 
 ENDED = ("Completed", "Failed", "Stopped")
 SETTINGS = {"training": {"max_steps": 4, "batch_size": 8, "patience": 0, "threads": 1}}
@@ -75,6 +80,18 @@ def test_study_has_table_pictures_and_a_job_for_the_choice(server: Served, rows:
     assert kept["recipe"]["training"]["learning_rate"] == rate
     assert server.ask("GET", made, account=OTHER)[0] == 404
     assert server.ask("DELETE", made)[0] == 200 and server.ask("GET", made)[0] == 404
+
+
+def test_varied_method_does_not_inherit_defaults_of_another_method(
+    server: Served, rows: str
+) -> None:
+    made = create(server, rows, base=BASE, vary=["adaptation.method=lora,bitfit"])
+    done = server.ask("POST", f"{made}/stop")[1]
+    assert done["state"] in ("Stopping", "Stopped")
+    with Database(f"sqlite:///{server.home / 'luthier.db'}").read() as session:
+        recipe = Recipe.parse(session.query(Study).filter_by(id=done["id"]).one().recipe)
+    for method in ("lora", "bitfit"):
+        assert with_settings(recipe, {"adaptation.method": method}).adaptation.method == method
 
 
 def test_invalid_study_is_rejected_at_creation(server: Served, rows: str) -> None:

@@ -56,7 +56,13 @@ def submit(database: Database) -> str:
     recipe = check_study(locations, submission, request, models)
     with database.write() as session:
         return submit_report(
-            session, Study, ACCOUNT, request, models, recipe=recipe.plain(), cores=1
+            session,
+            Study,
+            ACCOUNT,
+            request,
+            models,
+            cores=1,
+            recipe=recipe.model_dump(mode="json", exclude_unset=True),
         ).id
 
 

@@ -74,11 +74,13 @@ def create_study(call: NativeCall, body: NewStudy) -> MeasurementView:
         settings=body.settings,
     )
     recipe = check_study(context.locations, submission, request, models)
+    # A default that counts as set would stay when another method is varied.
+    fields = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     with context.database.write() as session:
         limits = context.quotas(call.account)
         row = submit_report(
             session, Study, call.account, request, models, limits,
-            recipe=recipe.plain(), cores=recipe.training.threads,
+            recipe=fields, cores=recipe.training.threads,
         )  # fmt: skip
         call.record_created(f"{STUDY}/{row.id}")
         view = view_report(row, None)

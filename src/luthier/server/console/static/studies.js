@@ -74,7 +74,7 @@ function NewStudy({ chosen }) {
     const { job, vary, seeds, minutes } = event.target.elements;
     const found = jobs.data.find((each) => each.id === job.value);
     const body = {
-      ...settingsOf(found, preset.value), seeds: Number(seeds.value),
+      ...settingsOf(found, preset.value, vary.value), seeds: Number(seeds.value),
       ...(minutes.value && { max_minutes: Number(minutes.value) }),
       ...(preset.value ? { preset: preset.value } : { vary: vary.value.split("\n").map((each) => each.trim()).filter(Boolean) }),
     };
@@ -108,8 +108,9 @@ function NewStudy({ chosen }) {
 }
 
 /** Return the fields of a study with rows, base and settings of a job. Questions about methods replace the job's method. */
-function settingsOf({ base, recipe, details }, preset) {
-  const groups = GROUPS.filter((group) => recipe[group] && !(group === "adaptation" && METHODS.includes(preset)));
+function settingsOf({ base, recipe, details }, preset, vary) {
+  const variesMethod = METHODS.includes(preset) || /^\s*adaptation\.method\s*=/m.test(vary);
+  const groups = GROUPS.filter((group) => recipe[group] && !(group === "adaptation" && variesMethod));
   const settings = Object.fromEntries(groups.map((group) => [group, recipe[group]]));
   const data = Object.fromEntries(DATA.filter((name) => recipe.data?.[name] !== undefined).map((name) => [name, recipe.data[name]]));
   return { base, training: details.sources[0], settings: { ...settings, ...(Object.keys(data).length && { data }) } };
