@@ -186,6 +186,19 @@ def pictures_drawn_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_parity_check() -> Iterator[None]:
+    """Generate 4 tokens after each prompt in the parity check of stored models.
+
+    The usual 16 tokens take a third of a short run. test_model_writer.py generates all.
+    """
+    from luthier.engine import model_writer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_writer, "GREEDY_TOKENS", 4)
+        yield
+
+
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Open models in float32 on one thread, regardless of the machine."""

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,15 +50,19 @@ TABLES: tuple[plugins.PluginTable[Any], ...] = (
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sample package, installed as pip does."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    shutil.copytree(SAMPLE, source, dirs_exist_ok=True)
-    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", *install, "--target", str(target), str(source)],
-        check=True,
-        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    """A folder with the sample package and the metadata that pip would write."""
+    target = tmp_path_factory.mktemp("site")
+    project = tomllib.loads((SAMPLE / "pyproject.toml").read_text())["project"]
+    name, version = project["name"], project["version"]
+    shutil.copy(SAMPLE / "luthier_sample.py", target)
+    metadata = target / f"{name.replace('-', '_')}-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    points = "".join(
+        f"[{group}]\n" + "".join(f"{key} = {value}\n" for key, value in entries.items())
+        for group, entries in project["entry-points"].items()
     )
+    (metadata / "entry_points.txt").write_text(points)
     return target
 
 

@@ -218,6 +218,7 @@ def main(path: str) -> None:
 
     # Drawing takes a quarter of a short run. test_metrics.py tests the content.
     model_writer.draw_curves = copy_curves
+    model_writer.GREEDY_TOKENS = 4  # as in conftest.py
     gc.collect()
     gc.freeze()  # no pass of the collector in a fork copies these pages
     if job := _fork_for_all(path):
