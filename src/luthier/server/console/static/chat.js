@@ -23,7 +23,9 @@ export function Chat({ model }) {
   const choose = ({ target }) => {
     const other = others.data.find((each) => each.id === target.value);
     // Answers can be compared only if both models get the same earlier turns.
-    sides.value = [sides.value[0], ...(other ? [new Side(other, sides.value[0])] : [])];
+    // The sides may be shuffled.
+    const own = sides.value.find((each) => each.model === model);
+    sides.value = [own, ...(other ? [new Side(other, own)] : [])];
     vote.value = NO_VOTE;
     wins.value = {};
   };
