@@ -303,7 +303,7 @@ def wrong_label(bench: Bench) -> str:
     worst = max(wrong, key=lambda answer: answer["scores"][answer["label"]])
     certain = worst["scores"][worst["label"]]
     return (
-        f"{worst.get('text', worst.get('image'))}\n"
+        f"{next(worst[key] for key in ('text', 'image', 'audio') if key in worst)}\n"
         f"answer:   {worst['label']} ({percent(certain)} certain)\n"
         f"expected: {worst['expected']}"
     )

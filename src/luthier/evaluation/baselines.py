@@ -30,6 +30,8 @@ from luthier.types import Example, Row
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from luthier.data.shapes.media import MediaRow
+
 MOST_ROWS = 10_000
 """Maximum number of training rows. A fifth of the number limits the held-out rows. Bounds the
 memory."""
@@ -47,8 +49,15 @@ NAIVE_BAYES = "naive Bayes on words"
 """Needs no base model, as ``fasttext`` needs none: both learn words and pairs of words."""
 TFIDF = "logistic regression on words (TF-IDF)"
 """The base model ``tfidf``."""
+STATISTICS: Mapping[str, str] = {
+    "audio": "logistic regression on band means",
+    "image": "logistic regression on colour statistics",
+}
+"""The base models ``band-means`` and ``colour-statistics``, by kind of input."""
 KEPT_BY = {
     TFIDF: "--base tfidf",
+    STATISTICS["audio"]: "--base band-means",
+    STATISTICS["image"]: "--base colour-statistics",
     LINEAR_PROBE: "--objective classification --adaptation feature_extraction "
     "--set objective.probe=true --set training.max_steps=1",
 }
@@ -385,4 +394,18 @@ def tfidf_classes(
     train_NV, asked_QV = text_features(texts, asked)
     scores_QC = fit_logistic(train_NV, torch.from_numpy(class_N), classes).scores(asked_QV)
     found: NDArray[np.int64] = scores_QC.argmax(-1).numpy()
+    return found
+
+
+def statistics_classes(
+    train: Sequence[MediaRow], class_N: NDArray[np.int64], asked: Sequence[MediaRow], classes: int
+) -> NDArray[np.int64]:
+    """Predict the classes of ``asked`` by logistic regression on :func:`media_statistics`."""
+    import torch
+
+    from luthier.evaluation.linear import fit_logistic
+    from luthier.models.networks.classic.statistics import media_statistics
+
+    model = fit_logistic(media_statistics(train), torch.from_numpy(class_N), classes)
+    found: NDArray[np.int64] = model.scores(media_statistics(asked)).argmax(-1).numpy()
     return found

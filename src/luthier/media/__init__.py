@@ -20,6 +20,8 @@ ENTRY_POINTS = {
         "efficientnet-lite0": "luthier.media.catalog:EFFICIENTNET_LITE0",
         "small-cnn": "luthier.media.catalog:SMALL_CNN",
         "small-audio-cnn": "luthier.media.catalog:SMALL_AUDIO_CNN",
+        "band-means": "luthier.media.catalog:BAND_MEANS",
+        "colour-statistics": "luthier.media.catalog:COLOUR_STATISTICS",
         "small-dcgan": "luthier.media.catalog:SMALL_DCGAN",
         "small-unet": "luthier.media.catalog:SMALL_UNET",
         "small-vae": "luthier.media.catalog:SMALL_VAE",

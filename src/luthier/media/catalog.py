@@ -90,6 +90,27 @@ SMALL_AUDIO_CNN = random_entry(
     },
     AudioProcessor(),
 )
+BAND_MEANS = random_entry(
+    "band-means",
+    "audio_encoder",
+    320,
+    "means of mel bands of a second of audio, with logistic regression, fitted in seconds",
+    {
+        "model_type": "input_statistics",
+        "num_channels": 1,
+        "image_size": [64, 101],
+        "lines": "rows",
+    },
+    AudioProcessor(),
+)
+COLOUR_STATISTICS = random_entry(
+    "colour-statistics",
+    "image_encoder",
+    15,
+    "statistics of colours with logistic regression, fitted in seconds; reads 32 x 32",
+    {"model_type": "input_statistics", "image_size": 32},
+    ImageProcessor(32, 32),
+)
 SMALL_DCGAN = random_entry(
     "small-dcgan",
     "adversarial",

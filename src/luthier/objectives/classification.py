@@ -359,7 +359,8 @@ class Classification(Objective):
         if layer.bias is not None:
             layer.bias.copy_(fitted.bias_C)
         start.note(f"the new head starts from logistic regression on {len(chosen):,} rows")
-        return PreparedRows(examples, head_fitted=True, is_final=is_sparse)
+        is_final = network.model.config.model_type in FITTED
+        return PreparedRows(examples, head_fitted=True, is_final=is_final)
 
     def finish(
         self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int

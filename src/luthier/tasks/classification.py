@@ -12,16 +12,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.media import LabelledImage
 from luthier.evaluation.baselines import (
     LINEAR_PROBE,
     NAIVE_BAYES,
     NEAREST,
+    STATISTICS,
     TFIDF,
     WORD,
     Method,
     States,
     naive_bayes,
     nearest_classes,
+    statistics_classes,
     tfidf_classes,
 )
 from luthier.evaluation.baselines import Answers as Predicted
@@ -142,6 +145,12 @@ def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Itera
         yield Method(name, answers, reads_states=True)
     if any(map(WORD.search, texts)):
         yield Method(TFIDF, lambda _: answer(tfidf_classes(texts, class_N, asked, len(names))))
+    media, unseen = of_shape(LabelledImage, train), of_shape(LabelledImage, held)
+    if media and unseen:
+        yield Method(
+            STATISTICS[media[0].media.kind],
+            lambda _: answer(statistics_classes(media, class_N, unseen, len(names))),
+        )
 
 
 def _label_set_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Iterator[Method]:

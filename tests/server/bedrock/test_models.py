@@ -25,7 +25,8 @@ def refused(call: Callable[..., Any], **members: Any) -> str:
 ENCODERS = [
     ENCODER, "luthier.fasttext", "luthier.tfidf", "intfloat.multilingual-e5-small",
     "google.efficientnet-lite0",
-    "luthier.small-cnn", "luthier.small-audio-cnn",
+    "luthier.small-cnn", "luthier.small-audio-cnn", "luthier.band-means",
+    "luthier.colour-statistics",
 ]  # fmt: skip
 IMAGES = ["luthier.small-dcgan", "luthier.small-unet", "luthier.small-vae"]
 OCR, SERIES = "luthier.small-ocr", "luthier.small-window-vae"
@@ -43,7 +44,8 @@ def test_foundation_model_list_has_modalities(bedrock: Any, bob: Any) -> None:
         ENCODER: ["TEXT"], "google.efficientnet-lite0": ["IMAGE"], "luthier.small-cnn": ["IMAGE"],
         "luthier.fasttext": ["TEXT"], "luthier.tfidf": ["TEXT"],
         "intfloat.multilingual-e5-small": ["TEXT"],
-        "luthier.small-audio-cnn": [], "luthier.small-vae": ["IMAGE"],
+        "luthier.small-audio-cnn": [], "luthier.band-means": [],
+        "luthier.colour-statistics": ["IMAGE"], "luthier.small-vae": ["IMAGE"],
         "luthier.small-dcgan": ["TEXT"], "luthier.small-unet": ["TEXT"],
     }  # fmt: skip
     assert bob.list_foundation_models()["modelSummaries"] == list(found.values())
