@@ -248,8 +248,8 @@ class Loop:
                     self.checkpoint()
         if self.progress.step < self.until:
             self.reporter.note(self._why_it_stopped())
-        if self.unfreeze_every and self._lowest_layer:
-            never = f"{self._lowest_layer} of {self._layers + 1} groups of layers"
+        if frozen := self._frozen_groups(self.progress.step - 1):
+            never = f"{frozen} of {self._layers + 1} groups of layers"
             self.reporter.note(f"{never} stayed frozen. Lower `adaptation.unfreeze_every`")
         if self.best and self.progress.best_step != self.progress.step:
             for name, weight in self.optimizer.weights.items():
@@ -360,17 +360,19 @@ class Loop:
                 line = {"step": progress.step, **record}
                 progress.sample_lines = self.samples.append(line)
 
-    @property
-    def _lowest_layer(self) -> int:
-        """Position of the lowest layer that trains in the current step; 0 is below all layers."""
-        return max(0, self._layers - self.progress.step // (self.unfreeze_every or 1))
+    def _frozen_groups(self, step: int) -> int:
+        """Return the number of layers, embeddings included, that are frozen in a 0-based step."""
+        if not self.unfreeze_every:
+            return 0
+        return max(0, self._layers - max(0, step) // self.unfreeze_every)
 
     def _unfreeze(self) -> None:
         """Set which weights train in the current step (Howard & Ruder 2018): the top layer and all
         above, and one more layer after every ``unfreeze_every`` steps."""
         if self.unfreeze_every:
+            frozen = self._frozen_groups(self.progress.step)
             for name, weight in self.optimizer.weights.items():
-                weight.requires_grad_(self._positions[name] >= self._lowest_layer)
+                weight.requires_grad_(self._positions[name] >= frozen)
 
     def _weight_groups(self, heads: Collection[str]) -> dict[str, str]:
         """Return a weight of each group with a learning rate of its own, from the bottom to the top;
