@@ -104,7 +104,7 @@ def test_invalid_study_is_rejected_at_creation(server: Served, rows: str) -> Non
         ({"vary": ["training.lerning_rate=1,2"]}, 400),
         ({"vary": ["training.learning_rate=1..2"]}, 400),
         ({"vary": ["before=none,/etc/passwd"]}, 400),
-        ({"vary": ["objective.method=classification,encoder_distillation"]}, 400),
+        ({"vary": ["objective.teacher=fasttext,nobody"]}, 400),
         ({"vary": ["data.image_size=8,16"]}, 400),
         ({"vary": [], "preset": "student"}, 400),
         ({"vary": [], "preset": "domain=/etc/passwd"}, 400),

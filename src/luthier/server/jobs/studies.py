@@ -39,7 +39,8 @@ def configurations_of(
         RecipeError: for an invalid grid, or a key or preset that clients cannot use.
     """
     preset = request["preset"]
-    if preset in PRESETS and preset not in PRESETS_HERE:
+    # Before any look at a file that the preset names.
+    if (preset or "").partition("=")[0] in PRESETS.keys() - {*PRESETS_HERE}:
         raise RecipeError(
             f"The preset {preset!r} needs files next to the rows. Use `luthier study`, or one of "
             f"{', '.join(PRESETS_HERE)}.",
