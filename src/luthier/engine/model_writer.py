@@ -252,6 +252,7 @@ class ModelWriter:
         head = self.job.data.objective.head()
         device, dtype = self.job.machine.device, self.job.machine.dtype
         network = as_network(store.load(stored, dtype, device, head), device, dtype)
+        network.chat = self.job.chat
         logps, greedy = self._logps(network), None
         if trained.greedy is not None:
             with _open_backend(network) as backend:
