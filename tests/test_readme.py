@@ -93,7 +93,7 @@ def check(command: str) -> None:
         name: param for param in node.params for name in (*param.opts, *param.secondary_opts)
     }
     places = [param for param in node.params if param.param_type_name == "argument"]
-    given, methods = [], dict[str, Any]()
+    given, methods, settings = [], dict[str, Any](), list[str]()
     while words:
         word = words.pop(0)
         name, equals, _ = word.partition("=")
@@ -107,14 +107,16 @@ def check(command: str) -> None:
                 if name in ("--objective", "--adaptation"):
                     methods[name.strip("-")] = value
                 if name == "--set" and not HOLES.search(value):
-                    fields: dict[str, Any] = {"data": {"train": "x"}, **methods}
-                    if node.name == "evaluate":  # fields of a grader
-                        fields = {}
-                    if node.name == "distil":
-                        fields["teacher"] = {"model": "x"}
-                    key, parsed = parse_setting(value)
-                    assign(fields, key.split("."), parsed)
-                    KINDS.get(node.name, Recipe.parse)(fields)
+                    settings.append(value)
+    if settings:
+        fields: dict[str, Any] = {"data": {"train": "x"}, **methods}
+        if node.name == "evaluate":  # fields of a grader
+            fields = {}
+        if node.name == "distil":
+            fields["teacher"] = {"model": "x"}
+        for key, parsed in map(parse_setting, settings):
+            assign(fields, key.split("."), parsed)
+        KINDS.get(node.name, Recipe.parse)(fields)
     many = any(param.nargs == -1 for param in places)
     assert many or len(given) <= len(places), f"{given} are too many arguments"
     if given or not HOLES.search(command):

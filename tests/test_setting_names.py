@@ -51,6 +51,7 @@ OF_COMMANDS = {
     "tasks/base.py": "--input series", "tasks/embedding.py": "--json prints all",
     "tasks/generation.py": "--image photo|DATA --base", "tasks/reading.py": "--input questions",
     "tasks/reranking.py": "--input pairs", "media/tasks.py": "--output samples",
+    "media/image_generation.py": "--output codes",
     "server/retraining.py": "--base", "evaluation/baselines.py": "--(base|objective|set) ",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip

@@ -178,8 +178,8 @@ def with_base_defaults(
     """Return the recipe with defaults for the kind of base model and rows.
 
     - A base with random weights is trained in full.
-    - Images and audio are augmented, except when features are computed once or when the target is
-      text: cropping would cut off part of the text.
+    - Images and audio are augmented, except when features are computed once, for a base that is
+      fitted, or when the target is text: cropping would cut off part of the text.
     """
     choices: list[defaults.Choice] = []
     own = sole_objective(base.kind)
@@ -201,7 +201,8 @@ def with_base_defaults(
         usual = Augmentation()
         changes = recipe.objective is None or recipe.objective.allows_augmentation
         processor = None if chat.has_tokenizer else chat.media
-        if processor is not None and changes and not recipe.adaptation.head_only:
+        is_fitted = base.network.fields.get("model_type") in FITTED
+        if processor is not None and changes and not recipe.adaptation.head_only and not is_fitted:
             contrasts = recipe.objective is not None and recipe.objective.contrasts_rows
             usual = (Augmentation.views if contrasts else Augmentation.usual)(processor.kind)
             reason = f"small random changes of each {SINGULAR[processor.kind]}"
@@ -538,8 +539,8 @@ def _check_settings(
         check_shardable(model, objective, plan.sketch.adaptation)
     if recipe.data.augmentation and facts.is_fitted:
         raise RecipeError(
-            "`data.augmentation` changes rows in each step, and TF-IDF is fitted without steps. "
-            "Remove the setting, or use the base model fasttext",
+            "`data.augmentation` changes rows in each step, and this base model is fitted without "
+            "steps. Remove the setting, or choose a base model that is trained",
             rule="data.augmentation",
         )
     unfreezes = recipe.adaptation.unfreeze_steps is not None

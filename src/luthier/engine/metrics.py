@@ -326,7 +326,8 @@ def _draw_picture(lines: Sequence[Mapping[str, Any]], title: str, shown: Mapping
             axes.axvline(refit["step"], color="#555555", linestyle="--", label=label_of_refit)
         axes.set(ylabel=label)
     panels[0].set(title=title)
-    panels[0].legend(frameon=False)
+    if panels[0].get_legend_handles_labels()[0]:  # a fitted model has no steps
+        panels[0].legend(frameon=False)
     panels[-1].set(xlabel="optimizer step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure

@@ -102,7 +102,7 @@ def prepare_drafts(locations: Locations, arns: Arns, limits: AccountQuotas) -> N
                 retraining.start(database, arns, account, deployment)
                 text += "Its training has started."
             else:
-                text += f"Start: luthier live retrain {deployment} --start"
+                text += "Resume the job to start its training."
         except LuthierError as error:
             text = f"No draft of a retraining ({reason}): {error}"
         with database.write() as session:
