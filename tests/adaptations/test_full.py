@@ -110,7 +110,7 @@ def test_full_training_matches_plain_loop(
         top, lowest = f"layer {len(model.model.layers)}", lines[0]["rates"]["layer 1"]
         assert lines[0]["rates"][top] == lines[0]["learning_rate"] > lowest == 0
     assert ("rates" in lines[0]) == bool(unfreeze_every)
-    assert all(line["clipped"] == (line["gradient_norm"] > 0.5) for line in lines)
+    assert all(line["gradient_clipped"] == (line["gradient_norm"] > 0.5) for line in lines)
     assert losses == pytest.approx(train_by_hand(plain, examples, unfreeze_every), rel=1e-5)
     before, expected = dict(start.named_parameters()), dict(plain.named_parameters())
     for name, weight in model.named_parameters():

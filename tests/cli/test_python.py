@@ -206,7 +206,7 @@ def test_results_print_short_and_render_as_html(
     assert report.to_rows()[0]["index"] == 40
     tuned = luthier.tune(ROWS[:30], base=base, name="shown", training__max_steps=2)
     assert repr(tuned).startswith(f"{tuned.model_id} is stored")
-    assert check_display(tuned).count("data:image/svg+xml") == 2
+    assert check_display(tuned).count("data:image/svg+xml") == 4  # loss and rates
     evaluation = luthier.evaluate(tuned.model_id, ROWS[30:])
     assert "Confusion matrix" in check_display(evaluation)
     assert len(evaluation.to_rows()) == 10

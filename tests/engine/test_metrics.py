@@ -126,7 +126,12 @@ def test_a_curve_without_validation_marks_no_step(tmp_path: Path) -> None:
 
 def test_rates_of_layers_and_clipped_steps_are_drawn(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
-        {**line(step, 1.0), "learning_rate": 0.1, "gradient_norm": 2.0, "clipped": step % 4 == 0}
+        {
+            **line(step, 1.0),
+            "learning_rate": 0.1,
+            "gradient_norm": 2.0,
+            "gradient_clipped": step % 4 == 0,
+        }
         for step in range(1, 9)
     ]
     assert clipped_share(lines) == 0.25 and clipped_share([line(1, 1.0)]) is None

@@ -239,7 +239,11 @@ def test_base_returns_image_embeddings(server: Server) -> None:
     body = {"inputs": [{"image": image} for image in images]}
     status, found = server.post("small-cnn/predictions", body)
     first, second, same = (np.array(each["embedding"]) for each in found["answers"])
-    assert status == 200 and np.allclose(first, same) and not np.allclose(first, second)
+    assert (
+        status == 200
+        and np.allclose(first, same, atol=1e-4)
+        and not np.allclose(first, second, atol=1e-3)
+    )
     assert np.linalg.norm(first) == pytest.approx(1, abs=1e-4)
 
 
@@ -326,8 +330,8 @@ def test_diffusion_model_accepts_steps_and_guidance(server: Server) -> None:
         "unet", taskType="TEXT_IMAGE", textToImageParams={"text": "cat"},
         imageGenerationConfig={"seed": 3, "cfgScale": 4.0},
     )  # fmt: skip
-    assert made["png"] == invoked["images"][0]
-    assert np.array_equal(pixels_of(made["png"]), expected.pixels)
+    for png_text in (made["png"], invoked["images"][0]):
+        assert np.array_equal(pixels_of(png_text), expected.pixels)
     other = server.post("unet/images", {**body, "steps": 2})[1]["images"][0]
     assert other["png"] != made["png"]
     status, error = server.post("gan/images", {"steps": 2})

@@ -20,7 +20,7 @@ class Full(Adaptation):
 
     method: Literal["full"] = "full"
 
-    unfreeze_every: int | None = Field(default=None, ge=1)
+    unfreeze_every: int | None = Field(default=None, ge=1, le=1_000_000)
     """Steps until the next lower layer trains too (gradual unfreezing); all train by default."""
 
     stores_network: ClassVar[bool] = True

@@ -343,7 +343,7 @@ class Loop:
             learning_rate=rate,
             **self._rates_of_layers(rate),
             gradient_norm=norm,
-            **({"clipped": float(norm > limit)} if limit else {}),
+            **({"gradient_clipped": float(norm > limit)} if limit else {}),
             tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens / seconds,

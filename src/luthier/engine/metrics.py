@@ -255,7 +255,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) ->
 
 def clipped_share(lines: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the share of steps with a clipped gradient; ``None`` without clipping."""
-    clipped = [line["clipped"] for line in lines if "clipped" in line]
+    clipped = [line["gradient_clipped"] for line in lines if "gradient_clipped" in line]
     return math.fsum(clipped) / len(clipped) if clipped else None
 
 
@@ -338,7 +338,7 @@ def _draw_optimizer(lines: Sequence[Mapping[str, Any]], title: str) -> Any | Non
     train = [line for line in lines if line["event"] == "train" and "learning_rate" in line]
     if not train:
         return None
-    shown = {"gradient_norm": "gradient norm", "clipped": "share of clipped steps"}
+    shown = {"gradient_norm": "gradient norm", "gradient_clipped": "share of clipped steps"}
     shown = {name: label for name, label in shown.items() if name in train[0]}
     figure, panels = new_figure(1 + len(shown))
     steps = [line["step"] for line in train]
@@ -355,7 +355,7 @@ def _draw_optimizer(lines: Sequence[Mapping[str, Any]], title: str) -> Any | Non
     for axes, (name, label) in zip(panels[1:], shown.items(), strict=True):
         _draw_train(axes, train, name)
         axes.set(ylabel=label)
-        if name == "clipped":
+        if name == "gradient_clipped":
             axes.set(ylim=(-0.05, 1.05))
     panels[-1].set(xlabel="optimizer step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)

@@ -79,8 +79,7 @@ class Classification(Objective):
     min_precision: dict[str, float] | None = None
     """Precision of a label that its threshold must reach on held-out rows."""
     thresholds: dict[str, float] | None = None
-    """Lowest probability of a label; default: from ``min_precision``. Rows below get the likeliest
-    other label, or no label if a row may have several."""
+    """Lowest probability of a label, below which rows get another label; default: measured."""
     pooling: Literal["first", "mean"] | None = None
     """Pooling of a BERT; default: ``mean`` if the base was trained with means, else ``first``."""
     probe: bool | None = None

@@ -232,12 +232,3 @@ def test_embed_rejects_generative_model(
     assert answer.code == 2 and "no embeddings" in answer.err
     answer = Answer("embed", "none:such", str(rows), "--output", str(tmp_path / "x.npy"))
     assert answer.code == 2 and "none:such" in answer.err
-
-
-def test_autoencoder_error_suggests_embedding_models(
-    family_folder: Callable[[str], Path], rows: Path, tmp_path: Path
-) -> None:
-    vae = str(family_folder("vae"))
-    answer = Answer("embed", vae, str(rows), "--output", str(tmp_path / "x.npy"))
-    assert answer.code == 2
-    assert {"small-cnn", "all-minilm-l6-v2"} <= {*answer.err.split()} & CATALOG.keys()

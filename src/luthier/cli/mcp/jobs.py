@@ -132,6 +132,8 @@ def _run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    # A shell starts commands in the background with ignored interrupts, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _run(Path(sys.argv[1]))
     except typer.Exit as ended:

@@ -187,11 +187,11 @@ def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
     with _report_folder() as folder:
         media = base in (None, "none") or base_reads_media(base)
         rows = _fetch(call, body.training, folder / "training", media)
-        command = ["inspect", str(rows)] + ([] if base is None else ["--base", base])
         addresses = {str(rows): body.training}
         if body.line is not None:
             rows = _single_row(rows, body.line, folder / "row.jsonl")
             addresses[str(rows)] = body.training
+        command = ["inspect", str(rows)] + ([] if base is None else ["--base", base])
         if body.validation is not None:
             validation = _fetch(call, body.validation, folder / "validation", media)
             command += ["--validation", str(validation)]
