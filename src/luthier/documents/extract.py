@@ -124,29 +124,29 @@ def _read_pdf(path: Path) -> dict[str, Any]:
     note = ""
     if empty := [n for n, text in scanned.items() if not text]:
         named = ", ".join(map(str, empty[:10])) + (", …" if len(empty) > 10 else "")
-        reason = "text" if _scan_languages() else "a text layer (tesseract reads them if installed)"
+        reason = "text" if _tesseract() else "a text layer (tesseract reads them if installed)"
         note = f"pages without {reason}, left out: {named}"
     return {"pages": [[n, text] for n, text in enumerate(texts, 1) if text], "note": note}
 
 
 @cache
-def _scan_languages() -> str:
-    """Return the language packs of Tesseract, such as ``eng+vie``; empty without Tesseract."""
+def _tesseract() -> list[str]:
+    """Return the command that reads an image in all installed languages; empty without Tesseract or
+    languages."""
     if (program := shutil.which("tesseract")) is None:
-        return ""
+        return []
     listed = subprocess.run([program, "--list-langs"], capture_output=True, text=True)
     codes = {*listed.stdout.split("\n")[1:]} - {"", "osd", "equ"}
-    return "+".join(sorted(codes))
+    return [program, "stdin", "stdout", "-l", "+".join(sorted(codes))] if codes else []
 
 
 def _recognize(page: Any) -> str:
     """Return the text of a scanned page; empty without Tesseract, or after :data:`SCAN_SECONDS`."""
-    if not _scan_languages():
+    if not (command := _tesseract()):
         return ""
     print(end=" ", file=sys.__stdout__, flush=True)  # starts the caller's time limit again
     image = io.BytesIO()
     page.render(scale=SCAN_RESOLUTION / 72, grayscale=True).to_pil().save(image, "PNG")
-    command = [str(shutil.which("tesseract")), "stdin", "stdout", "-l", _scan_languages()]
     # Its threads cost more than they save on one page.
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     try:

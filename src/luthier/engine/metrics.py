@@ -268,8 +268,9 @@ def curve_pictures(lines: Sequence[Mapping[str, Any]], title: str) -> list[tuple
     main = "reward" if any("reward" in line for line in lines) else "loss"
     measure = next((line["measure"] for line in lines if "measure" in line), main)
     shown = {main: main} | ({measure: SCORES.get(measure, measure)} if measure != main else {})
-    addresses = []
+    themes = []
     for colours in THEMES.values():
+        addresses = []
         for figure in (_draw_picture(lines, title, shown), _draw_optimizer(lines, title)):
             if figure is None:
                 continue
@@ -277,8 +278,9 @@ def curve_pictures(lines: Sequence[Mapping[str, Any]], title: str) -> list[tuple
             picture = io.BytesIO()
             figure.savefig(picture, format="svg")
             addresses.append(svg_address(picture.getvalue()))
-    half = len(addresses) // 2
-    return [*zip(addresses[:half], addresses[half:], strict=True)]
+        themes.append(addresses)
+    light, dark = themes
+    return [*zip(light, dark, strict=True)]
 
 
 THEMES = {

@@ -10,22 +10,20 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 import httpx2
 from mcp.server.mcpserver import Context as McpContext
-from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.transport_security import TransportSecuritySettings
-from mcp.types import CallToolResult, ToolAnnotations
+from mcp.types import CallToolResult
 from pydantic import Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import luthier
+from luthier.server.agent_tools import WAIT_SECONDS, Columns, answer, short_values, tool_server
 from luthier.server.stores.uploaded_files import file_address
-from luthier.server.tool_answers import WAIT_SECONDS, answer, short_values
 
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _MOST_REPLIES = 100
@@ -47,12 +45,6 @@ rows with POST /v1/files of the same server; job without an id lists files and m
 Context = McpContext[Any, Any]
 File = Annotated[str, Field(description="Id of an uploaded file of rows, or s3:// address.")]
 ModelId = Annotated[str, Field(description="Id or name of a base or custom model.")]
-Columns = Annotated[
-    dict[str, str] | None,
-    Field(description='Column of a key, such as {"label": "intent"}, if inspect asks for it.'),
-]
-_READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
-_WRITES = ToolAnnotations(read_only_hint=False, destructive_hint=False, open_world_hint=False)
 
 
 class McpApplication:
@@ -67,19 +59,11 @@ class McpApplication:
             origins: Origins of web pages that may call the tools.
         """
         tools = _Tools(application)
-        self._server = MCPServer(
-            "luthier", instructions=INSTRUCTIONS, version=luthier.__version__, log_level="WARNING"
+        self._server = tool_server(
+            INSTRUCTIONS,
+            [tools.inspect, tools.predict, tools.generate, tools.search],
+            [tools.tune, tools.evaluate, tools.compare, tools.job, tools.examples],
         )
-        reading: list[Callable[..., Any]] = [
-            tools.inspect, tools.predict, tools.generate, tools.search
-        ]  # fmt: skip
-        writing: list[Callable[..., Any]] = [
-            tools.tune, tools.evaluate, tools.compare, tools.job, tools.examples
-        ]  # fmt: skip
-        for tool in reading:
-            self._server.add_tool(tool, annotations=_READS)
-        for tool in writing:
-            self._server.add_tool(tool, annotations=_WRITES)
         names = [*LOCAL, *hosts]
         self._security = TransportSecuritySettings(
             allowed_hosts=[form for name in names for form in (name, f"{name}:*")],

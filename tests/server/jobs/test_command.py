@@ -8,20 +8,13 @@ import sys
 from typing import Any
 
 import pytest
-from native_client import native_client
+from native_client import native_client, native_context
 from typer.testing import CliRunner
 
 from luthier.cli.service.admin import admin_app
-from luthier.inference.pool import ModelPool
-from luthier.limits import AccountQuotas
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.folders import LOG_TAIL, JobFolders
 from luthier.server.jobs.scheduler import Scheduler
-from luthier.server.live.capture import Capture
-from luthier.server.native.operations import Context
-from luthier.server.stores.locations import Locations
-from luthier.server.stores.objects import Objects
-from luthier.server.tables.arns import Arns
 from luthier.server.tables.objects import StoredObject
 
 pytest.importorskip("luthier.server.stores.locations")
@@ -67,11 +60,7 @@ def test_library_crash_traceback_is_in_job_log(queue: Any, monkeypatch: Any) -> 
     assert "signal 11" in job.failure and "string_at" in "".join(JobFolders(job_id).log_tail())
     assert "memory" not in job.failure
     # The API and the command line show the end of the log.
-    context = Context(
-        database=queue.database, arns=Arns(), locations=Locations(queue.database),
-        pool=ModelPool(0), quotas=lambda account: AccountQuotas(), delete_model=lambda model: None,
-        capture=Capture(Objects(queue.database)),
-    )  # fmt: skip
+    context = native_context(queue.database)
     path = f"/api/v1/jobs/{job.name}"
     assert native_client(context, "222222222222").get(path).status_code == 404
     log = native_client(context, job.account).get(path).json()["log"]

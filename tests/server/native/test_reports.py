@@ -10,16 +10,8 @@ from typing import Any
 
 import pytest
 from both_databases import new_database
-from native_client import native_client
+from native_client import native_client, native_context
 from stored_objects import put_objects
-
-from luthier.inference.pool import ModelPool
-from luthier.limits import AccountQuotas
-from luthier.server.live.capture import Capture
-from luthier.server.native.operations import Context
-from luthier.server.stores.locations import Locations
-from luthier.server.stores.objects import Objects
-from luthier.server.tables.arns import Arns
 
 ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 
@@ -29,17 +21,8 @@ def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
     database = new_database()
     files = {file.name: file.read_bytes() for file in folder.glob("*.*")}
     put_objects(database, "111111111111", files)
-    context = Context(
-        database=database,
-        arns=Arns("us-east-1"),
-        locations=Locations(database),
-        pool=ModelPool(0),
-        quotas=lambda account: AccountQuotas(),
-        delete_model=lambda model: None,
-        capture=Capture(Objects(database)),
-    )
     try:
-        return native_client(context, "111111111111").post(path, json=body)
+        return native_client(native_context(database), "111111111111").post(path, json=body)
     finally:
         database.close()
 

@@ -7,17 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from native_client import ACCOUNT, native_client
+from native_client import ACCOUNT, native_client, native_context
 from starlette.testclient import TestClient
 from stored_objects import put_objects
 
-from luthier.inference.pool import ModelPool
-from luthier.limits import AccountQuotas
-from luthier.server.live.capture import Capture
-from luthier.server.native.operations import Context
-from luthier.server.stores.locations import Locations
-from luthier.server.stores.objects import Objects
-from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Base, Database
 
 ROWS = [{"text": f"The fox {n} runs home", "label": ("cat", "dog")[n % 2]} for n in range(12)]
@@ -31,16 +24,7 @@ def client(luthier_home: Path) -> Iterator[TestClient]:
     Base.metadata.create_all(database.engine)
     rows = "".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[3]])
     put_objects(database, ACCOUNT, {"rows.jsonl": rows.encode()})
-    context = Context(
-        database=database,
-        arns=Arns("us-east-1"),
-        locations=Locations(database),
-        pool=ModelPool(0),
-        quotas=lambda account: AccountQuotas(),
-        delete_model=lambda model: None,
-        capture=Capture(Objects(database)),
-    )
-    yield native_client(context)
+    yield native_client(native_context(database))
     database.close()
 
 

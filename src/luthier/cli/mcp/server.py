@@ -7,21 +7,20 @@ answer is for the model, the structured content for the program around the model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp.types import CallToolResult, ToolAnnotations
+from mcp.types import CallToolResult
 from pydantic import Field
 
-import luthier
 from luthier.cli.mcp import jobs
 from luthier.library.folders import is_base_here
 from luthier.library.models import custom_models, pretrained_models
 from luthier.models.catalog import CATALOG
-from luthier.server.tool_answers import WAIT_SECONDS, answer, short_values
+from luthier.server.agent_tools import WAIT_SECONDS, Columns, answer, short_values, tool_server
 
 _SHOWN_JOBS = 10
 _SETTINGS = ("training.", "adaptation.")
@@ -38,31 +37,16 @@ with this id until its state is completed or failed.
 
 File = Annotated[str, Field(description="File or folder of rows, relative to the first folder.")]
 ModelId = Annotated[str, Field(description="Id of a base or custom model.")]
-Columns = Annotated[
-    dict[str, str] | None,
-    Field(description='Column of a key, such as {"label": "intent"}, if inspect asks for it.'),
-]
-_READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
-_WRITES = ToolAnnotations(read_only_hint=False, destructive_hint=False, open_world_hint=False)
 
 
 def build_server(folders: Sequence[Path]) -> MCPServer:
     """Return the server; tools read and write rows in ``folders`` only."""
     tools = _Tools([folder.resolve() for folder in folders])
-    server = MCPServer(
-        "luthier", instructions=INSTRUCTIONS, version=luthier.__version__, log_level="WARNING"
+    return tool_server(
+        INSTRUCTIONS,
+        [tools.inspect, tools.evaluate, tools.compare, tools.predict, tools.generate, tools.search],
+        [tools.clean, tools.tune, tools.job, tools.examples],
     )
-    reading: list[Callable[..., CallToolResult]] = [
-        tools.inspect, tools.evaluate, tools.compare, tools.predict, tools.generate, tools.search
-    ]  # fmt: skip
-    writing: list[Callable[..., CallToolResult]] = [
-        tools.clean, tools.tune, tools.job, tools.examples
-    ]  # fmt: skip
-    for tool in reading:
-        server.add_tool(tool, annotations=_READS)
-    for tool in writing:
-        server.add_tool(tool, annotations=_WRITES)
-    return server
 
 
 class _Tools:

@@ -101,16 +101,23 @@ def audited_write(
 
     The block may fill ``details``, which must not contain secrets.
     """
-    from luthier.server.tables.audit import Event, append
-
     with open_database(url) as database, database.write() as session:
         yield session
-        resource = f"{account}/{name}".strip("/")
-        event = Event(
-            f"luthier:admin.{action}", resource, user=operator(), account=account,
-            address="local", details=details or {},
-        )  # fmt: skip
-        append(session, event)
+        audit(session, action, account, name, details)
+
+
+def audit(
+    session: Session, action: str, account: str, name: str, details: dict[str, Any] | None = None
+) -> None:
+    """Write an entry of the operator's action to the audit log."""
+    from luthier.server.tables.audit import Event, append
+
+    resource = f"{account}/{name}".strip("/")
+    event = Event(
+        f"luthier:admin.{action}", resource, user=operator(), account=account,
+        address="local", details=details or {},
+    )  # fmt: skip
+    append(session, event)
 
 
 def plain_record(row: Any, *names: str) -> Record:

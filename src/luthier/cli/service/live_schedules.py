@@ -12,7 +12,7 @@ from luthier.cli.service.database import (
     Record,
     Region,
     ServiceDatabase,
-    audited_write,
+    audit,
     open_database,
     show_record,
 )
@@ -51,8 +51,8 @@ def auto_retrain(
             wanted = (None, False, False) if off else (rows, on_alert, auto)
             set_rule(Locations(service, None), arns, account, deployment, *wanted)
             details = dict(zip(("rows", "on_alert", "auto"), wanted, strict=True))
-            with audited_write(database, "retraining.set", account, deployment, details):
-                pass  # the rule has transactions of its own
+            with service.write() as session:
+                audit(session, "retraining.set", account, deployment, details)
         with service.read() as session:
             found = describe(find_deployment(session, arns, account, deployment))
     names = "deployment", "rows", "on_alert", "auto", "note"
@@ -113,9 +113,9 @@ def schedule_set(
             if stored:
                 locations.uploads.delete(account, stored)
             raise
-    details = {"every": every, "rows": request["rows"]}
-    with audited_write(database, "schedule.set", account, deployment, details):
-        pass  # the schedule has transactions of its own
+        details = {"every": every, "rows": request["rows"]}
+        with service.write() as session:
+            audit(session, "schedule.set", account, deployment, details)
     return schedule_show(deployment, account=account, region=region, database=database)
 
 
@@ -171,8 +171,8 @@ def schedule_remove(
 
     with open_database(database) as service:
         end_schedule(Locations(service, None), Arns(region), account, deployment)
-    with audited_write(database, "schedule.remove", account, deployment):
-        pass  # the schedule has transactions of its own
+        with service.write() as session:
+            audit(session, "schedule.remove", account, deployment)
     return {"deployment": deployment, "schedule": "removed"}
 
 
