@@ -14,7 +14,7 @@ from luthier.data.shapes.media import MediaRow
 from luthier.data.shapes.texts import QueryDocument, RawText
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.objectives.base import predicts, threshold_of
+from luthier.objectives.base import predicts
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Predictor:
     @property
     def threshold(self) -> float | None:
         """Score above which a pair is similar, if the objective has a threshold."""
-        return threshold_of(self.objective)
+        return self.objective.decision_threshold
 
     def answers(
         self, rows: Sequence[Row], done: Done = lambda count: None, top: int | None = None

@@ -220,6 +220,11 @@ class Objective(StrictModel):
         return 0, 0
 
     @property
+    def decision_threshold(self) -> float | None:
+        """Score above which a pair is similar, or a row anomalous; ``None`` without a threshold."""
+        return None
+
+    @property
     def keeps_held_out(self) -> bool:
         """True if :meth:`finish` needs rows that the stored weights never learned."""
         return False
@@ -522,15 +527,6 @@ def add_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
     for name, module in modules.items():
         model.add_module(name, module)
     return [*modules]
-
-
-def threshold_of(objective: Objective) -> float | None:
-    """Return the decision threshold of an objective that derives a threshold in :meth:`finish`."""
-    # Not every `threshold` decides predictions: that of semi_supervised selects training rows.
-    derives = type(objective).finish is not Objective.finish
-    is_derived = derives and "thresholds" not in type(objective).model_fields
-    threshold: float | None = getattr(objective, "threshold", None) if is_derived else None
-    return threshold
 
 
 def predicts(objective: Objective | None) -> bool:

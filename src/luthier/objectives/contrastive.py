@@ -156,6 +156,11 @@ class Contrastive(Objective):
     allows_augmentation: ClassVar[bool] = True
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(scratch_steps=1_000, scratch_epochs=100)
 
+    @property
+    def decision_threshold(self) -> float | None:
+        """See :attr:`Objective.decision_threshold`."""
+        return self.threshold
+
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Check that rows can have two views, and that there are at least two classes."""
         if any(isinstance(row, RawText) for row in rows) and chat.tokenizer.mask_token_id is None:

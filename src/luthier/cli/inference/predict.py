@@ -128,7 +128,6 @@ def predict(
         from luthier.engine.metrics import Reporter
         from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find, ignores_classes
-        from luthier.objectives.base import threshold_of
         from luthier.workflows.inference_tasks import PredictTask, predict_rows, prediction_lines
 
     reporter = reporter or Reporter()
@@ -150,7 +149,7 @@ def predict(
     is_shared = shared.check(input, output)
     stored = check_active(find(model, is_able=Predictor.is_able))
     objective = Predictor.check(stored)
-    threshold = threshold_of(objective)
+    threshold = objective.decision_threshold
     if ignores_classes(stored):
         reporter.note(f"{stored.id} has classes of its pre-training only: the output is embeddings")
     work = PredictTask(

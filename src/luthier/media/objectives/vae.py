@@ -135,6 +135,11 @@ class VAE(Generative):
         min_steps=1_000,  # training starts from random weights
     )
 
+    @property
+    def decision_threshold(self) -> float | None:
+        """See :attr:`Objective.decision_threshold`."""
+        return self.threshold
+
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Return rows without labels and captions."""
         return spool(row.bare() for row in rows)
