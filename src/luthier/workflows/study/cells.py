@@ -56,8 +56,9 @@ from luthier.workflows.child_processes import (
     run_processes,
 )
 from luthier.workflows.latency import measure_latency
+from luthier.workflows.study.grid import TAUGHT
 from luthier.workflows.study.prompts import with_prompts
-from luthier.workflows.study.starts import start_of
+from luthier.workflows.study.starts import after_text, student_recipe
 
 if TYPE_CHECKING:
     from luthier.inference.generation import Generator
@@ -276,12 +277,12 @@ def _train(folder: Path, reporter: Reporter) -> None:
     request, path = read_json(folder / REQUEST), folder / TRAINED
     earlier = read_json(path)["processor_seconds"] if path.is_file() else 0.0
     recipe = Recipe.parse(request["recipe"])
-    began = time.process_time()
     if request["student"]:  # the time of the teacher's training is not the student's
-        recipe = start_of(recipe, None, request["student"], reporter)
-        began = time.process_time()
+        recipe = student_recipe(recipe, request["student"] == TAUGHT, reporter)
+    began = time.process_time()
     try:
-        recipe = start_of(recipe, request["before"], None, reporter)
+        if request["before"]:
+            recipe = after_text(recipe, request["before"], reporter)
         store_trial(recipe, folder, reporter)
     finally:
         spent = earlier + time.process_time() - began

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,7 +227,8 @@ def check_grid(
             setting="seeds",
         )
     for each in dimensions:
-        _check_special(each, recipe)
+        if message := next(_faults(each, recipe), None):
+            raise RecipeError(message, setting=each.key)
     for configuration in grid:
         try:
             configuration.recipe(recipe, 0, UNKNOWN_ROWS)
@@ -249,23 +250,21 @@ def check_limits(limits: Mapping[str, float], forgetting: bool) -> None:
         raise RecipeError("`at_most` drift needs `forgetting`.", setting="at_most")
 
 
-def _check_special(dimension: Dimension, recipe: Recipe) -> None:
-    """Check the values of a key of :data:`SPECIAL`."""
-    key, message = dimension.key, None
+def _faults(dimension: Dimension, recipe: Recipe) -> Iterator[str]:
+    """Yield the faults of a key of :data:`SPECIAL` and its values."""
+    key = dimension.key
     if key == "rows" and recipe.data.mix:
-        message = "`--vary rows` excludes `--mix`: only the rows of the main file can be a part."
+        yield "`--vary rows` excludes `--mix`: only the rows of the main file can be a part."
     if key == "mix.share" and len(recipe.data.mix) != 1:
-        message = "`--vary mix.share` needs one file: `--mix FILE=0.5`. The study sets the ratio."
+        yield "`--vary mix.share` needs one file: `--mix FILE=0.5`. The study sets the ratio."
     for value in dimension.values:
         number = type(value) in (int, float)
         if key == "rows" and value != ALL and (type(value) is not int or value < 1):
-            message = f"`--vary rows`: {value!r} is not a number of rows. Write rows=50,200,all."
+            yield f"`--vary rows`: {value!r} is not a number of rows. Write rows=50,200,all."
         elif key == "before" and value != NONE and not Path(str(value)).is_file():
-            message = f"`--vary before`: {value} is not a file. Write before=none,FILE."
+            yield f"`--vary before`: {value} is not a file. Write before=none,FILE."
         elif key == "mix.share" and not (number and 0 <= value < 1):
-            message = f"`--vary mix.share`: {value!r} is not a share from 0 to less than 1."
-    if message is not None:
-        raise RecipeError(message, setting=key)
+            yield f"`--vary mix.share`: {value!r} is not a share from 0 to less than 1."
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:

@@ -19,31 +19,17 @@ from luthier.models.networks.layers import layer_names
 from luthier.models.shrinking.student import StudentShape
 from luthier.recipe import Recipe, portable
 from luthier.workflows.student import make_student
-from luthier.workflows.study.grid import TAUGHT, with_settings
+from luthier.workflows.study.grid import with_settings
 from luthier.workflows.tuning import tune
 
 _DISTILLATIONS = {"classification": "encoder_distillation", "sft": "logit_distillation"}
 """Objective of a student by objective of the teacher."""
 
 
-def start_of(recipe: Recipe, before: str | None, student: str | None, reporter: Reporter) -> Recipe:
-    """Return ``recipe`` with the model that a cell starts from.
-
-    Args:
-        recipe: recipe of the cell.
-        before: file to train on first.
-        student: ``taught`` or ``rows``, see :class:`luthier.workflows.study.cells.Cell`.
-        reporter: receives progress.
-
-    Raises:
-        RecipeError: for a teacher without a distillation of its scores, or a single layer.
-    """
-    if student:
-        return _student(recipe, student == TAUGHT, reporter)
-    if before:
-        first = Recipe.parse({"base": recipe.base, "data": {"train": before}})
-        return with_settings(recipe, {"base": _train_once(first, "before", reporter)[0]})
-    return recipe
+def after_text(recipe: Recipe, before: str, reporter: Reporter) -> Recipe:
+    """Return ``recipe`` on the model that was trained on the file ``before`` first."""
+    first = Recipe.parse({"base": recipe.base, "data": {"train": before}})
+    return with_settings(recipe, {"base": _train_once(first, "before", reporter)[0]})
 
 
 def _train_once(
@@ -65,8 +51,12 @@ def _train_once(
     return model.id, student.model_id
 
 
-def _student(recipe: Recipe, is_taught: bool, reporter: Reporter) -> Recipe:
-    """Return the recipe of a student of the model that ``recipe`` trains."""
+def student_recipe(recipe: Recipe, is_taught: bool, reporter: Reporter) -> Recipe:
+    """Return the recipe of a student of the model that ``recipe`` trains.
+
+    Raises:
+        RecipeError: for a teacher without a distillation of its scores, or a single layer.
+    """
     teacher, student = _train_once(recipe, "teacher", reporter, has_student=True)
     fields: dict[str, Any] = {"base": student}
     if is_taught:
