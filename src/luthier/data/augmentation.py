@@ -88,10 +88,8 @@ class Augmentation(StrictModel):
             return Augmentation(crop=0.7, colour=0.4)
         return Augmentation(shift=0.2, speed=0.15, noise=0.2, masks=1)
 
-    def for_inputs(self, chat: ChatFormat) -> Change | None:
-        """Return the change for the inputs of ``chat``; ``None`` if all changes are off."""
-        if not self:
-            return None
+    def for_inputs(self, chat: ChatFormat) -> Change:
+        """Return the change for the inputs of ``chat``."""
         return self if "text" not in self.kinds else WordChange.of(self, chat)
 
     def change(self, example: Example, random: np.random.Generator) -> Example:
