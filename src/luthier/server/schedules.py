@@ -126,11 +126,13 @@ def list_schedules(session: Session, account: str) -> list[dict[str, Any]]:
     )
     found = []
     for schedule, endpoint in session.execute(own.where(Endpoint.account == account)):
-        view = describe(session, endpoint, schedule)
-        last = view.pop("results")[-1:] or [{}]
-        names = "deployment", "every", "next_run", "skipped"
-        shown = {name: last[0].get(name) for name in ("state", "measure", "score")}
-        found.append({name: view[name] for name in names} | shown)
+        # Only the last report is read.
+        last = [_result(session, run) for run in runs_of(session, schedule.id)[-1:]] or [{}]
+        view = {
+            "deployment": endpoint.name, "every": schedule.every,
+            "next_run": schedule.next_run, "skipped": schedule.skipped,
+        }  # fmt: skip
+        found.append(view | {name: last[0].get(name) for name in ("state", "measure", "score")})
     return found
 
 

@@ -49,7 +49,6 @@ from luthier.server.tables.foundation import (
 from luthier.server.tables.jobs import QUEUED, QUEUED_OR_RUNNING, Job, record, run_name
 from luthier.server.tables.measurements import (
     MeasuredModel,
-    Measurement,
     Report,
     create,
 )
@@ -373,8 +372,7 @@ def submit_report(
     lock_by_name(session, f"submit {account}")
     storage.check_count(
         in_flight(session, table, account), limits, "jobs_in_flight",
-        f"unfinished {'evaluations and comparisons' if table is Measurement else 'studies'}",
-        "Wait, or stop some of them.",
+        f"unfinished {table.plural}", "Wait, or stop some of them.",
     )  # fmt: skip
     storage.check(session, account, limits, stored_bytes=1)
     return create(session, table, account, request, models, **columns)

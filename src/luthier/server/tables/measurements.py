@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, TypedDict, TypeVar
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 from sqlalchemy import BigInteger, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -33,6 +33,9 @@ class MeasuredModel(TypedDict):
 class ReportWork(ResultWork):
     """Work that ends with a report."""
 
+    plural: ClassVar[str]
+    """Name of several works of the table, for messages."""
+
     request: Mapped[dict[str, Any]] = mapped_column(JSONText)
     """Body of the request."""
     models: Mapped[list[Any]]
@@ -52,6 +55,7 @@ class Measurement(ReportWork, Base):
 
     __tablename__ = "measurements"
     noun = "the measurement"
+    plural = "evaluations and comparisons"
     unknown_memory = 1 << 29
     prefix = "measurement-"
 

@@ -17,6 +17,7 @@ class Study(ReportWork, Base):
 
     __tablename__ = "studies"
     noun = "the study"
+    plural = "studies"
     unknown_memory = 1 << 29
     prefix = "study-"
     kind: ClassVar[str] = STUDY
