@@ -22,7 +22,6 @@ from luthier.engine.metrics import (
     draw_curves,
     is_hollow,
     is_within_chance,
-    measured_of,
     smooth,
 )
 
@@ -219,9 +218,9 @@ def test_an_error_rate_is_to_be_low() -> None:
     assert best_measurement(lines[:2], "cer") is lines[1]
     assert deciding_measure(lines[:2], "cer") == "loss"
     assert deciding_measure(lines, "cer") == "cer"
-    for name, value in (("cer", 0.07), ("loss", 5.0), ("reward", 3.0), ("accuracy", 0.9)):
-        line = {name: value, "loss": -value if name == "reward" else value}
-        assert measured_of(cost_of(line, name), name) == pytest.approx(value)
+    measured = {"cer": 1.2, "loss": -3.0, "reward": 3.0, "accuracy": 0.9}
+    costs = [cost_of(measured, name) for name in measured]
+    assert costs == pytest.approx([1.0, -3.0, -3.0, 0.1])
 
 
 def test_insignificant_loss_is_not_best() -> None:

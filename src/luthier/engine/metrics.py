@@ -67,13 +67,6 @@ def cost_of(measured: Mapping[str, Any], measure: str) -> float:
     return min(1.0, value) if measure in LESS_IS_BETTER else 1 - value
 
 
-def measured_of(cost: float, measure: str) -> float:
-    """Return the measured value for a :func:`cost_of` value."""
-    if measure in LESS_IS_BETTER:
-        return cost
-    return -cost if measure == "reward" else 1 - cost
-
-
 def deciding_measure(lines: Sequence[Mapping[str, Any]], measure: str) -> str:
     """Return the measure for decisions: the loss, if every measured error rate is 100 % or more."""
     unread = measure in LESS_IS_BETTER and all(cost_of(line, measure) == 1 for line in lines)

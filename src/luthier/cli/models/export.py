@@ -147,9 +147,11 @@ def _measure_onnx(
     from luthier.data.rows import load_rows
     from luthier.exports.onnx import ONNX_FILE
     from luthier.exports.onnx_int8 import measure_int8
-    from luthier.workflows.training_overlap import validation_rows
+    from luthier.workflows.training_overlap import row_remarks, validation_rows
 
     rows = validation_rows(stored)[0] if data is None else load_rows(data, columns)
+    for remark in [] if data is None else row_remarks(stored, data, rows):
+        reporter.note(remark)
     if len(rows) < 2:
         reporter.note("the loss of score is not measured: the validation rows are missing")
         return None

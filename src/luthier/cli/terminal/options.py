@@ -45,14 +45,6 @@ def parse_duration(text: str) -> float:
     return duration(text)
 
 
-def parse_numbers(text: str) -> list[float]:
-    """Parse numbers separated by commas."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise RecipeError(f"{text!r} is not a list of numbers like 0.125,0.25,0.5,1") from error
-
-
 def parse_whole_numbers(text: str) -> list[int]:
     """Parse whole numbers separated by commas."""
     try:

@@ -115,7 +115,7 @@ class _Runtime:
             value, input_tokens, output_tokens = *self._embed(stored_id, form), 0
         elif isinstance(form, ImageBody):
             value, input_tokens, output_tokens = (
-                self._sample(stored_id, form),
+                self._sample(stored_id, form, request.params["modelId"]),
                 0,
                 form.request().count,
             )
@@ -199,7 +199,7 @@ class _Runtime:
             vector = [value / norm for value in vector]
         return {"embedding": vector, "inputTextTokenCount": embedding.tokens}, embedding.tokens
 
-    def _sample(self, stored_id: str, form: ImageBody) -> dict[str, Any]:
+    def _sample(self, stored_id: str, form: ImageBody, model: str) -> dict[str, Any]:
         from luthier.media.image_grid import encode_png
 
         with inference_faults():
@@ -207,7 +207,7 @@ class _Runtime:
                 sampled = self.pool.sample(stored_id, form.request())
             except InferenceRefused as refused:
                 raise form.to_fault(refused) from refused
-        return form.response([encode_png(each.pixels, stored_id) for each in sampled.images])
+        return form.response([encode_png(each.pixels, model) for each in sampled.images])
 
 
 def _with_failure(
