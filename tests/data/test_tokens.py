@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.data.tokens import LARGE, SMALL, TokenFile, TokenWriter, id_type
+from luthier.data.tokens import LARGE, SMALL, EncoderTokenFile, TokenFile, TokenWriter, id_type
 from luthier.errors import CorruptFile
 from luthier.objectives import CausalLM
 from luthier.types import Example
@@ -32,6 +32,17 @@ def test_token_file_sequences_equal_packed_rows(count: int, tmp_path: Path) -> N
         assert ours.ids_T.tolist() == theirs.ids_T.tolist() and ours.row == theirs.row
         assert ours.weight_T.tolist() == theirs.weight_T.tolist()
     assert found.longest == max(map(len, expected))
+
+
+def test_encoder_sequences_have_ends_that_are_not_learned(tmp_path: Path) -> None:
+    start, end = 0, 1
+    ids = [5, 6, end, 7, 8]
+    found = EncoderTokenFile.open(tmp_path / "t", written(tmp_path / "t", ids), 3, start, end)
+    first, second = found
+    assert first.ids_T.tolist() == [start, 5, 6, end, end] and found.longest == 5
+    assert first.weight_T.tolist() == [0, 1, 1, 0, 0]
+    assert first.target is not None and first.target.tolist() == [-1, 1, 2, -1, -1]
+    assert second.ids_T.tolist() == [start, 7, 8, end]
 
 
 def test_token_file_supports_indexing_and_slicing(tmp_path: Path) -> None:

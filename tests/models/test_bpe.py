@@ -28,6 +28,14 @@ def test_vocabulary_has_requested_size_and_end_token() -> None:
     assert len(train_bpe(["a"], 5000)) == SMALLEST
 
 
+def test_encoder_tokenizer_puts_texts_between_special_tokens() -> None:
+    tokenizer = train_bpe(TEXTS, 300, is_encoder=True)
+    assert tokenizer.decode(tokenizer("lower").input_ids) == "<s>lower</s>"
+    assert tokenizer.decode(tokenizer("low", "wide").input_ids) == "<s>low</s>wide</s>"
+    assert tokenizer.mask_token_id is not None and tokenizer.pad_token_id is not None
+    assert encode(tokenizer, ["lower"])[0] == tokenizer("lower").input_ids[1:-1]
+
+
 def test_the_same_text_gives_the_same_tokenizer() -> None:
     first, second = (train_bpe(iter(TEXTS), 290).backend_tokenizer.to_str() for _ in range(2))
     assert first == second

@@ -152,6 +152,38 @@ def test_pretrained_base_generates_exports_and_tunes(
     assert not any((luthier_home / "pretraining").glob("mine"))
 
 
+def test_pretrained_encoder_fills_masks_and_is_tuned(text: Path, tmp_path: Path) -> None:
+    training = {**TRAINING, "max_steps": 30}
+    fields = {
+        "name": "reads",
+        "data": {"train": [str(text)], "validation_share": 0.1},
+        "network": {"family": "bert", "size": "tiny", "context": 32},
+        "training": training,
+    }
+    result = made(fields)
+
+    lines = (Path(result.run_dir) / "metrics.jsonl").read_text().split("\n")[:-1]
+    held = [each["loss"] for each in map(json.loads, lines) if each["event"] == "validation"]
+    assert result.validation_loss < 0.75 * held[0]
+    stored = find("reads")
+    assert not stored.writes and stored.objective.method == "masked_lm"
+
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(stored.folder)
+    model: Any = AutoModelForMaskedLM.from_pretrained(stored.folder)
+    encoded = tokenizer("The fox sees the<mask> today.", return_tensors="pt")
+    assert tokenizer.mask_token_id in encoded.input_ids
+    assert model(**encoded).logits.shape == (*encoded.input_ids.shape, len(tokenizer))
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(
+        json.dumps({"text": each, "label": str("today" in each)}) + "\n" for each in SENTENCES
+    ))  # fmt: skip
+    tuned = luthier.tune(rows, base="reads", name="when", training__max_steps=1)
+    assert tuned.model_id == "reads:when"
+
+
 @pytest.mark.slow
 def test_continued_pretraining_keeps_tokenizer_of_base(
     fields: Callable[..., dict[str, Any]], text: Path, tmp_path: Path

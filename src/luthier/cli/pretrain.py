@@ -26,7 +26,7 @@ PRETRAINING: Mapping[str, RecipeField] = {
     "size": RecipeField("network.size", "Size: tiny, 3m, 10m, 30m or 135m weights."),
     "base": RecipeField("network.base", "Base model for continued pre-training."),
     "adaptation": TUNING["adaptation"],
-    "family": RecipeField("network.family", "Network: llama, gpt2, palm or transfo_xl."),
+    "family": RecipeField("network.family", "Network: llama, gpt2, bert, palm or transfo_xl."),
     "config": RecipeField("network.config", "A config.json, instead of size and family.", Path),
     "vocabulary": RecipeField("tokenizer.vocabulary", "Number of tokens of the tokenizer.", int),
     "context": RecipeField("network.context", "Context length in tokens.", int),
@@ -85,6 +85,7 @@ def show_pretraining(result: Result) -> None:
     """Print the result of a pre-training and the next commands."""
     from luthier.cli.tune import loss_figures, print_verdict
     from luthier.evaluation.significance import perplexity_of
+    from luthier.library.models import find
 
     out = new_console(highlight=False, soft_wrap=True)
     held = ""
@@ -100,5 +101,6 @@ def show_pretraining(result: Result) -> None:
     )
     print_verdict(result)
     out.print(f"  loss curve  {result.run_dir}/loss.png")
-    out.print(f'  use it      luthier generate {result.model_id} "Once"')
+    if find(result.model_id).writes:
+        out.print(f'  use it      luthier generate {result.model_id} "Once"')
     out.print(f"  tune it     luthier tune DATA --base {result.model_id}")

@@ -110,8 +110,9 @@ def print_result(result: Result) -> None:
         out.print(f"  {result.comparison.verdict}", style="bold yellow", markup=False)
         options = result.comparison.kept_by
         if options and stored.objective.method == "classification":
-            data = shlex.join((stored.manifest.recipe or {})["data"]["train"])
-            out.print(f"  keep the baseline: luthier tune {data} {options}", markup=False)
+            data = (stored.manifest.recipe or {})["data"]["train"]
+            files = shlex.join([data] if isinstance(data, str) else data)
+            out.print(f"  keep the baseline: luthier tune {files} {options}", markup=False)
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
     if result.verdict is not None and result.verdict.stopped_early:
         steps += " (stopped early)"

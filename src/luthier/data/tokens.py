@@ -80,13 +80,13 @@ class TokenFile(Sequence[Example]):
     """Number of tokens in the file."""
     length: int
 
-    @staticmethod
-    def open(path: Path, facts: dict[str, Any], length: int) -> TokenFile:
+    @classmethod
+    def open(cls, path: Path, facts: dict[str, Any], length: int, *special: int) -> Self:
         """Open a file described by :meth:`TokenWriter.close`; the file size is checked."""
         size = facts["tokens"] * np.dtype(facts["type"]).itemsize
         if not path.is_file() or path.stat().st_size != size:
             raise CorruptFile(f"{path} does not have {size:,} bytes, as recorded")
-        return TokenFile(path, facts["type"], facts["tokens"], length)
+        return cls(path, facts["type"], facts["tokens"], length, *special)
 
     def __len__(self) -> int:
         return -(-self.tokens // self.length) if self.tokens > 1 else 0
@@ -105,9 +105,12 @@ class TokenFile(Sequence[Example]):
         start, stop = self._start(index), self._start(index + 1)
         size = np.dtype(self.kind).itemsize
         ids_T = np.fromfile(self.path, self.kind, stop - start, offset=start * size)
+        return self._example(ids_T.astype(np.int64), index)
+
+    def _example(self, ids_T: IntArray, index: int) -> Example:
         weight_T = np.ones(len(ids_T), dtype=np.float32)
         weight_T[0] = 0.0
-        return Example(ids_T.astype(np.int64), weight_T, index)
+        return Example(ids_T, weight_T, index)
 
     @property
     def longest(self) -> int:
@@ -119,3 +122,27 @@ class TokenFile(Sequence[Example]):
         # A single last token has no context, so the last sequence starts one token earlier.
         lone = index == len(self) - 1 and self.tokens - start == 1 and index > 0
         return start - 1 if lone else start
+
+
+@dataclass(frozen=True)
+class EncoderTokenFile(TokenFile):
+    """Sequences between the start and end token of an encoder, for masked language modelling.
+
+    Special tokens are not learned. ``target`` is as in :class:`~luthier.objectives.MaskedLM`, with each
+    token as a word.
+    """
+
+    start_id: int
+    end_id: int
+    """Also ends each document."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, with start and end."""
+        return super().longest + 2
+
+    def _example(self, ids_T: IntArray, index: int) -> Example:
+        ids_T = np.array([self.start_id, *ids_T, self.end_id])
+        is_special_T = np.isin(ids_T, (self.start_id, self.end_id))
+        word_T = np.where(is_special_T, -1, np.arange(len(ids_T)))
+        return Example(ids_T, (~is_special_T).astype(np.float32), index, target=word_T)

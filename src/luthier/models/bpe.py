@@ -1,7 +1,8 @@
 """Byte-level BPE training on raw text (Sennrich et al. 2016; on bytes, Radford et al. 2019).
 
 Every byte is a token, so any text can be encoded. GPT-2's pattern splits words. One special token
-ends a document. Not implemented: merges across words, BPE dropout.
+ends a document. Encoders have the special tokens of RoBERTa (Liu et al. 2019) instead. Not implemented:
+merges across words, BPE dropout.
 """
 
 from __future__ import annotations
@@ -12,33 +13,49 @@ from typing import Any
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257
 """256 bytes and the end-of-text token."""
+ENCODER_TOKENS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+"""Special tokens of an encoder, by transformers' name."""
 
 
-def train_bpe(texts: Iterable[str], vocabulary: int) -> Any:
+def train_bpe(texts: Iterable[str], vocabulary: int, is_encoder: bool = False) -> Any:
     """Return a transformers tokenizer with at most ``vocabulary`` tokens, deterministic for equal
-    texts.
+    texts. An encoder's tokenizer puts ``<s>`` before a text and ``</s>`` after each.
 
     Memory grows with the number of distinct words, not with the length of the text.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
+    special = (
+        ENCODER_TOKENS if is_encoder else dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    )
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         min_frequency=2,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[*dict.fromkeys(special.values())],
         # Bytes that the training text lacks must be tokens too.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
+    if is_encoder:
+        ends = [(token, core.token_to_id(token)) for token in ("<s>", "</s>")]
+        core.post_processor = processors.TemplateProcessing(
+            "<s> $A </s>", "<s> $A </s> $B </s>", ends
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
+        **special,
         # Clean-up would remove spaces before punctuation, so decoding would change the text.
         clean_up_tokenization_spaces=False,
     )

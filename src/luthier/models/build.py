@@ -34,8 +34,8 @@ def read_configuration(path: Path) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if not key.startswith("_")}
 
 
-def build(fields: dict[str, Any], seed: int, folder: Path) -> None:
-    """Save a causal language model in float32 with weights drawn from ``seed``.
+def build(fields: dict[str, Any], seed: int, folder: Path, kind: HeadKind = "causal_lm") -> None:
+    """Save a language model in float32 with weights drawn from ``seed``.
 
     The initialization is transformers' for the family: ``N(0, 0.02)``, for GPT-2's residual
     projections divided by ``sqrt(2 * layers)`` (Radford et al. 2019, section 2.3). The modules of
@@ -44,7 +44,7 @@ def build(fields: dict[str, Any], seed: int, folder: Path) -> None:
     Raises:
         RecipeError: for an invalid configuration or a network that luthier cannot train.
     """
-    _draw(fields, "causal_lm", seed).save_pretrained(folder)
+    _draw(fields, kind, seed).save_pretrained(folder)
 
 
 def build_speller(fields: dict[str, Any], seed: int, folder: Path, lowercase: bool = False) -> None:

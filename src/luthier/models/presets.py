@@ -2,9 +2,9 @@
 
 ``135m`` of the Llama family is SmolLM2-135M (Allal et al. 2025, arXiv:2502.02737), deep and narrow as
 Liu et al. 2024 (arXiv:2402.14905) found best below a billion weights; of GPT-2 it is the smallest of
-Radford et al. 2019. The smaller ones keep heads of 32 or 64 numbers and inner widths of the family: 4
-widths for GPT-2, PaLM and Transformer-XL, 8/3 for Llama, whose feed-forward part has a third matrix
-(Shazeer 2020). A Transformer-XL learns from longer rows, each of four segments.
+Radford et al. 2019, and of BERT the base network of Devlin et al. 2019. The smaller ones keep heads of
+32 or 64 numbers and inner widths of the family: 4 widths, and 8/3 for Llama, whose feed-forward part
+has a third matrix (Shazeer 2020). A Transformer-XL learns from longer rows, each of four segments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Family = Literal["llama", "gpt2", "palm", "transfo_xl"]
+Family = Literal["llama", "gpt2", "bert", "palm", "transfo_xl"]
 Size = Literal["tiny", "3m", "10m", "30m", "135m"]
 
 
@@ -46,6 +46,13 @@ SHAPES: dict[Family, dict[Size, NetworkShape]] = {
         "10m": NetworkShape(320, 7, 5, 1280, 512, 8192),
         "30m": NetworkShape(512, 8, 8, 2048, 512, 16384),
         "135m": NetworkShape(768, 12, 12, 3072, 1024, 49152),
+    },
+    "bert": {
+        "tiny": NetworkShape(128, 4, 4, 512, 128, 4096),
+        "3m": NetworkShape(192, 5, 6, 768, 256, 4096),
+        "10m": NetworkShape(320, 7, 5, 1280, 512, 8192),
+        "30m": NetworkShape(512, 8, 8, 2048, 512, 16384),
+        "135m": NetworkShape(768, 12, 12, 3072, 512, 49152),
     },
     "palm": {
         "tiny": NetworkShape(128, 3, 4, 512, 256, 4096),
@@ -98,6 +105,8 @@ def configuration(family: Family, shape: NetworkShape, end_id: int) -> dict[str,
         "intermediate_size": shape.inner,
         "max_position_embeddings": shape.context,
     }
+    if family == "bert":
+        return common | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if family == "transfo_xl":
         segment = -(-shape.context // SEGMENTS)
         return common | {

@@ -23,14 +23,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from luthier import __version__
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.files.corpus import CorpusPiece, HeldOut, Survey, pieces, sample, survey
 from luthier.data.files.read import find_container
 from luthier.data.files.sources import files_of
-from luthier.data.tokens import TokenFile, TokenWriter, id_type
+from luthier.data.tokens import EncoderTokenFile, TokenFile, TokenWriter, id_type
 from luthier.engine.dataset import Dataset
 from luthier.engine.job import TrainingJob, resolve_job
 from luthier.engine.machine import (
@@ -64,10 +64,12 @@ from luthier.library import models as store
 from luthier.models import bpe
 from luthier.models.build import build, read_configuration
 from luthier.models.manifest import Manifest
+from luthier.models.networks.heads import Head
 from luthier.models.presets import SHAPES, configuration
 from luthier.models.process_group import ProcessGroup
 from luthier.objectives.base import RunModels
 from luthier.objectives.causal_lm import CausalLM
+from luthier.objectives.masked_lm import MaskedLM
 from luthier.recipe import DataSpec, Recipe, Training
 from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.pretrain_defaults import NetworkFacts, choose, plan, shortage
@@ -206,7 +208,7 @@ def _job(
     """Read or create the parts and choose open settings."""
     parts = _make_parts(recipe, run, reporter)
     recipe, choices, start, data = parts.recipe, parts.choices, parts.start, parts.data
-    weights, embedding = _count(start)
+    weights, embedding = _count(start, data.objective.head())
     training: Training = recipe.training
     if recipe.network.base is None:  # continued pre-training uses the defaults of tuning
         facts = NetworkFacts(weights, embedding, parts.context, data.counts["tokens"])
@@ -262,15 +264,29 @@ def _dataset(
     reporter: Reporter,
 ) -> Dataset:
     folder, facts = run.folder / TOKENS, _tokens(recipe, run, statistics, chat, reporter)
-    train = TokenFile.open(folder / "train.bin", facts["train"], context)
-    validation = TokenFile.open(folder / "validation.bin", facts["validation"], context)
+    objective = recipe.objective(chat, context)
+    train, validation = (
+        EncoderTokenFile.open(
+            path,
+            facts[path.stem],
+            context - 2,
+            chat.tokenizer.cls_token_id,
+            chat.text_encoder.end_id,
+        )
+        if recipe.is_encoder
+        else TokenFile.open(path, facts[path.stem], context)
+        for path in (folder / "train.bin", folder / "validation.bin")
+    )
+    learned = train.tokens - len(train)
+    if isinstance(objective, MaskedLM):
+        learned = round(objective.mask_share * train.tokens)
     if not train:
         raise RecipeError(
             f"The training text has only {train.tokens} tokens. Give more text, or reduce "
             "`data.validation_share`."
         )
     return Dataset(
-        objective=recipe.objective(context),
+        objective=objective,
         train=train,
         validation=validation[:: max(1, -(-len(validation) // MAX_VALIDATION))],
         longest=train.longest,
@@ -280,7 +296,7 @@ def _dataset(
             "rows": statistics.documents,
             "validation_rows": len(validation),
             "tokens": train.tokens,
-            "learned_tokens": train.tokens - len(train),
+            "learned_tokens": learned,
             "examples": len(train),
         },
     )
@@ -303,6 +319,7 @@ def _start(
     if recipe.network.base is not None:
         return store.find(recipe.network.base, reporter.stage)
     folder = run.folder / START
+    kind: Literal["causal_lm", "masked_lm"] = "masked_lm" if recipe.is_encoder else "causal_lm"
     if not folder.is_dir():
         fields, vocabulary = _network(recipe)
         reporter.stage(f"Training a tokenizer of {vocabulary:,} tokens")
@@ -312,19 +329,22 @@ def _start(
             reporter.note(
                 f"the tokenizer learns from {size:,} of {statistics.characters:,} characters"
             )
-        tokenizer = bpe.train_bpe(texts, vocabulary)
+        tokenizer = bpe.train_bpe(texts, vocabulary, recipe.is_encoder)
         if len(tokenizer) < vocabulary:
             reporter.note(
                 f"the text has only {len(tokenizer):,} different tokens, the size of the vocabulary"
             )
         end = tokenizer.eos_token_id
-        fields |= {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}
+        start = tokenizer.bos_token_id
+        fields |= {"vocab_size": len(tokenizer), "bos_token_id": start, "eos_token_id": end}
         fields.pop("pad_token_id", None)
+        if recipe.is_encoder:
+            fields["pad_token_id"] = tokenizer.pad_token_id
         with new_folder(folder) as fresh:
-            build(fields, recipe.training.seed, fresh)
+            build(fields, recipe.training.seed, fresh, kind)
             tokenizer.save_pretrained(fresh)
     name = "a new network"
-    return store.StoredModel(name, folder, Manifest(id=name, kind="causal_lm"))
+    return store.StoredModel(name, folder, Manifest(id=name, kind=kind))
 
 
 def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:
@@ -409,9 +429,9 @@ def _report_progress(
             reporter.stage(f"Writing tokens: {share:.0%}, {now / share - now:,.0f} s left")
 
 
-def _count(start: store.StoredModel) -> tuple[int, int]:
+def _count(start: store.StoredModel, head: Head) -> tuple[int, int]:
     """Return the weights of the network and of the embedding tables."""
-    model: Any = start.network.sketch(start.objective.head())
+    model: Any = start.network.sketch(head)
     tables = {
         id(m.weight): m.weight
         for m in (model.get_input_embeddings(), model.get_output_embeddings())

@@ -7,7 +7,7 @@ command line or Python, and stored with the base model.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, SerializeAsAny, field_validator
 
@@ -17,8 +17,12 @@ from luthier.models.bpe import SMALLEST
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import Family, Size
 from luthier.objectives.causal_lm import CausalLM
+from luthier.objectives.masked_lm import MaskedLM
 from luthier.recipe import ModelName, Training, adaptation_of, parse
 from luthier.validation import StrictModel
+
+if TYPE_CHECKING:
+    from luthier.data.conversations.chat import ChatFormat
 
 
 class Corpus(StrictModel):
@@ -38,8 +42,9 @@ class NewNetwork(StrictModel):
     base: str | None = None
     """A model for continued pre-training, with its tokenizer; by default a new network is built."""
     family: Family = "llama"
-    """Kind of network: ``llama``, ``gpt2``, ``palm`` (Chowdhery et al. 2022: parallel layers, one
-    key head) or ``transfo_xl`` (Dai et al. 2019: recurrent segments)."""
+    """Kind of network: ``llama``, ``gpt2``, ``bert`` (Devlin et al. 2019: an encoder of masked
+    words), ``palm`` (Chowdhery et al. 2022: parallel layers, one key head) or ``transfo_xl`` (Dai
+    et al. 2019: recurrent segments)."""
     size: Size | None = None
     """Approximate number of weights; by default chosen from the amount of text."""
     config: Path | None = None
@@ -132,6 +137,13 @@ class PretrainRecipe(StrictModel):
         """Return JSON values without unset fields."""
         return self.model_dump(mode="json", exclude_none=True)
 
-    def objective(self, context: int) -> CausalLM:
-        """Return the training objective: next-token prediction in sequences of ``context`` tokens."""
+    @property
+    def is_encoder(self) -> bool:
+        """True for a new network that learns masked tokens."""
+        return self.network.base is None and self.network.family == "bert"
+
+    def objective(self, chat: ChatFormat, context: int) -> CausalLM | MaskedLM:
+        """Return the training objective, in sequences of ``context`` tokens."""
+        if self.is_encoder:
+            return MaskedLM(sequence_length=context).fit([], chat)
         return CausalLM(sequence_length=context)
