@@ -204,7 +204,7 @@ def test_long_replies_are_not_graded_by_the_letter() -> None:
     notes: list[str] = []
     assert [*default_graders(rows(12), notes.append)] == ["exact"] and not notes
     chosen = default_graders(rows(13), notes.append)
-    assert [*chosen] == ["rouge_l"]
+    assert [*chosen] == ["rouge_l", "rouge_1", "rouge_2"]
     half = [f"{row.expected_reply()} {row.expected_reply()} x" for row in rows(13)]
     assert 0.6 < grade(rows(13), half, chosen).scores["rouge_l"] < 0.7
     # The requested grader grades, with a remark if all scores are zero.

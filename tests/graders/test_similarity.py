@@ -120,3 +120,17 @@ def test_a_very_long_reply_takes_little_time(measure: str) -> None:
 def test_chrf_matches_sacrebleu(reply: str, expected: str, score: float) -> None:
     found = Similarity(measure="chrf").score(answer(reply, expected))
     assert found == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("measure", "reply", "score"),
+    [  # common words or pairs, twice, over those of both texts
+        ("rouge_1", "the cat sat on a mat", 5 / 6),
+        ("rouge_2", "the cat sat on a mat", 3 / 5),
+        ("rouge_2", "mat", 0.0),
+        ("rouge_1", "", 0.0),
+    ],
+)
+def test_rouge_counts_words_and_pairs_of_words(measure: str, reply: str, score: float) -> None:
+    grader = Similarity.model_validate({"measure": measure})
+    assert grader.score(answer(reply, "the cat sat on the mat")) == pytest.approx(score)

@@ -22,15 +22,15 @@ from luthier.data.shapes.texts import LabelledText
 from luthier.documents import passages
 from luthier.errors import DataError, RecipeError
 from luthier.evaluation.significance import RowScores, differences
-from luthier.graders import Exact
+from luthier.graders import Exact, Similarity
 from luthier.library.models import StoredModel, find
 from luthier.library.reports import reports_of
 from luthier.types import Message
 from luthier.workflows.compare import HeadToHead, check_leakage, check_measures, comparison_page
-from luthier.workflows.contenders import Contender
+from luthier.workflows.contenders import Contender, Contest
 from luthier.workflows.estimate.budget import Prices, TokenPrices
 from luthier.workflows.evaluate import open_graders
-from luthier.workflows.prompting import Technique
+from luthier.workflows.prompting import Technique, questions_of
 
 ANIMALS = ("fox", "dog", "cat", "cow", "hen", "pig")
 
@@ -307,6 +307,22 @@ def test_compare_tagger_with_linear_probe(
     names = [each.name for each in found.contenders]
     assert len(names) == 2 and "the most frequent tag of each word" in names
     assert found.remarks
+
+
+def test_lead_has_the_length_that_fits_the_training_rows() -> None:
+    words = [[f"w{row}{n}" for n in range(40)] for row in range(6)]
+    rows = [
+        PromptCompletion("t", n, " ".join(each), " ".join([*each[:12], "end"]))
+        for n, each in enumerate(words, 1)
+    ]
+    questions, learned = questions_of(rows[:2]), questions_of(rows[2:])
+    contest = Contest({"rouge_l": Similarity(measure="rouge_l")})
+    (found,) = contest.lead(rows[:2], rows[2:], questions, learned)
+    assert found.replies == [" ".join(each[:12]) for each in words[:2]]
+    # Short prompts are no text to summarize, and other graders have no use for a lead.
+    short = [PromptCompletion("t", 1, "a b c d", "a b c")]
+    assert not contest.lead(short, short, questions_of(short), questions_of(short))
+    assert not Contest({"exact": Exact()}).lead(rows[:2], rows[2:], questions, learned)
 
 
 def test_different_measures_are_refused() -> None:

@@ -185,7 +185,9 @@ def show_comparison(found: HeadToHead) -> None:
     priced = [] if found.prices is None else [f"{found.prices.currency}/1,000"]
     if found.prices is not None and found.per_month:
         priced += [f"{found.prices.currency}/month", "repaid"]
-    numbers = ("score ±", "vs. best ±", "tokens", "ms", "MB", *priced)
+    generates = any(each.prompt_tokens is not None for each in found.contenders)
+    further = [name for name in found.best.scores if name != found.measure and generates]
+    numbers = ("score ±", "vs. best ±", *further, "tokens", "ms", "MB", *priced)
     table, behind = new_table("", *numbers, numbers=numbers), found.behind()
     months = found.break_even()
     for each in found.contenders:
@@ -197,6 +199,7 @@ def show_comparison(found: HeadToHead) -> None:
         cells: list[str | Text] = [
             Text(each.name, "bold" if each.is_tuned else ""),
             f"{each.score.value:{style}} {each.score.error:{style}}", difference,
+            *(f"{each.scores[name]:.3f}" if name in each.scores else "" for name in further),
             "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
             f"{1000 * each.seconds:,.1f}",
             f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",

@@ -349,7 +349,11 @@ def default_graders(rows: Sequence[Row], note: Callable[[str], None]) -> dict[st
         "grader: rouge_l (common words in order), because the expected replies have "
         f"{words:.0f} words (median). Choose a grader for a different measure"
     )
-    return {"rouge_l": Similarity(measure="rouge_l")}
+    return {
+        "rouge_l": Similarity(measure="rouge_l"),
+        "rouge_1": Similarity(measure="rouge_1"),
+        "rouge_2": Similarity(measure="rouge_2"),
+    }
 
 
 def check(rows: Sequence[Row], graders: Mapping[str, Grader]) -> None:

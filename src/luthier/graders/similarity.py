@@ -27,6 +27,7 @@ class Similarity(Grader):
       (Rajpurkar et al. 2016, "SQuAD", section 6.1, and its evaluation script).
     - ``rouge_l``: longest common subsequence of words, without case (Lin 2004, "ROUGE", section 3.1;
       F with beta 1, as in the ``rouge-score`` package). No stemming; words of all scripts count.
+    - ``rouge_1``, ``rouge_2``: common words and pairs of words, counted in the same way.
     - ``chrf``: n-grams of 1 to 6 characters without white space, with double weight on recall
       (Popović 2015, "chrF", as in ``sacrebleu``). For translations and languages with rich
       morphology.
@@ -35,7 +36,7 @@ class Similarity(Grader):
     """
 
     method: Literal["similarity"] = "similarity"
-    measure: Literal["token_f1", "rouge_l", "chrf", "characters"] = "token_f1"
+    measure: Literal["token_f1", "rouge_l", "rouge_1", "rouge_2", "chrf", "characters"] = "token_f1"
     """Similarity measure."""
 
     def score(self, answer: Answer) -> float:
@@ -49,7 +50,9 @@ class Similarity(Grader):
                 return _overlap(squad_words(reply), squad_words(expected), 1)
             case "characters":
                 return _lcs_f1(reply.strip(), expected.strip())
-        return _lcs_f1(_words(reply), _words(expected))
+            case "rouge_l":
+                return _lcs_f1(_words(reply), _words(expected))
+        return rouge_n(_words(reply), _words(expected), int(self.measure[-1]))
 
 
 class TextSimilarity(Grader):
@@ -92,10 +95,7 @@ class TextSimilarity(Grader):
                 return gleu(given, wanted)
             case "rouge_l":
                 return _lcs_f1(given, wanted)
-        size = int(self.evaluation_metric.removeprefix("rouge_"))
-        if max(len(given), len(wanted)) < size:  # too short for n-grams
-            return float(given == wanted)
-        return _overlap(given, wanted, size)
+        return rouge_n(given, wanted, int(self.evaluation_metric.removeprefix("rouge_")))
 
 
 def chrf(given: str, wanted: str) -> float:
@@ -143,6 +143,13 @@ def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
             for words in (first, second)
         )
     return int(LCSseq.similarity(first, second))
+
+
+def rouge_n(given: Sequence[str], wanted: Sequence[str], size: int) -> float:
+    """Return the F1 of n-grams of ``size`` words; equality for texts too short for n-grams."""
+    if max(len(given), len(wanted)) < size:
+        return float(given == wanted)
+    return _overlap(given, wanted, size)
 
 
 def bleu(given: Sequence[str], wanted: Sequence[str]) -> float:

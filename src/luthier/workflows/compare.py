@@ -334,7 +334,7 @@ def compare(
         known = rows if labelled else train or rows
         graders = graders_for(known, note if writes else lambda text: None)
     generated = len(generators) * len(variants) + len(rivals) * (1 + len(own))
-    replies = len(rows) * (generated + 2 * bool(train_questions))
+    replies = len(rows) * (generated + 3 * bool(train_questions))
     opened = open_graders(graders, replies, note) if writes else {}
     if judge is not None:  # each pair in both orders
         judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
@@ -367,6 +367,7 @@ def compare(
         contenders += contest.ask(rival, rows, row_questions, [variants[0], *own], count)
     if train_questions and not labelled:
         contenders += contest.copies(rows, row_questions, train_questions)
+        contenders += contest.lead(rows, train, row_questions, train_questions)
     measure = next(iter(measures.values()))
     if judge is not None:
         measure, contenders = "win_rate", _judge(judge, rows, contenders, remarks)

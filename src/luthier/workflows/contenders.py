@@ -21,10 +21,10 @@ from luthier.evaluation.baselines import (
     FittedBaselines,
     fit_and_score,
 )
-from luthier.evaluation.evaluate import default_graders, grade
+from luthier.evaluation.evaluate import default_graders, grade, median_words
 from luthier.evaluation.significance import RowScores
 from luthier.files import folder_size
-from luthier.graders import Exact
+from luthier.graders import Exact, Similarity
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat
 from luthier.inference.prediction import Predictor
@@ -57,6 +57,12 @@ FREQUENT = 0.05
 """Share of training rows with the same reply from which the reply is a rival."""
 TIMED_ROWS = 256
 """Maximum number of rows for the time of an answer of a model that predicts."""
+LEADS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Numbers of words that the lead baseline tries."""
+LEAD_ROWS = 200
+"""Number of training rows, about, that choose the number of words."""
+SUMMARY = 2.0
+"""Length of the prompts of summaries, at least, in lengths of the replies."""
 SHOWN = ("zero-shot", "fine-tuning")
 """Techniques whose replies are shown and sampled: models with the prompts as they are."""
 
@@ -279,6 +285,34 @@ class Contest:
             contenders.append(self._copy(name, rows, [reply] * len(rows), 0.0))
         return contenders
 
+    def lead(
+        self,
+        rows: Sequence[Row],
+        train: Sequence[Row],
+        questions: Sequence[Question],
+        train_questions: Sequence[Question],
+    ) -> list[Contender]:
+        """Measure the first words of the prompt as a reply, the usual rival of summaries.
+
+        Training rows choose the number of words. Empty unless prompts are much longer than replies.
+        """
+        name, grader = next(iter(self.graders.items()))
+        words = median_words(_last_turn(each) for each in train_questions)
+        if not isinstance(grader, Similarity) or words < SUMMARY * median_words(
+            each.answer for each in train_questions
+        ):
+            return []
+        step = max(1, len(train) // LEAD_ROWS)
+        chosen = [*zip(train, train_questions, strict=True)][::step]
+
+        def score_of(size: int) -> float:
+            replies = [_first_words(each, size) for _, each in chosen]
+            return first_score(grade([row for row, _ in chosen], replies, {name: grader})).value
+
+        best = max(LEADS, key=score_of)
+        replies = [_first_words(each, best) for each in questions]
+        return [self._copy(f"the first {best} words of the prompt", rows, replies, 0.0)]
+
     def _copy(
         self, name: str, rows: Sequence[Row], replies: Sequence[str], seconds: float
     ) -> Contender:
@@ -348,6 +382,14 @@ def _weight_bytes(stored: StoredModel) -> int:
 def _training(stored: StoredModel, name: str) -> float:
     """Return ``seconds`` or ``tokens`` of the training."""
     return float((stored.manifest.metrics or {}).get(name, 0.0))
+
+
+def _last_turn(question: Question) -> str:
+    return question.asked[-1].content
+
+
+def _first_words(question: Question, count: int) -> str:
+    return " ".join(_last_turn(question).split()[:count])
 
 
 def _prompt_text(row: Row) -> str:
