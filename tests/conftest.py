@@ -20,12 +20,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import typer.testing
-from forked_commands import forker
+from forked_commands import fork_modules, forker
+from remembered_probes import FOLDER, remember_probes
 
 gc.disable()  # until the end of the collection: imports make a million lasting objects
 pytest_plugins = ["job_queue", "openai_endpoint", "postgres", "principals_of", "ray_cluster"]
 
 torch.set_num_threads(1)
+fork_modules()
+remember_probes()
 # Otherwise each command builds all commands anew, for 0.07 s.
 typer.testing._get_command = cache(typer.testing._get_command)
 
@@ -161,29 +164,55 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def pictures_drawn_once() -> Iterator[None]:
-    """Draw the curves of runs once per set of metrics, and copy the images.
+    """Draw the curves of runs once per set of metrics, and copy a single image.
 
     Drawing takes a quarter of a short run. test_metrics.py tests the content. In commands and
     workers, ``forked_commands`` copies one picture.
     """
-    from luthier.engine import model_writer
+    from luthier.engine import metrics, model_writer
     from luthier.files import write_bytes
 
-    draw, drawn = model_writer.draw_curves, dict[frozenset[str], dict[str, bytes]]()
+    draw, save = model_writer.draw_curves, metrics.save_figure
+    drawn, saved = dict[frozenset[str], dict[str, bytes]](), dict[str, bytes]()
+
+    def save_or_copy(figure: Any, *paths: Path) -> None:
+        for path in paths:
+            if path.suffix not in saved:
+                save(figure, path)
+                saved[path.suffix] = path.read_bytes()
+            write_bytes(path, saved[path.suffix])
 
     def draw_or_copy(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[str]:
-        metrics = frozenset(name for line in lines for name in line)
-        if metrics not in drawn:
-            names = draw(lines, folder, title)
-            drawn[metrics] = {name: (folder / name).read_bytes() for name in names}
+        found = frozenset(name for line in lines for name in line)
+        if found not in drawn:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(metrics, "save_figure", save_or_copy)
+                names = draw(lines, folder, title)
+            drawn[found] = {name: (folder / name).read_bytes() for name in names}
             return names
-        for name, picture in drawn[metrics].items():
+        for name, picture in drawn[found].items():
             write_bytes(folder / name, picture)
-        return [*drawn[metrics]]
+        return [*drawn[found]]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_writer, "draw_curves", draw_or_copy)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_probes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Probe each network once for all tests; see ``remembered_probes``."""
+    folder = shared_folder(tmp_path_factory) / "probes"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER, str(folder))
+        yield
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of all workers."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -280,9 +309,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) 
 @pytest.fixture(scope="session")
 def thinking_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``thinking_folder(kind)`` returns the folder of a reasoning model, shared by all workers."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
+    shared = shared_folder(tmp_path_factory)
 
     @cache
     def make(kind: str) -> Path:

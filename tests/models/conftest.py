@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from remembered_probes import FOLDER
 
 from luthier.models.folder import ModelFolder
 from luthier.models.load import load_model
 from luthier.models.networks.heads import Head, decoder_of, head_in, head_kind
+
+
+@pytest.fixture(autouse=True)
+def own_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probe the networks of each test."""
+    monkeypatch.delenv(FOLDER)
 
 
 @pytest.fixture(scope="session")

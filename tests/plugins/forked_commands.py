@@ -39,6 +39,18 @@ HEAVY = (
     "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 LUTHIER = "import runpy\nrunpy.run_module('luthier', run_name='__main__', alter_sys=True)\n"
+MODULE = """
+import runpy, sys, warnings
+del sys.path[0]
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # the module is already imported
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+FORKED = {
+    "luthier", "luthier.cli.mcp.jobs", "luthier.workflows.batch_inference",
+    "luthier.workflows.study.cells",
+}  # fmt: skip
+"""Modules that the product starts as processes, and tests as forks."""
 TRAINING = "luthier.engine.processes"
 """Module of one of several processes that train a model."""
 TRAIN = f"""
@@ -157,6 +169,20 @@ def stand_for(path: str, code: str, arguments: Sequence[str]) -> NoReturn:
     sys.exit(ended)
 
 
+def fork_modules() -> None:
+    """Start the modules in ``FORKED`` as forks, in this process and the processes that it forks."""
+    from luthier import processes
+
+    start = processes.python_command
+
+    def command(module: str, *arguments: str) -> list[str]:
+        if module not in FORKED:
+            return start(module, *arguments)
+        return [sys.executable, "-S", "-E", __file__, forker(), "-m", module, *arguments]
+
+    processes.python_command = command
+
+
 def forked_workers() -> str:
     """Return code for a server to fork its workers, too."""
     command = [sys.executable, "-S", "-E", __file__, forker(), "worker"]
@@ -199,9 +225,14 @@ def forker() -> str:
 
 def main(path: str) -> None:
     """Import everything, then fork on request."""
+    from remembered_probes import remember_probes
+
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    forker()  # known in each fork, whose environment may lack the variable
+    fork_modules()
     for name in HEAVY:
         importlib.import_module(name)
+    remember_probes()
     from luthier.engine import model_writer
 
     with tempfile.TemporaryDirectory() as drawn:
@@ -314,6 +345,8 @@ def _run(code: str) -> None:
 if __name__ == "__main__":
     if sys.argv[2:3] == [TRAINING]:
         stand_for(sys.argv[1], TRAIN, sys.argv[2:])
+    if sys.argv[2:3] == ["-m"]:
+        stand_for(sys.argv[1], MODULE, sys.argv[3:])
     if sys.argv[2:]:
         stand_for(sys.argv[1], LUTHIER, ["luthier", *sys.argv[2:]])
     main(sys.argv[1])

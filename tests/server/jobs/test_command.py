@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import forked_commands
 import pytest
 from native_client import native_client, native_context
 from typer.testing import CliRunner
@@ -21,6 +23,16 @@ pytest.importorskip("luthier.server.stores.locations")
 COMMAND = "import typer; from luthier.cli.service.worker import worker; typer.run(worker)"
 
 
+def forked(code: str) -> list[str]:
+    """Return the command of a worker that runs ``code`` in a process with all imports."""
+    program = (
+        f"import sys; sys.path.append({str(Path(forked_commands.__file__).parent)!r}); "
+        "from forked_commands import stand_for; "
+        f"stand_for(sys.argv[1], {code!r}, ['worker', *sys.argv[2:]])"
+    )
+    return [sys.executable, "-S", "-E", "-c", program, forked_commands.forker()]
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_worker_command_runs_job(queue: Any) -> None:
     training = [queue.stored("rows.jsonl", queue.pairs())]
@@ -29,7 +41,7 @@ def test_worker_command_runs_job(queue: Any) -> None:
     scheduler = Scheduler(
         queue.database,
         Capacity(memory=10**12, cores=2),
-        command=[sys.executable, "-c", COMMAND],
+        command=forked(COMMAND),
     )
     scheduler.start()
     queue.schedulers.append(scheduler)
@@ -51,7 +63,7 @@ def test_library_crash_traceback_is_in_job_log(queue: Any, monkeypatch: Any) -> 
     )
     scheduler = Scheduler(
         queue.database, Capacity(memory=10**12, cores=2),
-        command=[sys.executable, "-c", crash + COMMAND],
+        command=forked(crash + COMMAND),
     )  # fmt: skip
     scheduler.start()
     queue.schedulers.append(scheduler)

@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked_commands
 import pytest
 
+from luthier.processes import python_command, use_safe_path
 from luthier.recipe import to_toml
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.native import reports
 
-pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 TRAPS = ("html", "json", "random", "torch")
 CONSOLE_SCRIPT = """
 import sys
@@ -40,14 +42,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
+@pytest.mark.slow
+@sqlite
 def test_subprocesses_import_no_modules_from_working_folder(
-    queue: Any, folder: Path, tmp_path: Path, tiny_base: str
+    queue: Any, folder: Path, tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(forked_commands, "FORKED", ())
     job_id = queue.submit(steps=2, training=[queue.stored("rows.jsonl", queue.pairs())])
     rows = queue.file("rows.jsonl", queue.pairs()).removeprefix("file://")
     scheduler = Scheduler(
         queue.database,
         Capacity(memory=10**12, cores=2),
+        command=python_command("luthier", "worker"),
     )
     queue.schedulers.append(scheduler)
     scheduler.start()
@@ -62,6 +68,8 @@ def test_subprocesses_import_no_modules_from_working_folder(
     assert not (tmp_path / "imported").exists()
 
 
+@pytest.mark.slow
+@sqlite
 def test_multiprocessing_imports_no_modules_from_working_folder(
     queue: Any, folder: Path, tmp_path: Path, tiny_base: str
 ) -> None:
@@ -75,11 +83,22 @@ def test_multiprocessing_imports_no_modules_from_working_folder(
     assert not (tmp_path / "imported").exists()
 
 
-def test_module_command_imports_no_modules_from_working_folder(
-    folder: Path, tmp_path: Path, queue: Any
+@pytest.mark.parametrize(
+    "command",
+    [
+        [sys.executable, "-m", "luthier", "--version"],
+        python_command("random"),
+        # A console script sets the variable, and multiprocessing starts ``python -c``.
+        [sys.executable, "-c", "import random"],
+    ],
+    ids=["module", "child", "spawned"],
+)
+def test_no_command_imports_modules_from_working_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "luthier", "--version"], capture_output=True, text=True
-    )
+    monkeypatch.setitem(os.environ, "PYTHONSAFEPATH", "")
+    if "-c" in command:
+        use_safe_path()
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "imported").exists()
