@@ -141,7 +141,7 @@ DECODERS = (
         {**_WINDOWS, "use_sliding_window": True, "max_window_layers": 1},
     ),
     Family("Qwen 2 MoE", "qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 16}),
-    Family("Qwen 3", "qwen3", every_run=True),
+    Family("Qwen 3", "qwen3"),
     Family("Qwen 3 MoE", "qwen3_moe", EXPERTS),
     Family(
         "Qwen 3 Next", "qwen3_next", {**EXPERTS, **_LINEAR, "shared_expert_intermediate_size": 16}
@@ -249,9 +249,7 @@ DECODERS = (
     ),
     Family("StarCoder 2", "starcoder2", _WINDOWS),
     Family("StableLM", "stablelm"),
-    Family(
-        "SmolLM 3", "smollm3", {"no_rope_layer_interval": 2, "num_hidden_layers": 4}, every_run=True
-    ),
+    Family("SmolLM 3", "smollm3", {"no_rope_layer_interval": 2, "num_hidden_layers": 4}),
     Family("GPT-2", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     Family("GPT-J", "gptj", {"rotary_dim": 4}),
     Family(

@@ -251,18 +251,21 @@ REFUSED = {
 def timed(triple: tuple[str, str, str]) -> Any:
     """Mark a triple as slow, except for a sample in which all parts meet.
 
-    On text, each objective trains with LoRA and a third of the adaptations. One family rotates from
-    pair to pair. A quarter of the rejected triples has each rejected pair.
+    Each objective trains with LoRA and a third of the adaptations; on a family of images without a
+    pipeline, with all. One family rotates from pair to
+    pair. A quarter of the rejected triples has each rejected pair.
     """
     method, name, family = triple
     of = CLASSIFIERS if family in CLASSIFIERS else FAMILIES
     able = [each for each in of if not refused(method, name, each)]
     turn = [*OBJECTIVES].index(method) + [*ADAPTATIONS].index(name)
-    if family not in FAMILIES:
-        slow = family in able and family != able[turn % len(able)]
+    rare = name != "lora" and turn % 3 > 0
+    if family == PIPELINE:
+        slow = rare
     elif family in able:
-        rare = name != "lora" and turn % 3 > 0
         slow = rare or family != able[turn // 3 % len(able)]
+    elif family not in FAMILIES:
+        slow = False
     else:
         slow = (turn + FAMILIES.index(family)) % 4 > 0
     return pytest.param(*triple, marks=[pytest.mark.slow] if slow else [])

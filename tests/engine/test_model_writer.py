@@ -36,8 +36,21 @@ def no_space(kind: str) -> Exception:
     )
 
 
-@pytest.mark.parametrize("kind", ["system", "safetensors"])
-@pytest.mark.parametrize("where", ["save_adapter", "save_format", "write_json", "draw_curves"])
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        ("save_adapter", "system"),
+        ("draw_curves", "safetensors"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("save_adapter", "safetensors"), ("save_format", "system"),
+                ("save_format", "safetensors"), ("write_json", "system"),
+                ("write_json", "safetensors"), ("draw_curves", "system"),
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_full_disk_while_storing_leaves_no_model(
     recipe: Callable[..., Recipe],
     luthier_home: Path,
@@ -112,8 +125,18 @@ def other_end(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {**config, "eos_token": "<|im_start|>"})
 
 
-@pytest.mark.parametrize("adaptation", ["lora", "full"])
-@pytest.mark.parametrize("damage", [zero_weights, not_numbers, other_end])
+@pytest.mark.parametrize(
+    ("adaptation", "damage"),
+    [
+        ("lora", zero_weights),
+        ("full", not_numbers),
+        ("full", other_end),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("full", zero_weights), ("lora", not_numbers), ("lora", other_end))
+        ),
+    ],
+)
 def test_stored_model_must_equal_trained_model(
     recipe: Callable[..., Recipe],
     luthier_home: Path,

@@ -78,9 +78,10 @@ def weights_of(result: Result) -> str:
 def test_killed_process_resumes_to_equal_bits(
     luthier_home: Path, recipe: Recipes, ranks: list[int]
 ) -> None:
-    whole = train_in_processes(recipe(**SETTINGS, name="whole"), 2)
+    settings = {"training": {**SETTINGS["training"], "max_steps": 20 * (len(ranks) + 1)}}
+    whole = train_in_processes(recipe(**settings, name="whole"), 2)
     faults = Faults(*(send(rank, signal.SIGKILL) for rank in ranks))
-    killed = train_in_processes(recipe(**SETTINGS, name="killed"), 2, reporter=faults)
+    killed = train_in_processes(recipe(**settings, name="killed"), 2, reporter=faults)
     assert faults.steps.count(CHECKPOINT) == 1
     assert faults.steps.count(CHECKPOINT + 1) == 2  # a checkpoint exists at that step
     assert weights_of(killed) == weights_of(whole)
@@ -105,7 +106,7 @@ def test_restarted_processes_ignore_earlier_runs(luthier_home: Path, recipe: Rec
     assert later.model_id != earlier.model_id
 
 
-@pytest.mark.parametrize("name", ["x", None])
+@pytest.mark.parametrize("name", ["x", pytest.param(None, marks=pytest.mark.slow)])
 def test_launch_resumes_only_own_run(
     luthier_home: Path, recipe: Recipes, monkeypatch: pytest.MonkeyPatch, name: str | None
 ) -> None:
@@ -206,6 +207,7 @@ def test_full_disk_of_first_process_ends_run_resumably(
     check_resumed(SETTINGS, recipe, disk.folder / "runs" / tiny_model_folder.name / "x")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_processes")
 def test_full_disk_of_second_process_ends_run_resumably(
     luthier_home: Path, recipe: Recipes, tiny_model_folder: Path

@@ -208,6 +208,7 @@ def test_interrupted_training_or_refit_resumes_to_equal_bits(
     assert not (run / REFIT).exists() and not (run / HELD_OUT).exists()
 
 
+@pytest.mark.slow
 def test_stored_regression_is_fitted_again_on_all_rows(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:

@@ -75,10 +75,9 @@ def test_the_module_killed_and_resumed(
     ("adaptation", "lines"),
     [
         ("lora", 5),
-        ("full", 17),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
-            for each in (("lora", 1), ("lora", 17), ("full", 5), ("bfloat16", 17))
+            for each in (("full", 17), ("lora", 1), ("lora", 17), ("full", 5), ("bfloat16", 17))
         ),
     ],
 )
@@ -168,7 +167,13 @@ def test_the_best_weights_and_the_patience_survive_a_kill(
     same(outcome(home), one)
 
 
-@pytest.mark.parametrize("point", POINTS)
+ALWAYS = {"in the middle of writing the third checkpoint", "in the middle of storing"}
+
+
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(each, marks=[] if each in ALWAYS else [pytest.mark.slow]) for each in POINTS],
+)
 def test_killed_at(
     forker: Forker,
     command: Callable[..., list[str]],
@@ -187,7 +192,11 @@ def test_killed_at(
         assert not leftovers(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=lambda s: s.name,
+)
 def test_stopped_by_the_user(
     forker: Forker,
     command: Callable[..., list[str]],

@@ -68,7 +68,16 @@ def interrupted(killed: Path, tmp_path: Path) -> Path:
     return shutil.copytree(killed, tmp_path / "interrupted")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lose, garble, other_fields])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        flip,
+        pytest.param(lose, marks=pytest.mark.slow),
+        pytest.param(garble, marks=pytest.mark.slow),
+        other_fields,
+    ],
+)
 def test_damaged_checkpoint_falls_back_to_previous_checkpoint(
     forker: Forker,
     command: Callable[..., list[str]],

@@ -49,7 +49,7 @@ def tuned(tmp_path: Path) -> Callable[..., tuple[Result, dict[str, torch.Tensor]
     return run
 
 
-@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("refit", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_score_layer_is_divided_by_one_temperature(
     refit: bool,
     tuned: Callable[..., tuple[Result, dict[str, torch.Tensor], Notes]],

@@ -116,6 +116,7 @@ def test_onnx_numbers_and_embeddings_match_luthier(
         assert all(990 < each < 1020 for each in wanted)  # the scale of the rows
 
 
+@pytest.mark.slow
 def test_onnx_tags_match_luthier(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
     stored = tuned(tmp_path, str(family_folder("bert")), "token_classification")
     export_onnx(stored, tmp_path / "onnx")
@@ -286,6 +287,7 @@ def test_loss_of_score_in_8_bits_is_that_of_the_file(
         assert (found.name, found.rounded) == ("accuracy", pytest.approx(expected))
 
 
+@pytest.mark.slow
 def test_networks_of_convolutions_have_no_8_bits(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (8, 9, 7, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(8) % 2)

@@ -63,6 +63,7 @@ def measured(model: str, rows: Path, kind: str) -> QuantizationCost:
     return measure_quantization(find(f"tiny-llama:{model}"), load_rows(rows), kind)
 
 
+@pytest.mark.slow
 def test_quantization_erases_only_light_tune(rows: Path) -> None:
     strong = {kind: measured("strong", rows, kind) for kind in ("q8_0", "q4_0")}
     for each in strong.values():

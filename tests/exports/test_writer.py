@@ -109,7 +109,9 @@ def text_of(generator: Generator, ids: list[int]) -> str:
     return generator.chat.replies.decode(ids[: stops[0]] if stops else ids).rstrip("\ufffd")
 
 
-@pytest.mark.parametrize("name", ["adapter", "stacked", "whole", "plain"])
+@pytest.mark.parametrize(
+    "name", ["adapter", "stacked", "whole", pytest.param("plain", marks=pytest.mark.slow)]
+)
 def test_merged_exports_give_the_same_tokens_in_transformers(name: str, tmp_path: Path) -> None:
     stored = find(f"tiny-llama:{name}")
     folder = export(stored, tmp_path / "out", merged=True)

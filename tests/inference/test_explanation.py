@@ -42,7 +42,9 @@ def tune(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[..., 
     return tune
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize(
+    "family", ["bert", pytest.param("roberta", marks=pytest.mark.slow), "llama"]
+)
 def test_contributions_add_up_to_the_difference_of_the_scores(
     family: str, tune: Callable[..., str]
 ) -> None:

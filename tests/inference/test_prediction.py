@@ -323,7 +323,7 @@ def test_evaluation_by_slices_and_as_html(
         command("evaluate", model_id, data, "--slice", by, code=2)
 
 
-@pytest.mark.parametrize("kind", ["label", "tags", "pair"])
+@pytest.mark.parametrize("kind", ["label", "tags", pytest.param("pair", marks=pytest.mark.slow)])
 def test_long_rows_are_named_left_out_or_cut(
     kind: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:

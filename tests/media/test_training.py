@@ -135,6 +135,7 @@ def in_store(tuned: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
     return tuned[0]
 
 
+@pytest.mark.slow
 def test_three_kinds_of_pictures_are_learned(
     tuned: tuple[Path, dict[str, Any]], in_store: Path
 ) -> None:

@@ -79,6 +79,15 @@ class Browser(Chrome):
         shown = "[...document.querySelectorAll(arguments[1])].map((each) => each.innerText)"
         self.until(f"{shown}.some((each) => each.includes(arguments[0]))", seconds, text, selector)
 
+    def open_console(self, url: str) -> None:
+        """Open the console at ``url`` without the storage and log of earlier pages."""
+        self.get(f"{url}/console/")
+        self.script("sessionStorage.clear(); localStorage.clear()")
+        self.get("about:blank")
+        self.get(f"{url}/")
+        self.resize(1280, 900)
+        self.log()
+
     def sign_in(self, key: str) -> None:
         """Sign in to the console."""
         self.until_text("Sign in", "h1")

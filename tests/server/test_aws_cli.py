@@ -99,6 +99,7 @@ def test_aws_cli_copies_objects(cli: Cli) -> None:
     assert cli.says("s3", "ls").endswith("training")
 
 
+@pytest.mark.slow
 def test_presigned_v2_url_error_names_s3v4(cli: Cli) -> None:
     old = cli.says("s3", "presign", "s3://training/rows.jsonl")
     with pytest.raises(HTTPError) as refused:
@@ -124,6 +125,7 @@ def test_aws_cli_lists_and_stops_job(cli: Cli) -> None:
     assert cli.says(*asked, "--query", query, "--output", "text").split() == ["queued", "Stopped"]
 
 
+@pytest.mark.slow
 def test_aws_cli_reports_aws_error_codes(cli: Cli) -> None:
     create = "when calling the CreateModelCustomizationJob operation: "
     said = cli.refused(*job("wrong", **{"hyper-parameters": "epochCount=0"}))

@@ -218,6 +218,7 @@ def test_classifier_predictions_match_sdk(server: Server, tmp_path: Path) -> Non
     assert again == file and again[0]["label"] == expected[0]["label"]
 
 
+@pytest.mark.slow
 def test_autoencoder_predicts_anomalies_and_reconstructs_images(server: Server) -> None:
     image = np.full((HEIGHT, WIDTH, 3), 90, dtype=np.uint8)
     body = {"inputs": [{"image": text_of(png(image))}]}

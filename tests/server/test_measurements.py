@@ -192,6 +192,7 @@ def test_scheduled_evaluations_report_a_significant_fall(server: Served) -> None
     assert server.ask("DELETE", path)[0] == 200 and server.ask("GET", path)[0] == 404
 
 
+@pytest.mark.slow
 def test_scheduled_evaluation_of_several_files(server: Served) -> None:
     path = "/api/v1/deployments/live/schedule"
     content = (server.home / "rows.jsonl").read_bytes()
@@ -208,6 +209,7 @@ def test_scheduled_evaluation_of_several_files(server: Served) -> None:
     assert server.ask("DELETE", path)[0] == 200
 
 
+@pytest.mark.slow
 def test_schedule_with_command(server: Served) -> None:
     def files() -> int:
         return len(server.ask("GET", "/v1/files")[1]["data"])

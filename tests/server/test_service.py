@@ -45,6 +45,7 @@ def job(server: Served, rows: str) -> dict[str, Any]:
     )["jobArn"]  # fmt: skip
     until(lambda: server.ask("GET", "/api/v1/jobs/first")[1]["state"] == "Running")
     server.kill()
+    server.forked = True  # one real start is enough
     server.start()
     bedrock = server.client("bedrock")
     asked: Callable[[], Any] = lambda: bedrock.get_model_customization_job(jobIdentifier=arn)  # noqa: E731

@@ -80,6 +80,7 @@ def test_template_runs_after_approval(server: Served, developer: Any) -> None:
     assert "luthier:admin.models.trust" in json.dumps(log)
 
 
+@pytest.mark.slow
 def test_jobs_require_and_inherit_approved_template(server: Served, developer: Any) -> None:
     found = imported(server, developer, "for-a-job", "own")
     rows = [{"prompt": f"number {n}?", "completion": f"it is {n}."} for n in range(8)]

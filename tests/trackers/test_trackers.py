@@ -74,7 +74,7 @@ def train_losses(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if line["event"] == "train"}
 
 
-@pytest.mark.parametrize("fails", ["", "open", "log", "end"])
+@pytest.mark.parametrize("fails", ["", "open", pytest.param("log", marks=pytest.mark.slow), "end"])
 def test_failing_tracker_does_not_end_run(
     recipe: Callable[..., Recipe], recorded: Callable[[str], Recorded], fails: str
 ) -> None:
@@ -117,7 +117,7 @@ def test_unknown_and_missing_trackers_are_rejected(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's use of SQLAlchemy
-@pytest.mark.parametrize("store", ["files", "database"])
+@pytest.mark.parametrize("store", ["files", pytest.param("database", marks=pytest.mark.slow)])
 def test_mlflow_records_losses_of_run(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:

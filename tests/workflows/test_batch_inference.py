@@ -231,6 +231,7 @@ def test_unreadable_rows_are_refused_before_inference(source: Path, tmp_path: Pa
     assert not shards_folder(output).exists() and not (tmp_path / LOG).exists()
 
 
+@pytest.mark.slow
 def test_failed_process_raises_and_finished_shards_remain(source: Path, tmp_path: Path) -> None:
     write(source, row_9="!")
     output = tmp_path / "out.jsonl"

@@ -36,7 +36,7 @@ from luthier.workflows.capabilities import (
 from model_families import DECODERS, ENCODER_DECODERS, ENCODERS, Family
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("family", ["llama", "bert", pytest.param("t5", marks=pytest.mark.slow)])
 def test_capability_verdicts_match_refusals(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:

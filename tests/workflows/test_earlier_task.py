@@ -53,6 +53,7 @@ def label_rows(names: str, count: int = 48) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_shared_head_is_scored_directly(family_folder: FamilyFolder, tmp_path: Path) -> None:
     rows = label_rows("ab")
     swapped = [{**row, "label": "ba"["ab".index(row["label"])]} for row in rows]
@@ -107,6 +108,7 @@ def test_adapter_of_a_pretrained_encoder_has_a_probe(
         assert name != "pairs" or change.base.value < 1
 
 
+@pytest.mark.slow
 def test_ratings_and_embeddings_are_scored_with_the_parent(
     family_folder: FamilyFolder, tmp_path: Path
 ) -> None:

@@ -46,7 +46,7 @@ def base(family_folder: Callable[[str], Path]) -> str:
     return str(family_folder("llama"))
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("orpo", marks=pytest.mark.slow)])
 def test_preference_training_raises_reward_accuracy(
     objective: str, base: str, tmp_path: Path
 ) -> None:

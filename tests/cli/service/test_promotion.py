@@ -159,6 +159,7 @@ def test_promotion_and_rollbacks(deployed: Deployed, own_home: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_request_in_flight_ends_on_the_first_model(deployed: Deployed, own_home: Path) -> None:
     deployed.add(own_home, "second")
     stream = deployed.ask(stream=True)
@@ -239,6 +240,7 @@ def test_canary_answers_a_share_of_users_and_is_promoted(
     assert deployed.ask().model == "answers"
 
 
+@pytest.mark.slow
 def test_ruined_canary_is_rolled_back(
     deployed: Deployed, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

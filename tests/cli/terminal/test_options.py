@@ -42,6 +42,7 @@ def test_estimate_is_stored_for_run(data: Path, tiny_model_folder: Path) -> None
         luthier.estimate(recipe, training__epochs=1)
 
 
+@pytest.mark.slow
 def test_advise_returns_facts_and_judgements(data: Path, tiny_model_folder: Path) -> None:
     found = luthier.advise(
         data, trial=0, base=str(tiny_model_folder), training__epochs=2, max_megabytes=10_000

@@ -100,8 +100,20 @@ def test_changes_are_drawn_by_seed_and_keep_the_shape(
 
 
 @pytest.mark.usefixtures("in_float32")
-@pytest.mark.parametrize("adaptation", ["lora", "freeze", "feature_extraction"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "adaptation"),
+    [
+        ("ast", "feature_extraction"),
+        ("wav2vec2", "lora"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("ast", "lora"), ("ast", "freeze"),
+                ("wav2vec2", "freeze"), ("wav2vec2", "feature_extraction"),
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_audio_classifier_separates_two_tones(
     family: str, adaptation: str, tmp_path: Path, family_folder: FamilyFolder
 ) -> None:
@@ -146,6 +158,7 @@ def test_unsupported_sampling_rate_is_refused(family_folder: FamilyFolder) -> No
     assert refused.value.setting == "data.max_seconds"
 
 
+@pytest.mark.slow
 def test_memory_estimate_grows_with_audio_length(
     family_folder: FamilyFolder,
 ) -> None:

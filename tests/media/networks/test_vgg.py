@@ -122,7 +122,11 @@ def test_foreign_weights_are_refused_before_copying(tmp_path: Path, luthier_home
 
 @pytest.mark.parametrize(
     ("adaptation", "trains"),
-    [("lora", "lora_"), ("feature_extraction", "classifier"), ("freeze", "features.18")],
+    [
+        pytest.param("lora", "lora_", marks=pytest.mark.slow),
+        ("feature_extraction", "classifier"),
+        ("freeze", "features.18"),
+    ],
 )
 def test_vgg_learns_classes_by_transfer(adaptation: str, trains: str, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 60, (16, 24, 24, 3), dtype=np.uint8)

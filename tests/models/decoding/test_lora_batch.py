@@ -76,8 +76,15 @@ def shared(network: Any, base: FlatBackend, kinds: list[Any]) -> list[Backend]:
     ]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "packed"),
+    [
+        ("llama", True),
+        ("gpt2", False),
+        pytest.param("llama", False, marks=pytest.mark.slow),
+        pytest.param("gpt2", True, marks=pytest.mark.slow),
+    ],
+)
 def test_batched_adapter_rows_match_adapted_network(
     family: str,
     packed: bool,

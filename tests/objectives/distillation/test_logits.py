@@ -215,7 +215,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "rows.jsonl"
 
 
-@pytest.mark.parametrize("cache_top_k", [None, 32])
+@pytest.mark.parametrize("cache_top_k", [pytest.param(None, marks=pytest.mark.slow), 32])
 def test_distillation_reduces_loss(
     cache_top_k: int | None,
     data: Path,

@@ -77,12 +77,18 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
     made.end()
 
 
-@pytest.fixture
-def page(tmp_path: Path, server: Served) -> Iterator[Browser]:
-    with browser(tmp_path) as made:
-        made.get(f"{server.url}/")
-        made.resize(1280, 900)
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The browser of all tests: a start takes 2 s."""
+    with browser(tmp_path_factory.mktemp("browser")) as made:
         yield made
+
+
+@pytest.fixture
+def page(chromium: Browser, server: Served) -> Browser:
+    """The console without a user, in a page of its own."""
+    chromium.open_console(server.url)
+    return chromium
 
 
 @pytest.fixture
@@ -312,6 +318,7 @@ def test_results_names_and_files_of_the_form_stay(
     check_quiet(page)
 
 
+@pytest.mark.slow
 def test_second_model_continues_conversation(server: Served, page: Browser) -> None:
     page.sign_in(KEY)
     page.script(ANSWERS)
@@ -362,6 +369,7 @@ def test_tables_show_all_columns_on_a_narrow_screen(server: Served, page: Browse
     assert page.script(f"return getComputedStyle({cell}, '::before').content") == "none"
 
 
+@pytest.mark.slow
 def test_cancelled_upload_and_requests_do_not_reappear(
     server: Served, page: Browser, rows: Path
 ) -> None:
@@ -422,6 +430,7 @@ def test_sign_in_with_expired_and_invalid_keys(server: Served, page: Browser) ->
     page.until_text("Sign in", "h1")
 
 
+@pytest.mark.slow
 def test_job_page_during_server_stop(tmp_path: Path, tiny_model_folder: Path, rows: Path) -> None:
     server = Served(home_with_tiny(tmp_path / "home", tiny_model_folder))
     with browser(tmp_path / "browser") as page:

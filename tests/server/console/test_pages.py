@@ -583,6 +583,7 @@ return (async () => {
 """
 
 
+@pytest.mark.slow
 def test_pages_handle_rare_responses(url: str, root_key: str, tmp_path: Path) -> None:
     with browser(tmp_path) as page:
         page.get(f"{url}/console/")

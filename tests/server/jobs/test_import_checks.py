@@ -86,9 +86,14 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
               "model.weights"),
     "depth": ({**SMALL, "model_type": "llama", "text_config": 900}, "model.network"),
 }  # fmt: skip
+LONG = {"groups", "lists"}
+"""Configurations that take seconds."""
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(e, marks=[pytest.mark.slow] if e in LONG else []) for e in HOSTILE],
+)
 def test_hostile_configuration_is_rejected(name: str, tmp_path: Path) -> None:
     config, rule = HOSTILE[name]
     if name == "depth":

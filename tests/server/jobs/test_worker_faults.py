@@ -43,8 +43,9 @@ MetricsFile.append = die
         (DIES.format(how="raise SystemError('the library broke')"), 0, "status 1",
          "SystemError: the library broke", False),
         (DIES.format(how="import os; os.kill(os.getpid(), 9)"), 0, "signal 9", "", True),
-        (DIES.format(how="import os; os.kill(os.getpid(), 11)"), 0, "signal 11", "", False),
-        (AFTER_STEPS, 2, "status 7", "", False),
+        pytest.param(DIES.format(how="import os; os.kill(os.getpid(), 11)"), 0, "signal 11", "",
+                     False, marks=pytest.mark.slow),
+        pytest.param(AFTER_STEPS, 2, "status 7", "", False, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_job_fails_after_third_crash_at_same_step(

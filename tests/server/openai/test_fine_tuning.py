@@ -201,6 +201,7 @@ def _number(event_id: str) -> int:
     return int(event_id.removeprefix("ftevent-"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("handlers")
 def test_preferences_and_rewards(client: openai.OpenAI, service: Any) -> None:
     dpo = created(client, preferences(), method=method("dpo", n_epochs=1, beta=0.2))

@@ -36,7 +36,7 @@ def teacher(tiny_model_folder: Path, tmp_path: Path) -> str:
     return made.model_id
 
 
-@pytest.mark.parametrize("method", ["logits", "on_policy"])
+@pytest.mark.parametrize("method", [pytest.param("logits", marks=pytest.mark.slow), "on_policy"])
 def test_distil_trains_on_replies_of_rows(
     method: str, teacher: str, tiny_model_folder: Path, tmp_path: Path
 ) -> None:

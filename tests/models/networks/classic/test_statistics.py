@@ -23,6 +23,7 @@ def test_statistics_equal_those_of_numpy(lines: str, shape: tuple[int, ...]) -> 
     np.testing.assert_allclose(found, np.concatenate(expected, -1), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tuned_base_equals_baseline_of_run(tmp_path: Path, luthier_home: Path) -> None:
     random = np.random.default_rng(0)
     for colour, channel in (("red", 0), ("blue", 2)):
