@@ -180,6 +180,7 @@ def test_hidden_folders_and_rows_are_no_documents(tmp_path: Path) -> None:
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "LICENSE.txt").write_text("licence")
     (tmp_path / "a.md").write_text(BODY)
+    (tmp_path / "b.md").symlink_to(tmp_path / "a.md")
     assert document_files([tmp_path]) == [tmp_path / "a.md"]
     (tmp_path / "page.html").write_text(BODY)
     (tmp_path / "rows.jsonl").write_text("{}")

@@ -111,6 +111,10 @@ def test_slow_reply_has_an_id_for_its_account(monkeypatch: pytest.MonkeyPatch) -
         id = (answer.structured_content or {})["job"]
         with pytest.raises(ToolError, match="no job"):
             await tools.job(context_of(OTHER), id)
+        await asyncio.sleep(0.5)  # a finished reply stays until its client reads the reply
+        monkeypatch.setattr(mcp, "WAIT_SECONDS", 0.05)
+        for _ in range(3):
+            await tools.predict(context_of(ONE), "model", ["row 2"])
         monkeypatch.setattr(mcp, "WAIT_SECONDS", 5)
         assert "even" in text_of(await tools.job(context_of(ONE), id))
         with pytest.raises(ToolError, match="no job"):

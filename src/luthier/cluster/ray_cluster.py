@@ -98,7 +98,9 @@ class RayCluster:
         )
 
     def nodes(self) -> list[RayNode]:
-        """Return the living nodes with CPUs, sorted by free cores, most first.
+        """Return the living nodes with CPUs and the wanted GPUs, sorted by free cores, most first.
+
+        A node without enough free GPUs has no free cores.
 
         Raises:
             RefusedInput: if Ray is not installed.
@@ -131,12 +133,14 @@ class RayCluster:
             cpu, memory, gpu = (usage.get(name) for name in ("CPU", "memory", "GPU"))
             if cpu is None or not cpu.total or memory is None:
                 continue  # a node without CPUs takes no work, such as the server's own
-            if self.gpus and (gpu is None or gpu.total - gpu.used < self.gpus):
+            if self.gpus and (gpu is None or gpu.total < self.gpus):
                 continue
+            # A node whose GPUs are busy takes work later.
+            is_free = not self.gpus or (gpu is not None and gpu.total - gpu.used >= self.gpus)
             node = RayNode(
                 state.ip_address,
                 cpu.total,
-                cpu.total - cpu.used,
+                cpu.total - cpu.used if is_free else 0.0,
                 int(memory.total),
                 int(memory.total - memory.used),
             )

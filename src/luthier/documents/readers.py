@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import select
+import selectors
 import subprocess
 import unicodedata
 from collections import Counter
@@ -92,7 +92,7 @@ def document_files(sources: Sequence[Path]) -> list[Path]:
             raise RecipeError(f'"{source}" is not a document. Supported: {", ".join(FORMATS)}')
         else:
             files.add(source)
-    return sorted(each.resolve() for each in files)
+    return sorted({each.resolve() for each in files})
 
 
 def outward_links(sources: Sequence[Path]) -> list[Path]:
@@ -145,9 +145,10 @@ class DocumentReader:
             size = path.stat().st_size
             if size > MOST_BYTES:
                 return ReadDocument(refused=f"{size:,} bytes; the limit is {MOST_BYTES:,}")
-            text = path.suffix.lower() in TEXT_FORMATS
-            whole = {"pages": [[None, read_text(path)]], "note": ""} if text else {}
-            answer: dict[str, Any] = whole or self._ask(path)
+            if path.suffix.lower() in TEXT_FORMATS:
+                answer: dict[str, Any] = {"pages": [[None, read_text(path)]], "note": ""}
+            else:
+                answer = self._ask(path)
         except (OSError, RecipeError) as error:
             return ReadDocument(refused=str(error))
         if "missing" in answer:
@@ -173,11 +174,14 @@ class DocumentReader:
         assert child.stdin is not None and child.stdout is not None
         work = cancellable(KillHandle(child.kill))
         line, ready = bytearray(), True
+        # Not `select.select`, which rejects the descriptors of a server with 1,024 open files.
+        selector = selectors.DefaultSelector()
+        selector.register(child.stdout, selectors.EVENT_READ)
         try:
             child.stdin.write(json.dumps(str(path)).encode() + b"\n")
             child.stdin.flush()
             while not line.endswith(b"\n"):
-                ready = bool(select.select([child.stdout], [], [], self._seconds)[0])
+                ready = bool(selector.select(self._seconds))
                 received = os.read(child.stdout.fileno(), READ_BYTES) if ready else b""
                 line += received
                 if not received:
@@ -185,6 +189,7 @@ class DocumentReader:
         except BrokenPipeError:
             ready, line = True, bytearray()
         finally:
+            selector.close()
             work.finish()
         if line.endswith(b"\n"):
             answer: dict[str, Any] = json.loads(line)

@@ -113,7 +113,9 @@ def _prepare(model: StoredModel) -> PackedModel:
     names = [name for name in names_below(model.folder) if name.endswith(SUFFIXES)]
     manifest = Manifest(
         id=short_name(model.id),
-        source=model.id if model.folder == Path(model.id) else f"hub:{model.id}",
+        source=f"folder:{model.folder.name}"
+        if model.folder == Path(model.id)
+        else f"hub:{model.id}",
         created=created_now(),
         files={name: sha256_of(model.folder / name) for name in names},
     )

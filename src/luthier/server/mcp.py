@@ -31,7 +31,12 @@ _MOST_REPLIES = 100
 _SHOWN = 10
 """Jobs, measurements and files in a list."""
 _ENDED = ("Completed", "Failed", "Stopped")
-_KINDS = {"job": "jobs", "evaluation": "evaluations", "comparison": "comparisons"}
+_KINDS = {
+    "job": "jobs",
+    "evaluation": "evaluations",
+    "comparison": "comparisons",
+    "study": "studies",
+}
 """Path of an operation by the first part of a job's id."""
 
 INSTRUCTIONS = """\
@@ -280,8 +285,7 @@ class _Tools:
         return answer("\n".join(lines), values | short_values(result))
 
     async def _lists(self, context: Context) -> CallToolResult:
-        lines, values = list[str](), dict[str, Any]()
-        jobs = list[str]()
+        lines, jobs = list[str](), list[str]()
         for kind, path in _KINDS.items():
             found = await self._send(context, "GET", f"/api/v1/{path}?limit={_SHOWN}")
             for each in found.get("jobs", found.get("measurements", [])):
@@ -314,7 +318,7 @@ class _Tools:
         if len(self._replies) >= _MOST_REPLIES and not ended:
             task.cancel()
             raise ToolError("the server has too many replies in progress. Try again in a minute")
-        for id in ended[: len(self._replies) - _MOST_REPLIES + 1]:
+        for id in ended[: max(0, len(self._replies) - _MOST_REPLIES + 1)]:
             del self._replies[id]
         id = f"reply/{secrets.token_hex(8)}"
         self._replies[id] = (_account(context), task)

@@ -133,7 +133,7 @@ def draft(
     with database.read() as session:
         active = find_active(session, arns, account, model)
     check_supported(active, reads_paths)
-    rows = _collect(locations, account, active, {model, active.model.name}, since)
+    rows = _collect(locations, account, active, dict.fromkeys([model, active.model.name]), since)
     base_model = ModelIds(database, arns).base(account, base or active.model.base_model)
     if base_model is None:
         missing = base or active.model.base_model or "of an imported model"
@@ -203,12 +203,10 @@ def check_supported(active: ActiveModel, reads_paths: bool = False) -> None:
 
 def latest(session: Session, account: str, model: str) -> Job | None:
     """Return the last retraining of a model, by the name of the model or of its deployment."""
-    found = session.scalars(select(Job).where(Job.account == account).order_by(Job.seq.desc()))
-    for job in found:
-        plan = job.details.get("retraining")
-        if plan and model in (plan["model"], plan["deployment"]):
-            return job
-    return None
+    names = [Job.details["retraining", each].as_string() for each in ("model", "deployment")]
+    retrained = or_(*(name == model for name in names))
+    query = select(Job).where(Job.account == account, retrained).order_by(Job.seq.desc()).limit(1)
+    return session.scalars(query).first()
 
 
 def start(database: Database, arns: Arns, account: str, model: str, base: str | None = None) -> Job:
@@ -282,7 +280,7 @@ def find_active(session: Session, arns: Arns, account: str, name: str) -> Active
     if job:
         plan = job.details.get("retraining")
         compared = [each for each in (plan["fresh"], plan["frozen"]) if each] if plan else []
-        train, held_out = job.details["sources"], [*{*job.validators, *compared}]
+        train, held_out = job.details["sources"], [*dict.fromkeys([*job.validators, *compared])]
     else:
         spec, compared = recipe.data, []
         train = [spec.train, *(each.train for each in spec.mix)]
@@ -324,7 +322,7 @@ def _estimated_seconds(active: ActiveModel, rows: int) -> float | None:
     return float(seconds * rows / manifest.data.rows)
 
 
-def _free_name(database: Any, account: str, name: str) -> str:
+def _free_name(database: Database, account: str, name: str) -> str:
     """Return the first of ``name-r2``, ``name-r3``, … that no job or model has but the draft."""
     stem = re.sub(r"-r\d+$", "", name)[: LONGEST_NAME - 5]
     with database.read() as session:
@@ -334,8 +332,8 @@ def _free_name(database: Any, account: str, name: str) -> str:
         )
         taken = {
             each
-            for row in session.scalars(select(Job).where(*mine))
-            for each in (row.name, row.model_name)
+            for row in session.execute(select(Job.name, Job.model_name).where(*mine))
+            for each in row
         }
         taken |= set(
             session.scalars(select(CustomModel.name).where(CustomModel.account == account))
@@ -353,11 +351,13 @@ def _collect(
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         old, frozen = old_rows(locations, account, active, folder)
-        answers = [
-            answer
+        # A request to a deployment has the name of the deployment and of the model.
+        captured = {
+            (answer.request, answer.position): answer
             for name in names
             for answer in captured_answers(locations.uploads.objects, account, name, since)
-        ]
+        }
+        answers = [*captured.values()]
         kind = cast(RowKind, active.stored.objective.method)
         rated = [each for each in answers if kind != "sft" or _is_good(each)]
         new, new_labels, rare = with_frequent_labels(training_rows(rated, kind), active.stored)
@@ -420,15 +420,16 @@ def with_frequent_labels(
     return kept, new, rare
 
 
-def _in_one_form(*parts: Sequence[Row]) -> tuple[list[Row], ...]:
+def _in_one_form(
+    old: Sequence[Row], new: Sequence[Row], frozen: Sequence[Row]
+) -> tuple[list[Row], ...]:
     """Return rows of conversations as prompts with completions, if all can be; else as messages.
 
     Old conversations stay messages.
     """
-    old, new, frozen = parts
     pairs = [_as_pair(row) for row in new]
     if any("messages" in row for row in (*old, *frozen)) or None in pairs:
-        return tuple([_as_messages(row) for row in part] for part in parts)
+        return tuple([_as_messages(row) for row in part] for part in (old, new, frozen))
     return [*old], [row for row in pairs if row is not None], [*frozen]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import threading
@@ -144,6 +145,7 @@ class Service:
         )
         self.openai = OpenAIService(components, self.objects, limits, self.meter.count)
         self._mcp: ASGIApp | None = None
+        self._loading = asyncio.Lock()
         self.application: ASGIApp = Application(
             self._apis(components),
             Authenticator(self.database, key),
@@ -243,8 +245,9 @@ class Service:
 
     async def _tools(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to an agent's client."""
-        if self._mcp is None:
-            self._mcp = await run_in_threadpool(self._load_tools)
+        async with self._loading:
+            if self._mcp is None:
+                self._mcp = await run_in_threadpool(self._load_tools)
         await self._mcp(scope, receive, send)
 
     def _load_tools(self) -> ASGIApp:
@@ -280,12 +283,12 @@ class Service:
     def _gauges(self) -> Mapping[str, Mapping[str, float]]:
         with self.database.read() as session:
             counted = {
-                name: session.execute(select(kind.state, func.count()).group_by(kind.state)).all()
-                for name, kind in (
-                    ("jobs", Job),
-                    ("exports", ModelExport),
-                    ("measurements", Measurement),
-                    ("studies", Study),
+                name: session.execute(select(state, func.count()).group_by(state)).all()
+                for name, state in (
+                    ("jobs", Job.state),
+                    ("exports", ModelExport.state),
+                    ("measurements", Measurement.state),
+                    ("studies", Study.state),
                 )
             }
         return {

@@ -142,7 +142,9 @@ def test_model_list_marks_text_generators(get: Get) -> None:
 def test_certificate_view_classifies_shares_and_errors(get: Get) -> None:
     view = json.loads(get("models/writer/certificate")[1])
     assert {"accuracy", "agreement", "cer", "entity_f1"} <= {*view["shares"]}
-    assert "loss" not in view["shares"] and {"loss", "mean_absolute_error"} <= {*view["errors"]}
+    assert "loss" not in view["shares"] and {"loss", "mean_absolute_error"} <= {
+        *view["lower_is_better"]
+    }
 
 
 def test_certificate_download_matches_certified_bytes(get: Get, home: Path) -> None:
@@ -442,7 +444,7 @@ REPORTS = """
 const { Comparison, Evaluation } = await import("/console/evaluate.js");
 const request = { rows: "s3://b/rows.jsonl" };
 const made = {
-  id: "one", state: "Completed", models: ["m"], request, errors: ["cer"],
+  id: "one", state: "Completed", models: ["m"], request, lower_is_better: ["cer"],
   created: "2026-01-01T00:00:00Z",
 };
 const report = {
@@ -530,7 +532,7 @@ const compared = (measure, tuned, other) =>
 const draw = (comparison) => {
   const metrics = { verdict: { text: "it learned", kept, kept_step: 3 }, comparison };
   const certificate = { record: { metrics } };
-  const view = { certificate, lineage: [], shares: ["accuracy", "cer"], errors: ["cer"] };
+  const view = { certificate, lineage: [], shares: ["accuracy", "cer"], lower_is_better: ["cer"] };
   render(html`<${Certificate} view=${view} models=${[]} />`, root);
   return [...root.querySelectorAll("tbody tr")].map((each) => each.innerText);
 };
@@ -543,7 +545,7 @@ const result = {
 const data = { "/a/t.jsonl": "0" };
 const report = { kind: "evaluation", created: "2026-01-01T00:00:00Z", data, result };
 const reports = [{ file: "reports/evaluation-0.json", report }];
-const view = { certificate: { record: {}, reports }, lineage: [], shares: [], errors: [] };
+const view = { certificate: { record: {}, reports }, lineage: [], shares: [], lower_is_better: [] };
 render(html`<${Certificate} view=${view} models=${[]} />`, root);
 root.querySelector("summary").click();
 const texts = (name) => [...root.querySelectorAll(name)].map((each) => each.innerText);

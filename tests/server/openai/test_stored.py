@@ -9,6 +9,7 @@ import openai
 import pytest
 from sqlalchemy import select, update
 
+from luthier.errors import QuotaExceeded
 from luthier.limits import AccountQuotas, ServerLimits
 from luthier.server.stores.conversations import Conversations
 from luthier.server.tables.database import now
@@ -146,6 +147,11 @@ def test_limit_days_and_quota(service: Any) -> None:
     with database.read() as session:
         assert session.scalars(select(StoredConversation.id)).all() == ["c"]
         assert 0 < stored_by(session, ACCOUNT) < 100
+    store.update(ACCOUNT, "response", "c", {"long": "x" * 500})
+    with database.read() as session:
+        assert 500 < stored_by(session, ACCOUNT) < 700
+    with pytest.raises(QuotaExceeded):
+        store.update(ACCOUNT, "response", "c", {"long": "x" * 5000})
     assert store.delete(ACCOUNT, "response", "c")
     with database.read() as session:
         assert stored_by(session, ACCOUNT) == 0

@@ -7,6 +7,7 @@ shape of the row are known.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -121,7 +122,7 @@ def join_context(
     keys = context_keys(PromptCompletion if asks else kind, record)
     if asks:
         keys = {key for key in keys if mark_sense(key) is None and key not in REASONING_KEYS}
-    context = {key: record[key] for key in keys}
+    context = {key: record[key] for key in record if key in keys}
     if not context:
         return kind, record
     check_row_marks(context, may_list=not issubclass(kind, JudgedAnswers))
@@ -322,7 +323,8 @@ def _history_turns(record: Record) -> list[dict[str, Any]]:
     """
     history = record.get("history")
     if isinstance(history, str) and history.lstrip().startswith("["):
-        history = parse_turns({"messages": history})["messages"]
+        with suppress(RowRefused):  # the error below names the column
+            history = parse_turns({"messages": history})["messages"]
     if is_blank(history) or history == []:
         return []
     turns: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """Requests and responses of the APIs: heads, callers, JSON bodies with limits, and faults.
 
-Heads are not verified in this module.
+Signatures are not verified in this module.
 """
 
 from __future__ import annotations

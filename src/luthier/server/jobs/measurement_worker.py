@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
@@ -58,16 +59,22 @@ class ReportWorker(ResultWorker[Report]):
         """Fetch the rows that a field of the request names."""
         media = any(base_reads_media(each["stored_id"]) for each in row.models)
         folder, address = self.folders.data / member, row.request[member]
-        return self.retry(lambda: fetch_rows(self.locations, row.account, address, folder, media))
+
+        def fetched() -> Path:
+            shutil.rmtree(folder, ignore_errors=True)  # files of a failed try
+            return fetch_rows(self.locations, row.account, address, folder, media)
+
+        return self.retry(fetched)
 
     def renamed(
         self, row: Report, report: Mapping[str, Any], html: str
     ) -> tuple[dict[str, Any], str]:
         """Return the report and the page with the client's names of models and rows."""
         names = self._names(row)
-        # Names of models are also keys of objects. Keys of S3 may contain quotes and tags.
-        quoted = {name: json.dumps(shown)[1:-1] for name, shown in names.items()}
-        escaped = {name: escape(shown) for name, shown in names.items()}
+        # Names of models are also keys of objects. Keys of S3 may contain quotes and tags, and paths
+        # letters that JSON escapes.
+        quoted = {json.dumps(name)[1:-1]: json.dumps(shown)[1:-1] for name, shown in names.items()}
+        escaped = {escape(name): escape(shown) for name, shown in names.items()}
         return json.loads(rename(json.dumps(report), quoted)), rename(html, escaped)
 
     def _names(self, row: Report) -> dict[str, str]:

@@ -44,7 +44,7 @@ class DeploymentSummary(View):
     next_model: str | None = None
     """Name of the model of a running update or canary."""
     canary_share: float | None = None
-    """Share of the requests that the canary answers."""
+    """Share of users or sessions that the canary answers."""
     created: datetime
     modified: datetime
 

@@ -61,4 +61,8 @@ def store_example(call: NativeCall, name: str) -> StoredExampleView:
         for path, source in files.items()
         if path.endswith(".jsonl")
     }
+    first, *others = stored.values()
+    call.record_created(f"file/{first.id}")
+    for each in others:
+        call.record(f"file/{each.id}")
     return StoredExampleView(files={path: file_address(each.id) for path, each in stored.items()})

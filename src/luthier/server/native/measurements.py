@@ -115,7 +115,7 @@ class MeasurementView(View):
     """Progress of a running measurement: ``phase``, ``done`` and ``total`` (rows or replies)."""
     report: dict[str, Any] | None = None
     """Report of ``luthier evaluate``, ``compare`` or ``study`` with ``--json``; missing in lists."""
-    errors: list[str]
+    lower_is_better: list[str]
     """Names of measures with lower values being better."""
     failure: str | None = None
     created: datetime
@@ -264,7 +264,7 @@ def view_report(row: ReportWork, report: dict[str, Any] | None) -> MeasurementVi
     fields: dict[str, Any] = {
         "models": [each["name"] for each in row.models],
         "report": report,
-        "errors": sorted(LESS_IS_BETTER),
+        "lower_is_better": sorted(LESS_IS_BETTER),
     }
     fields |= {
         name: getattr(row, name) for name in MeasurementView.model_fields.keys() - fields.keys()

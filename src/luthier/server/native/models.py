@@ -113,7 +113,7 @@ class CertificateView(View):
     """ARNs from this model to the foundation model."""
     shares: list[str]
     """Names of metrics with values from 0 to 1, for display as percent."""
-    errors: list[str]
+    lower_is_better: list[str]
     """Names of metrics with lower values being better."""
 
 
@@ -231,7 +231,7 @@ def get_certificate(call: NativeCall, model: Name) -> CertificateView:
         certificate=json.loads(_certificate_text(row)),
         lineage=lineage,
         shares=sorted(SHARES),
-        errors=sorted(LESS_IS_BETTER),
+        lower_is_better=sorted(LESS_IS_BETTER),
     )
 
 

@@ -7,6 +7,7 @@ other requests. At most :data:`AT_ONCE` run at the same time, each with a time l
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import tempfile
 import threading
@@ -46,6 +47,7 @@ EXAMPLE = 80
 """Maximum number of characters of an example value."""
 router = native_router()
 _free = threading.BoundedSemaphore(AT_ONCE)
+_log = logging.getLogger("luthier.server")
 
 
 class Preview(Input):
@@ -235,6 +237,7 @@ def clean_data(call: NativeCall, body: Cleaning) -> CleaningView:
         file = call.context.locations.uploads.add(
             call.account, [target.read_bytes()], target.name, "fine-tune"
         )
+    call.record_created(f"file/{file.id}")
     fields = {name: summary[name] for name in ("rows_in", "rows_out", "changed", "dropped")}
     return CleaningView(address=file_address(file.id), name=file.name, **fields)
 
@@ -334,11 +337,15 @@ def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int
         text = f"The command takes more than {SECONDS:.0f} seconds. Use fewer rows."
         raise Fault("Validation", text) from error
     out = process.stdout.strip()
+    if not out or process.returncode < 0:
+        _log.error("%s failed (%d): %s", command[0], process.returncode, process.stderr[-4000:])
+        text = f"The command `{command[0]}` failed on the server. Its log has the reason."
+        raise Fault("InternalServer", text)
     for path, address in addresses.items():
         # Replace the JSON encoding of the path, without quotes.
         out = out.replace(json.dumps(path)[1:-1], json.dumps(address, ensure_ascii=False)[1:-1])
-    output = json.loads(out) if out else {}
-    if process.returncode not in codes or not out or "error" in output:
+    output = json.loads(out)
+    if process.returncode not in codes or "error" in output:
         message = output.get("error", {}).get("message") or "The command fails without a message."
         raise Fault("Validation", map_code(message, setting_name)[-4000:])
     return map_texts(output, lambda text: map_code(text, setting_name))

@@ -20,7 +20,7 @@ from luthier.server.live.feedback import RATINGS
 from luthier.server.live.rows import RowKind
 from luthier.server.native.operations import Input, NativeCall, Page, View, native_router
 from luthier.server.stores.uploaded_files import file_address
-from luthier.server.tables.live.captures import CapturedRequest, CaptureSettings, Feedback
+from luthier.server.tables.live.captures import DAYS, CapturedRequest, CaptureSettings, Feedback
 
 router = native_router()
 MOST_READ = 20
@@ -145,15 +145,15 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
     waits = positions < func.coalesce(CapturedRequest.answers, 1)
     done_by_me = ~waits
     with database.read() as session:
-        settings = session.get(CaptureSettings, call.account)
-        if settings is not None and settings.second_rater is not None:
+        capturing = session.get(CaptureSettings, call.account)
+        if capturing is not None and capturing.second_rater is not None:
             others = select(func.count(Feedback.rater.distinct())).where(
                 Feedback.request_seq == CapturedRequest.seq,
                 Feedback.rater != call.caller.user,
                 Feedback.name.in_(RATINGS),
             )
             # Multiplied, so that neighbours do not have the same number of raters.
-            is_shared = (CapturedRequest.seq * 37) % 100 < 100 * settings.second_rater
+            is_shared = (CapturedRequest.seq * 37) % 100 < 100 * capturing.second_rater
             waits &= others.scalar_subquery() < case((is_shared, 2), else_=1)
         waiting, rated = (_count(session, own.where(each)) for each in (waits, done_by_me))
         names = (
@@ -202,11 +202,12 @@ def create_rows(call: NativeCall, body: RowsRequest) -> RowsView:
     file = call.context.locations.uploads.add(
         call.account, [json_lines(found).encode()], f"review-{body.to}.jsonl", "fine-tune"
     )
+    call.record_created(f"file/{file.id}")
     return RowsView(address=file_address(file.id), rows=len(found), answers=len(answers))
 
 
 def _settings_view(row: CaptureSettings | None) -> CaptureView:
-    row = row or CaptureSettings(enabled=False, share=1.0, redact=True, days=0)
+    row = row or CaptureSettings(enabled=False, share=1.0, redact=True, days=DAYS)
     return CaptureView(enabled=row.enabled, share=row.share, redact=row.redact, days=row.days)
 
 

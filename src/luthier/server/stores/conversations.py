@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, delete, func, select
@@ -98,13 +98,20 @@ class Conversations:
     def update(
         self, account: str, kind: str, identifier: str, metadata: Mapping[str, str]
     ) -> StoredConversation | None:
-        """Replace the metadata of an object."""
+        """Replace the metadata of an object.
+
+        Raises:
+            QuotaExceeded: for longer metadata than the account has space for.
+        """
+        quotas = self._quotas(account)
         with self.database.write() as session:
             query = self._visible(account, kind).where(StoredConversation.id == identifier)
             row = find_row(session, query, lock=True)
             if row is not None:
-                row.user_metadata = dict(metadata)
-                row.body = {**row.body, "metadata": dict(metadata)}
+                body = {**row.body, "metadata": dict(metadata)}
+                more = len(json.dumps(body)) - len(json.dumps(row.body))
+                storage.charge(session, account, quotas, stored_bytes=more)
+                row.user_metadata, row.body = dict(metadata), body
             return row
 
     def delete(self, account: str, kind: str, identifier: str) -> bool:
@@ -130,7 +137,7 @@ class Conversations:
             StoredConversation.created > self._oldest(),
         )
 
-    def _oldest(self) -> Any:
+    def _oldest(self) -> datetime:
         return now() - timedelta(days=self._limits.conversation_days)
 
 

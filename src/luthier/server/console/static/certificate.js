@@ -21,7 +21,7 @@ const GATES = { passed: "good", warnings: "warning", refused: "error" };
  * the names of the lineage; `job` created the model.
  */
 export function Certificate({ view, models, job = null }) {
-  const { certificate, lineage, shares, errors } = view;
+  const { certificate, lineage, shares, lower_is_better: errors } = view;
   const record = certificate.record ?? {};
   const metrics = record.metrics ?? {};
   return html`

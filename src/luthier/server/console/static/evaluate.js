@@ -27,7 +27,7 @@ const pathOf = (kind, id) => `/api/v1/${kind}/${encodeURIComponent(id)}`;
 /** Return an evaluation or comparison with its report. */
 async function getReport(path, signal) {
   const found = await call("GET", path, { signal });
-  lower = found.errors;
+  lower = found.lower_is_better;
   return found;
 }
 

@@ -240,7 +240,7 @@ function Completed({ job }) {
   const reasons = verdicts.filter((each) => each !== retraining?.verdict);
   const record = found.data?.view.certificate.record ?? {};
   const metrics = record.metrics ?? {};
-  const [shares, errors] = [new Set(found.data?.view.shares), new Set(found.data?.view.errors)];
+  const [shares, errors] = [new Set(found.data?.view.shares), new Set(found.data?.view.lower_is_better)];
   const verdict = verdictOf(metrics, record.data?.validation_rows, { shares, errors });
   const { rows, validation_rows: held, dropped, truncated, learned_tokens: learned } = record.data ?? {};
   return html`
