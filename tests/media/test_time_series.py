@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from luthier.data.inputs import LONGEST_WINDOW, Media, read_processor, save_processor
+from luthier.data.inputs import LONGEST_WINDOW, MOST_COLUMNS, Media, read_processor, save_processor
 from luthier.data.prompts import load_inputs
 from luthier.data.rows import RowReader, load_rows
 from luthier.data.shapes.base import Shape
@@ -94,13 +94,25 @@ def test_unparsed_time_formats_are_accepted(tmp_path: Path, time: str) -> None:
 
 @pytest.mark.parametrize(
     ("header", "line"),
-    [("timestamp,inside,outside", "2026-11-23,20.5,3"), ("Date;kWh;EUR", "23.11.2026;1,5;0,3")],
+    [
+        ("timestamp,inside,outside", "2026-11-23,20.5,3"),
+        ("Date;kWh;EUR;anomaly", "23.11.2026;20.5;3;1.0"),
+    ],
 )
-def test_several_number_columns_give_a_single_problem(
+def test_several_number_columns_are_a_series_with_a_label(
     tmp_path: Path, header: str, line: str
 ) -> None:
+    rows = load_rows(write(tmp_path, [line, line], header))
+    windows = [row.media.values().tolist() for row in rows if isinstance(row, BareWindow)]
+    assert windows == [[[20.5, 3.0]], [[20.5, 3.0]] * 2]
+    assert [row.target() for row in rows] == (["fault"] * 2 if "anomaly" in header else [None] * 2)
+
+
+def test_too_many_columns_give_a_single_problem(tmp_path: Path) -> None:
+    names = [f"c{n}" for n in range(MOST_COLUMNS + 1)]
+    line = ",".join(["2026-11-23", *"1" * len(names)])
     with pytest.raises(DataError) as caught:
-        load_rows(write(tmp_path, [line, line], header))
+        load_rows(write(tmp_path, [line, line], ",".join(["time", *names])))
     assert [(each.rule, each.line) for each in caught.value.problems] == [("window.columns", 0)]
 
 

@@ -58,6 +58,8 @@ MOST_IMAGES_OF_ROW = 64
 """Most images of a conversation."""
 LONGEST_WINDOW = 512
 """Most values in a window of a time series; no supported network accepts more."""
+MOST_COLUMNS = 64
+"""Most columns of a time series."""
 LARGEST_VALUE = 1e100
 """Largest magnitude in a time series; the square of a larger value overflows."""
 CONVERSIONS: Mapping[str, str] = {
@@ -99,7 +101,7 @@ class Media:
     data: bytes | None = field(default=None, repr=False)
     """Encoded bytes, if stored in a table."""
     array: NDArray[Any] | None = field(default=None, repr=False, compare=False)
-    """Pixels ``[H, W]`` or ``[H, W, 3]``, or values ``[T]``, if in memory."""
+    """Pixels ``[H, W]`` or ``[H, W, 3]``, or values ``[T]`` or ``[T, C]``, if in memory."""
     most: int | None = None
     """Most pixels or samples; default :data:`MOST_PIXELS` or :data:`MOST_SAMPLES`."""
     time: float | None = field(default=None, compare=False)
@@ -175,8 +177,13 @@ class Media:
             ) from error
         return self.path, self.member, state.st_mtime_ns, state.st_size
 
+    @property
+    def columns(self) -> int:
+        """Number of columns of a window."""
+        return 1 if self.array is None or self.array.ndim == 1 else self.array.shape[1]
+
     def values(self) -> NDArray[np.float64]:
-        """Return the values ``[T]`` of a window.
+        """Return the values ``[T]`` of a window; of several columns, ``[T, C]``.
 
         float64: float32 loses the differences between large values of a counter.
         """

@@ -259,9 +259,8 @@ def judge_run(
             "rows, which was not measured"
         )
     elif kept == 0:
-        stored = (
-            "The logistic regression is" if fitted_head else "The weights from before training are"
-        )
+        fit = "logistic regression" if train else "fit"
+        stored = f"The {fit} is" if fitted_head else "The weights from before training are"
         sentences.append(f"{stored} stored")
     elif kept != last_step:
         sentences.append(f"The weights of step {kept} are stored")
@@ -358,7 +357,8 @@ class _Course:
         """Return the measurements in words; ``few_rows`` is the number of rows if rough, else 0."""
         measure = SCORES.get(self.measure, self.measure)
         rows = f" on only {few_rows} row{'s' * (few_rows != 1)}" if few_rows else ""
-        before = "before training" if start == "before training" else "of the regression"
+        fit = "regression" if self.train else "fit"
+        before = "before training" if start == "before training" else f"of the {fit}"
         text = f"validation {measure}{rows} {self._scores(self.first)} {before}"
         if self.kept is not self.first:
             text += f", {self._scores(self.kept)} at step {self.kept['step']}"

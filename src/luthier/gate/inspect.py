@@ -13,7 +13,7 @@ from luthier.data.files.sources import Source
 from luthier.data.inputs import PLURAL, MediaKind
 from luthier.data.rows import Columns, RowReader
 from luthier.data.shapes import SHAPES, describe_shapes
-from luthier.data.shapes.media import MediaRow
+from luthier.data.shapes.media import BareWindow, MediaRow
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import LabelledText
 from luthier.errors import DownloadError, Problem, RefusedInput
@@ -69,14 +69,14 @@ def default_base(reader: RowReader, objective: Objective | None = None) -> tuple
         return plain
     row = next(iter(reader.first(1)), None)
     if objective is not None and bases:
-        reads = SHAPES[row.shape].reads if row is not None else ""
+        reads = _input_kind(row) if row is not None else ""
         return (
             bases.get(reads, next(iter(bases.values()))),
             f"the default of objective {objective.method}",
         )
     if isinstance(row, MediaRow):
         for kind in OBJECTIVES.values():
-            own = kind.defaults.bases.get(row.media.kind)
+            own = kind.defaults.bases.get(_input_kind(row))
             if own and row.shape in kind.shapes:
                 return own, f"the default for {describe_shapes([row.shape])}"
         known = MEDIA_BASES[row.media.kind]
@@ -89,6 +89,12 @@ def default_base(reader: RowReader, objective: Objective | None = None) -> tuple
     if isinstance(row, AnsweredQuestion):
         reason = f"the smallest encoder, which never learned to answer; {ANSWERING_BASES}"
     return encoder_of_language(main_language(reader.first(LANGUAGE_ROWS)), reason, words)
+
+
+def _input_kind(row: Row) -> str:
+    """Return the kind of input; ``columns`` for a series of several columns."""
+    several = isinstance(row, BareWindow) and row.media.columns > 1
+    return "columns" if several else SHAPES[row.shape].reads
 
 
 def encoder_of_language(code: str, reason: str, words: bool = False) -> tuple[str, str]:

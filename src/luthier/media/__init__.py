@@ -26,6 +26,8 @@ ENTRY_POINTS = {
         "small-unet": "luthier.media.catalog:SMALL_UNET",
         "small-vae": "luthier.media.catalog:SMALL_VAE",
         "small-window-vae": "luthier.media.catalog:SMALL_WINDOW_VAE",
+        "small-sensor-vae": "luthier.media.catalog:SMALL_SENSOR_VAE",
+        "z-score": "luthier.media.catalog:Z_SCORE",
         "small-ocr": "luthier.media.catalog:SMALL_OCR",
     },
     "luthier.networks": {
@@ -36,6 +38,7 @@ ENTRY_POINTS = {
         "unet": "luthier.media.networks.unet",
         "vae": "luthier.media.networks.vae",
         "vgg": "luthier.media.networks.vgg",
+        "z_score": "luthier.media.networks.z_score",
         "stable_diffusion": "luthier.media.networks.stable_diffusion",
     },
     "luthier.weight_files": {"vgg": "luthier.media.networks.vgg:write_folder"},

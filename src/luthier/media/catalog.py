@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from luthier.data.inputs import save_processor
+from luthier.data.inputs import MOST_COLUMNS, save_processor
 from luthier.media.processors import AudioProcessor, ImageProcessor, WindowProcessor
 from luthier.models.catalog import CatalogEntry, PackageSource, random_entry
 
@@ -150,6 +150,31 @@ SMALL_WINDOW_VAE = random_entry(
         "dense": True,
     },
     WindowProcessor(48),
+    head="autoencoding",
+)
+SMALL_SENSOR_VAE = random_entry(
+    "small-sensor-vae",
+    "autoencoding",
+    109_072,
+    "small variational autoencoder for series of up to 16 columns; reads the latest 48 values",
+    {
+        "model_type": "vae",
+        "num_channels": 16,
+        "image_size": [1, 48],
+        "hidden_sizes": [64, 64],
+        "latent_size": 8,
+        "dense": True,
+    },
+    WindowProcessor(48, 16),
+    head="autoencoding",
+)
+Z_SCORE = random_entry(
+    "z-score",
+    "autoencoding",
+    128,
+    "z-scores of a series of up to 64 columns, fitted in seconds; reads the latest 20 values",
+    {"model_type": "z_score", "num_channels": MOST_COLUMNS, "image_size": [1, 20]},
+    WindowProcessor(20, MOST_COLUMNS, scaled=False),
     head="autoencoding",
 )
 SMALL_OCR = random_entry(

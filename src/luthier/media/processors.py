@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from luthier.data.inputs import LONGEST_WINDOW, Media, MediaKind, Processor
+from luthier.data.inputs import LONGEST_WINDOW, MOST_COLUMNS, Media, MediaKind, Processor
 from luthier.errors import UnknownModel
 from luthier.media.augmentation import change_audio, change_image, mask_spectrogram, resample
 from luthier.media.decoding import MOST_SECONDS, read_pixels, read_samples
@@ -498,35 +498,48 @@ LARGEST_DEVIATION = 10.0
 
 @dataclass(frozen=True)
 class WindowProcessor(Processor):
-    """Converts a time series to a window of the latest values, ``[1, 1, length]``.
+    """Converts a time series to a window of the latest values, ``[columns, 1, length]``.
 
-    The window is normalized by the mean and deviation of the values before the last value, so a
+    Each column is normalized by the mean and deviation of the values before the last value, so a
     series may drift. The deviation includes a tenth of the deviation of all known values, for flat
-    windows.
+    windows. A series with fewer columns is padded with zeros.
     """
 
     name: ClassVar[str] = "window"
     kind: ClassVar[MediaKind] = "window"
 
     length: Annotated[int, Field(ge=2, le=LONGEST_WINDOW)] = 48
+    columns: Annotated[int, Field(ge=1, le=MOST_COLUMNS)] = 1
+    scaled: bool = True
+    """False for a network that knows the level of each column."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of the network's input."""
-        return (1, 1, self.length)
+        return (self.columns, 1, self.length)
 
     def array(
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
-        """Return the network's input ``[1, 1, length]``. A short history is mirrored at the start."""
-        values_T = media.values()
-        window = values_T[-self.length :]
-        if len(window) < self.length:
-            window = np.pad(window, (self.length - len(window), 0), mode="symmetric")
-        scale = window[:-1].std() + 0.1 * values_T.std()
-        scale = scale or 1.0  # constant series
-        scaled = ((window - window[:-1].mean()) / scale).clip(-LARGEST_DEVIATION, LARGEST_DEVIATION)
-        return np.asarray(scaled[None, None], dtype=np.float32)
+        """Return the network's input ``[columns, 1, length]``. A short history is mirrored at the
+        start.
+        """
+        values_TC = media.values()
+        values_TC = values_TC.reshape(len(values_TC), -1)
+        window_LC = values_TC[-self.length :]
+        if len(window_LC) < self.length:
+            missing = self.length - len(window_LC)
+            window_LC = np.pad(window_LC, ((missing, 0), (0, 0)), mode="symmetric")
+        if self.scaled:
+            before = window_LC[:-1]
+            scale_C = before.std(0) + 0.1 * values_TC.std(0)
+            scale_C[scale_C == 0] = 1.0  # constant column
+            window_LC = ((window_LC - before.mean(0)) / scale_C).clip(
+                -LARGEST_DEVIATION, LARGEST_DEVIATION
+            )
+        array = np.zeros(self.shape, np.float32)
+        array[: window_LC.shape[1], 0] = window_LC.T
+        return array
 
     def with_settings(self, **settings: Any) -> WindowProcessor:
         """Return this processor: windows have no settings."""
@@ -534,8 +547,8 @@ class WindowProcessor(Processor):
 
     @staticmethod
     def for_shape(shape: tuple[int, int, int]) -> WindowProcessor:
-        """Return a processor for windows of the length of the last axis of ``shape``."""
-        return WindowProcessor(shape[-1])
+        """Return a processor for windows with the columns and the length of ``shape``."""
+        return WindowProcessor(shape[-1], shape[0])
 
     def is_whole(self, media: Media) -> bool:
         """Return whether the series has enough values for a window."""
@@ -546,8 +559,14 @@ class WindowProcessor(Processor):
         """Return the processor of a ``preprocessor_config.json`` from :meth:`fields`."""
         if fields.get("feature_extractor_type") != "TimeSeriesWindow":
             return None
-        return WindowProcessor(length=fields["length"])
+        return WindowProcessor(
+            fields["length"], fields.get("columns", 1), fields.get("scaled", True)
+        )
 
     def fields(self) -> dict[str, Any]:
         """Return the contents of ``preprocessor_config.json``, in luthier's own format."""
-        return {"feature_extractor_type": "TimeSeriesWindow", "length": self.length}
+        columns = {"columns": self.columns} if self.columns > 1 else {}
+        scaled = {} if self.scaled else {"scaled": False}
+        return {
+            "feature_extractor_type": "TimeSeriesWindow", "length": self.length, **columns, **scaled
+        }  # fmt: skip

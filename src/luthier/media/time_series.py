@@ -1,9 +1,10 @@
 """Reader of time series: a table of times and values becomes windows of the latest values.
 
-A table is a time series if the header has a time and a value, or the first column has dates under a
-name in another language, and the first value is a number. Columns to ignore do not count, and
-``--map timestamp=COLUMN --map value=COLUMN`` names two columns of many. Each line is a row: the
-value of that time and the values before. A network reads the latest of these values.
+A table is a time series if the header has a time, or the first column has dates under a name in
+another language, and the first values of all other columns are numbers. Columns to ignore do not
+count, and ``--map timestamp=COLUMN --map value=COLUMN`` names two columns of many. A column
+``label`` marks faults. Each line is a row: the values of that time and the values before. A network
+reads the latest of these values.
 :mod:`luthier.media.series_times` parses the times.
 """
 
@@ -18,13 +19,17 @@ from luthier.data.field_checks import DECIMAL_COMMA
 from luthier.data.files.containers import TIME_COLUMNS
 from luthier.data.files.parsing import Record, quote
 from luthier.data.formats import KEYS
-from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, Media
+from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, MOST_COLUMNS, Media
 from luthier.errors import Location, Problem, RowRefused
 from luthier.formatting import list_some
 from luthier.media.series_times import is_date, parse_number, parse_times
 
 FIRST_LINES = 1_000
 """Lines that are searched for the first value, because a sensor may start late."""
+LABEL_COLUMNS = ("label", "anomaly", "is_anomaly", "fault")
+"""Names of columns that mark faults, in lower case."""
+SHORTEST_WINDOW = 64
+"""Values of a window in tables with many columns."""
 MISSING = ("", "nan", "na", "n/a", "null", "none", "-")
 """Spellings of a missing value in tables."""
 
@@ -43,11 +48,13 @@ def read_series(
     lines = [first]
     table = chain(lines, records)
     names = [name for name in first[1] if columns.get(name) != ""]
+    label = columns.get("label") or next((name for name in names if _is_label(name)), "")
+    names = [name for name in names if name != label]
     if columns.keys() & {"timestamp", "value"}:
         time = columns.get("timestamp") or names[0]
-        value = columns.get("value") or next((name for name in names if name != time), "")
-        names = [time, value]
-    elif any(columns.values()):
+        value = columns.get("value")
+        names = [time, *([value] if value else [name for name in names if name != time])]
+    elif any(source for name, source in columns.items() if name != "label"):
         return table  # another task
     if len(names) < 2 or not first[1].keys() >= {*names} or not _may_be_series(names, first[1]):
         return table
@@ -55,10 +62,14 @@ def read_series(
     numbers = [name for name in names[1:] if _has_numbers(lines, name)]
     if len(numbers) < len(names) - 1:
         return table  # text next to numbers
-    if len(numbers) == 1:
-        return _read_windows(table, (names[0], names[1]), file, problems)
-    problems.append(_several_columns(numbers).at(file, 0))
-    return iter(())
+    if len(numbers) > MOST_COLUMNS:
+        problems.append(_many_columns(numbers).at(file, 0))
+        return iter(())
+    return _read_windows(table, names, label, file, problems)
+
+
+def _is_label(name: str) -> bool:
+    return name.strip().lower() in LABEL_COLUMNS
 
 
 def _may_be_series(names: Sequence[str], first: Record) -> bool:
@@ -68,12 +79,12 @@ def _may_be_series(names: Sequence[str], first: Record) -> bool:
     return names[0].strip().lower() in TIME_COLUMNS or is_date(str(first[names[0]]))
 
 
-def _several_columns(numbers: Sequence[str]) -> RowRefused:
+def _many_columns(numbers: Sequence[str]) -> RowRefused:
     return RowRefused(
         "window.columns",
         f"The table has {len(numbers):,} columns of numbers: {list_some(map(quote, numbers), 5)}. A "
-        "series has a time and one value.",
-        f"Choose one column, as with `data.columns.value={numbers[0]}`.",
+        f"series has at most {MOST_COLUMNS}.",
+        f"Leave out columns, as with `data.columns.{numbers[0]}=`.",
     )
 
 
@@ -90,14 +101,17 @@ def _has_numbers(lines: Iterable[tuple[int, Record]], name: str) -> bool:
 
 def _read_windows(
     records: Iterable[tuple[int, Record]],
-    names: tuple[str, str],
+    names: Sequence[str],
+    label: str,
     file: str,
     problems: list[Problem],
 ) -> Iterator[tuple[int, Record]]:
-    lines, valid_records, values = list[int](), list[Record](), list[float]()
+    lines, valid_records, values = list[int](), list[Record](), list[list[float]]()
     for line, record in records:
-        time, value = (record[name] for name in names)
-        if (number := parse_number(value)) is None:
+        time, cells = record[names[0]], [record[name] for name in names[1:]]
+        numbers = [parse_number(cell) for cell in cells]
+        if None in numbers:
+            value = cells[numbers.index(None)]
             message = (
                 f"The value of {quote(str(time))} is {quote(str(value))}, not a finite number up to "
                 f"{LARGEST_VALUE:.0e}."
@@ -113,11 +127,18 @@ def _read_windows(
         else:
             lines.append(line)
             valid_records.append(record)
-            values.append(number)
-    series_T = np.array(values, np.float64)
+            values.append([number for number in numbers if number is not None])
+    series = np.array(values, np.float64)
+    longest = LONGEST_WINDOW
+    if len(names) == 2:
+        series = series.reshape(-1)
+    else:
+        # Rows on disk have the whole window: many columns have shorter windows.
+        longest = max(SHORTEST_WINDOW, LONGEST_WINDOW // (len(names) - 1))
     times = parse_times([str(record[names[0]]) for record in valid_records])
     rows = zip(lines, valid_records, times, strict=True)
     for index, (line, record, time) in enumerate(rows):
-        latest = series_T[max(0, index + 1 - LONGEST_WINDOW) : index + 1]
+        latest = series[max(0, index + 1 - longest) : index + 1]
         media = Media("window", f"{file}:{line}", array=latest, time=time)
-        yield line, {**record, "window": media}
+        marked = {"label": record[label]} if label else {}
+        yield line, {**record, **marked, "window": media}

@@ -31,7 +31,7 @@ KINDS = {
     "image_encoder": BaseKind("contrastive", ("IMAGE", "EMBEDDING"), rows_decide=True),
     "audio_encoder": BaseKind("contrastive", ("", "EMBEDDING"), rows_decide=True),
     "image_text_encoder": BaseKind("contrastive", ("TEXT", "EMBEDDING"), families=("clip",)),
-    "autoencoding": BaseKind("vae", ("IMAGE", "IMAGE"), families=("vae",)),
+    "autoencoding": BaseKind("vae", ("IMAGE", "IMAGE"), families=("vae", "z_score")),
     "adversarial": BaseKind("gan", ("TEXT", "IMAGE"), families=("dcgan",)),
     "denoising": BaseKind("diffusion", ("TEXT", "IMAGE"), families=("unet", MODEL_TYPE)),
     "image_to_text": BaseKind(

@@ -261,6 +261,10 @@ class Objective(StrictModel):
         """
         return rows
 
+    def regroup_scored(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Return rows regrouped for ``luthier evaluate``, with their targets."""
+        return self.regroup(rows)
+
     def needs_other_rows(self, row: Row) -> bool:
         """Return whether :meth:`regroup` gives other rows for ``row`` alone than in its file."""
         return False

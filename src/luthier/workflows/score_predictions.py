@@ -23,7 +23,7 @@ def score_predictions(
     """
     objective = predictor.objective
     check_shapes(rows, objective)
-    rows = objective.regroup(rows)
+    rows = objective.regroup_scored(rows)
     examples = [
         [
             predictor.encode(side, index)

@@ -20,6 +20,7 @@ from luthier.data.shapes.media import (
     CaptionedImage,
     LabelledAudio,
     LabelledImage,
+    LabelledWindow,
 )
 from luthier.data.shapes.passages import CitedAnswer
 from luthier.data.shapes.preferences import Preference, RankedReplies, RatedReply, ThumbedReply
@@ -48,6 +49,7 @@ SHAPES: Mapping[str, type[Shape]] = {
         BareImage,
         BareAudio,
         BareWindow,
+        LabelledWindow,
         RatedText,
         TaggedWords,
         AnsweredQuestion,

@@ -98,11 +98,49 @@ class BareWindow(BareMedia):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        return cls.key() in record
+        return cls.key() in record and "label" not in record
 
     def inputs(self) -> tuple[str, ...]:
         """Return a hash of the location, because windows of equal values are not duplicates."""
         return (hashlib.sha256(self.media.name.encode()).hexdigest(),)
+
+
+NORMAL = frozenset({"", "0", "0.0", "false", "no", "none", "normal", "ok"})
+"""Labels of values without a fault, in lower case."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledWindow(BareWindow):
+    """A value of a time series with a label: normal, or a fault."""
+
+    shape: ClassVar[str] = "labelled_window"
+    title: ClassVar[str] = '{"window", "label"}'
+    noun: ClassVar[str] = "windows of a time series with labels"
+    keys: ClassVar[tuple[str, ...]] = ("window", "label")
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("window", "label")),)
+
+    label: str
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        return cls.key() in record and "label" in record
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        media, label = fields.media(record, cls.key()), record["label"]
+        text = "" if label is None else str(label).strip()
+        return None if media is None else cls(fields.file, fields.line, media, text)
+
+    @property
+    def is_fault(self) -> bool:
+        """True unless the label is empty, 0, or a word for a normal value."""
+        return self.label.lower() not in NORMAL
+
+    def target(self) -> str:
+        return "fault" if self.is_fault else "normal"
+
+    def record(self) -> Record:
+        return {**BareWindow.record(self), "label": self.label}
 
 
 BARE_MEDIA: Mapping[MediaKind, type[BareMedia]] = {

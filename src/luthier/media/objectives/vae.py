@@ -13,7 +13,8 @@ arXiv:1511.06349, section 3.1).
 Inputs unlike the training rows have bad copies and distant latents: the anomaly score is the
 negative bound at the mean of the latents. The threshold is the smallest score that at most a share
 of ``false_alarms`` of the held-out rows exceeds, fixed after training. Windows of a time series
-with too few values are not scored.
+with too few values are not scored. Values with the label of a fault are left out of training.
+The base ``z-score`` has no latents: the score is the network's, and the usual threshold is 3.
 
 With ``likelihood = "bernoulli"``, the decoder gives the logit of each pixel, and the first term is the
 binary cross-entropy less its smallest value, so 0 is a perfect copy here too. This likelihood is for
@@ -31,16 +32,20 @@ from pydantic import Field
 
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.disk_sequence import spool
-from luthier.data.shapes.media import BareWindow
-from luthier.errors import RecipeError
+from luthier.data.shapes.media import BareWindow, LabelledWindow
+from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.thresholds import choose_threshold
 from luthier.media.objectives.generative import Generative, draw_latents, draw_noise
-from luthier.media.processors import ImageProcessor
+from luthier.media.processors import ImageProcessor, WindowProcessor
 from luthier.media.tasks import AUTOENCODING
+from luthier.models.networks.heads import FITTED
 from luthier.models.networks.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import (
     Finished,
+    PreparedRows,
+    RunModels,
+    RunStart,
     TrainingDefaults,
     chat_of,
     extra_of,
@@ -56,6 +61,8 @@ if TYPE_CHECKING:
 
     from luthier.models.networks.network import Network, TreeBatch
 
+Z_THRESHOLD = 3.0
+"""Usual threshold of z-scores, in standard deviations."""
 ACTIVE = 0.01
 """Smallest variance of a latent's mean over the rows that counts as active (Burda et al. 2016)."""
 
@@ -124,14 +131,15 @@ class VAE(Generative):
     """Score above which a row is anomalous. Default: from held-out rows after training."""
 
     task: ClassVar[Task] = AUTOENCODING
-    shapes: ClassVar[frozenset[str]] = frozenset({"window"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"labelled_window", "window"})
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"labelled_window"})
     further_shapes: ClassVar[frozenset[str]] = frozenset(
         {"captioned_image", "image", "labelled_image"}
     )
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
         min_epochs=3,
         max_epochs=20,
-        bases={"image": "small-vae", "window": "small-window-vae"},
+        bases={"image": "small-vae", "window": "small-window-vae", "columns": "small-sensor-vae"},
         min_steps=1_000,  # training starts from random weights
     )
 
@@ -141,8 +149,22 @@ class VAE(Generative):
         return self.threshold
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Return rows without labels and captions."""
-        return spool(row.bare() for row in rows)
+        """Return rows without labels, captions and faults."""
+        faults = (row for row in rows if isinstance(row, LabelledWindow) and row.is_fault)
+        skipped = {(row.file, row.line) for row in faults}
+        return spool(row.bare() for row in rows if (row.file, row.line) not in skipped)
+
+    def regroup_scored(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Return all rows: faults are scored."""
+        return rows
+
+    def bind(self, models: RunModels) -> Self:
+        """Set the threshold of z-scores."""
+        bound = super().bind(models)
+        family = models.network.fields.get("model_type") if models.network else None
+        if family != "z_score" or bound.threshold is not None:
+            return bound
+        return bound.model_copy(update={"threshold": Z_THRESHOLD})
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Choose settings for the rows: windows of a time series have few values, of deviation 1."""
@@ -160,8 +182,37 @@ class VAE(Generative):
         return self.model_copy(update=chosen)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Encode the image or window."""
+        """Encode the image or window.
+
+        Raises:
+            RowRefused: for a series with more columns than the network.
+        """
+        if isinstance(row, BareWindow) and isinstance(chat.media, WindowProcessor):
+            count, most = row.media.columns, chat.media.columns
+            if count > most:
+                raise RowRefused(
+                    "window.columns",
+                    f"the series has {count:,} columns, and the base model reads {most:,}.",
+                    "Use `--base small-sensor-vae` or `--base z-score`, or choose a column with "
+                    "`data.columns.value`.",
+                )
         return chat.encode_input(row, index)
+
+    def prepare(self, start: RunStart) -> PreparedRows:
+        """Fit z-scores; other networks learn by steps."""
+        import torch
+
+        network, examples = start.network, start.examples
+        if network.model.config.model_type not in FITTED:
+            return super().prepare(start)
+        whole = [each for each in examples if _is_whole(each)] or examples
+        means = [
+            _values(network, batch).mean((2, 3)) for batch in network.batches(whole, start.budget)
+        ]
+        columns = max(each.media.media.columns for each in whole if each.media is not None)
+        network.model.fit(torch.cat(means), columns)
+        start.note(f"z-scores fitted to {len(whole):,} rows of {columns} columns")
+        return PreparedRows(examples, head_fitted=True, is_final=True)
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
@@ -184,6 +235,8 @@ class VAE(Generative):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed negative evidence lower bound, with one sample per row."""
+        if network.model.config.model_type in FITTED:
+            return Loss.from_rows(self._scores(network, batch), {})
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
         drawn = extra_of(batch, Draw)
         latent_RZ = mean_RZ + (0.5 * log_variance_RZ).exp() * drawn.noise_RZ
@@ -233,7 +286,7 @@ class VAE(Generative):
                 means.append(loss.states)
 
         metrics = loss_metrics(self, network, examples, budget, collect)
-        if len(examples) > 1:
+        if means and len(examples) > 1:
             none = torch.zeros(0, int(network.model.config.latent_size), device=network.device)
             means_RZ = network.group.concatenate(torch.cat([none, *means]))
             metrics["active_units"] = int((means_RZ.var(0) > ACTIVE).sum())
@@ -257,6 +310,9 @@ class VAE(Generative):
     def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
         """Return the anomaly scores ``[R]``: the negative bound, or the error of the last value
         alone."""
+        if network.model.config.model_type in FITTED:
+            found_R: Tensor = network.model.scores(_values(network, batch))
+            return found_R
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
         if self.score_over == "last":
             copies = self.decode(network, mean_RZ).float()
@@ -294,6 +350,8 @@ class VAE(Generative):
 
     def describe_copies(self, network: Network, examples: Sequence[Example], budget: int) -> str:
         """Return the compression, and the error of copies if ``examples`` are held out."""
+        if network.model.config.model_type in FITTED:
+            return ""
         text = f"Each row has {self.compression(network)}"
         if examples:
             error = self.copy_error(network, examples, budget)
@@ -340,6 +398,16 @@ def _pixel_scale(network: Network) -> tuple[Tensor, Tensor]:
     assert isinstance(processor, ImageProcessor)
     mean, spread = (torch.tensor(each)[:, None, None] for each in (processor.mean, processor.std))
     return mean.to(network.device), spread.to(network.device)
+
+
+def _values(network: Network, batch: TreeBatch) -> Tensor:
+    """Return the inputs ``[R, C, H, W]`` in float32: bfloat16 has no small changes of a high level."""
+    import torch
+
+    plan: Tensor = batch.plan
+    if plan.dtype == torch.float32:
+        return plan
+    return network.layout.reader.arrays(batch.tree, network.device, torch.float32)
 
 
 def _is_whole(example: Example) -> bool:

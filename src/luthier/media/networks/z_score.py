@@ -1,0 +1,79 @@
+"""Z-scores of a time series: how far the latest values are from ordinary values.
+
+The score is the root mean square, over the columns, of the deviation of the mean of the latest
+values from the training rows, in standard deviations. Mean and deviation of each column are fitted,
+so training takes no steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from luthier.media.networks.image_stages import ImagePreTrainedConfig, ImagePreTrainedModel
+
+SMALLEST_DEVIATION = 1e-6
+"""Least deviation of a column, relative to the level: a constant column may change later."""
+
+
+class ZScoreConfig(ImagePreTrainedConfig):
+    """Number of columns and of averaged values."""
+
+    model_type = "z_score"
+
+    @property
+    def latent_size(self) -> int:
+        """Number of columns."""
+        return int(self.num_channels)
+
+
+class ZScoreModel(ImagePreTrainedModel):
+    """Mean and deviation of each column."""
+
+    luthier_head_kind = "autoencoding"
+    config_class = ZScoreConfig
+    _keep_in_fp32_modules_strict = ["mean", "deviation"]  # noqa: RUF012
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.mean = nn.Parameter(torch.zeros(config.num_channels))
+        self.deviation = nn.Parameter(torch.zeros(config.num_channels))
+        """0 for a column that the training rows lack."""
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            init.zeros_(self.mean)
+            init.zeros_(self.deviation)
+
+    @torch.no_grad()
+    def fit(self, means_NC: Tensor, columns: int) -> None:
+        """Set mean and deviation of the first ``columns`` from means of latest values."""
+        mean_C, deviation_C = means_NC.mean(0), means_NC.std(0, correction=0)
+        deviation_C = deviation_C.maximum(SMALLEST_DEVIATION * mean_C.abs().clamp(min=1))
+        self.mean.copy_(mean_C)
+        self.deviation.copy_(deviation_C)
+        self.deviation[columns:] = 0
+
+    def scores(self, values_RC1L: Tensor) -> Tensor:
+        """Return the scores ``[R]`` of windows ``[R, C, 1, L]``."""
+        means_RC = values_RC1L.float().mean((2, 3))
+        known_C = self.deviation > 0
+        z_RC = (means_RC - self.mean) / torch.where(known_C, self.deviation, 1)
+        square_R = (z_RC.square() * known_C).sum(1) / known_C.sum().clamp(min=1)
+        found_R: Tensor = square_R.sqrt()
+        return found_R
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutputWithNoAttention:
+        """Return the scores as logits ``[R, 1]``."""
+        return ImageClassifierOutputWithNoAttention(logits=self.scores(pixel_values)[:, None])
+
+
+Config = ZScoreConfig
+CLASSES = {"AutoModelForImageToImage": ZScoreModel}
+"""Model class by automatic class of transformers."""
