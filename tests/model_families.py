@@ -290,7 +290,7 @@ DECODERS = (
             "attn_layer_offset": 1,
         },
     ),
-    Family("Bamba", "bamba", {**_MAMBA_2, "attn_layer_indices": [1]}, every_run=True),
+    Family("Bamba", "bamba", {**_MAMBA_2, "attn_layer_indices": [1]}),
     Family(
         "Zamba 2",
         "zamba2",

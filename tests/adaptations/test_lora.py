@@ -329,7 +329,13 @@ def test_a_network_without_linear_layers_is_refused() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(
-    "fields", [{"rslora": True}, {"dora": True}, {"dora": True, "rslora": True}, {}]
+    "fields",
+    [
+        {},
+        {"dora": True, "rslora": True},
+        pytest.param({"rslora": True}, marks=pytest.mark.slow),
+        pytest.param({"dora": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_variants_and_families_train_as_in_peft(
     fields: dict[str, bool],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.types import Example
 
-PROPERTY = settings(max_examples=120, deadline=None, database=None)
+PROPERTY = settings(max_examples=60, deadline=None, database=None)
 Ids = tuple[int, ...]
 IdsAndWeights = list[tuple[Ids, tuple[float, ...]]]
 

@@ -121,7 +121,10 @@ def trained_by_the_trainer(
     return model.eval(), losses
 
 
-@pytest.mark.parametrize("objective", LABELS)
+@pytest.mark.parametrize(
+    "objective",
+    ["classification", pytest.param("token_classification", marks=pytest.mark.slow)],
+)
 def test_losses_weights_and_answers_are_the_trainer_s(
     objective: str, family_folder: Any, tmp_path: Path
 ) -> None:

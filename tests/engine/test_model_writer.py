@@ -214,7 +214,9 @@ def test_record_of_model_without_text_generation(
     ("base", "objective", "columns"),
     [
         ("bert", "contrastive", ("anchor", "positive")),
-        ("llama", "reward_model", ("prompt", "chosen", "rejected")),
+        pytest.param(
+            "llama", "reward_model", ("prompt", "chosen", "rejected"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_rows_of_two_splits_in_the_parity_check(

@@ -135,6 +135,7 @@ def test_early_stopping_stops_and_the_best_weights_are_stored(
     )
 
 
+@pytest.mark.slow
 def test_small_gains_use_up_patience(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     rows = [{"prompt": "say", "completion": "B B B B"}] * 2
     held = str(write_rows(tmp_path / "b.jsonl", rows))
@@ -396,6 +397,7 @@ def test_a_chosen_template_is_stored_with_the_model(
         assert exported.chat_template == chosen.tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_template_switch_is_stored(
     recipe: Callable[..., Recipe], tiny_model_folder: Path, tmp_path: Path
 ) -> None:

@@ -115,6 +115,7 @@ def noisy_clusters(share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return points_NH, classes_N, torch.where(wrong_N, (classes_N + 1) % 3, classes_N)
 
 
+@pytest.mark.slow
 def test_wrong_labels_select_a_larger_penalty() -> None:
     points_NH, classes_N, noisy_N = noisy_clusters(0.2)
     clean, noisy = (select_penalty(points_NH, each_N, 3) for each_N in (classes_N, noisy_N))

@@ -117,10 +117,11 @@ def test_pixels_that_decide_have_the_contributions(tmp_path: Path) -> None:
         data__image_size=16, training__max_steps=60, training__precision="float32",
         data__augmentation={},
     ).model_id  # fmt: skip
-    page = tmp_path / "page.html"
-    found = luthier.predict(
-        model, input=str(tmp_path / "images.npz"), explain=True, html=page
-    ).to_rows()[0]["predicted"]["explanation"]
+    page, first = tmp_path / "page.html", tmp_path / "first.npz"
+    np.savez(first, images=images[:1])
+    found = luthier.predict(model, input=str(first), explain=True, html=page).to_rows()[0][
+        "predicted"
+    ]["explanation"]
     cells = np.array(found["cells"])
     assert cells.shape == (16, 16)
     difference = found["score"] - found["baseline_score"]

@@ -106,7 +106,7 @@ def test_prompt_tokens_count_towards_context_limit(
     assert [problem.line for problem in refused.value.problems] == [1, 3]
 
 
-EVERY_TIME = {("bert", "full"), ("llama", "lora"), ("gpt2", "feature_extraction")}
+EVERY_TIME = {("bert", "full"), ("llama", "lora")}
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,9 @@ PARTNERS = [{"anchor": f"the {word}", "positive": f"a {word}"} for word in WORDS
 KINDS = {"label": LABELLED, "rating": RATED, "tags": TAGGED, "pair": PARTNERS}
 
 
-@pytest.mark.parametrize("learned", ["label", "rating", "tags"])
+@pytest.mark.parametrize(
+    "learned", ["label", "rating", pytest.param("tags", marks=pytest.mark.slow)]
+)
 def test_evaluation_on_rows_of_wrong_kind_is_refused(
     learned: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:

@@ -30,7 +30,9 @@ from luthier.types import Message, Tool
 TOOL = Tool(PAINT["name"], "", PAINT["parameters"])
 
 
-@pytest.fixture(scope="module", params=[*TEMPLATES])
+@pytest.fixture(
+    scope="module", params=["asks itself", pytest.param("is opened", marks=pytest.mark.slow)]
+)
 def thinker(
     request: pytest.FixtureRequest, thinking_folder: Callable[[str], Path]
 ) -> Iterator[Decoder]:

@@ -93,7 +93,7 @@ def test_ratings_choose_dpo_and_thumbs_choose_kto(base: str, tmp_path: Path) -> 
     assert scores["reward_auc"] == 1.0 and scores["reward_up"] > scores["reward_down"]
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
 def test_reward_model_prefers_chosen_replies(
     family: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

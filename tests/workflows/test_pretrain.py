@@ -307,7 +307,7 @@ def test_invalid_base_for_continued_pretraining_is_refused(
     assert not any((luthier_home / "pretraining").glob("mine"))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "palm"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("palm", marks=pytest.mark.slow)])
 def test_gpt2_and_palm_families_train(family: str, fields: Callable[..., dict[str, Any]]) -> None:
     result = luthier.pretrain(
         fields()["data"]["train"],
@@ -477,7 +477,10 @@ def test_invalid_pretraining_recipes_are_refused(
         PretrainRecipe.parse({**fields(), **change})
 
 
-@pytest.mark.parametrize("size", [None, 100, "many"])
+@pytest.mark.parametrize(
+    "size",
+    [None, pytest.param(100, marks=pytest.mark.slow), pytest.param("many", marks=pytest.mark.slow)],
+)
 def test_a_configuration_with_too_small_a_vocabulary_is_refused(
     size: Any, fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -113,7 +113,7 @@ def test_a_student_learns_labels(
     assert luthier.load(result.model_id).predict(["My card"])[0]["label"] in ("late", "lost")
 
 
-@pytest.mark.parametrize("adaptation", ["lora", "full"])
+@pytest.mark.parametrize("adaptation", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_tuned_teacher_is_merged_with_head(
     adaptation: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -118,6 +118,7 @@ def test_trained_classifier_matches_transformers_export(
     assert answer["scores"]["dark"] == pytest.approx(dark, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("family", WITH_BATCH_NORMS)
 def test_batch_norm_statistics_stay_and_gains_train(

@@ -286,7 +286,10 @@ class CutWords:
         return str(self.own.decode(ids_T, **settings)) + "a"
 
 
-@pytest.mark.parametrize(("side", "at_once"), [(16, 32), (512, 4), (2048, 1)])
+@pytest.mark.parametrize(
+    ("side", "at_once"),
+    [(512, 4), *(pytest.param(*e, marks=pytest.mark.slow) for e in ((16, 32), (2048, 1)))],
+)
 def test_memory_estimate_uses_largest_autoencoder_map(
     side: int, at_once: int, family_folder: Callable[[str], Path]
 ) -> None:

@@ -119,8 +119,20 @@ def logits_here(network: Network, rows: list[np.ndarray[Any, Any]]) -> list[torc
     return [part for _, part in sorted(zip(tree.row_R.tolist(), split, strict=True))]
 
 
-@DTYPES
-@pytest.mark.parametrize("family", ACCEPTED)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, torch.float32) for family in ACCEPTED),
+        *(
+            pytest.param(
+                family,
+                torch.bfloat16,
+                marks=[] if family in ("llama", "gpt_oss", "bamba") else [pytest.mark.slow],
+            )
+            for family in ACCEPTED
+        ),
+    ],
+)
 def test_an_accepted_family_gives_the_logits_of_transformers(
     family: str, dtype: torch.dtype
 ) -> None:

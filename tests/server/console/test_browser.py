@@ -169,6 +169,7 @@ def test_sample_opens_the_form_with_inspected_rows(server: Served, page: Browser
     check_quiet(page)
 
 
+@pytest.mark.slow
 def test_form_has_fields_once_rows_are_chosen(server: Served, page: Browser, rows: Path) -> None:
     page.sign_in(KEY)
     page.click('#navigation a[href="#/home"]')
@@ -228,6 +229,7 @@ def test_validation_error_is_shown_at_form_field(server: Served, page: Browser, 
     assert page.script("return window.hit ?? null") is None
 
 
+@pytest.mark.slow
 def test_eval_report_opens_in_browser(server: Served, page: Browser) -> None:
     item = {"type": "object", "properties": {"team": {"type": "string"}}}
     check = {
@@ -355,6 +357,7 @@ def test_second_model_continues_conversation(server: Served, page: Browser) -> N
     check_quiet(page)
 
 
+@pytest.mark.slow
 def test_tables_show_all_columns_on_a_narrow_screen(server: Served, page: Browser) -> None:
     page.sign_in(KEY)
     page.script("location.hash = '#/models'")

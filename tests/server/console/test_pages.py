@@ -191,6 +191,7 @@ def test_abilities_of_third_party_models(
     assert (found.does, found.reads) == (does, reads)
 
 
+@pytest.mark.slow
 def test_model_pages_in_browser(url: str, root_key: str, tmp_path: Path) -> None:
     with browser(tmp_path) as page:
         page.get(f"{url}/console/")

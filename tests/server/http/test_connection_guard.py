@@ -93,7 +93,14 @@ LONG: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["chat", "completions", "invoke"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "chat",
+        pytest.param("completions", marks=pytest.mark.slow),
+        pytest.param("invoke", marks=pytest.mark.slow),
+    ],
+)
 def test_client_disconnect_stops_generation(
     service: Service, address: tuple[str, str], kind: str
 ) -> None:

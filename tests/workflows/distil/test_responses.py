@@ -222,6 +222,7 @@ def test_rejection_of_first_replies_stops_the_run(
     assert len(lines(folder_of("s") / "insights.jsonl")) == 10
 
 
+@pytest.mark.slow
 def test_different_rules_for_the_first_replies_do_not_stop(
     tmp_path: Path, distil: Any, endpoint: Any
 ) -> None:
@@ -232,6 +233,7 @@ def test_different_rules_for_the_first_replies_do_not_stop(
     assert distil(path, insights__minimum=2).details["insights"]["accepted"] == 10
 
 
+@pytest.mark.slow
 def test_low_scores_of_the_first_replies_do_not_stop(tmp_path: Path, distil: Any) -> None:
     rows = [
         {"prompt": f"question {n}", "expected": "x" if n < 10 else f"the answer to question {n}"}
