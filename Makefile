@@ -38,14 +38,14 @@ demo: $(RUNTIME)  ## tune SmolLM2 on the sample data and compare before and afte
 	$(BIN)/luthier demo
 
 # One more than there are cores: tests of servers and workers wait for most of their time. A file goes to
-# one worker, as what its tests share is made once for each: 24 instead of 29 minutes of processor time. A test
-# that ended its worker begins again in a new one: two new ones tell. The order of files is that of conftest.py.
+# one worker, as what its tests share is made once for each. A test that ended its worker begins again in a
+# new one: two new ones tell. The order of files is that of conftest.py.
 WORKERS = $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 
 test: $(INSTALLED)  ## the test suite (a quarter of an hour on 2 cores)
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-test-slow: $(INSTALLED)  ## the tests that take minutes each
+test-slow: $(INSTALLED)  ## tests of minutes, and further proofs of tested behaviour
 	$(BIN)/pytest -q -m slow
 
 check: $(INSTALLED)  ## lint, types, import order, documentation

@@ -48,23 +48,23 @@ VOCABULARY = 320
 
 
 LONGEST = {
-    "server/test_aws_cli.py",
-    "server/test_exports.py",
+    "server/console/test_browser.py",
+    "server/console/test_pages.py",
+    "server/jobs/test_shared_training.py",
+    "server/live/test_retraining.py",
     "server/test_full_disk.py",
-    "server/test_imports.py",
+    "server/test_measurements.py",
     "server/test_service.py",
     "server/test_shutdown.py",
     "server/test_time_limits.py",
-    "engine/test_process_faults.py",
-    "server/jobs/test_shared_training.py",
+    "engine/test_resume_methods.py",
     "exports/test_onnx.py",
     "inference/test_adapters.py",
     "inference/test_prediction.py",
     "inference/test_reasoning.py",
-    "server/test_measurements.py",
     "test_pairs.py",
     "test_processes.py",
-    "workflows/test_capabilities.py",
+    "trackers/test_trackers.py",
 }
 """Files that take more than 20 s, with few tests of more than 10 s or many short ones."""
 

@@ -251,23 +251,26 @@ REFUSED = {
 def timed(triple: tuple[str, str, str]) -> Any:
     """Mark a triple as slow, except for a sample in which all parts meet.
 
-    Each objective trains with LoRA and a third of the adaptations; on a family of images without a
-    pipeline, with all. One family rotates from pair to
-    pair. A quarter of the rejected triples has each rejected pair.
+    On text, each objective trains with LoRA and a quarter of the adaptations. One family rotates from
+    pair to pair. Each rejected pair runs with one text family.
     """
     method, name, family = triple
     of = CLASSIFIERS if family in CLASSIFIERS else FAMILIES
     able = [each for each in of if not refused(method, name, each)]
-    turn = [*OBJECTIVES].index(method) + [*ADAPTATIONS].index(name)
-    rare = name != "lora" and turn % 3 > 0
+    place = [*OBJECTIVES].index(method)
+    turn = place + [*ADAPTATIONS].index(name)
+    rare = name != "lora" and turn % 4 > 0
     if family == PIPELINE:
         slow = rare
+    elif family in CLASSIFIERS:
+        slow = family in able and family != able[(turn + 4 * place) % len(able)]
     elif family in able:
-        slow = rare or family != able[turn // 3 % len(able)]
+        slow = rare or family != able[(turn + place) % len(able)]
     elif family not in FAMILIES:
         slow = False
     else:
-        slow = (turn + FAMILIES.index(family)) % 4 > 0
+        unable = [each for each in FAMILIES if each not in able]
+        slow = family != unable[turn % len(unable)]
     return pytest.param(*triple, marks=[pytest.mark.slow] if slow else [])
 
 
@@ -468,6 +471,7 @@ def test_adaptation_has_method_and_learning_rate(name: str) -> None:
 
 MEDIA_SHAPES = {
     "image", "audio", "window", "captioned_image", "labelled_image", "labelled_audio",
+    "labelled_window",
 }  # fmt: skip
 """Shapes that are tested with media networks."""
 

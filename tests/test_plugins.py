@@ -184,6 +184,7 @@ def test_broken_plugin_is_skipped_with_a_warning(
     assert GRADERS["exact"] is Exact
 
 
+@pytest.mark.slow
 def test_plugins_command_lists_packages(site: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "luthier", "plugins", "--json"],

@@ -178,6 +178,7 @@ def test_rows_with_wrong_labels_are_listed(
     assert str(Path(result.run_dir) / LABEL_ISSUES) in out
 
 
+@pytest.mark.slow
 def test_search_for_label_issues_does_not_change_run(
     tuned: Callable[..., Result], mislabelled: list[dict[str, str]]
 ) -> None:

@@ -57,8 +57,18 @@ def test_llama_adapter_trains_without_importing_transformers(
     assert find(f"{Path(spec.base).name}:x").manifest.parity is not None
 
 
-@pytest.mark.parametrize("adaptation", ["lora", "full", "freeze"])
-@pytest.mark.parametrize("objective", ["sft", "causal_lm"])
+@pytest.mark.parametrize(
+    ("objective", "adaptation"),
+    [
+        ("sft", "lora"),
+        ("sft", "freeze"),
+        ("causal_lm", "full"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("sft", "full"), ("causal_lm", "lora"), ("causal_lm", "freeze"))
+        ),
+    ],
+)
 def test_run_learns_and_stores_weights(
     recipe: Callable[..., Recipe], tmp_path: Path, adaptation: str, objective: str
 ) -> None:
@@ -360,6 +370,7 @@ def test_custom_model_is_tuned_further_and_records_parent(
         find("tiny-llama:two")
 
 
+@pytest.mark.slow
 def test_template_chosen_in_training_is_stored(recipe: Callable[..., Recipe]) -> None:
     """A model tuned on plain text is served with plain text, and models tuned from it too."""
     result = train.train(recipe(objective={"method": "sft", "template": "plain"}))

@@ -102,7 +102,9 @@ def test_overflowing_network_keeps_random_head(
         assert not head_fitted(objective, network, examples)
 
 
-@pytest.mark.parametrize("kind", [SemiSupervised, EncoderDistillation])
+@pytest.mark.parametrize(
+    "kind", [SemiSupervised, pytest.param(EncoderDistillation, marks=pytest.mark.slow)]
+)
 def test_rows_without_a_label_are_left_out(
     kind: type[Classification], family_folder: Callable[[str], Path]
 ) -> None:

@@ -74,7 +74,15 @@ def train_losses(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if line["event"] == "train"}
 
 
-@pytest.mark.parametrize("fails", ["", "open", pytest.param("log", marks=pytest.mark.slow), "end"])
+@pytest.mark.parametrize(
+    "fails",
+    [
+        "",
+        "open",
+        pytest.param("log", marks=pytest.mark.slow),
+        pytest.param("end", marks=pytest.mark.slow),
+    ],
+)
 def test_failing_tracker_does_not_end_run(
     recipe: Callable[..., Recipe], recorded: Callable[[str], Recorded], fails: str
 ) -> None:

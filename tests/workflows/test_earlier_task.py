@@ -82,6 +82,7 @@ def test_replaced_head_is_measured_by_a_probe(family_folder: FamilyFolder, tmp_p
     assert "logistic regression" in moved.remarks[0] and "24" in moved.remarks[0]
 
 
+@pytest.mark.slow
 def test_adapter_of_a_pretrained_encoder_has_a_probe(
     family_folder: FamilyFolder, tmp_path: Path
 ) -> None:

@@ -84,7 +84,8 @@ def test_full_size_student_generates_like_teacher(tiny_model_folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("family", "adaptation"), [("llama", "lora"), ("gpt2", "full"), ("t5", "lora")]
+    ("family", "adaptation"),
+    [("llama", "lora"), ("gpt2", "full"), pytest.param("t5", "lora", marks=pytest.mark.slow)],
 )
 def test_a_student_is_tuned_as_any_model(
     family: str, adaptation: str, family_folder: Callable[[str], Path], tmp_path: Path

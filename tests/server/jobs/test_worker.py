@@ -246,7 +246,14 @@ def test_worker_without_lease_stops_writing(queue: Any, luthier_home: Path) -> N
 
 
 @sqlite
-@pytest.mark.parametrize("command", [pytest.param("grpo", marks=pytest.mark.slow), "dpo", "text"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param("grpo", marks=pytest.mark.slow),
+        pytest.param("dpo", marks=pytest.mark.slow),
+        "text",
+    ],
+)
 def test_each_type_of_customization(queue: Any, command: str) -> None:
     queue.scheduler()
     job = queue.ended(queue.submit(**of_type(queue, command)))
