@@ -16,7 +16,13 @@ from PIL import Image
 
 import luthier
 from luthier.documents import extract
-from luthier.documents.readers import DocumentReader, document_files, load_texts, main_language
+from luthier.documents.readers import (
+    DocumentReader,
+    document_files,
+    load_texts,
+    main_language,
+    other_formats,
+)
 from luthier.errors import DataError, RecipeError, RefusedInput
 
 if not find_spec("markitdown"):  # importing takes seconds
@@ -97,6 +103,20 @@ def test_zip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         archive.writestr("word/document.xml", bytes(2_000_000))
     with pytest.raises(extract.RefusedDocument, match="2,000,000"):
         extract.extract(tmp_path / "bomb.docx")
+    monkeypatch.undo()
+    monkeypatch.setattr(extract, "BOMB_BYTES", 1_000_000)
+    with pytest.raises(extract.RefusedDocument, match="zip bomb"):
+        extract.extract(tmp_path / "bomb.docx")
+
+
+def test_text_in_wide_characters_is_read_with_its_mark(tmp_path: Path) -> None:
+    (tmp_path / "wide.txt").write_text(BODY, encoding="utf-16")
+    (tmp_path / "latin.txt").write_bytes("Café".encode("cp1252"))
+    with DocumentReader.open() as reader:
+        assert reader.read(tmp_path / "wide.txt").pages[0].text == BODY
+        assert "UTF-8" in reader.read(tmp_path / "latin.txt").refused
+    (tmp_path / "old.doc").write_bytes(b"")
+    assert other_formats([tmp_path]) == {".doc": 1}
 
 
 def test_entity_bomb_ends_with_the_reader(tmp_path: Path) -> None:

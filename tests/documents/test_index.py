@@ -119,7 +119,7 @@ def test_killed_update_continues(folder: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt), DocumentIndex.update("handbook", MODEL, "en") as index:
         index.synchronize(document_files([folder]), [folder], fail_at_second)
-    with pytest.raises(RecipeError, match="no index"):
+    with pytest.raises(RecipeError, match="unfinished"):
         search("holiday")  # not in use before it is complete
     assert DocumentIndex.unfinished("handbook") == [("letters", 1)]
     update = build(folder)

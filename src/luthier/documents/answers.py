@@ -40,6 +40,8 @@ class DocumentAnswer(Displayed):
     """The passages of the prompt, in the order of their numbers."""
     declined: bool = False
     """True if the passages do not answer the question."""
+    remark: str = ""
+    """Doubt about the model, for readers; empty without doubt."""
 
     @property
     def cited(self) -> tuple[int, ...]:
@@ -47,9 +49,13 @@ class DocumentAnswer(Displayed):
         return tuple(n for n in cited_numbers(self.text) if 1 <= n <= len(self.passages))
 
     def summary(self) -> list[str]:
-        """Return the answer and the places of the cited passages."""
-        places = [f"[{n}] {self.passages[n - 1].place}" for n in self.cited[:4]]
-        return [self.text, *places]
+        """Return the answer and the places of the cited passages; of all passages without citations."""
+        if self.declined:
+            return [self.text]
+        numbers = self.cited or range(1, len(self.passages) + 1)
+        places = [f"[{n}] {self.passages[n - 1].place}" for n in [*numbers][:4]]
+        nearest = [] if self.cited else ["No passage is cited. The nearest passages:"]
+        return [self.text, *nearest, *places]
 
     def plain(self) -> dict[str, object]:
         """Return JSON values."""

@@ -31,6 +31,8 @@ MEMORY_BYTES = 4 << 30
 """Largest address space of the process."""
 UNPACKED_BYTES = 1 << 30
 """Largest unpacked size of a compressed document."""
+BOMB_BYTES, BOMB_RATIO = 100 << 20, 100
+"""Unpacked size of a bomb, in total and per packed byte: the XML of documents shrinks to a tenth."""
 HEADING_RATIO = 1.15
 """Smallest height of a heading of a PDF file, relative to the height of most characters."""
 HEADING_CHARACTERS = 120
@@ -82,11 +84,14 @@ def _check_unpacked(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(each.file_size for each in archive.infolist())
+            packed = sum(each.compress_size for each in archive.infolist())
     except zipfile.BadZipFile:
         # Office files with a password are no ZIP archives.
         raise RefusedDocument("damaged, or protected by a password") from None
     if size > UNPACKED_BYTES:
         raise RefusedDocument(f"unpacked size of {size:,} bytes; the limit is {UNPACKED_BYTES:,}")
+    if size > max(BOMB_BYTES, BOMB_RATIO * packed):
+        raise RefusedDocument(f"{packed:,} bytes unpack to {size:,}, as in a zip bomb")
 
 
 def _read_with_markitdown(path: Path, ending: str) -> str:

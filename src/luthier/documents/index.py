@@ -200,7 +200,7 @@ class DocumentIndex:
             RecipeError: for an unknown name, or while another process writes.
         """
         folder = DocumentIndex.folder(name)
-        if name not in DocumentIndex.names():
+        if not folder.is_dir():
             raise _unknown(name)
         with _writing(folder):
             shutil.rmtree(folder)
@@ -264,8 +264,10 @@ class DocumentIndex:
                 else:
                     about = (digest, status.st_size, status.st_mtime)
                     if before is None or before[0] != digest:
-                        self._store(path, about, reader.read(path), embed)
-                        added, changed = added + (before is None), changed + (before is not None)
+                        read = reader.read(path)
+                        self._store(path, about, read, embed)
+                        added += before is None and not read.refused
+                        changed += before is not None and not read.refused
                     else:
                         unchanged += 1
                         if not same:
@@ -531,6 +533,10 @@ def _unify_words(connection: sqlite3.Connection) -> str:
 
 
 def _unknown(name: str) -> RecipeError:
+    if DocumentIndex.unfinished(name):
+        return RecipeError(
+            f'The index "{name}" is unfinished. Repeat `luthier index add FOLDER --name {name}`.'
+        )
     known = ", ".join(DocumentIndex.names()) or "none"
     return RecipeError(
         f'There is no index "{name}". Known indexes: {known}. `luthier index add FOLDER --name {name}` '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import selectors
@@ -19,7 +20,6 @@ from luthier.data.in_memory import store_rows
 from luthier.data.languages import detect_languages
 from luthier.data.rows import load_documents
 from luthier.errors import DataError, Location, Problem, RecipeError
-from luthier.files import read_text
 from luthier.processes import KillHandle, cancellable, python_command
 
 TEXT_FORMATS = (".md", ".txt", ".rst")
@@ -73,6 +73,8 @@ def document_files(sources: Sequence[Path]) -> list[Path]:
     Raises:
         RecipeError: for a missing source, an unsupported file, or a folder without documents.
     """
+    if not sources:
+        raise RecipeError("no documents are given. Name a file or a folder.")
     files: set[Path] = set()
     for source in sources:
         if source.is_dir():
@@ -93,6 +95,13 @@ def document_files(sources: Sequence[Path]) -> list[Path]:
         else:
             files.add(source)
     return sorted({each.resolve() for each in files})
+
+
+def other_formats(sources: Sequence[Path]) -> Counter[str]:
+    """Return the number of files in folders of ``sources`` that are no documents, by extension."""
+    inside = (each for source in sources if source.is_dir() for each in visible_files(source))
+    endings = (each.suffix.lower() or "without extension" for each in inside)
+    return Counter(each for each in endings if each not in FORMATS)
 
 
 def outward_links(sources: Sequence[Path]) -> list[Path]:
@@ -146,7 +155,7 @@ class DocumentReader:
             if size > MOST_BYTES:
                 return ReadDocument(refused=f"{size:,} bytes; the limit is {MOST_BYTES:,}")
             if path.suffix.lower() in TEXT_FORMATS:
-                answer: dict[str, Any] = {"pages": [[None, read_text(path)]], "note": ""}
+                answer: dict[str, Any] = {"pages": [[None, _read_text(path)]], "note": ""}
             else:
                 answer = self._ask(path)
         except (OSError, RecipeError) as error:
@@ -197,6 +206,20 @@ class DocumentReader:
         self.close()
         reason = "the reader crashed" if ready else f"takes more than {self._seconds:.0f} s"
         return {"error": reason}
+
+
+def _read_text(path: Path) -> str:
+    """Return a text in UTF-8, or in UTF-16 with a mark of the byte order.
+
+    Raises:
+        RecipeError: for text in another encoding.
+    """
+    with path.open("rb") as file:
+        is_wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        return path.read_text(encoding="utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise RecipeError("not UTF-8 text; save the file as UTF-8") from None
 
 
 def normalize(text: str) -> str:

@@ -32,6 +32,7 @@ from luthier.server.tables.database import now
 from luthier.server.tables.openai import vector_stores as table
 from luthier.server.tables.queue import LeaseWatch
 from luthier.server.tables.storage import stored_by
+from luthier.tasks import EMBEDDING
 
 pytestmark = pytest.mark.usefixtures("tiny_base", "default_encoder")
 LEAVE = "# Leave\n\nEverybody has thirty days of leave each year."
@@ -581,3 +582,13 @@ def test_wrong_files_and_chunks_are_refused(client: openai.OpenAI) -> None:
     ):
         with pytest.raises(openai.BadRequestError):
             client.responses.create(model="tiny", input="a", tools=tools)
+
+
+def test_long_query_is_cut_at_the_limit_of_the_encoder(
+    client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(client, service, LEAVE)
+    # As for MiniLM, which takes 256 of its 512 positions.
+    monkeypatch.setattr(type(EMBEDDING), "row_limit", lambda self, chat, context: context // 2)
+    found = client.vector_stores.search(store.id, query="thirty days of leave " * 200)
+    assert len(found.data) == 1

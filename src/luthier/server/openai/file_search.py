@@ -171,7 +171,7 @@ class FileSearch:
     def embed(self, stored: StoredModel, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return embeddings ``[N, H]`` of texts of any length: the mean over windows of the encoder's
         context."""
-        size = stored.room - MARGIN
+        size = stored.objective.task.row_limit(stored.chat, stored.room) - MARGIN
         parts = [[*windows(text, token_offsets(stored, text), size)] for text in texts]
         flat = [part for each in parts for part in each]
         vectors: list[NDArray[np.float32]] = []
