@@ -42,7 +42,7 @@ PAGES = ROOT / "docs" / "use-cases"
 PACKAGE = ROOT / "src" / "luthier"
 BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```sh\n(.*?)^```", re.M | re.S)
 WRITTEN = "written by benchmarks/use_cases.py"
-MEASURED = ("tune", "compare", "evaluate", "predict")
+MEASURED = ("tune", "compare", "evaluate", "predict", "study")
 """Commands whose JSON object is stored."""
 Found = dict[str, Any]
 Colours = dict[str, str]
@@ -166,6 +166,8 @@ def percent(score: float) -> str:
 
 def sentence(use: Use, found: Found) -> str:
     """Return the result in one sentence: the loser first if the tuned model does not win."""
+    if "headline" in found:
+        return str(found["headline"])
     compared = comparison(found)
     tuned, rival = ends(compared["contenders"])
     own = f"{use.measure} {percent(tuned['score'])} of the tuned model"
@@ -227,7 +229,7 @@ def write(use: Use, found: Found) -> None:
         "result": f"{sentence(use, found)}\n\n{picture(use.name, use.alt)}",
         "rows": "```json\n" + "\n".join(found["rows"]) + "\n```",
         "table": result_table(found),
-        "wrong answer": f"```text\n{found['wrong']}\n```",
+        "wrong answer": f"```text\n{found.get('wrong', '')}\n```",
         "verdict": comparison(found)["verdict"]
         if "compared" in found
         else f"`compare` says: {comparison(found)['verdict']}",
@@ -616,6 +618,73 @@ def paint_chats(axes: Any, colours: Colours, found: Found) -> None:
     paint_words(axes, colours, paragraphs)
 
 
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+)
+ONES += " sixteen seventeen eighteen nineteen"
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+VALUES = {word: value for value, word in enumerate(ONES.split())}
+VALUES |= {word: 10 * value for value, word in enumerate(TENS.split(), 2)}
+ROUGE = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
+
+
+def numbers(text: str) -> set[int]:
+    """Return the numbers of a text, in digits or in English words below one hundred."""
+    found, before = list[int](), 0
+    for word in re.findall(r"\d+|[a-z]+", text.lower()):
+        value = int(word) if word.isdigit() else VALUES.get(word, -1)
+        if 0 < value < 10 and before in range(20, 100, 10) and not word.isdigit():
+            value += found.pop()
+        before = 0 if word.isdigit() else value
+        if value >= 0:
+            found.append(value)
+    return {*found}
+
+
+def collect_summaries(bench: Bench) -> Found:
+    """Count dropped and invented numbers, and select a conversation with a dropped number."""
+    answers = rows_of(bench.folder / "answers.jsonl")
+    compared = comparison({"steps": bench.steps})
+    for each in answers:
+        note, reply = numbers(each["expected"]), numbers(each["reply"])
+        each["dropped"] = sorted(note - reply)
+        each["invented"] = sorted(reply - note - numbers(each["prompt"]))
+    dropped = [each for each in answers if each["dropped"]]
+    with_numbers = [each for each in answers if numbers(each["expected"])]
+    made_up = [each for each in answers if each["invented"]]
+    wrong = min(made_up or answers, key=lambda each: each["scores"]["rouge_l"])
+    lines = [
+        [each["name"], *(f"{100 * each['scores'][name]:.1f}" for name in ROUGE)]
+        for each in compared["contenders"]
+    ]
+    return {
+        "rows": first_rows(bench),
+        "wrong": f"{wrong['prompt']}\n\nanswer:\n{wrong['reply'].strip()}\n\n"
+        f"expected:\n{wrong['expected']}",
+        "shown": min(dropped, key=lambda each: len(each["prompt"])),
+        "facts": f"{table(['', *ROUGE.values()], lines)}\n\n{len(dropped)} of {len(with_numbers)} "
+        f"notes with numbers lose a number in the reply, and {len(made_up)} of {len(answers)} replies "
+        "have a number that neither the conversation nor the note contains.",
+    }
+
+
+def paint_summaries(axes: Any, colours: Colours, found: Found) -> None:
+    """Write a conversation, its note with the dropped numbers in red, and the reply."""
+    shown = found["shown"]
+
+    def words(name: str, colour: str, text: str, marked: Sequence[int]) -> Words:
+        found = [(name, colour)]
+        for word in text.split():
+            found.append((word, "front" if numbers(word) & {*marked} else "text"))
+        return found
+
+    paint_words(axes, colours, [
+        words("conversation", "point", shown["prompt"], ()),
+        words("note", "right", shown["expected"], shown["dropped"]),
+        words("tuned", "right", shown["reply"], shown["invented"]),
+    ])  # fmt: skip
+
+
 def spans(tags: Sequence[str]) -> set[tuple[int, int]]:
     """Return first and last word of each entity of BIO tags."""
     found, begin = set[tuple[int, int]](), None
@@ -665,6 +734,58 @@ def paint_entities(axes: Any, colours: Colours, found: Found) -> None:
             for place in range(first, last + 1):
                 words[place] = (words[place][0], colour)
     paint_words(axes, colours, [words, [*ENTITY_COLOURS.items()]])
+
+
+WITHOUT, WITH = "task alone", "text first"
+"""Configurations of the preset `domain`."""
+
+
+def collect_domain(bench: Bench) -> Found:
+    """Compare the task with and without the text stage, from the study of the page."""
+    (study,) = (step["result"] for step in bench.steps if " study " in step["command"])
+    arms = {row["name"]: row for row in study["rows"]}
+    contenders = [
+        {
+            "name": f"{name}, mean of {len(arms[name]['seeds'])} seeds", "technique": technique,
+            "score": arms[name]["value"], "interval": arms[name]["interval"],
+            "seconds": None, "model_bytes": 0,
+        }
+        for name, technique in ((WITH, "fine-tuning"), (WITHOUT, "task alone"))
+    ]  # fmt: skip
+    both = arms[WITH]["value"], arms[WITHOUT]["value"]
+    behind = next(arm for arm in arms.values() if arm["behind_best"] is not None)
+    if not behind["significant"]:
+        text = "**Text of the domain made no significant difference here**"
+    elif both[0] > both[1]:
+        text = "Text of the domain helps first"
+    else:
+        text = "**Text of the domain hurt here**"
+    rows = rows_of(bench.folder / "rows" / "test.jsonl")
+    return {
+        "rows": first_rows(bench),
+        "headline": f"{text}: entity F1 {percent(both[0])} with papers of the field read first, "
+        f"{percent(both[1])} without, on {len(rows):,} unseen sentences.",
+        "compared": {
+            "contenders": contenders, "rows": len(rows),
+            "worth_it": (both[0] > both[1]) if behind["significant"] else None,
+            "verdict": f"`study` says: {study['verdict']}",
+        },
+        "seeds": {each["name"]: arms[name]["seeds"]
+                  for each, name in zip(contenders, (WITH, WITHOUT), strict=True)},
+    }  # fmt: skip
+
+
+def paint_domain(axes: Any, colours: Colours, found: Found) -> None:
+    """Draw the score with and without the text stage, with intervals and seeds."""
+    for place, each in enumerate(reversed(found["compared"]["contenders"])):
+        low, high = each["interval"]
+        colour = colours["front" if each["technique"] == "fine-tuning" else "point"]
+        axes.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=3)
+        axes.plot(100 * each["score"], place, "o", color=colour, markersize=11)
+        seeds = [100 * score for score in found["seeds"][each["name"]]]
+        axes.plot(seeds, [place - 0.15] * len(seeds), "|", color=colours["text"], markersize=14)
+        axes.text(100 * low, place + 0.1, each["name"], color=colours["text"], va="bottom")
+    axes.set(xlabel="entity F1 on unseen sentences, %", yticks=[], ylim=(-0.5, 1.5))
 
 
 SPAM = "spam"
@@ -924,6 +1045,29 @@ USES = {
             "A sentence with right, missed and invented names of diseases",
             paint_entities,
             collect_entities,
+        ),
+        Use(
+            "summaries",
+            "Summaries of conversations",
+            "conversations",
+            "ROUGE-L",
+            "Rows: MTS-Dialog (Ben Abacha et al. 2023), CC BY 4.0; a cut.",
+            tuple(f"examples/summaries/{name}" for name in ROWS),
+            "A conversation with its note, a dropped number in red, and the reply of the tuned model",
+            paint_summaries,
+            collect_summaries,
+        ),
+        Use(
+            "domain-text",
+            "Text of the domain, then the task",
+            "sentences",
+            "entity F1",
+            "Rows: SOFC-Exp corpus (Friedrich et al. 2020), CC BY 4.0; a cut. Papers: CC BY, their "
+            "authors are listed in NOTICE.md.",
+            tuple(f"examples/domain-text/{name}" for name in (*ROWS, "papers.jsonl.gz")),
+            "Entity F1 with and without the text stage, with intervals and seeds",
+            paint_domain,
+            collect_domain,
         ),
         Use(
             "mail",

@@ -34,7 +34,8 @@ PAGES = sorted(
 BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```(sh|python)\n(.*?)^```", re.M | re.S)
 FEW_STEPS = "--set training.max_steps=2"
 FEW_ROWS = (
-    "find rows -name '*.jsonl' -exec sed -i 61q {} ';' -name test.jsonl -exec sed -i 12q {} ';'"
+    "find rows -name '*.jsonl' -exec sed -i 61q {} ';' -name test.jsonl -exec sed -i 12q {} ';'\n"
+    "for each in $(find rows -name '*.gz'); do zcat $each | head -2 | gzip > few; mv few $each; done"
 )
 HOME = luthier_home()
 
@@ -44,7 +45,9 @@ def runnable(page: Path) -> list[tuple[str, str]]:
     found = []
     for skipped, language, body in BLOCK.findall(page.read_text()):
         body = re.sub(r"^luthier examples .*", rf"\g<0>\n{FEW_ROWS}", body, flags=re.M)
-        body = re.sub(r"\bluthier (tune|pretrain|distil|search) ", rf"\g<0>{FEW_STEPS} ", body)
+        body = re.sub(
+            r"\bluthier (tune|pretrain|distil|search|study) ", rf"\g<0>{FEW_STEPS} ", body
+        )
         lines = [line for line in body.splitlines() if not line.startswith("pip install")]
         if not skipped and any(lines) and not (language == "python" and "client" in body):
             found.append((language, "\n".join(lines)))

@@ -15,6 +15,7 @@ from luthier.recipe import parse_setting
 _STEPS = {
     "examples": "Write the rows",
     "convert": "Read the rows",
+    "study": "Compare settings on the same rows",
     "tune": "Tune a model",
     "compare": "Compare with simpler methods on unseen rows",
     "evaluate": "Score on unseen rows",

@@ -191,7 +191,9 @@ class Contest:
             prompts = [Chat(tuple(row.prompt_turns()), row.tools) for row in prompt_rows]
             too_long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
             if too_long:
-                self.remarks.append(f"{name} omitted: {too_long:,} prompts exceed the context")
+                self.remarks.append(
+                    f"{name} omitted: {too_long:,} prompts exceed the context. Shorten or remove rows"
+                )
                 self.finished += len(rows)
                 continue
             tokens = sum(map(generator.prompt_tokens, prompts)) / len(prompts)
