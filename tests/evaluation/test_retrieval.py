@@ -158,7 +158,10 @@ def test_reciprocal_rank_fusion_joins_orders() -> None:
 
 def test_popularity_and_cooccurrence_ranks() -> None:
     known = ["tea", "cake", "tea", "ale"]
-    assert popularity_ranks(known, ["tea", "cake", "ale", "pie"]).tolist() == [1, 3, 3, 4]
+    wanted = ["tea", "cake", "ale", "pie"]
+    assert popularity_ranks(known, wanted, [[]] * 4).tolist() == [1, 3, 3, 4]
+    seen = [["tea"], ["tea"], ["tea", "cake"], ["gin"]]  # the next item is never left out
+    assert popularity_ranks(known, wanted, seen).tolist() == [1, 2, 1, 4]
     histories = [["tea", "cake"], ["tea", "cake", "jam"], ["ale", "pie"]]
     asked, wanted = [["tea"], ["ale"], ["tea", "jam"], ["gin"]], ["cake", "pie", "cake", "jam"]
     # Tea occurs with cake (2 of 2 and 2) and jam (1 of 2 and 1); gin is unknown.

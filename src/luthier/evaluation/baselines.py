@@ -49,6 +49,8 @@ NAIVE_BAYES = "naive Bayes on words"
 """Needs no base model, as ``fasttext`` needs none: both learn words and pairs of words."""
 TFIDF = "logistic regression on words (TF-IDF)"
 """The base model ``tfidf``."""
+ITEM_COUNTS = "items that were chosen together"
+"""The base model ``item-counts``."""
 STATISTICS: Mapping[str, str] = {
     "audio": "logistic regression on band means",
     "image": "logistic regression on colour statistics",
@@ -56,6 +58,7 @@ STATISTICS: Mapping[str, str] = {
 """The base models ``band-means`` and ``colour-statistics``, by kind of input."""
 KEPT_BY = {
     TFIDF: "--base tfidf",
+    ITEM_COUNTS: "--base item-counts",
     STATISTICS["audio"]: "--base band-means",
     STATISTICS["image"]: "--base colour-statistics",
     LINEAR_PROBE: "--objective classification --adaptation feature_extraction "

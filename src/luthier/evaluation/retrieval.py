@@ -53,20 +53,40 @@ def partner_ranks(
     partners: ArrayLike,
     texts: Sequence[str],
     others: ArrayLike | None = None,
+    seen_PU: ArrayLike | None = None,
 ) -> NDArray[np.int64]:
     """Return the rank of each anchor's partner, ``[P]`` from 1, by cosine of unit embeddings.
 
     Args:
         texts: texts of the partners; equal texts are one partner.
         others: embeddings ``[N, H]`` of additional candidates.
+        seen_PU: true for candidates to leave out: distinct partners, then ``others``.
     """
     anchor_PH, all_PH = np.asarray(anchors), np.asarray(partners)
     own_P = number_keys(texts)
     partner_UH = all_PH[np.unique(own_P, return_index=True)[1]]
     if others is not None and len(np.asarray(others)):
         partner_UH = np.concatenate([partner_UH, np.asarray(others)])
-    scored = blocks(anchor_PH, partner_UH)
-    return np.concatenate([_ranks(scores_CU, own_P[part]) for part, scores_CU in scored])
+    ranks = []
+    for part, scores_CU in blocks(anchor_PH, partner_UH):
+        if seen_PU is not None:
+            scores_CU = np.where(np.asarray(seen_PU)[part], -np.inf, scores_CU)
+        ranks.append(_ranks(scores_CU, own_P[part]))
+    return np.concatenate(ranks)
+
+
+def seen_items(
+    histories: Sequence[Sequence[str]], texts: Sequence[str], others: Sequence[str] = ()
+) -> NDArray[np.bool_]:
+    """Return which candidates, distinct ``texts`` and ``others``, each history has, ``[P, U]``.
+
+    The next item, ``texts``, is never left out.
+    """
+    place = {text: number for number, text in enumerate([*dict.fromkeys(texts), *others])}
+    seen_PU = np.zeros((len(histories), len(place)), bool)
+    for row, (items, own) in enumerate(zip(histories, texts, strict=True)):
+        seen_PU[row, [place[item] for item in items if item in place and item != own]] = True
+    return seen_PU
 
 
 def blocks(query_QH: NDArray[Any], item_NH: NDArray[Any]) -> Iterator[tuple[slice, NDArray[Any]]]:
@@ -308,12 +328,15 @@ def bm25_ranks(anchors: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64
     return np.array([_rank(scores_U, own) for scores_U, own in both], dtype=np.int64)
 
 
-def popularity_ranks(known: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64]:
-    """Return ranks as :func:`partner_ranks`, by the frequency of each text in ``known``."""
-    seen = Counter(known)
-    count_U = np.sort([seen[text] for text in dict.fromkeys(texts)])
-    ranks_P: NDArray[np.int64] = len(count_U) - np.searchsorted(count_U, [seen[t] for t in texts])
-    return ranks_P
+def popularity_ranks(
+    known: Sequence[str], texts: Sequence[str], histories: Sequence[Sequence[str]]
+) -> NDArray[np.int64]:
+    """Return ranks as :func:`partner_ranks`, by the frequency of each text in ``known``, without the
+    items of ``histories``."""
+    counts = Counter(known)
+    count_U = np.array([counts[text] for text in dict.fromkeys(texts)], float)
+    seen_PU = seen_items(histories, texts)
+    return _ranks(np.where(seen_PU, -np.inf, count_U), number_keys(texts))
 
 
 def item_ranks(
@@ -322,7 +345,7 @@ def item_ranks(
     """Return ranks as :func:`partner_ranks`, by co-occurrence of items in ``histories``.
 
     Item-to-item collaborative filtering (Linden et al. 2003): the cosine of two items over the
-    histories, summed over the items of ``asked``.
+    histories, summed over the items of ``asked``, which are left out.
     """
     from sklearn.preprocessing import MultiLabelBinarizer, normalize
 
@@ -334,7 +357,8 @@ def item_ranks(
     scores_PU = asked_PI @ known_NI.T @ known_NI[:, place_U]
     # An item is not its own company. Rounded: sums in another order must not tell equal items apart.
     scores_PU -= asked_PI[:, place_U].multiply(known_NI[:, place_U].max(0).toarray() > 0)
-    return _ranks(scores_PU.toarray().round(9), number_keys(texts))
+    unseen_PU = np.where(seen_items(asked, texts), -np.inf, scores_PU.toarray().round(9))
+    return _ranks(unseen_PU, number_keys(texts))
 
 
 def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[str, RowScores]:

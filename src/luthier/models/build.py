@@ -52,10 +52,10 @@ def build_speller(fields: dict[str, Any], seed: int, folder: Path, lowercase: bo
 
     Args:
         fields: Configuration with ``model_type`` ``elmo`` (base model for objective ``bilm``) or
-            ``fasttext``.
+            ``fasttext``. For ``item_counts`` a word is a line.
         lowercase: See :func:`~luthier.models.characters.character_tokenizer`.
     """
-    tokenizer = character_tokenizer(lowercase)
+    tokenizer = character_tokenizer(lowercase, lines=fields["model_type"] == "item_counts")
     _draw(token_ids(tokenizer) | fields, "embedding", seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

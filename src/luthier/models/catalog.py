@@ -350,6 +350,14 @@ _ENTRIES = (
         context=8192,
     ),
     random_entry(
+        "item-counts",
+        "encoder",
+        4_194_304,
+        "items that were chosen together, as vectors, fitted in seconds, for recommendations",
+        {"model_type": "item_counts"},
+        context=8192,
+    ),
+    random_entry(
         "tfidf",
         "encoder",
         131_072,

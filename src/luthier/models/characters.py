@@ -17,10 +17,11 @@ SPECIAL = ("[PAD]", "[S]", "[/S]", "[E]")
 WORD_START = "Ġ"
 
 
-def character_tokenizer(lowercase: bool = False) -> Any:
+def character_tokenizer(lowercase: bool = False, lines: bool = False) -> Any:
     """The tokenizer, of 260 tokens; always the same.
 
-    With ``lowercase`` words are the same in capitals, and with accents composed or not.
+    With ``lowercase`` words are the same in capitals, and with accents composed or not. With
+    ``lines`` each line is a word, with its spaces and punctuation marks.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -38,6 +39,15 @@ def character_tokenizer(lowercase: bool = False) -> Any:
             pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
         ]
     )
+    if lines:
+        # Another space: the byte of a plain space starts a word.
+        core.normalizer = normalizers.Replace(" ", "\u00a0")
+        core.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split("\n", "removed"),
+                pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
+            ]
+        )
     core.decoder = decoders.ByteLevel()
     core.post_processor = processors.TemplateProcessing(
         single="[S] $A [/S]", special_tokens=[("[S]", ids["[S]"]), ("[/S]", ids["[/S]"])]

@@ -15,7 +15,7 @@ from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import CaptionedImage
 from luthier.data.shapes.texts import History, QueryDocument, TextPair
 from luthier.errors import DataError, Problem, RecipeError
-from luthier.evaluation.baselines import Method, States
+from luthier.evaluation.baselines import ITEM_COUNTS, Method, States
 from luthier.evaluation.preferences import area_under_curve
 from luthier.evaluation.retrieval import (
     CUT,
@@ -26,6 +26,7 @@ from luthier.evaluation.retrieval import (
     partner_ranks,
     popularity_ranks,
     retrieval_scores,
+    seen_items,
 )
 from luthier.evaluation.significance import RowScores, Score, Statistic
 from luthier.evaluation.thresholds import threshold_scores
@@ -74,7 +75,7 @@ class EmbeddingTask(Task):
 
     def scores(self, rows: Sequence[Row], answers: Any) -> Mapping[str, Score]:
         """Return how often a side finds its partner; ``answers`` are the ranks of the partners."""
-        return retrieval_scores(answers)
+        return _pair_scores(answers, rows)
 
     def is_comparable(self, row: Row, example: Example) -> bool:
         """Return True for pairs of texts, whose sides baselines compare."""
@@ -90,8 +91,10 @@ class EmbeddingTask(Task):
         """Return how often a side finds its partner. Sides alternate."""
         embeddings = [answer["embedding"] for answer in answers]
         partners = [row.positive for row in cast("Sequence[TextPair]", rows)]
-        ranks = partner_ranks(embeddings[::2], embeddings[1::2], partners)
-        return retrieval_scores(ranks)["recall_at_1"]
+        histories = of_shape(History, rows)
+        seen_PU = seen_items([row.items for row in histories], partners) if histories else None
+        ranks = partner_ranks(embeddings[::2], embeddings[1::2], partners, seen_PU=seen_PU)
+        return next(iter(_pair_scores(ranks, rows).values()))
 
     def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
         """Return how often a side finds the partner, or a row a different row of the same label.
@@ -142,6 +145,15 @@ class EmbeddingTask(Task):
 EMBEDDING = EmbeddingTask()
 
 
+def _pair_scores(ranks: Any, rows: Sequence[Row]) -> dict[str, RowScores]:
+    """Return the scores of ranks; for histories, recall at 10 comes first."""
+    found = retrieval_scores(ranks)
+    if of_shape(History, rows):
+        first = f"recall_at_{CUT}"
+        found = {first: found[first], **found}
+    return found
+
+
 def _score_partners(
     reader: Reader, fitting: FittingRows, first: Answers, second: Answers
 ) -> Evaluation:
@@ -152,7 +164,12 @@ def _score_partners(
     # The candidates include hard negatives, and earlier items of histories.
     items = {*chain.from_iterable(row.candidates for row in rows)} - {*texts[1]}
     others = reader.embed(sorted(items)) if items else partners[:0]
-    scores = retrieval_scores(partner_ranks(anchors, partners, texts[1], others))
+    histories = of_shape(History, rows)
+    # Users know the items of their history.
+    known = [row.items for row in histories or ()]
+    seen_PU = seen_items(known, texts[1], sorted(items)) if histories else None
+    ranks = partner_ranks(anchors, partners, texts[1], others, seen_PU)
+    scores: dict[str, Score] = {**_pair_scores(ranks, rows)}
 
     def cut(row_NH: NDArray[np.float32], size: int) -> NDArray[np.float32]:
         part_NH = row_NH[:, :size]
@@ -161,12 +178,14 @@ def _score_partners(
 
     for size in getattr(reader.objective, "dimensions", ()):
         query_PH, partner_PH, other_NH = (cut(each, size) for each in (anchors, partners, others))
-        ranks = partner_ranks(query_PH, partner_PH, texts[1], other_NH)
+        ranks = partner_ranks(query_PH, partner_PH, texts[1], other_NH, seen_PU)
         scores[f"ndcg_at_{CUT}_of_{size}"] = retrieval_scores(ranks)[f"ndcg_at_{CUT}"]
     if reader.threshold is not None:
         scores |= threshold_scores(anchors, partners, *texts, reader.threshold)
     target = "next item" if isinstance(rows[0], History) else "partner"
     remark = f"each {target} is searched among {len({*texts[1]}) + len(items):,} candidates"
+    if histories:
+        remark += ", without the items of the history"
     return fitting.evaluation(scores, first, [remark])
 
 
@@ -239,10 +258,11 @@ def _pair_methods(train: Sequence[TextPair], held: Sequence[TextPair]) -> Iterat
     if (histories := of_shape(History, train)) and (waiting := of_shape(History, held)):
         chosen = [[*row.items, row.positive] for row in histories]
         known = [item for items in chosen for item in items]
-        yield Method("the most popular items", lambda _: popularity_ranks(known, partners))
+        seen = [row.items for row in waiting]
+        yield Method("the most popular items", lambda _: popularity_ranks(known, partners, seen))
         yield Method(
-            "items that were chosen together",
-            lambda _: item_ranks(chosen, [row.items for row in waiting], partners),
+            ITEM_COUNTS,
+            lambda _: item_ranks(chosen, seen, partners),
         )
     yield Method("BM25 on words", lambda _: bm25_ranks(asked, partners))
 

@@ -25,7 +25,7 @@ def write(path: Path, values_TC: np.ndarray, labels: list[str]) -> Path:
 
 
 def test_scores_equal_those_of_numpy_and_skip_unknown_columns() -> None:
-    model = ZScoreModel(ZScoreConfig(num_channels=3, image_size=(1, 4)))
+    model = ZScoreModel(ZScoreConfig.from_dict({"num_channels": 3, "image_size": [1, 4]}))
     random = np.random.default_rng(0)
     means_NC = random.normal([5, 200, 0], [1, 30, 0], (50, 3))
     model.fit(torch.from_numpy(means_NC).float(), columns=2)

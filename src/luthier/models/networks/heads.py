@@ -139,7 +139,7 @@ class Head:
 CAUSAL_LM, EMBEDDING_HEAD = Head("causal_lm"), Head("embedding")
 MEAN_POOLED = frozenset({"bert", "mean_pooling_bert"})
 """Families whose classifier can pool with a mean (``networks/classic/mean_pooling_bert.py``)."""
-FITTED = frozenset({"tfidf", "input_statistics", "z_score"})
+FITTED = frozenset({"tfidf", "input_statistics", "z_score", "item_counts"})
 """Families whose weights are fitted by the preparation, without steps."""
 POOLING_CONFIG = Path("1_Pooling") / "config.json"
 """Pooling configuration in folders of sentence-transformers."""

@@ -24,6 +24,7 @@ NETS = {
     "elmo": "luthier.models.networks.classic.elmo",
     "fasttext": "luthier.models.networks.classic.fasttext",
     "tfidf": "luthier.models.networks.classic.tfidf",
+    "item_counts": "luthier.models.networks.classic.item_counts",
     "input_statistics": "luthier.models.networks.classic.statistics",
     "transfo_xl": "luthier.models.networks.classic.transfo_xl",
     "mean_pooling_bert": "luthier.models.networks.classic.mean_pooling_bert",
