@@ -150,14 +150,13 @@ def test_missing_catalogue_model_is_downloaded(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("model_id", ["smollm", "./no/where", "/no/where", "a/b/c", ""])
-def test_unknown_id_error_lists_known_models(model_id: str) -> None:
+def test_unknown_id_error_names_the_list_of_models(model_id: str) -> None:
     make_custom(BASE, "mine", BASE)
     with pytest.raises(UnknownModel) as caught:
         find(model_id)
     message = str(caught.value)
     assert repr(model_id) in message
-    for known in (*CATALOG, f"{BASE}:mine"):
-        assert known in message
+    assert f"{len(CATALOG) + 1} models" in message
     assert caught.value.exit_code == 2
 
 

@@ -160,6 +160,7 @@ def ask(
 
 def stand_for(path: str, code: str, arguments: Sequence[str]) -> NoReturn:
     """Fork a worker, act as its process for the scheduler, and exit like the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts background commands without it
     connection = ask(path, code, arguments, {0: 0, 1: 1, 2: 2})
     connection.recv(16)  # its number
     ended = int(connection.recv(16) or 70)

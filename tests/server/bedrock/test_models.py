@@ -23,26 +23,28 @@ def refused(call: Callable[..., Any], **members: Any) -> str:
 
 
 ENCODERS = [
-    ENCODER, "luthier.fasttext", "luthier.tfidf", "intfloat.multilingual-e5-small",
-    "google.efficientnet-lite0",
+    ENCODER, "luthier.fasttext", "luthier.item-counts", "luthier.tfidf",
+    "intfloat.multilingual-e5-small", "google.efficientnet-lite0",
     "luthier.small-cnn", "luthier.small-audio-cnn", "luthier.band-means",
     "luthier.colour-statistics",
 ]  # fmt: skip
 IMAGES = ["luthier.small-dcgan", "luthier.small-unet", "luthier.small-vae"]
-OCR, SERIES = "luthier.small-ocr", "luthier.small-window-vae"
+OCR = "luthier.small-ocr"
+SERIES = ["luthier.small-window-vae", "luthier.small-sensor-vae", "luthier.z-score"]
 
 
 def test_foundation_model_list_has_modalities(bedrock: Any, bob: Any) -> None:
     found = {m["modelId"]: m for m in bedrock.list_foundation_models()["modelSummaries"]}
-    assert found.keys() == {BASE, *ENCODERS, *IMAGES, OCR, SERIES}
-    assert found[SERIES]["inputModalities"] == found[SERIES]["outputModalities"] == []
+    assert found.keys() == {BASE, *ENCODERS, *IMAGES, OCR, *SERIES}
+    for series in SERIES:
+        assert found[series]["inputModalities"] == found[series]["outputModalities"] == []
     assert (found[OCR]["inputModalities"], found[OCR]["outputModalities"]) == (["IMAGE"], ["TEXT"])
     assert found[BASE]["outputModalities"] == ["TEXT"] and found[BASE]["responseStreamingSupported"]
     assert found[ENCODER]["outputModalities"] == ["EMBEDDING"]
     kinds = {name: found[name]["inputModalities"] for name in (*ENCODERS, *IMAGES)}
     assert kinds == {
         ENCODER: ["TEXT"], "google.efficientnet-lite0": ["IMAGE"], "luthier.small-cnn": ["IMAGE"],
-        "luthier.fasttext": ["TEXT"], "luthier.tfidf": ["TEXT"],
+        "luthier.fasttext": ["TEXT"], "luthier.item-counts": ["TEXT"], "luthier.tfidf": ["TEXT"],
         "intfloat.multilingual-e5-small": ["TEXT"],
         "luthier.small-audio-cnn": [], "luthier.band-means": [],
         "luthier.colour-statistics": ["IMAGE"], "luthier.small-vae": ["IMAGE"],
