@@ -128,6 +128,7 @@ def browser(folder: Path) -> Iterator[Browser]:
         environment = {**os.environ, "HOME": str(folder), "TMPDIR": short}
         page = Browser(options, ChromeService(driver, env=environment))
         page.set_script_timeout(120)
+        page.implicitly_wait(20)  # an element may be drawn after the text that a test waits for
         try:
             yield page
         finally:
