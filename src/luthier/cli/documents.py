@@ -122,11 +122,15 @@ def index_documents(
     Raises:
         RefusedInput: for missing files, missing libraries, or a model without embeddings.
     """
+    from luthier.documents.readers import other_formats
     from luthier.engine.metrics import Reporter
 
     reporter = reporter or Reporter()
     given = [sources] if isinstance(sources, str | Path) else sources
     paths = [Path(source) for source in given]
+    if others := other_formats(paths):
+        counts = ", ".join(f"{count:,} {name}" for name, count in others.most_common())
+        reporter.note(f"files of other formats are left out: {counts}")
     before = _files_state(paths)
     summary = _update_index(paths, name, model, reporter)
     known = set[str]()
@@ -178,21 +182,13 @@ def _update_index(
     """Read the new and changed documents of ``paths``."""
     with heavy_imports():
         from luthier.documents.index import DocumentIndex, IndexedDocument
-        from luthier.documents.readers import (
-            document_files,
-            main_language,
-            other_formats,
-            outward_links,
-        )
+        from luthier.documents.readers import document_files, main_language, outward_links
         from luthier.documents.retriever import calibrate
         from luthier.gate.inspect import encoder_of_language
         from luthier.inference.embeddings import check_embeds
         from luthier.library.models import find
 
     files = document_files(paths)
-    if others := other_formats(paths):
-        counts = ", ".join(f"{count:,} {name}" for name, count in others.most_common())
-        reporter.note(f"files of other formats are left out: {counts}")
     with DocumentIndex.open(name) if name in DocumentIndex.names() else nullcontext() as before:
         language = main_language(files) if before is None else before.language
         if model is None and before is not None:
@@ -541,9 +537,10 @@ def show_answer(found: DocumentAnswer) -> None:
 
 def show_sources(found: DocumentAnswer) -> None:
     """Print the cited passages, or the nearest without citations."""
-    print_text("" if found.cited else "\nNo passage is cited. The nearest passages:")
-    for n in found.cited or range(1, len(found.passages) + 1):
-        each = found.passages[n - 1]
+    from luthier.documents.answers import UNCITED
+
+    print_text("" if found.cited else f"\n{UNCITED}")
+    for n, each in found.sources.items():
         print_text(f"[{n}] {each.place}: {each.excerpt()}")
 
 

@@ -133,10 +133,10 @@ class RayCluster:
             cpu, memory, gpu = (usage.get(name) for name in ("CPU", "memory", "GPU"))
             if cpu is None or not cpu.total or memory is None:
                 continue  # a node without CPUs takes no work, such as the server's own
-            if self.gpus and (gpu is None or gpu.total < self.gpus):
+            gpus, used_gpus = (gpu.total, gpu.used) if gpu else (0.0, 0.0)
+            if gpus < self.gpus:
                 continue
-            # A node whose GPUs are busy takes work later.
-            is_free = not self.gpus or (gpu is not None and gpu.total - gpu.used >= self.gpus)
+            is_free = gpus - used_gpus >= self.gpus  # a node with busy GPUs takes work later
             node = RayNode(
                 state.ip_address,
                 cpu.total,

@@ -14,6 +14,7 @@ from luthier.types import Message
 
 PASSAGES = 4
 """Number of passages in a prompt."""
+UNCITED = "No passage is cited. The nearest passages:"
 SHORT_WORDS = 5
 """Maximum number of words of a message that is searched together with the message before."""
 _UNFINISHED = re.compile(r"\[\d{0,3}$")
@@ -48,14 +49,18 @@ class DocumentAnswer(Displayed):
         """Numbers of the cited passages, from 1, in the order of their first citation."""
         return tuple(n for n in cited_numbers(self.text) if 1 <= n <= len(self.passages))
 
+    @property
+    def sources(self) -> dict[int, FoundPassage]:
+        """The cited passages by number; all passages without citations."""
+        numbers = self.cited or range(1, len(self.passages) + 1)
+        return {n: self.passages[n - 1] for n in numbers}
+
     def summary(self) -> list[str]:
-        """Return the answer and the places of the cited passages; of all passages without citations."""
+        """Return the answer and the places of the sources."""
         if self.declined:
             return [self.text]
-        numbers = self.cited or range(1, len(self.passages) + 1)
-        places = [f"[{n}] {self.passages[n - 1].place}" for n in [*numbers][:4]]
-        nearest = [] if self.cited else ["No passage is cited. The nearest passages:"]
-        return [self.text, *nearest, *places]
+        places = [f"[{n}] {each.place}" for n, each in self.sources.items()]
+        return [self.text, *([] if self.cited else [UNCITED]), *places[:4]]
 
     def plain(self) -> dict[str, object]:
         """Return JSON values."""

@@ -283,12 +283,12 @@ class Service:
     def _gauges(self) -> Mapping[str, Mapping[str, float]]:
         with self.database.read() as session:
             counted = {
-                name: session.execute(select(state, func.count()).group_by(state)).all()
-                for name, state in (
-                    ("jobs", Job.state),
-                    ("exports", ModelExport.state),
-                    ("measurements", Measurement.state),
-                    ("studies", Study.state),
+                name: session.execute(select(kind.state, func.count()).group_by(kind.state)).all()
+                for name, kind in (
+                    ("jobs", Job),
+                    ("exports", ModelExport),
+                    ("measurements", Measurement),
+                    ("studies", Study),
                 )
             }
         return {

@@ -304,8 +304,10 @@ def _suffix(path: Path) -> str:
 def fetch_rows(locations: Locations, account: str, address: str, folder: Path, media: bool) -> Path:
     """Fetch the rows at an address: return a file, or a folder with several files.
 
-    With ``media``, also fetch the files that the rows of a single file refer to.
+    With ``media``, also fetch the files that the rows of a single file refer to. Files of a failed
+    try are removed.
     """
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     locations.check(account, address)
     files = locations.fetch(account, address, folder)

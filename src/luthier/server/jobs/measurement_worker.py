@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
@@ -59,12 +58,7 @@ class ReportWorker(ResultWorker[Report]):
         """Fetch the rows that a field of the request names."""
         media = any(base_reads_media(each["stored_id"]) for each in row.models)
         folder, address = self.folders.data / member, row.request[member]
-
-        def fetched() -> Path:
-            shutil.rmtree(folder, ignore_errors=True)  # files of a failed try
-            return fetch_rows(self.locations, row.account, address, folder, media)
-
-        return self.retry(fetched)
+        return self.retry(lambda: fetch_rows(self.locations, row.account, address, folder, media))
 
     def renamed(
         self, row: Report, report: Mapping[str, Any], html: str
