@@ -122,7 +122,8 @@ def test_registered_cli_model_is_served_to_clients(
                             headers={"Authorization": f"Bearer {service.issued.api_key}"},
                         )
                     )
-                refusals[name] = refusal.value.code
+                with refusal.value as answer:
+                    refusals[name] = answer.code
             # A generative model predicts no labels under any name.
             assert refusals == {"colours": 400, "answers": 400, "neither": 404}
             bedrock.delete_custom_model_deployment(**named)
