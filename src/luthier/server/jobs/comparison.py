@@ -37,21 +37,24 @@ def compare_with_active(
     except LuthierError as error:
         return {"verdict": f"{job.model_name} and {plan['model']} cannot be compared: {error}"}
     figures = {part: each.plain() for part, each in found.items()}
-    return {"verdict": _verdict(job.model_name, plan, model.id, found), **figures}
+    return {"verdict": promotion_verdict(job.model_name, plan, model.id, found), **figures}
 
 
 def _compare(
     account: str, address: str, plan: Retraining, model: StoredModel, locations: Locations
 ) -> HeadToHead:
     from luthier.workflows.compare import compare
+    from luthier.workflows.estimate.budget import read_prices
 
     with TemporaryDirectory() as folder:
         ((_, file),) = locations.fetch(account, address, Path(folder))
         rows = load_rows(str(file))[:MOST_ROWS]
-    return compare(rows, None, [find(plan["stored_id"]), model])
+    return compare(rows, None, [find(plan["stored_id"]), model], prices=read_prices())
 
 
-def _verdict(name: str, plan: Retraining, model_id: str, found: dict[str, HeadToHead]) -> str:
+def promotion_verdict(
+    name: str, plan: Retraining, model_id: str, found: dict[str, HeadToHead]
+) -> str:
     """Return a sentence on the promotion, with figures and the command."""
     from luthier.workflows.compare import EQUAL_TIME_RATIO
 
@@ -76,6 +79,12 @@ def _verdict(name: str, plan: Retraining, model_id: str, found: dict[str, HeadTo
             f"{1000 * new.seconds:,.1f} against {1000 * old.seconds:,.1f} ms per answer, "
             f"{new.memory_bytes / 1e6:,.0f} against {old.memory_bytes / 1e6:,.0f} MB of memory"
         )
+        prices = found["fresh"].prices
+        if prices is not None:
+            costs = [prices.cost(1000 * each.seconds, 0) for each in (new, old)]
+            texts.append(
+                f"{costs[0]:.3g} against {costs[1]:.3g} {prices.currency} per 1,000 answers"
+            )
     figures = "; ".join(texts)
     if any(gain < 0 for gain in gains):
         return f"Do not promote {name}: significantly worse than {plan['model']}: {figures}."
