@@ -37,9 +37,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 _IN_MEMORY = re.compile(r"rows-[0-9a-f]{16}\.jsonl$")
+_DOCUMENTS = re.compile(r"documents-[0-9a-f]{16}\.jsonl$")
 
 
 class RowNumber(int):
@@ -50,12 +52,25 @@ class RowNumber(int):
 
 
 def location_text(file: str, line: int) -> str:
-    """Return ``file:line``, ``file row N``, or ``rows[index]`` for a row that a program passed."""
+    """Return ``file:line``, ``file row N``, ``rows[index]`` for a row that a program passed, or the
+    name of a document that became a row."""
     if not line:
         return file
+    if _DOCUMENTS.search(file) and line <= len(names := _document_names(file)):
+        return names[line - 1]
     if _IN_MEMORY.search(file):
         return f"rows[{line - 1}]"
     return f"{file} {line_text(line)}" if isinstance(line, RowNumber) else f"{file}:{line}"
+
+
+@lru_cache(maxsize=1)
+def _document_names(file: str) -> list[str]:
+    """Return the document of each row; empty if the file is gone."""
+    try:
+        with open(file, "rb") as rows:
+            return [json.loads(row)["source"] for row in rows]
+    except OSError:
+        return []
 
 
 def line_text(line: int) -> str:
@@ -272,6 +287,9 @@ def _list_problems(title: str, problems: Sequence[Problem], most: int, capped: b
         start = 1 if _IN_MEMORY.search(cause.location.file) else 0
         unit = "row" if start or isinstance(first, RowNumber) else "line"
         numbers = ", ".join(str(each - start) for each in others[:3])
+        if _DOCUMENTS.search(cause.location.file):
+            unit = "document"
+            numbers = ", ".join(location_text(cause.location.file, each) for each in others[:3])
         also = f" (also {unit}{'s' * (len(others) > 1)} {numbers}"
         more = f" and {least}{len(others) - 3} more)" if len(others) > 3 else ")"
         where = cause.at(cause.location.file, first)

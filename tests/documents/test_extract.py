@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import unicodedata
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,12 +19,13 @@ import luthier
 from luthier.documents import extract
 from luthier.documents.readers import (
     DocumentReader,
+    as_rows,
     document_files,
+    frequent_languages,
     load_texts,
-    main_language,
     other_formats,
 )
-from luthier.errors import DataError, RecipeError, RefusedInput
+from luthier.errors import DataError, RecipeError, RefusedInput, location_text
 
 if not find_spec("markitdown"):  # importing takes seconds
     pytest.skip("needs the extra documents", allow_module_level=True)
@@ -119,6 +121,26 @@ def test_text_in_wide_characters_is_read_with_its_mark(tmp_path: Path) -> None:
     assert other_formats([tmp_path]) == {".doc": 1}
 
 
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp1252", "Les employés ont droit à trente jours de congé, même à l’étranger."),
+        ("cp1250", "Każdy pracownik ma prawo do trzydziestu dni urlopu, i należy złożyć wniosek."),
+        (
+            "cp1258",
+            "M\u00f4\u0303i nh\u00e2n vi\u00ean \u0111\u01b0\u01a1\u0323c nghi\u0309 ba m\u01b0\u01a1i "
+            "ng\u00e0y m\u00f4\u0303i n\u0103m.",
+        ),
+    ],
+)
+def test_older_encoding_is_named(tmp_path: Path, encoding: str, text: str) -> None:
+    (tmp_path / "leave.txt").write_bytes(f"30\n{text}".encode(encoding))
+    with DocumentReader.open() as reader:
+        read = reader.read(tmp_path / "leave.txt")
+    assert read.pages[0].text == f"30\n{unicodedata.normalize('NFC', text)}"
+    assert encoding in read.note
+
+
 def test_entity_bomb_ends_with_the_reader(tmp_path: Path) -> None:
     entities = "".join(
         f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' if n else '<!ENTITY e0 "aaaaaaaaaa">'
@@ -155,11 +177,13 @@ def test_folder_without_documents_is_refused(tmp_path: Path) -> None:
             document_files([source])
 
 
-def test_language_of_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text(
-        "Cửa hàng mở cửa từ tám giờ sáng đến chín giờ tối mỗi ngày. " * 5
-    )
-    assert main_language(document_files([tmp_path])) == "vi"
+def test_languages_of_documents(tmp_path: Path) -> None:
+    for name in ("a.md", "b.md"):
+        (tmp_path / name).write_text(
+            "Cửa hàng mở cửa từ tám giờ sáng đến chín giờ tối mỗi ngày. " * 5
+        )
+    (tmp_path / "c.md").write_text("The shop opens at eight in the morning every day. " * 5)
+    assert frequent_languages(document_files([tmp_path])) == ["vi", "en"]
 
 
 def test_texts_come_from_documents_and_rows(tmp_path: Path) -> None:
@@ -185,6 +209,14 @@ def test_documents_become_rows_of_text(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "rows.jsonl").read_text()) == {"text": BODY, "source": "a.pdf"}
     with pytest.raises(RefusedInput):
         luthier.convert(file, tmp_path / "rows.csv", to="text")
+
+
+def test_findings_name_the_document(tmp_path: Path, luthier_home: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("a.md", "folder/b.html"):
+        (tmp_path / name).write_text(BODY)
+    rows = str(as_rows(tmp_path))
+    assert [location_text(rows, line) for line in (1, 2)] == ["a.md", "folder/b.html"]
 
 
 def test_lines_of_content_stay_on_similar_pages(tmp_path: Path) -> None:

@@ -15,7 +15,12 @@ from luthier.engine.dataset import prepare
 from luthier.errors import DataError, RecipeError
 from luthier.gate import inspect as gate
 from luthier.gate.checks import CHECKS
-from luthier.gate.inspect import DEFAULT_BASE, InspectionRequest, inspect
+from luthier.gate.inspect import (
+    DEFAULT_BASE,
+    InspectionRequest,
+    encoder_of_languages,
+    inspect,
+)
 from luthier.gate.report import next_steps
 from luthier.gate.scan import ScanProgress
 from luthier.library.folders import base_folder
@@ -265,3 +270,9 @@ def test_report_names_a_task_only_if_rows_and_targets_are_read(
     report = luthier.inspect(data, base=str(tiny_model_folder))
     assert bool(report.task) is task
     assert bool(report.base) is task
+
+
+def test_encoder_of_mixed_documents_knows_both_languages(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert encoder_of_languages(["en", "vi"], "")[0] == encoder_of_languages([], "")[0]
+    monkeypatch.setattr("luthier.gate.inspect.is_base_here", lambda base: True)
+    assert encoder_of_languages(["en", "vi"], "")[0] == "multilingual-e5-small"

@@ -60,6 +60,8 @@ class IndexSummary(Displayed):
     """Changes by ``index add``."""
     unfinished: list[tuple[str, int]] = field(default_factory=list)
     """Embedding model and number of documents of running and killed updates."""
+    updated: str = ""
+    """Time of the last complete update, in UTC."""
 
     @property
     def passages(self) -> int:
@@ -73,8 +75,10 @@ class IndexSummary(Displayed):
 
     def summary(self) -> list[str]:
         """Return the name and the size."""
+        updated = f", updated {self.updated}" if self.updated else ""
         return [
-            f"index {self.name}: {self.passages:,} passages of {self.read:,} documents ({self.model})"
+            f"index {self.name}: {self.passages:,} passages of {self.read:,} documents "
+            f"({self.model}{updated})"
         ]
 
 
@@ -182,19 +186,22 @@ def _update_index(
     """Read the new and changed documents of ``paths``."""
     with heavy_imports():
         from luthier.documents.index import DocumentIndex, IndexedDocument
-        from luthier.documents.readers import document_files, main_language, outward_links
+        from luthier.documents.readers import document_files, frequent_languages, outward_links
         from luthier.documents.retriever import calibrate
-        from luthier.gate.inspect import encoder_of_language
+        from luthier.gate.checks.language import UNSPACED
+        from luthier.gate.inspect import encoder_of_languages
         from luthier.inference.embeddings import check_embeds
         from luthier.library.models import find
 
     files = document_files(paths)
     with DocumentIndex.open(name) if name in DocumentIndex.names() else nullcontext() as before:
-        language = main_language(files) if before is None else before.language
+        languages = frequent_languages(files) if before is None else [before.language]
+        # The search for words of a language without spaces also finds words between spaces.
+        language = next((code for code in languages if code in UNSPACED), "".join(languages[:1]))
         if model is None and before is not None:
             model = before.model
         if model is None:
-            model, reason = encoder_of_language(language, "an encoder of sentences")
+            model, reason = encoder_of_languages(languages, "an encoder of sentences")
             reporter.note(f"embedding model {model}: {reason}")
         stored = find(model)
         check_embeds(stored, stored.objective)
@@ -243,7 +250,7 @@ def show_index(name: str | None = None) -> IndexSummary | list[IndexSummary]:
         if each in complete or not unfinished:
             with DocumentIndex.open(each) as index:
                 about = each, index.model, index.documents(), index.threshold()
-                found.append(IndexSummary(*about, unfinished=unfinished))
+                found.append(IndexSummary(*about, unfinished=unfinished, updated=index.updated))
         else:
             found.append(IndexSummary(each, unfinished[0][0], [], None, unfinished=unfinished))
     return found if name is None else found[0]
@@ -357,16 +364,16 @@ def _generate(
     turns, kept = fit_passages(generator, [Message("user", question)], passages, sampling)
     (reply,) = generator.answers([turns], sampling)
     text = without_unknown_citations(reply.text, len(kept)).strip()
-    remark = "" if stored.parent else _doubt(stored)
-    return DocumentAnswer(question, text, kept, declines(text), remark)
+    return DocumentAnswer(question, text, kept, declines(text), doubt(stored))
 
 
-def _doubt(base: StoredModel) -> str:
-    """Return a warning of a base model that is too small to answer reliably."""
-    if (base.manifest.parameters or SMALL_BASE) >= SMALL_BASE:
+def doubt(stored: StoredModel) -> str:
+    """Return a warning of a base model that is too small to answer reliably; empty for other
+    models."""
+    if stored.parent or (stored.manifest.parameters or SMALL_BASE) >= SMALL_BASE:
         return ""
     advice = "read the passages, or use a larger or tuned model"
-    return f"{base.id} is small and often answers wrong: {advice}."
+    return f"{stored.id} is small and often answers wrong: {advice}."
 
 
 def fit_passages(
@@ -485,10 +492,10 @@ def show_summary(found: IndexSummary | list[IndexSummary]) -> None:
     """Print the changes, documents without complete text, and the next command."""
     if isinstance(found, list):
         table = new_table(
-            "index", "model", "documents", "passages", numbers=("documents", "passages")
+            "index", "model", "documents", "passages", "updated", numbers=("documents", "passages")
         )
         for each in found:
-            table.add_row(each.name, each.model, str(each.read), str(each.passages))
+            table.add_row(each.name, each.model, str(each.read), str(each.passages), each.updated)
         print_table(table)
         for each in found:
             _show_unfinished(each)

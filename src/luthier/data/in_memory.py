@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
@@ -55,10 +55,11 @@ def is_splits(value: object) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(map(is_rows, value.values()))
 
 
-def store_rows(rows: Any, key: str = "text") -> Path:
+def store_rows(rows: Any, key: str = "text", name: Literal["rows", "documents"] = "rows") -> Path:
     """Write rows as JSON Lines to LUTHIER_HOME, and return the file.
 
-    A text instead of a row becomes a row with ``key``. Missing values are omitted.
+    A text instead of a row becomes a row with ``key``. Missing values are omitted. Findings name
+    rows of ``documents`` by the value of ``source``.
 
     Raises:
         RefusedInput: for no rows, too many rows, or a value that JSON does not have.
@@ -79,7 +80,7 @@ def store_rows(rows: Any, key: str = "text") -> Path:
                     f"the data has more than {MOST_ROWS:,} rows. Limit an iterator with "
                     "itertools.islice(rows, number), or write the rows to a file"
                 )
-            path = folder / f"rows-{digest.hexdigest()[:16]}.jsonl"
+            path = folder / f"{name}-{digest.hexdigest()[:16]}.jsonl"
             if not path.exists():
                 file.seek(0)
                 with new_file(path) as target:

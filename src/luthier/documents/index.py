@@ -146,7 +146,7 @@ class DocumentIndex:
                 "and add the documents again."
             )
         self.model, self.fingerprint = about["model"], about["fingerprint"]
-        self.language = about["language"]
+        self.language, self.updated = about["language"], about.get("updated", "")
         self._vectors: (
             tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]] | None
         ) = None
@@ -228,6 +228,9 @@ class DocumentIndex:
                 yield DocumentIndex(name, file, connection)
                 with connection:
                     connection.execute("DELETE FROM about WHERE key = 'unfinished'")
+                    connection.execute(
+                        "INSERT OR REPLACE INTO about VALUES ('updated', ?)", (_now(),)
+                    )
             current = folder / "current.json"
             if current.is_file() and read_json(current)["file"] == file.name:
                 return  # a killed switch to another embedding model can continue
@@ -573,11 +576,15 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def create(connection: sqlite3.Connection, model: str, fingerprint: str, language: str) -> None:
     """Create the tables of an index; an existing index stays."""
     about = {
         "form": str(FORM), "model": model, "fingerprint": fingerprint, "language": language,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": _now(),
     }  # fmt: skip
     connection.executescript(_SCHEMA.format(tokenizer=_tokenizer(language)))
     with connection:

@@ -10,7 +10,7 @@ import subprocess
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,22 @@ READ_BYTES = 1 << 16
 MOST_BYTES = 512 << 20
 """Largest document."""
 LANGUAGE_DOCUMENTS, LANGUAGE_CHARACTERS = 10, 5_000
-"""Number of documents, and of characters of each, from which the language is detected."""
+"""Number of documents, and of characters of each, from which languages are detected."""
+LANGUAGE_SHARE = 0.1
+"""Minimum share of the documents in a language that the choice of a model considers."""
+ENCODINGS = {
+    "cp1252": ("de", "en", "fr", "es", "it", "pt", "nl", "sv", "da", "no", "nb", "nn", "fi", "ca"),
+    "cp1258": ("vi",),
+    "cp1250": ("pl", "cs", "sk", "hu", "hr", "sl"),
+    "cp1251": ("ru", "uk", "bg", "mk", "sr"),
+    "cp1253": ("el",),
+    "cp1254": ("tr",),
+    "gb18030": ("zh",),
+    "shift_jis": ("ja",),
+    "euc_kr": ("ko",),
+}
+"""Encodings of texts that are not UTF-8, with the languages of each. The frequencies of characters,
+as in charset-normalizer, do not separate them: French in cp1252 looks like cp1250."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +170,8 @@ class DocumentReader:
             if size > MOST_BYTES:
                 return ReadDocument(refused=f"{size:,} bytes; the limit is {MOST_BYTES:,}")
             if path.suffix.lower() in TEXT_FORMATS:
-                answer: dict[str, Any] = {"pages": [[None, _read_text(path)]], "note": ""}
+                text, note = _read_text(path)
+                answer: dict[str, Any] = {"pages": [[None, text]], "note": note}
             else:
                 answer = self._ask(path)
         except (OSError, RecipeError) as error:
@@ -208,18 +224,26 @@ class DocumentReader:
         return {"error": reason}
 
 
-def _read_text(path: Path) -> str:
-    """Return a text in UTF-8, or in UTF-16 with a mark of the byte order.
+def _read_text(path: Path) -> tuple[str, str]:
+    """Return a text, and a note about an encoding besides UTF-8, and UTF-16 with its mark.
+
+    An older encoding is certain if it makes the text one of the encoding's languages.
 
     Raises:
         RecipeError: for text in another encoding.
     """
-    with path.open("rb") as file:
-        is_wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    try:
-        return path.read_text(encoding="utf-16" if is_wide else "utf-8-sig")
-    except UnicodeDecodeError:
-        raise RecipeError("not UTF-8 text; save the file as UTF-8") from None
+    content = path.read_bytes()
+    is_wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    with suppress(UnicodeDecodeError):
+        return content.decode("utf-16" if is_wide else "utf-8-sig"), ""
+    special = b"\n".join(line for line in content.splitlines() if not line.isascii())
+    for encoding, languages in ENCODINGS.items():
+        with suppress(UnicodeDecodeError):
+            text = content.decode(encoding)
+            sample = normalize(special[:LANGUAGE_CHARACTERS].decode(encoding, "ignore"))
+            if detect_languages([sample])[0] in languages:
+                return text, f"read as {encoding}; save the file as UTF-8 if letters are wrong"
+    raise RecipeError("not UTF-8 text; save the file as UTF-8")
 
 
 def normalize(text: str) -> str:
@@ -271,13 +295,15 @@ def as_rows(source: Any) -> Any:
     is_path = isinstance(source, str | Path)
     if not is_path or Path(source).suffix.lower() == ".xlsx" or not has_documents(source):
         return source
-    return store_rows(document_rows(Path(source)))
+    return store_rows(document_rows(Path(source)), name="documents")
 
 
 def document_rows(source: Path) -> Iterator[dict[str, str]]:
-    """Yield a row of text for each document of ``source``; see :func:`read_texts`."""
+    """Yield a row of text for each document of ``source``, with the path in the folder; see
+    :func:`read_texts`."""
+    folder = source.resolve() if source.is_dir() else source.resolve().parent
     for path, text in read_texts(source):
-        yield {"text": text, "source": path.name}
+        yield {"text": text, "source": str(path.relative_to(folder))}
 
 
 def load_texts(sources: Iterable[str | Path]) -> list[str]:
@@ -295,12 +321,14 @@ def load_texts(sources: Iterable[str | Path]) -> list[str]:
     return texts
 
 
-def main_language(files: Sequence[Path]) -> str:
-    """Return the ISO 639 code of most documents of a sample; empty if unknown."""
+def frequent_languages(files: Sequence[Path]) -> list[str]:
+    """Return the ISO 639 codes of a sample of documents, the most frequent first, without languages
+    of less than :data:`LANGUAGE_SHARE` of the sample."""
     codes = Counter[str]()
     with DocumentReader.open() as reader:
         step = -(-len(files) // LANGUAGE_DOCUMENTS)
         for path in files[::step]:
             text = " ".join(page.text for page in reader.read(path).pages[:5])
             codes.update(detect_languages([text[:LANGUAGE_CHARACTERS]]))
-    return codes.most_common(1)[0][0] if codes else ""
+    least = LANGUAGE_SHARE * codes.total()
+    return [code for code, count in codes.most_common() if code and count >= least]

@@ -119,6 +119,14 @@ def encoder_of_language(code: str, reason: str, words: bool = False) -> tuple[st
     return READER, f"{reason}, but {missing}"
 
 
+def encoder_of_languages(codes: Sequence[str], reason: str) -> tuple[str, str]:
+    """Return the encoder for texts in several languages, the most frequent first, and why."""
+    foreign = [code for code in codes if code not in CATALOG[READER].languages]
+    model, why = encoder_of_language((foreign or [""])[0], reason)
+    names = " and ".join(map(language_name, codes))
+    return model, f"{why}, for documents in {names}" if len(codes) > 1 else why
+
+
 @dataclass(frozen=True)
 class InspectionRequest:
     """Sources and options of an inspection."""

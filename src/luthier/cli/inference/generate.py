@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.documents import fit_passages, open_retriever, show_sources
+from luthier.cli.documents import doubt, fit_passages, open_retriever, show_sources
 from luthier.cli.inference.batch_inference import RowAnswers, RowProcesses, answer_rows
 from luthier.cli.terminal.bridge import KeywordOptions
 from luthier.cli.terminal.console import (
@@ -285,6 +285,8 @@ def chat(
                 return _write_reply(generator, turns, sampling)
             return _answer_from(retriever, generator, turns, sampling)
 
+        if index and (remark := doubt(stored)):
+            note(remark)
         print_text(f"{model} is ready. {CHAT_HELP}")
         _converse(opening, several, reply)
 
