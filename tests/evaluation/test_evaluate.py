@@ -70,6 +70,7 @@ def test_citations_and_declined_questions_have_scores() -> None:
         "token_f1": pytest.approx((1 + 0 + 1 + 0) / 4),
         "citation_precision": 1 / 2,
         "citation_recall": 1 / 2,
+        "supported": 1 / 2,
         "declined": 1 / 2,
         "declined_wrongly": 1 / 2,
     }

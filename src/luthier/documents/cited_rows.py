@@ -11,17 +11,8 @@ from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.documents.answers import PASSAGES
 from luthier.documents.retriever import CANDIDATES, Retriever
 from luthier.errors import DataError, Problem
-from luthier.graders.similarity import squad_words
+from luthier.graders.similarity import supports
 from luthier.types import Row
-
-SUPPORTED = 0.75
-"""Minimum share of the words of an answer in a supporting passage."""
-
-
-def supports(passage: str, answer: str) -> bool:
-    """Return whether a passage has most of the words of an answer."""
-    words = {*squad_words(answer)}
-    return len(words & {*squad_words(passage)}) >= SUPPORTED * max(1, len(words))
 
 
 def draw_passages(

@@ -35,6 +35,7 @@ from luthier.graders import (
     check_rows,
     grade_answers,
 )
+from luthier.graders.similarity import supports
 from luthier.pages import PAGE, Tabular
 from luthier.types import Message, Row
 
@@ -250,6 +251,7 @@ def citation_scores(rows: Sequence[CitedAnswer], replies: Sequence[str]) -> dict
 
     - ``citation_precision``: share of the citations that name a passage with the answer.
     - ``citation_recall``: share of the passages with the answer that are cited.
+    - ``supported``: share of the answers with most words in a cited passage.
     - ``declined``: share of the questions without an answer that are declined.
     - ``declined_wrongly``: share of the questions with an answer that are declined.
     """
@@ -260,6 +262,13 @@ def citation_scores(rows: Sequence[CitedAnswer], replies: Sequence[str]) -> dict
     scores = {
         "citation_precision": RowScores.of(right, [*map(len, given)]),
         "citation_recall": RowScores.of(right, [len(row.cited) for row in rows]),
+        "supported": RowScores.of(
+            [
+                not one and supports(_cited_text(row, reply), without_citations(reply))
+                for one, row, reply in zip(declined, rows, replies, strict=True)
+            ],
+            [not one for one in declined],
+        ),
         "declined": RowScores.of(
             [one and not known for one, known in zip(declined, answered, strict=True)],
             [not known for known in answered],
@@ -269,6 +278,12 @@ def citation_scores(rows: Sequence[CitedAnswer], replies: Sequence[str]) -> dict
         ),
     }
     return {name: score for name, score in scores.items() if score.wholes_R.any()}
+
+
+def _cited_text(row: CitedAnswer, reply: str) -> str:
+    """Return the passages that a reply cites."""
+    numbers = (n for n in cited_numbers(reply) if 1 <= n <= len(row.passages))
+    return "\n".join(row.passages[n - 1] for n in numbers)
 
 
 def load_graded(

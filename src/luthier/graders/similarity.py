@@ -18,6 +18,8 @@ Metric = Literal[
     "fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
 ]
 LONGEST_GRAM = 4
+SUPPORTED = 0.75
+"""Minimum share of the words of an answer in a supporting passage."""
 
 
 class Similarity(Grader):
@@ -121,6 +123,12 @@ def chrf(given: str, wanted: str) -> float:
 def squad_words(text: str) -> list[str]:
     """Return the words of ``text`` as in SQuAD's evaluation script."""
     return re.sub(r"\b(a|an|the)\b", " ", without_punctuation(text.lower())).split()
+
+
+def supports(passage: str, answer: str) -> bool:
+    """Return whether a passage has at least :data:`SUPPORTED` of the words of an answer."""
+    words = {*squad_words(answer)}
+    return len(words & {*squad_words(passage)}) >= SUPPORTED * max(1, len(words))
 
 
 def _words(text: str) -> list[str]:

@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from luthier.data.shapes.passages import CitedAnswer
-from luthier.documents.cited_rows import mix_passages, supports
+from luthier.documents.cited_rows import mix_passages
 from luthier.documents.passages import cut
 from luthier.documents.readers import DocumentPage
 from luthier.documents.retriever import CANDIDATES
 from luthier.evaluation.retrieval import BM25Index
+from luthier.graders.similarity import supports
 from luthier.workflows.distil.insights import Insight
 
 PER_PASSAGE = 2
