@@ -154,8 +154,8 @@ def compare(
         if passages != "the index":
             names = shlex.join(map(str, documents))
             command = (
-                f"luthier index add {names} --name documents, then compare with --index documents, "
-                "whose search also uses embeddings"
+                f"luthier index add {names} --name documents && luthier chat {model} --index "
+                "documents (this search also uses embeddings; `compare --index` measures it)"
             )
         found.remarks.append(f"Use the best contender: {command}")
     if attach:
