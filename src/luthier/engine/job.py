@@ -496,6 +496,23 @@ def resolve_job(
     )
 
 
+def sketch_of(
+    base: store.StoredModel,
+    chat: ChatFormat,
+    objective: Objective,
+    adaptation: Adaptation,
+    machine: Machine,
+) -> TrainingSketch:
+    """Return the network of a training without weights.
+
+    Raises:
+        RefusedInput: if network, objective and adaptation are incompatible.
+    """
+    config = base.network.config(objective.head())
+    reads = chat.media.shape if chat.media is not None else None
+    return sketch_training(config, objective, adaptation, machine.dtype.itemsize, reads=reads)
+
+
 def _plan_network(
     recipe: Recipe,
     base: store.StoredModel,
@@ -507,9 +524,7 @@ def _plan_network(
 ) -> NetworkPlan:
     """Return the trained network of ``objective``, with the memory of all networks."""
     size = machine.dtype.itemsize
-    config = base.network.config(objective.head())
-    input_shape = chat.media.shape if chat.media is not None else None
-    sketch = sketch_training(config, objective, recipe.adaptation, size, reads=input_shape)
+    sketch = sketch_of(base, chat, objective, recipe.adaptation, machine)
     others = {
         name: store.find(each, reporter.stage) for name, each in objective.other_models.items()
     }

@@ -78,6 +78,7 @@ def test_mixing_share_becomes_a_weight() -> None:
         (["adaptation.method=lora,lorra"], "vary"),
         (["adaptation.rank=4,8", "adaptation.method=lora,full"], "vary"),
         (["training.speed=1,2"], "vary"),
+        (["objective.beta=0.1,0.2"], "vary"),
         (["rows=few,all"], "rows"),
         (["before=none,missing.jsonl"], "before"),
         (["mix.share=0,0.5"], "mix.share"),

@@ -10,6 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 
 from luthier.engine.metrics import THEMES
 from luthier.evaluation.significance import RowScores
@@ -198,3 +199,24 @@ def test_four_numbers_of_rows_predict_the_effect_of_more() -> None:
     assert falling is not None and falling.gain > 0
     three = {share: rows[share] for share in (0.25, 0.5, 1.0)}
     assert study_of(three, key="data.train_share").more_rows is None
+
+
+def test_change_of_an_earlier_task_has_an_error_by_rows_and_seeds() -> None:
+    changes = [outcome(300, earlier=value, earlier_error=0.02) for value in (-0.1, -0.2)]
+    found = study_of({"a": changes, "b": [outcome(300, earlier=0.0)]})
+    row = found.rows[0]
+    assert row.error_of("earlier") == pytest.approx(np.hypot(0.02, 0.05))
+    assert columns_of(found)["earlier ±"] == ["-0.150 0.054", "+0.000"]
+    assert found.rows[0].error_of("seconds") == 0
+
+
+def test_difference_between_rows_that_are_not_the_best() -> None:
+    found = study_of({"a": [outcome(380)], "b": [outcome(300)], "c": [outcome(280)]})
+    _, middle, last = found.rows
+    value, error, p_value = found.difference(last, middle)
+    assert value == pytest.approx(-0.05) and error < 0.02 and p_value < 0.001
+
+
+def test_columns_without_a_measured_row() -> None:
+    found = study_of({"a": [Outcome(reason="over the limit")]})
+    assert columns_of(found) == {"score ±": [""]}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from luthier.library.models import custom_models
 from luthier.recipe import Recipe
 from luthier.workflows.estimate.estimate import PredictionInterval
 from luthier.workflows.study import study as module
-from luthier.workflows.study.cells import Outcome
+from luthier.workflows.study.cells import Cell, Outcome
 from luthier.workflows.study.grid import Configuration, Dimension, grid_of, parse_dimensions
 from luthier.workflows.study.presets import grid_from
 from luthier.workflows.study.results import Study
@@ -40,16 +41,19 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(rows: Path, *vary: str, resume: bool = False, name: str | None = None) -> Study:
+def recipe_of(rows: Path, name: str | None = None) -> Recipe:
     fields = {
         "base": "fasttext",
         "name": name,
         "data": {"train": str(rows)},
         "training": {"max_steps": 12, "batch_size": 8, "threads": 1, "patience": 0},
     }
+    return Recipe.parse({key: value for key, value in fields.items() if value})
+
+
+def run(rows: Path, *vary: str, resume: bool = False, name: str | None = None) -> Study:
     dimensions = parse_dimensions(vary)
-    recipe = Recipe.parse({key: value for key, value in fields.items() if value})
-    return study(recipe, grid_of(dimensions), dimensions, resume=resume)
+    return study(recipe_of(rows, name), grid_of(dimensions), dimensions, resume=resume)
 
 
 def test_study_measures_each_configuration_and_reuses_the_measurements(
@@ -78,6 +82,37 @@ def test_more_rows_than_the_data_has_are_refused(rows: Path) -> None:
     with pytest.raises(RecipeError) as refused:
         run(rows, "rows=10,1000")
     assert refused.value.problem.setting == "rows"
+
+
+@pytest.mark.parametrize(
+    "values", ["objective.method=classification,dpo", "adaptation.method=full,prefix"]
+)
+def test_methods_that_rows_or_network_lack_are_refused_before_training(
+    rows: Path, values: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "run_cells", None)
+    with pytest.raises(RecipeError) as refused:
+        run(rows, values)
+    assert refused.value.problem.setting == "vary"
+
+
+def test_preset_leaves_out_what_the_network_lacks(
+    rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = list[str]()
+
+    def run_cells(cells: Sequence[Cell], *_: object) -> list[Outcome]:
+        ran.extend(each.recipe.adaptation.method for each in cells)
+        return [Outcome(value=1.0, seconds=1.0) for _ in cells]
+
+    monkeypatch.setattr(module, "run_cells", run_cells)
+    monkeypatch.setattr(module._Work, "_estimate", lambda *_: 1.0)
+    methods = {"a": "full", "b": "bitfit", "c": "full"}
+    grid = [Configuration({"adaptation.method": method}, name) for name, method in methods.items()]
+    found = study(recipe_of(rows), grid)
+    assert ran == ["full", "full"] and [row.name for row in found.rows] == ["a", "c"]
+    with pytest.raises(RecipeError):
+        study(recipe_of(rows), *grid_from("bits", ()))
 
 
 def test_losses_of_different_objectives_are_not_compared() -> None:

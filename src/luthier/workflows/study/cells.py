@@ -156,8 +156,12 @@ class Outcome:
     """Mean time of an answer, one at a time; ``None`` for models that generate images."""
     forgotten: float | None = None
     """Drift from the base, in nats per token."""
+    forgotten_error: float = 0.0
+    """Standard error of the drift, by the tokens."""
     earlier: float | None = None
     """Change of the score of an earlier task; negative if worse."""
+    earlier_error: float = 0.0
+    """Standard error of the change, by the rows of the earlier task."""
     verdict: str = ""
     """Outcome of the run, such as ``learned``."""
     reason: str = ""
@@ -324,12 +328,16 @@ def _measure(folder: Path, reporter: Reporter) -> None:
     milliseconds = None if opened is None else _milliseconds(opened, job.data.validation)
     if opened is not None:
         opened.network.close()
-    base, drift, earlier = find(request["recipe"]["base"]), None, None
+    base, forgetting = find(request["recipe"]["base"]), dict[str, Any]()
     if request["forgetting"]:
-        drift = measure_forgetting(stored, base).drift.kl.value
+        kl = measure_forgetting(stored, base).drift.kl
+        forgetting |= {"forgotten": kl.value, "forgotten_error": kl.error}
     if request["earlier"]:
-        change = measure_earlier_task(stored, base, request["earlier"]).changes[0]
-        earlier = as_gain(change.measure, change.tuned.value - change.base.value)
+        found = measure_earlier_task(stored, base, request["earlier"])
+        (change,) = found.changes
+        difference = found.differences[change.name]
+        forgetting["earlier"] = as_gain(change.measure, difference.value)
+        forgetting["earlier_error"] = difference.error
     training = job.recipe.training
     sign = -1.0 if measure == "reward" else 1.0
     field = "loss" if measure == "reward" else measure
@@ -351,8 +359,7 @@ def _measure(folder: Path, reporter: Reporter) -> None:
         batch_size=training.batch_size or 0,
         warmup_ratio=training.warmup_ratio or 0.0,
         milliseconds=milliseconds,
-        forgotten=drift,
-        earlier=earlier,
+        **forgetting,
         verdict="" if result.verdict is None else result.verdict.outcome,
     )
     if request["prompts"]:

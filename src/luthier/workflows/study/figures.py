@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.engine.metrics import SCORES, THEMES, colour_figure, new_figure, save_figure
+from luthier.engine.metrics import SCORES
 from luthier.evaluation.significance import CHANCE, as_gain
+from luthier.workflows.figures import draw
 from luthier.workflows.study.grid import LOG_FROM
 
 if TYPE_CHECKING:
@@ -18,25 +19,18 @@ if TYPE_CHECKING:
 def draw_study(found: Study, folder: Path) -> list[str]:
     """Write the pictures of a study as SVG, and return the paths."""
     label = "processor seconds of the training"
-    drawings: dict[str, Callable[[Any, Study, dict[str, str]], None]] = {
-        "cost": partial(_draw_points, name=_COST, label=label)
+    drawings: dict[str, Callable[[Any, dict[str, str]], None]] = {
+        "cost": partial(_draw_points, found=found, name=_COST, label=label)
     }
     for name, label in _FORGETTING.items():
         if all(row.figure(name) is not None for row in found.measured):
-            drawings[name] = partial(_draw_points, name=name, label=label)
+            drawings[name] = partial(_draw_points, found=found, name=name, label=label)
     ordered = [each for each in found.dimensions if each.is_ordered]
     if len(ordered) == 1:
-        drawings["line"] = _draw_line
-    paths = []
-    for name, draw in drawings.items():
-        for suffix, colours in THEMES.items():
-            figure, (axes,) = new_figure()
-            draw(axes, found, colours)
-            colour_figure(figure, colours)
-            path = folder / f"{name}{suffix}.svg"
-            save_figure(figure, path)
-            paths.append(str(path))
-    return paths
+        drawings["line"] = partial(_draw_line, found=found)
+    return [
+        path for name, paint in drawings.items() for path in draw(folder / f"{name}.svg", paint)
+    ]
 
 
 _COST = "processor_seconds"
@@ -46,7 +40,7 @@ _FORGETTING = {
 }
 
 
-def _draw_points(axes: Any, found: Study, colours: dict[str, str], name: str, label: str) -> None:
+def _draw_points(axes: Any, colours: dict[str, str], found: Study, name: str, label: str) -> None:
     """Draw the score against a figure; against the cost, with the front of the best by cost."""
     points = [(row.figure(name) or 0.0, row.value, row) for row in found.measured]
     for place, value, row in points:
@@ -68,7 +62,7 @@ def _draw_points(axes: Any, found: Study, colours: dict[str, str], name: str, la
     _scale(axes, [place for place, _, _ in points])
 
 
-def _draw_line(axes: Any, found: Study, colours: dict[str, str]) -> None:
+def _draw_line(axes: Any, colours: dict[str, str], found: Study) -> None:
     """Draw the score by the ordered value, one line with a band for each other combination."""
     (ordered,) = (each for each in found.dimensions if each.is_ordered)
     lines: dict[str, list[tuple[float, StudyRow]]] = {}

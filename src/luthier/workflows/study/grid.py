@@ -39,7 +39,7 @@ FIXED = frozenset(
 )  # fmt: skip
 """Fields that a study sets, or that change the held-out rows."""
 _GROUPS = ("base", "objective", "adaptation")
-FIGURES = {"ms": "ms", "mb": "MB", "minutes": "minutes", "drift": "drift"}
+FIGURES = {"ms": "ms", "mb": "MB", "minutes": "minutes", "drift": "drift ±"}
 """Figures with a limit, and their headings in the table."""
 NONE, ALL = "none", "all"
 TEACHER, TAUGHT = "teacher", "taught"

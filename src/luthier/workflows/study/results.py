@@ -87,7 +87,10 @@ class StudyRow:
     @property
     def seed_error(self) -> float:
         """Standard error of the mean over seeds; 0 for one seed."""
-        values = [each.value for each in self.outcomes if each.value is not None]
+        return self._seed_error("value")
+
+    def _seed_error(self, name: str) -> float:
+        values = [getattr(each, name) or 0.0 for each in self.outcomes]
         return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
     @property
@@ -133,6 +136,11 @@ class StudyRow:
         """Return the mean over seeds of a field of :class:`Outcome`."""
         values = [getattr(each, name) for each in self.outcomes]
         return None if any(value is None for value in values) or not values else mean(values)
+
+    def error_of(self, name: str) -> float:
+        """Return the standard error of a figure, by rows and seeds; 0 for exact figures."""
+        rows = mean(getattr(each, f"{name}_error", 0.0) for each in self.outcomes)
+        return math.hypot(rows, self._seed_error(name)) if rows else 0.0
 
 
 @dataclass(frozen=True)
@@ -226,26 +234,31 @@ class Study(Tabular):
     @cached_property
     def apart(self) -> dict[str, Apart]:
         """Difference of each other measured row from the best row, by name."""
-        found = {}
-        for best, row in ((self.best, row) for row in self.measured[1:]):
-            value = as_gain(row.measure, row.value - best.value)
-            if row.order and row.order == best.order and row.scores and best.scores:
-                row_error = row.scores.difference_error(best.scores)
-            else:
-                row_error = math.hypot(row.row_error, best.row_error)
-            parts = [
-                (row_error, self.held_out - 1),
-                (row.seed_error, len(row.outcomes) - 1),
-                (best.seed_error, len(best.outcomes) - 1),
-            ]
-            # The best row is chosen on the same data, so all pairs are compared.
-            p_value = min(1.0, welch_p_value(value, parts) * len(self.measured) / 2)
-            found[row.name] = value, math.hypot(*(error for error, _ in parts)), p_value
-        significant = significant_of([p_value for _, _, p_value in found.values()], LEVEL)
+        others = self.measured[1:]
+        found = [self.difference(row, self.best) for row in others]
+        # The best row is chosen on the same data, so all pairs are compared.
+        p_values = [min(1.0, p_value * len(self.measured) / 2) for _, _, p_value in found]
         return {
-            name: Apart(value, error, beyond)
-            for (name, (value, error, _)), beyond in zip(found.items(), significant, strict=True)
+            row.name: Apart(value, error, beyond)
+            for row, (value, error, _), beyond in zip(
+                others, found, significant_of(p_values, LEVEL), strict=True
+            )
         }
+
+    def difference(self, row: StudyRow, other: StudyRow) -> tuple[float, float, float]:
+        """Return the gain of ``row`` over ``other``, the standard error, and the p-value of this
+        comparison alone."""
+        value = as_gain(row.measure, row.value - other.value)
+        if row.order and row.order == other.order and row.scores and other.scores:
+            row_error = row.scores.difference_error(other.scores)
+        else:
+            row_error = math.hypot(row.row_error, other.row_error)
+        parts = [
+            (row_error, self.held_out - 1),
+            (row.seed_error, len(row.outcomes) - 1),
+            (other.seed_error, len(other.outcomes) - 1),
+        ]
+        return value, math.hypot(*(error for error, _ in parts)), welch_p_value(value, parts)
 
     def is_within_chance(self, row: StudyRow) -> bool:
         """Return True for the best row, and for a row that is not significantly worse."""
@@ -362,6 +375,7 @@ class Study(Tabular):
         apart = self.apart.get(row.name)
         names = ("training_rows", "batch_size", "warmup_ratio")
         figures = {name: row.figure(name) for name in (*names, *_FIELDS)}
+        errors = {f"{name}_error": error for name in _FIELDS if (error := row.error_of(name))}
         return plain | {
             "measure": row.measure,
             "value": row.value,
@@ -373,6 +387,7 @@ class Study(Tabular):
             "behind_best": None if apart is None else apart.value,
             "significant": None if apart is None else apart.significant,
             **figures,
+            **errors,
         }
 
 
@@ -384,13 +399,17 @@ def figure_of(row: StudyRow, name: str) -> float | None:
 
 
 def columns_of(found: Study) -> dict[str, list[str]]:
-    """Return the figures of all rows as text, by heading. Columns without a figure are left out."""
+    """Return the figures of all rows as text, by heading. Columns without a figure are left out,
+    except the score, which has the place of a reason."""
 
     def column(text: Callable[[StudyRow], str]) -> list[str]:
         return [text(row) if row.is_measured else "" for row in found.rows]
 
     def figure(row: StudyRow, name: str, unit: float, form: str) -> str:
-        return "" if (value := row.figure(name)) is None else f"{value / unit:{form}}"
+        if (value := row.figure(name)) is None:
+            return ""
+        error = row.error_of(name)
+        return f"{value / unit:{form}}" + (f" {error / unit:.3f}" if error else "")
 
     columns = {
         "score ±": column(partial(_score_text, found)),
@@ -400,12 +419,12 @@ def columns_of(found: Study) -> dict[str, list[str]]:
     }
     for heading, (name, unit, form) in _COLUMNS.items():
         columns[heading] = column(partial(figure, name=name, unit=unit, form=form))
-    return {heading: texts for heading, texts in columns.items() if any(texts)}
+    return {name: texts for name, texts in columns.items() if any(texts) or name == "score ±"}
 
 
 _COLUMNS = {
-    "drift": ("forgotten", 1.0, ".3f"),
-    "earlier": ("earlier", 1.0, "+.3f"),
+    "drift ±": ("forgotten", 1.0, ".3f"),
+    "earlier ±": ("earlier", 1.0, "+.3f"),
     "tokens": ("prompt_tokens", 1.0, ",.0f"),
     "steps": ("steps", 1.0, ",.0f"),
     "minutes": ("seconds", 60.0, ",.1f"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier import __version__
 from luthier.engine.metrics import Reporter
@@ -16,11 +16,14 @@ from luthier.errors import RecipeError
 from luthier.files import cached_sha256_of, lock, luthier_home
 from luthier.library.models import custom_models, find
 from luthier.models.networks.layers import layer_names
-from luthier.models.shrinking.student import StudentShape
+from luthier.models.shrinking.student import StudentShape, plan
 from luthier.recipe import Recipe, portable
 from luthier.workflows.student import make_student
 from luthier.workflows.study.grid import with_settings
 from luthier.workflows.tuning import tune
+
+if TYPE_CHECKING:
+    from luthier.engine.job import TrainingJob
 
 _DISTILLATIONS = {"classification": "encoder_distillation", "sft": "logit_distillation"}
 """Objective of a student by objective of the teacher."""
@@ -51,20 +54,27 @@ def _train_once(
     return model.id, student.model_id
 
 
-def student_recipe(recipe: Recipe, is_taught: bool, reporter: Reporter) -> Recipe:
-    """Return the recipe of a student of the model that ``recipe`` trains.
+def check_student(job: TrainingJob, is_taught: bool) -> None:
+    """Reject a student that cannot be cut from the network, or cannot learn from a teacher.
 
     Raises:
-        RecipeError: for a teacher without a distillation of its scores, or a single layer.
+        RecipeError: for an objective without distillation, or a network without separate layers.
     """
+    objective = job.data.objective
+    if is_taught and objective.method not in _DISTILLATIONS:
+        raise RecipeError(
+            f"A student learns from a teacher of labels or replies, not of {objective.method}.",
+            setting="preset",
+        )
+    network = job.base.network.sketch(objective.head())
+    plan(network, StudentShape(layers=len(layer_names(network)) // 2))
+
+
+def student_recipe(recipe: Recipe, is_taught: bool, reporter: Reporter) -> Recipe:
+    """Return the recipe of a student of the model that ``recipe`` trains."""
     teacher, student = _train_once(recipe, "teacher", reporter, has_student=True)
     fields: dict[str, Any] = {"base": student}
     if is_taught:
-        method = find(teacher).objective.method
-        if method not in _DISTILLATIONS:
-            raise RecipeError(
-                f"A student learns from a teacher of labels or replies, not of objective {method}.",
-                setting="preset",
-            )
-        fields["objective"] = {"method": _DISTILLATIONS[method], "teacher": teacher}
+        method = _DISTILLATIONS[find(teacher).objective.method]
+        fields["objective"] = {"method": method, "teacher": teacher}
     return with_settings(recipe, fields)

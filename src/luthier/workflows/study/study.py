@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from luthier.engine.dataset import NAMED_MEDIA
-from luthier.engine.job import prepare_job, with_base
+from luthier.engine.job import TrainingJob, prepare_job, sketch_of, with_base
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import automatic_name, is_resumed, lock_folder
@@ -24,6 +24,8 @@ from luthier.workflows.study.cells import Cell, CellRunner, Outcome, measured_ou
 from luthier.workflows.study.figures import draw_study
 from luthier.workflows.study.grid import (
     NONE,
+    TAUGHT,
+    UNKNOWN_ROWS,
     Configuration,
     Dimension,
     check_grid,
@@ -34,6 +36,7 @@ from luthier.workflows.study.grid import (
 from luthier.workflows.study.prompts import check_prompts
 from luthier.workflows.study.results import Study, StudyRow
 from luthier.workflows.study.search import Search, default_space
+from luthier.workflows.study.starts import check_student
 
 PROCESS_SECONDS = 20.0
 """Seconds to start the two processes of a cell and to load data and model, beyond the training."""
@@ -116,6 +119,7 @@ def study(
             "A study compares on held-out rows, and none exist. Give --validation FILE, or at least "
             "20 rows."
         )
+    grid = _suitable(grid, recipe, job, reporter)
     if file := grid[0].settings.get("prompts"):
         check_prompts(job, file)
     if forgetting and not job.data.objective.task.writes:
@@ -172,6 +176,47 @@ def study(
             is_search=searches,
         )
         return _complete(result, given)
+
+
+def _suitable(
+    grid: Sequence[Configuration], recipe: Recipe, job: TrainingJob, reporter: Reporter
+) -> list[Configuration]:
+    """Return the configurations that suit the network and the rows.
+
+    A preset leaves out the others, with a note.
+
+    Raises:
+        RecipeError: for an unsuitable configuration of ``--vary``, or fewer than two suitable.
+    """
+    suitable, refused = list[Configuration](), ""
+    known = dict[str, str]()
+    for each in grid:
+        groups = {key.partition(".")[0] for key in each.settings}
+        varied, student = each.recipe(recipe, 0, UNKNOWN_ROWS), each.settings.get("student")
+        method = None if varied.objective is None else varied.objective.method
+        key = f"{varied.adaptation.model_dump_json()} {method} {student}"
+        if key not in known:
+            known[key] = ""
+            try:
+                if "objective" in groups:
+                    prepare_job(varied, job.base, job.machine, Reporter())
+                elif "adaptation" in groups and "base" not in groups:
+                    objective, chat = job.data.objective, job.chat
+                    sketch_of(job.base, chat, objective, varied.adaptation, job.machine)
+                if student is not None:
+                    check_student(job, student == TAUGHT)
+            except RefusedInput as error:
+                known[key] = str(error)
+        if not known[key]:
+            suitable.append(each)
+            continue
+        refused = f"`{each.name}`: {known[key]}"
+        if not each.label:
+            raise RecipeError(refused, setting="vary")
+        reporter.note(f"left out: {refused}")
+    if refused and len(suitable) < 2:
+        raise RecipeError(f"The preset has no two configurations for these rows. {refused}")
+    return suitable
 
 
 def _check_comparable(dimensions: Sequence[Dimension], measure: str) -> None:
