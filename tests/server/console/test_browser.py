@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from browser import Browser, browser
 from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny, until
+
+from luthier.server.jobs.study_worker import report_of
+from luthier.server.tables.database import Database
+from luthier.server.tables.measurements import MeasuredModel, create
+from luthier.server.tables.studies import Study as StudyTable
+from luthier.workflows.study.cells import Outcome
+from luthier.workflows.study.figures import draw_study
+from luthier.workflows.study.grid import Configuration
+from luthier.workflows.study.results import Study, StudyRow
 
 HOSTILE = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>\''
 KEY = KEYS[ONE]["api_key"]
@@ -250,6 +260,40 @@ def test_eval_report_opens_in_browser(server: Served, page: Browser) -> None:
     assert page.script("return location.pathname + location.hash").startswith("/console/#/evals/")
     assert "50.0%" in page.text(".facts") and HOSTILE in page.text("main")
     assert len(page.texts("main table")) == 2
+    check_quiet(page)
+
+
+def measured(name: str, value: float) -> StudyRow:
+    outcome = Outcome(
+        measure="accuracy", value=value, error=0.01, processor_seconds=9 * value, is_share=True
+    )
+    return StudyRow(Configuration({}, name), [outcome])
+
+
+def test_study_page_has_reasons_choice_and_pictures(
+    server: Served, page: Browser, tmp_path: Path
+) -> None:
+    failed = StudyRow(Configuration({}, "bitfit"), [], "diverged")
+    found = Study(
+        "s", str(tmp_path), [measured(HOSTILE, 0.9), measured("full", 0.5), failed], [], 99
+    )
+    found = replace(found, pictures=draw_study(found, tmp_path))
+    model = MeasuredModel(name="fasttext", arn="arn:x", stored_id="fasttext")
+    request = {"training": "s3://bucket/rows.jsonl", "preset": "methods", "vary": []}
+    database = Database(f"sqlite:///{server.home / 'luthier.db'}")
+    with database.write() as session:
+        row = create(session, StudyTable, ONE, request, [model], recipe={})
+        row.state, row.result = "Completed", report_of(found) | {"keep": {"base": "fasttext"}}
+        address = row.id
+    page.sign_in(KEY)
+    page.until_text("What would you like", "h1")
+    page.script("location.hash = arguments[0]", f"#/studies/{address}")
+    page.until_text(found.verdict(), "#summary")
+    assert page.texts("main tbody tr > :first-child") == [HOSTILE, "full", "bitfit"]
+    assert page.texts("main tbody strong") == [HOSTILE]
+    assert "diverged" in page.texts("main tbody tr:last-child td")
+    assert page.script("return document.querySelector('main img').naturalWidth") > 100
+    assert "Keep the winner" in page.texts("main button")
     check_quiet(page)
 
 

@@ -58,10 +58,7 @@ class StudyWorker(ReportWorker[Row]):
         )  # fmt: skip
         # The command would name a file of the server.
         shown = replace(found, command="")
-        report = shown.plain() | {
-            "table": columns_of(shown), "remarks": shown.remarks(),
-            "pictures": _pictures(found), "keep": _kept(found, request),
-        }  # fmt: skip
+        report = report_of(shown) | {"keep": _kept(found, request)}
         return self.renamed(row, report, shown.html())
 
 
@@ -79,6 +76,13 @@ class _Progress(Reporter):
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """Show the steps of a training."""
         self.worker.show(self.phase, line["step"], steps)
+
+
+def report_of(found: Study) -> dict[str, Any]:
+    """Return the result for clients, with table and pictures."""
+    return found.plain() | {
+        "table": columns_of(found), "remarks": found.remarks(), "pictures": _pictures(found),
+    }  # fmt: skip
 
 
 def _pictures(found: Study) -> dict[str, dict[str, str]]:

@@ -15,7 +15,7 @@ const STATES = { Completed: "good", Failed: "error", Running: "note" };
 const QUESTIONS = [
   ["methods", "Which method is best, and what does it cost?"], ["layers", "How many layers need training?"],
   ["rate", "Is the learning rate right?"], ["rows", "Would more rows help?"],
-  ["augmentation", "Do random changes of images help?"], ["bits", "What do fewer bits of the base cost?"],
+  ["augmentation", "Do random changes of texts, images or audio help?"], ["bits", "What do fewer bits of the base cost?"],
   ["", "Other fields"],
 ];
 /** Groups and fields of a recipe that the study takes from a job. */
