@@ -27,7 +27,7 @@ from luthier.library.models import StoredModel, find
 from luthier.library.reports import reports_of
 from luthier.types import Message
 from luthier.workflows.compare import HeadToHead, check_leakage, check_measures, comparison_page
-from luthier.workflows.contenders import Contender, Contest
+from luthier.workflows.contenders import Contender, Contest, equal_pairs
 from luthier.workflows.estimate.budget import Prices, TokenPrices
 from luthier.workflows.evaluate import open_graders
 from luthier.workflows.prompting import Technique, questions_of
@@ -355,7 +355,7 @@ def test_own_prompts_and_an_endpoint_and_shown_replies(
     tiny_model_folder: Path, tmp_path: Path, endpoint: Endpoint
 ) -> None:
     rows = [
-        {"prompt": f"Say {word} {n}", "completion": word, "tone": f"tone {n}"}
+        {"prompt": f"Say {word} {n}", "completion": word, "tone": f"tone {n}", "kind": n % 2}
         for n, word in enumerate(ANIMALS * 3)
     ]
     train = write(tmp_path / "train.jsonl", rows[:12])
@@ -369,8 +369,9 @@ def test_own_prompts_and_an_endpoint_and_shown_replies(
     endpoint.answer = lambda prompt: prompt.split()[-2]
     rival = f"{endpoint.url}#big"
     found = luthier.compare(
-        held, [tuned], prompt=[system, template], rival=[rival], max_tokens=3, show=2, seeds=3
-    )
+        held, [tuned], prompt=[system, template], rival=[rival], max_tokens=3, show=2, seeds=3,
+        paraphrases="kind",
+    )  # fmt: skip
     techniques = Counter(each.technique for each in found.contenders)
     assert techniques["fine-tuning and instructions"] == techniques["fine-tuning and examples"] == 2
     assert techniques["zero-shot"] == 2 and techniques["prompt engineering"] == 6
@@ -383,6 +384,12 @@ def test_own_prompts_and_an_endpoint_and_shown_replies(
     sampled = {each.name: each.consistency for each in found.contenders if each.consistency}
     assert len(sampled) == 2 and tuned in sampled
     assert all({*np.round(3 * each.parts_R)} <= {0.0, 1.0, 3.0} for each in sampled.values())
+    alike = {each.name: each.paraphrases for each in found.contenders if each.paraphrases}
+    assert {tuned, *(each.name for each in big)} <= alike.keys()
+    assert all(alike[each.name].value == 0 for each in big)
+    assert equal_pairs([["a", "a ", "b"], ["c", "c"]]).parts_R.tolist() == [1 / 3, 1]
+    with pytest.raises(RecipeError):
+        luthier.compare(held, [tuned], rival=[rival], max_tokens=3, paraphrases="prompt")
     first, second = found.shown
     assert (first.prompt, first.expected) == ("Say fox 12", "fox")
     assert [name for name in first.replies if name.startswith("big")] and tuned in second.replies

@@ -53,6 +53,7 @@ def compare(
     show: int = 0,
     seeds: int = 0,
     per_month: OptionalAtLeastOne = None,
+    paraphrases: str | None = None,
     html: Path | None = None,
     figure: Path | None = None,
     attach: bool = False,
@@ -79,6 +80,7 @@ def compare(
         show: Number of rows to print with the replies.
         seeds: Replies sampled per row, to measure consistency.
         per_month: Answers a month, for monthly costs and the break-even.
+        paraphrases: Column that paraphrases share, to measure consistency.
         html: Write the comparison as an HTML page.
         figure: Write bars with 95 % intervals as FILE.svg, light and dark.
         attach: Store the result with the models, for certificates.
@@ -139,11 +141,12 @@ def compare(
             None if encoder is None else find(encoder),
             None if judge is None else resolve_judge(judge),
             prompts,
-            records_of(str(data)) if prompts else {},
+            records_of(str(data)) if prompts or paraphrases else {},
             [EndpointModel(ModelSpec(model=each)) for each in rival],
             show,
             seeds,
             per_month or 0,
+            paraphrases,
             search_index,
             reporter.note,
             lambda done, total: reporter.progress(done, total, "compare"),
@@ -217,12 +220,17 @@ def show_comparison(found: HeadToHead) -> None:
     for remark in found.remarks:
         print_text(remark)
     for each in found.contenders:
-        if each.consistency is not None:
-            low, high = each.consistency.interval
-            print_text(
-                f"{each.name}: {each.consistency.value:.1%} of the pairs of sampled replies are equal "
-                f"({low:.1%} to {high:.1%})"
-            )
+        shares = {
+            "sampled replies": each.consistency,
+            "replies to paraphrases": each.paraphrases,
+        }
+        for what, share in shares.items():
+            if share is not None:
+                low, high = share.interval
+                print_text(
+                    f"{each.name}: {share.value:.1%} of the pairs of {what} are equal "
+                    f"({low:.1%} to {high:.1%})"
+                )
     for number, row in enumerate(found.shown, 1):
         print_text(f"row {number}: {row.prompt}")
         print_text(f"  expected: {row.expected}")

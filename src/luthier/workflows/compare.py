@@ -29,7 +29,14 @@ from luthier.graders.ruler import judge_pairs
 from luthier.inference.prediction import Predictor
 from luthier.pages import PAGE, Table, Tabular, interval_text, render_page
 from luthier.types import Row
-from luthier.workflows.contenders import SHOWN, Contender, Contest, count_tokens, graders_for
+from luthier.workflows.contenders import (
+    SHOWN,
+    Contender,
+    Contest,
+    count_tokens,
+    equal_pairs,
+    graders_for,
+)
 from luthier.workflows.estimate.budget import BreakEven
 from luthier.workflows.evaluate import open_graders
 from luthier.workflows.prompting import (
@@ -226,9 +233,9 @@ class HeadToHead(Tabular):
             }  # fmt: skip
             if each.prompt_tokens is not None:
                 line["prompt_tokens"] = each.prompt_tokens
-            if each.consistency is not None:
-                low, high = each.consistency.interval
-                line["consistency"] = {"value": each.consistency.value, "interval": [low, high]}
+            for name in ("consistency", "paraphrases"):
+                if (share := getattr(each, name)) is not None:
+                    line[name] = {"value": share.value, "interval": list(share.interval)}
             if each.preparation_seconds:
                 line["preparation_seconds"] = each.preparation_seconds
             if (cost := self.cost_per_thousand(each)) is not None:
@@ -265,6 +272,7 @@ def compare(
     show: int = 0,
     seeds: int = 0,
     per_month: int = 0,
+    paraphrases: str | None = None,
     search_index: PassageSearch | None = None,
     note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -288,6 +296,8 @@ def compare(
         show: number of rows whose replies of base and tuned models are returned.
         seeds: number of sampled replies to each row, for the consistency of base and tuned models.
         per_month: number of answers in a month, for monthly costs.
+        paraphrases: column that is equal for paraphrases of a question, for the consistency of
+            generative models.
         search_index: search of the passages of an index, as ``luthier ask`` uses it.
         note: called with progress messages.
         on_progress: called with the number of answers and the total.
@@ -379,8 +389,36 @@ def compare(
         remarks.append(
             f"nearly all replies score 0 by {measure}. If replies are right, use a different grader"
         )
+    if paraphrases is not None:
+        groups = _groups(rows, records or {}, paraphrases)
+        contenders = [
+            replace(each, paraphrases=equal_pairs([[each.replies[n] for n in g] for g in groups]))
+            if len(each.replies) == len(rows)
+            else each
+            for each in contenders
+        ]
     shown = _shown(rows[:show], contenders)
     return HeadToHead(measure, len(rows), contenders, remarks, prices, shown, per_month)
+
+
+def _groups(rows: Sequence[Row], records: Records, column: str) -> list[list[int]]:
+    """Return the numbers of the rows with the same value of ``column``, at least two.
+
+    Raises:
+        RecipeError: if no two rows have the same value.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        value = records.get((row.file, row.line), {}).get(column)
+        groups.setdefault(str(value), []).extend([number] * (value is not None))
+    found = [each for each in groups.values() if len(each) > 1]
+    if not found:
+        raise RecipeError(
+            f'No two rows have the same value of "{column}". Name the column that paraphrases of a '
+            "question share.",
+            setting="paraphrases",
+        )
+    return found
 
 
 def _shown(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[ShownRow]:

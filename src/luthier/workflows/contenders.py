@@ -99,6 +99,8 @@ class Contender:
     """Replies to the rows, of a generative model."""
     consistency: RowScores | None = None
     """Share of pairs of sampled replies to a row that are equal."""
+    paraphrases: RowScores | None = None
+    """Share of pairs of replies to paraphrases of a question that are equal."""
 
     @property
     def is_tuned(self) -> bool:
@@ -224,9 +226,7 @@ class Contest:
             for seed in range(self.seeds)
         ]
         replies = zip(*(generator.replies(prompts, each) for each in draws), strict=True)
-        counts = [Counter(reply.strip() for reply in row) for row in replies]
-        pairs = self.seeds * (self.seeds - 1)
-        return RowScores.of([sum(n * (n - 1) for n in c.values()) / pairs for c in counts])
+        return equal_pairs([*replies])
 
     def ask(
         self,
@@ -416,3 +416,13 @@ def first_score(graded: Evaluation) -> RowScores:
     score = next(iter(graded.row_scores.values()))
     assert isinstance(score, RowScores)
     return score
+
+
+def equal_pairs(groups: Sequence[Sequence[str]]) -> RowScores:
+    """Return the share of equal pairs in each group of at least two replies."""
+    counts = [Counter(reply.strip() for reply in group) for group in groups]
+    shares = [
+        sum(n * (n - 1) for n in count.values()) / (len(group) * (len(group) - 1))
+        for count, group in zip(counts, groups, strict=True)
+    ]
+    return RowScores.of(shares)
