@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import luthier
 from luthier.cli.app import app
 from luthier.cli.models.app import lineage, remove_model
 from luthier.engine import train
+from luthier.engine.metrics import ShownReply
 from luthier.engine.runs import Result
 from luthier.errors import DataError, Diverged, RecipeError, RunConflict, UnknownModel
 from luthier.files import verify
@@ -101,6 +102,33 @@ def test_run_learns_and_stores_weights(
     assert result.model_id == "tiny-llama:x"
     assert result.peak_memory_bytes > 10_000_000
     assert result.seconds > 0
+
+
+class Follower(Notes):
+    """Reporter that people follow."""
+
+    shows_replies = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[int, list[ShownReply]] = {}
+
+    def replies(self, step: int, replies: Sequence[ShownReply]) -> None:
+        self.shown[step] = [*replies]
+
+
+def test_replies_are_shown_and_leave_the_weights_unchanged(recipe: Callable[..., Recipe]) -> None:
+    training = {"max_steps": 4, "learning_rate": 0.01, "evaluate_every": 2}
+    follower = Follower()
+    result = train.train(recipe(training, name="followed"), reporter=follower)
+    other = train.train(recipe(training, name="alone"))
+    weights = [manifest_of(each)["trained_weights_sha256"] for each in (result, other)]
+    assert weights[0] == weights[1]
+    assert [*follower.shown] == [0, 2, 4]
+    first, last = follower.shown[0], follower.shown[4]
+    assert len(first) == 3 and first != last
+    for reply in first:
+        assert reply["wanted"] == reply["prompt"].removeprefix("say ").upper()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class Dataset:
     """Line numbers excluded from training, by split (``validation``, ``test``) and file."""
     learned: Sequence[Row] = ()
     """The rows of ``train``, in order, if the rows have baselines."""
+    shown: Sequence[Row] = ()
+    """Held-out rows with a prompt and a reply, for replies during training."""
 
     @property
     def main(self) -> int:
@@ -111,6 +113,8 @@ LikelyLabels = Mapping[tuple[str, int], str]
 """Likely label of rows with a label issue, by file and line."""
 DECLINE_SHARE = 0.1
 """Share of declining answers among rows with passages."""
+SHOWN_ROWS, SHOWN_CHARACTERS = 3, 2000
+"""Number of rows with replies during training, and the maximum length of their prompts."""
 FIRST_ROWS = 200
 """Number of rows per source to check before a base model is chosen and loaded."""
 
@@ -355,7 +359,18 @@ def _encode_rows(
         compared=compared,
         held_out=parts.held_out,
         learned=learned,
+        shown=[*islice((row for row in parts.held if _can_show(row, chat)), SHOWN_ROWS)],
     )
+
+
+def _can_show(row: Row, chat: ChatFormat) -> bool:
+    """Return true for a row with a reply to a short prompt of text."""
+    turns = row.prompt_turns()
+    if not turns or row.images or row.expected_reply() is None:
+        return False
+    is_chat = chat.decoder is None and chat.template.kind == "chat"
+    short = sum(len(turn.content) for turn in turns) <= SHOWN_CHARACTERS
+    return short and (is_chat or len(turns) == 1)
 
 
 def _sequences(objective: Objective, examples: Iterable[Example]) -> Iterator[Example]:

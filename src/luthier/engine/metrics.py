@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from luthier.evaluation.significance import CHANCE, LESS_IS_BETTER, RowScores
 from luthier.files import disk_errors, write_bytes
@@ -155,11 +155,23 @@ def additional_metrics(measure: str) -> dict[str, str]:
     return loss | scores | dict(DISTANCES)
 
 
+class ShownReply(TypedDict):
+    """Reply to a held-out row during training."""
+
+    prompt: str
+    """The last turn of the prompt."""
+    wanted: str
+    reply: str
+
+
 class Reporter:
     """Receiver of a run's messages and metrics. The base class ignores everything; the CLI draws.
 
     Every method passes its call to :meth:`receive` unless overridden.
     """
+
+    shows_replies: bool = False
+    """True if :meth:`replies` is used: replies take about a second per measurement."""
 
     def stage(self, text: str) -> None:
         """Report the start of a part of the work."""
@@ -184,6 +196,10 @@ class Reporter:
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """Report a new line of the metrics file; ``steps`` is the length of the run."""
         self.receive("metrics", line, steps)
+
+    def replies(self, step: int, replies: Sequence[ShownReply]) -> None:
+        """Report replies to held-out rows after the measurement of ``step``."""
+        self.receive("replies", step, replies)
 
     def receive(self, method: str, *arguments: Any) -> None:
         """Handle the call of a method that the class does not override."""

@@ -21,7 +21,7 @@ from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.job import TrainingJob, prepare_refit
 from luthier.engine.loop import row_gradients
 from luthier.engine.machine import available_memory, return_freed_memory
-from luthier.engine.metrics import MetricsFile
+from luthier.engine.metrics import MetricsFile, ShownReply
 from luthier.engine.runs import ACTIVATIONS, LABEL_ISSUES, METRICS, PRECOMPUTED, REFIT, Run
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
 from luthier.errors import read_line_field
@@ -43,6 +43,8 @@ TEMPERATURES = tuple(2 ** (step / 10) for step in range(-20, 21))
 """Temperatures to choose from, 0.25 to 4."""
 LEAST_GAIN = 2.0
 """Fewest nats of all held-out rows that a temperature must gain: 95 % of a likelihood ratio test."""
+REPLY_TOKENS = 32
+"""Maximum length of a reply during training, in tokens."""
 PRIOR = 0.5
 """Standard deviation of the logarithm of a temperature before any row is seen."""
 
@@ -485,6 +487,41 @@ class Threshold(TrainingStep):
         trainer.stored_job = replace(job, recipe=recipe, data=data, origin=origin)
 
 
+class ShownReplies(TrainingStep):
+    """Replies to a few held-out rows after each measurement, for people who follow the run."""
+
+    first_process_only, in_trials = True, False
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return true if the network generates text and held-out rows have prompts."""
+        return job.data.objective.task.writes and bool(job.data.shown)
+
+    def after_evaluation(self, trainer: Trainer, step: int) -> None:
+        """Report the most likely replies. The random state of the training stays as it was."""
+        from luthier.models.decoding.sampler import sample
+        from luthier.models.decoding.sampling import Sampling
+
+        network, chat, rows = trainer.network, trainer.job.chat, trainer.job.data.shown
+        # A single process cannot run the shards of a network.
+        if not trainer.reporter.shows_replies or network.is_sharded:
+            return
+        prompts = [chat.encode_prompt(row.prompt_turns(), row.tools) for row in rows]
+        sampling = Sampling(max_tokens=REPLY_TOKENS, temperature=0)
+        written = sample(
+            network, prompts, 1, sampling, stop_ids=chat.stop_ids, seeds=[0] * len(rows)
+        )
+        replies = [
+            ShownReply(
+                prompt=row.prompt_turns()[-1].content,
+                wanted=row.expected_reply() or "",
+                reply=chat.replies.decode_reply(prompt_T, completion.text_ids).text,
+            )
+            for row, prompt_T, (completion,) in zip(rows, prompts, written, strict=True)
+        ]
+        trainer.reporter.replies(step, replies)
+
+
 class FinalVerdict(TrainingStep):
     """The verdict on the run, from its measurements."""
 
@@ -502,6 +539,7 @@ STEPS: PluginTable[type[TrainingStep]] = PluginTable(
         # Before the head is fitted on the rows.
         "label_issues": LabelIssueRows,
         "preparation": Preparation,
+        "shown_replies": ShownReplies,
         "calibration": AdaptationCalibration,
         "frozen_layers": FrozenLayers,
         "reference_scores": ReferenceScores,

@@ -21,6 +21,7 @@ class TrackingReporter(Reporter):
 
     def __init__(self, reporter: Reporter, run: TrackedRun, names: Sequence[str]) -> None:
         self._reporter = reporter
+        self.shows_replies = reporter.shows_replies
         self._trackers: dict[str, Tracker] = {}
         for name in names:
             with self._warn_of(name):

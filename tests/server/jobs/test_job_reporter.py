@@ -50,3 +50,15 @@ def test_refit_start_is_stored_without_event() -> None:
     reporter.metrics(without_rows({"event": "refit", "step": 8, "row_count": 1200}), 20)
     pending = reporter.drain()
     assert pending.details == {"refit": {"step": 8, "rows": 1200}} and not pending.events
+
+
+def test_replies_of_the_first_and_the_last_measurements_stay() -> None:
+    reporter = JobReporter(Job(id="j", details={}), str)
+    for step in [0, 10, 20, 30, 40, 50, 60, 40]:  # a resumed run repeats steps
+        reporter.replies(step, [{"prompt": "a", "wanted": "b", "reply": str(step)}])
+    kept = reporter.drain().details["replies"]
+    assert [each["step"] for each in kept] == [0, 20, 30, 40]
+    for step in range(50, 100, 10):
+        reporter.replies(step, [{"prompt": "a", "wanted": "b", "reply": str(step)}])
+    kept = reporter.drain().details["replies"]
+    assert [each["step"] for each in kept] == [0, 50, 60, 70, 80, 90]

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier.cli.terminal.console import new_console
-from luthier.engine.metrics import Reporter, additional_metrics
-from luthier.formatting import command_option, format_duration, map_code, printable
+from luthier.engine.metrics import Reporter, ShownReply, additional_metrics
+from luthier.formatting import command_option, format_duration, map_code, one_line, printable
 
 SECONDS_BETWEEN_LINES = 10.0
 """Interval between progress lines without a bar, in seconds."""
@@ -57,6 +57,10 @@ class ProgressLines:
         return True
 
 
+SHOWN = 40
+"""Last characters of a prompt that are printed before the reply."""
+
+
 class LiveReporter(Reporter):
     """Shows a run: on a terminal a bar with loss, speed, memory and time left, elsewhere lines."""
 
@@ -66,7 +70,7 @@ class LiveReporter(Reporter):
         """Create the reporter; ``resume`` is the option ``--resume``."""
         self.resume = resume
         self.console = new_console(stderr=True)
-        self.draws = can_draw()
+        self.draws = self.shows_replies = can_draw()
         self._lines: ProgressLines | None = None
         self._progress: Any = None
         self._task: Any = None
@@ -152,6 +156,14 @@ class LiveReporter(Reporter):
             rate = line.get("rows_per_second")
             text += f"{rate:,.0f} rows/s" if rate else f"{line['tokens_per_second']:,.0f} tok/s"
             self._move(line["step"], steps, f"{text}  {line['memory_bytes'] / 1e9:.1f} GB", "step")
+
+    def replies(self, step: int, replies: Sequence[ShownReply]) -> None:
+        """Print the first reply in one line."""
+        from rich.text import Text
+
+        prompt, reply = replies[0]["prompt"], replies[0]["reply"]
+        text = f"              {one_line(prompt)[-SHOWN:]} \N{RIGHTWARDS ARROW} {one_line(reply)}"
+        self.console.print(Text(printable(text), "dim"), no_wrap=True, overflow="ellipsis")
 
     def close(self) -> None:
         """Remove the bar. Without a bar, print the last measurement if not printed yet."""

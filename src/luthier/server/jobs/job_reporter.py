@@ -16,13 +16,15 @@ from typing import Any, Unpack
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.engine.metrics import SCORES, Reporter
+from luthier.engine.metrics import SCORES, Reporter, ShownReply
 from luthier.formatting import finite_or_none
 from luthier.server.tables.database import now
-from luthier.server.tables.jobs import Job, JobDetails, JobEvent, JobPart, JobProgress
+from luthier.server.tables.jobs import Job, JobDetails, JobEvent, JobPart, JobProgress, StepReplies
 
 PARTS = ("validation", "data_processing", "training")
 """Parts of a job in the Bedrock API."""
+LAST_REPLIES = 4
+"""Number of earlier measurements with replies, besides the first."""
 _NAMES = {"train": "train_loss", "validation": "valid_loss"}
 
 
@@ -40,6 +42,8 @@ class Pending:
 
 class JobReporter(Reporter):
     """Buffer of a run's reports. The heartbeat thread writes the reports to the database."""
+
+    shows_replies = True
 
     def __init__(self, job: Job, rename: Callable[[str], str]) -> None:
         """Create the reporter; ``rename`` replaces internal names and paths by the owner's names."""
@@ -116,6 +120,12 @@ class JobReporter(Reporter):
             data["train_loss"] = self._train_loss[1]
         measure = line.get("measure", "loss")
         self._add("metrics", f"Step {step}/{steps}: {event} {measure} {line[measure]:.4f}", data)
+
+    def replies(self, step: int, replies: Sequence[ShownReply]) -> None:
+        """Keep the replies of the first and the last measurements, by step."""
+        known = [each for each in self.details.get("replies", []) if each["step"] < step]
+        first, last = known[:1], known[1:][-LAST_REPLIES:]
+        self._detail(replies=[*first, *last, StepReplies(step=step, replies=[*replies])])
 
     def part(self, name: str, status: str) -> None:
         """Set the status of a part, in Bedrock's words."""

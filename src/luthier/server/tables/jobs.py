@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NotRequired, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
 
 from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, delete, insert, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column, synonym
@@ -24,6 +24,9 @@ from luthier.server.tables.database import Base, Plain, QuotingText, find_row, n
 from luthier.server.tables.queue import QueuedWork, lock_leased
 from luthier.server.tables.queue import renew as renew_lease
 from luthier.server.tables.usage import Usage, add_usage
+
+if TYPE_CHECKING:
+    from luthier.engine.metrics import ShownReply
 
 QUEUED, RUNNING, PAUSED, STOPPING = "Queued", "Running", "Paused", "Stopping"
 COMPLETED, FAILED, STOPPED = "Completed", "Failed", "Stopped"
@@ -119,6 +122,13 @@ class JobResult(TypedDict):
     """Validation rows that were not trained: ``messages`` or ``text``, and the answer ``wanted``."""
 
 
+class StepReplies(TypedDict):
+    """Replies after the measurement of a step."""
+
+    step: int
+    replies: list[ShownReply]
+
+
 class JobDetails(TypedDict, total=False):
     """Details from the worker of a job."""
 
@@ -133,6 +143,8 @@ class JobDetails(TypedDict, total=False):
     parts: dict[str, JobPart]
     """``validation``, ``data_processing`` and ``training``."""
     progress: JobProgress
+    replies: list[StepReplies]
+    """Replies to held-out rows during training."""
     refit: JobRefit
     crashed_at: int
     """Step of the last crash."""

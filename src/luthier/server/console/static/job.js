@@ -9,10 +9,10 @@ import { CompareWith } from "./job_differences.js";
 import { ModelName, Progress, StateChip, customizationOf, hasEnded, modelNames, queuePlace, timeTaken } from "./jobs.js";
 import { LabelIssues } from "./label_issues.js";
 import {
-  ErrorBox, Facts, Heading, Pending, Section, Table, announce, confirmed, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
+  ErrorBox, ExampleCard, Facts, Heading, Pending, Section, Table, announce, confirmed, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
   useRef, useSignal,
 } from "./ui.js";
-import { HeldOut, ScoreBars, verdictOf } from "./verdict.js";
+import { HeldOut, ScoreBars, shorten, verdictOf } from "./verdict.js";
 
 const REFRESH_SECONDS = 5;
 /** Messages that are shown at most: the newest. */
@@ -111,6 +111,7 @@ function Followed({ path, first, nameOf }) {
       <${LineChart} title="Loss" x="step" series=${losses} event=${event} />
       ${scores.length > 0 && html`<${LineChart} title=${words(measure)} x="step" series=${scores} event=${event} />`}
     </section>
+    <${Section} title="Replies during training">${job.details.replies && html`<${Replies} measurements=${job.details.replies} />`}<//>
     <section><h2>Facts</h2><${JobFacts} job=${job} nameOf=${nameOf} /><${CompareWith} job=${job} /></section>
     <section>
       <h2>Settings and log</h2>
@@ -121,6 +122,15 @@ function Followed({ path, first, nameOf }) {
       <details class="rule" open=${first.state === "Failed"}><summary>End of the log</summary><pre class="row" tabindex="0">${log}</pre></details>
     </section>
   `;
+}
+
+/** Replies to held-out rows, before training and after the last measurements. */
+function Replies({ measurements }) {
+  const last = measurements.at(-1).replies;
+  return last.map(({ prompt, wanted }, row) => {
+    const parts = measurements.map(({ step, replies }) => [step ? `Step ${number(step)}` : "Before training", shorten(replies[row].reply) || "–"]);
+    return html`<${ExampleCard} key=${row} title=${shorten(prompt)} parts=${[...parts, ["Wanted", shorten(wanted)]]} />`;
+  });
 }
 
 /** Follow the stream of events while the tab is visible; a hidden tab closes its connection. */

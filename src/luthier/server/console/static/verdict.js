@@ -145,4 +145,4 @@ const questionOf = ({ text, messages }) => shorten(text ?? messages.map((each) =
 
 const textOf = (value) => (typeof value === "number" ? number(value) : Array.isArray(value) ? value.join(" ") : String(value ?? "–"));
 
-const shorten = (text) => (text.length > LONGEST_TEXT ? `${text.slice(0, LONGEST_TEXT)}…` : text);
+export const shorten = (text) => (text.length > LONGEST_TEXT ? `${text.slice(0, LONGEST_TEXT)}…` : text);
