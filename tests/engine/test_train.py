@@ -7,8 +7,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -36,26 +34,6 @@ from luthier.recipe import Recipe
 from luthier.types import Message
 
 # --- what comes out -----------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("adaptation", ["lora", "prefix", "prompt", "adapters"])
-def test_llama_adapter_trains_without_importing_transformers(
-    recipe: Callable[..., Recipe], luthier_home: Path, adaptation: str
-) -> None:
-    """Importing transformers and PEFT takes five seconds, as long as some runs."""
-    spec = recipe({"refit": False}, adaptation=adaptation)
-    left_out = {"transformers", "peft"} | ({"torch._dynamo"} if adaptation == "lora" else set())
-    code = (
-        "import json, sys; from luthier.engine.train import train\n"
-        "from luthier.recipe import Recipe\n"
-        "train(Recipe.parse(json.loads(sys.argv[1])))\n"
-        f"print(sorted({left_out} & {{*sys.modules}}))"
-    )
-    arguments = [sys.executable, "-c", code, json.dumps(spec.plain())]
-    ended = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ})
-    assert ended.stdout.splitlines()[-1:] == ["[]"], ended.stdout + ended.stderr
-    assert find(f"{Path(spec.base).name}:x").manifest.parity is not None
 
 
 @pytest.mark.parametrize(
