@@ -158,6 +158,16 @@ def test_full_disk_has_its_own_error(tmp_path: Path) -> None:
         connection.executescript(script)
 
 
+def test_error_of_sqlite_on_full_disk_names_the_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError), open_file(folder / "missing"):
+        pass
+    monkeypatch.setattr("luthier.documents.index.LEAST_FREE", 1 << 62)
+    with pytest.raises(DiskFull), open_file(folder / "missing"):
+        pass
+
+
 def test_second_writer_is_refused(folder: Path) -> None:
     with DocumentIndex.update("handbook", MODEL, "en"), pytest.raises(RecipeError, match="writes"):
         build(folder)

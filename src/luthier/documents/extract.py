@@ -255,7 +255,8 @@ def _answer(path: str) -> dict[str, Any]:
     except ImportError as missing:
         return {"missing": str(missing)}
     except Exception as error:  # the libraries raise anything for a damaged file
-        return {"error": f"damaged ({type(error).__name__}: {str(error)[:200]})"}
+        reason = " ".join(str(error).split())[:200]
+        return {"error": f"damaged ({type(error).__name__}: {reason})"}
 
 
 def main() -> None:

@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from luthier.graders.base import Embedder
     from luthier.library.models import StoredModel
 
-MOST_WORDS = 256
-"""Maximum number of words of a question in the search for words."""
+MOST_WORDS = 64
+"""Maximum number of different words of a question in the search for words: time grows with them."""
 READ_AT_ONCE = 10_000
 """Number of embeddings read together: all at once take three times the memory."""
+LEAST_FREE = 1 << 20
+"""Free bytes of a disk below which an error of SQLite means a full disk."""
 FORM = 2
 """Version of the file's tables."""
 _SCHEMA = """
@@ -558,7 +560,9 @@ def open_file(file: Path, *, may_create: bool = False) -> Iterator[sqlite3.Conne
             connection.execute("PRAGMA journal_mode=WAL")
             yield connection
     except sqlite3.OperationalError as error:  # locked, missing, read-only
-        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+        # Without space for its shared memory, SQLite reports an I/O error.
+        is_full = shutil.disk_usage(file.parent).free < LEAST_FREE
+        if is_full or error.sqlite_errorcode == sqlite3.SQLITE_FULL:
             raise DiskFull(f"the disk of {file.parent} is full. Free some space") from error
         raise RecipeError(f"The index {file} cannot be used: {error}.") from error
     except sqlite3.DatabaseError as error:
