@@ -167,6 +167,9 @@ def test_popularity_and_cooccurrence_ranks() -> None:
     # Tea occurs with cake (2 of 2 and 2) and jam (1 of 2 and 1); gin is unknown.
     assert item_ranks(histories, asked, wanted).tolist() == [1, 1, 1, 3]
     assert item_ranks(histories, [["tea"]] * 2, ["jam", "cake"]).tolist() == [2, 1]
+    # Further items of the catalogue are candidates, too.
+    assert item_ranks(histories, [["tea"]], ["jam"], ["cake", "tea"]).tolist() == [2]
+    assert popularity_ranks(known, ["cake"], [["ale"]], ["ale", "tea"]).tolist() == [2]
 
 
 def test_partner_ranks_count_extra_candidates() -> None:

@@ -321,26 +321,34 @@ def _words(texts: Sequence[str], ids: bool = True) -> Any:
     return bm25s.tokenize(unified, stopwords=None, return_ids=ids, show_progress=False)
 
 
-def bm25_ranks(anchors: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64]:
-    """Return ranks as :func:`partner_ranks`, by BM25."""
-    index = BM25Index([*dict.fromkeys(texts)])
+def bm25_ranks(
+    anchors: Sequence[str], texts: Sequence[str], others: Sequence[str] = ()
+) -> NDArray[np.int64]:
+    """Return ranks as :func:`partner_ranks`, by BM25. ``others`` are additional candidates."""
+    index = BM25Index([*dict.fromkeys(texts), *others])
     both = zip(map(index.scores, anchors), number_keys(texts), strict=True)
     return np.array([_rank(scores_U, own) for scores_U, own in both], dtype=np.int64)
 
 
 def popularity_ranks(
-    known: Sequence[str], texts: Sequence[str], histories: Sequence[Sequence[str]]
+    known: Sequence[str],
+    texts: Sequence[str],
+    histories: Sequence[Sequence[str]],
+    others: Sequence[str] = (),
 ) -> NDArray[np.int64]:
     """Return ranks as :func:`partner_ranks`, by the frequency of each text in ``known``, without the
     items of ``histories``."""
     counts = Counter(known)
-    count_U = np.array([counts[text] for text in dict.fromkeys(texts)], float)
-    seen_PU = seen_items(histories, texts)
+    count_U = np.array([counts[text] for text in (*dict.fromkeys(texts), *others)], float)
+    seen_PU = seen_items(histories, texts, others)
     return _ranks(np.where(seen_PU, -np.inf, count_U), number_keys(texts))
 
 
 def item_ranks(
-    histories: Sequence[Sequence[str]], asked: Sequence[Sequence[str]], texts: Sequence[str]
+    histories: Sequence[Sequence[str]],
+    asked: Sequence[Sequence[str]],
+    texts: Sequence[str],
+    others: Sequence[str] = (),
 ) -> NDArray[np.int64]:
     """Return ranks as :func:`partner_ranks`, by co-occurrence of items in ``histories``.
 
@@ -349,7 +357,7 @@ def item_ranks(
     """
     from sklearn.preprocessing import MultiLabelBinarizer, normalize
 
-    distinct = [*dict.fromkeys(texts)]
+    distinct = [*dict.fromkeys(texts), *others]
     items = MultiLabelBinarizer(sparse_output=True).fit([*histories, *asked, distinct])
     known_NI = normalize(items.transform(histories).astype(float), axis=0)
     asked_PI = items.transform(asked)
@@ -357,7 +365,7 @@ def item_ranks(
     scores_PU = asked_PI @ known_NI.T @ known_NI[:, place_U]
     # An item is not its own company. Rounded: sums in another order must not tell equal items apart.
     scores_PU -= asked_PI[:, place_U].multiply(known_NI[:, place_U].max(0).toarray() > 0)
-    unseen_PU = np.where(seen_items(asked, texts), -np.inf, scores_PU.toarray().round(9))
+    unseen_PU = np.where(seen_items(asked, texts, others), -np.inf, scores_PU.toarray().round(9))
     return _ranks(unseen_PU, number_keys(texts))
 
 

@@ -2,7 +2,7 @@
 
 from luthier.tasks.base import Task
 from luthier.tasks.classification import CLASSIFICATION
-from luthier.tasks.embedding import EMBEDDING
+from luthier.tasks.embedding import CATALOGUE, EMBEDDING
 from luthier.tasks.generation import BIDIRECTIONAL, GENERATION, MASKED_WORDS
 from luthier.tasks.rating import RATING
 from luthier.tasks.reading import READING
@@ -12,6 +12,7 @@ from luthier.tasks.tagging import TAGGING
 
 __all__ = [
     "BIDIRECTIONAL",
+    "CATALOGUE",
     "CLASSIFICATION",
     "EMBEDDING",
     "GENERATION",

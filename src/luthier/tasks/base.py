@@ -71,6 +71,8 @@ class Task:
     """True if a base without pretraining, which looks words up, learns the task."""
     encoder: ClassVar[str] = "contrastive"
     """Objective that encodes rows for the baselines of an untrained base model."""
+    reads_states: ClassVar[bool] = True
+    """False if no baseline reads states of the base model."""
     two_sided: ClassVar[bool] = True
     """True if models take both sides of a pair as input. Otherwise, one side is the target."""
 

@@ -142,7 +142,19 @@ class EmbeddingTask(Task):
         return use
 
 
-EMBEDDING = EmbeddingTask()
+class CatalogueTask(EmbeddingTask):
+    """Recommendation: baselines rank all items of the held-out rows, as :meth:`evaluate` does."""
+
+    reads_states: ClassVar[bool] = False
+
+    def baselines(self, train: Sequence[Row], held: Sequence[Row]) -> Iterator[Method]:
+        """Yield popular items, items that were chosen together, and BM25."""
+        histories = cast("Sequence[History]", held)
+        methods = _pair_methods(cast("Sequence[TextPair]", train), histories, _others(histories))
+        yield from (method for method in methods if not method.reads_states)
+
+
+EMBEDDING, CATALOGUE = EmbeddingTask(), CatalogueTask()
 
 
 def _pair_scores(ranks: Any, rows: Sequence[Row]) -> dict[str, RowScores]:
@@ -161,13 +173,12 @@ def _score_partners(
     rows = cast("Sequence[TextPair]", fitting.rows)
     anchors, partners = (np.array([a["embedding"] for a in side]) for side in (first, second))
     texts = [row.text for row in rows], [row.positive for row in rows]
-    # The candidates include hard negatives, and earlier items of histories.
-    items = {*chain.from_iterable(row.candidates for row in rows)} - {*texts[1]}
-    others = reader.embed(sorted(items)) if items else partners[:0]
+    items = _others(rows)
+    others = reader.embed(items) if items else partners[:0]
     histories = of_shape(History, rows)
     # Users know the items of their history.
     known = [row.items for row in histories or ()]
-    seen_PU = seen_items(known, texts[1], sorted(items)) if histories else None
+    seen_PU = seen_items(known, texts[1], items) if histories else None
     ranks = partner_ranks(anchors, partners, texts[1], others, seen_PU)
     scores: dict[str, Score] = {**_pair_scores(ranks, rows)}
 
@@ -253,18 +264,25 @@ def _score_captions(fitting: FittingRows, first: Answers, second: Answers) -> Ev
     return fitting.evaluation(scores, first, [remark])
 
 
-def _pair_methods(train: Sequence[TextPair], held: Sequence[TextPair]) -> Iterator[Method]:
+def _others(rows: Sequence[TextPair]) -> list[str]:
+    """Return additional candidates: hard negatives, and earlier items of histories."""
+    found = {*chain.from_iterable(row.candidates for row in rows)}
+    return sorted(found - {row.positive for row in rows})
+
+
+def _pair_methods(
+    train: Sequence[TextPair], held: Sequence[TextPair], others: Sequence[str] = ()
+) -> Iterator[Method]:
     asked, partners = [row.text for row in held], [row.positive for row in held]
     if (histories := of_shape(History, train)) and (waiting := of_shape(History, held)):
         chosen = [[*row.items, row.positive] for row in histories]
         known = [item for items in chosen for item in items]
         seen = [row.items for row in waiting]
-        yield Method("the most popular items", lambda _: popularity_ranks(known, partners, seen))
         yield Method(
-            ITEM_COUNTS,
-            lambda _: item_ranks(chosen, seen, partners),
+            "the most popular items", lambda _: popularity_ranks(known, partners, seen, others)
         )
-    yield Method("BM25 on words", lambda _: bm25_ranks(asked, partners))
+        yield Method(ITEM_COUNTS, lambda _: item_ranks(chosen, seen, partners, others))
+    yield Method("BM25 on words", lambda _: bm25_ranks(asked, partners, others))
 
     def as_it_is(states: States) -> NDArray[np.int64]:
         assert states.partner_QH is not None

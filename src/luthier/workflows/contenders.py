@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from luthier.chat_models.base import ChatModel, Failure, SamplingSpec, writer_of
 from luthier.data.conversations.citations import DECLINED
 from luthier.data.shapes import of_shape
-from luthier.data.shapes.texts import LabelledText
+from luthier.data.shapes.texts import History, LabelledText
 from luthier.data.tree import READING_BUDGET
 from luthier.engine.machine import begin_peak_memory, open_network, peak_memory
 from luthier.errors import LuthierError, RecipeError
@@ -32,6 +32,7 @@ from luthier.models.decoding.sampling import Sampling
 from luthier.models.networks.heads import EMBEDDING_HEAD
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.by_shape import task_of
+from luthier.tasks import CATALOGUE
 from luthier.types import Example, Row
 from luthier.workflows.evaluate import grade_replies
 from luthier.workflows.latency import measure_latency
@@ -347,7 +348,9 @@ class Contest:
     ) -> FittedBaselines | None:
         from luthier.engine.comparison import encode_cut, fit_baselines
 
-        task = task_of(rows[0])
+        task = CATALOGUE if of_shape(History, rows) else task_of(rows[0])
+        if not task.reads_states:
+            return fit_and_score(task, train, rows, None, time.monotonic() + BASELINE_SECONDS)
         encoder = OBJECTIVES[task.encoder].model_validate({})
         chat, room = base.chat, base.room
 
