@@ -51,6 +51,8 @@ TFIDF = "logistic regression on words (TF-IDF)"
 """The base model ``tfidf``."""
 ITEM_COUNTS = "items that were chosen together"
 """The base model ``item-counts``."""
+Z_SCORES = "z-scores"
+"""The base model ``z-score``."""
 STATISTICS: Mapping[str, str] = {
     "audio": "logistic regression on band means",
     "image": "logistic regression on colour statistics",
@@ -59,6 +61,7 @@ STATISTICS: Mapping[str, str] = {
 KEPT_BY = {
     TFIDF: "--base tfidf",
     ITEM_COUNTS: "--base item-counts",
+    Z_SCORES: "--base z-score",
     STATISTICS["audio"]: "--base band-means",
     STATISTICS["image"]: "--base colour-statistics",
     LINEAR_PROBE: "--objective classification --adaptation feature_extraction "

@@ -168,13 +168,18 @@ SMALL_SENSOR_VAE = random_entry(
     WindowProcessor(48, 16),
     head="autoencoding",
 )
+Z_SCORE_READER = WindowProcessor(20, MOST_COLUMNS, scaled=False)
+Z_SCORE_FIELDS: dict[str, Any] = {
+    "num_channels": MOST_COLUMNS,
+    "image_size": [1, Z_SCORE_READER.length],
+}
 Z_SCORE = random_entry(
     "z-score",
     "autoencoding",
     128,
     "z-scores of a series of up to 64 columns, fitted in seconds; reads the latest 20 values",
-    {"model_type": "z_score", "num_channels": MOST_COLUMNS, "image_size": [1, 20]},
-    WindowProcessor(20, MOST_COLUMNS, scaled=False),
+    {"model_type": "z_score", **Z_SCORE_FIELDS},
+    Z_SCORE_READER,
     head="autoencoding",
 )
 SMALL_OCR = random_entry(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
-from luthier.data.shapes.media import CaptionedImage, LabelledWindow
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.media import BareWindow, CaptionedImage, LabelledWindow
 from luthier.errors import DataError, Problem
+from luthier.evaluation.baselines import Z_SCORES, Method
 from luthier.evaluation.significance import RowScores
 from luthier.evaluation.transcription import transcription_remarks, transcription_scores
 from luthier.models.networks.heads import HeadKind
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
     from luthier.evaluation.long_rows import FittingRows
     from luthier.evaluation.significance import Score
+
+
+Z_THRESHOLD = 3.0
+"""Usual threshold of z-scores, in standard deviations."""
 
 
 class ImageGenerationTask(Task):
@@ -38,6 +44,13 @@ class AutoencodingTask(Task):
     head: ClassVar[HeadKind] = "autoencoding"
     draws: ClassVar[bool] = True
     reconstructs: ClassVar[bool] = True
+    reads_states: ClassVar[bool] = False
+
+    def baselines(self, train: Sequence[Row], held: Sequence[Row]) -> Iterator[Method]:
+        """Yield z-scores of a time series, if the held-out rows have faults to find."""
+        windows, asked = of_shape(BareWindow, train), of_shape(LabelledWindow, held)
+        if windows and asked and any(row.is_fault for row in asked):
+            yield Method(Z_SCORES, lambda _: _z_alarms(windows, asked))
 
     def scores(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Mapping[str, Score]:
         """Return F1, precision and recall of faults, and the share of found events.
@@ -68,6 +81,30 @@ class AutoencodingTask(Task):
             "recall": RowScores.of(hit_R, fault_R),
             "events_found": RowScores.of(found_E),
         }
+
+
+def _z_alarms(train: Sequence[BareWindow], held: Sequence[BareWindow]) -> Answers:
+    """Return the alarms of the base ``z-score``, fitted to the rows without faults."""
+    import torch
+
+    from luthier.media.catalog import Z_SCORE_FIELDS, Z_SCORE_READER
+    from luthier.media.networks.z_score import ZScoreConfig, ZScoreModel
+
+    ordinary = [row for row in train if not (isinstance(row, LabelledWindow) and row.is_fault)]
+    network = ZScoreModel(ZScoreConfig(**Z_SCORE_FIELDS))
+
+    def values(rows: Sequence[BareWindow]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([Z_SCORE_READER.array(row.media) for row in rows]))
+
+    whole = [row for row in ordinary if Z_SCORE_READER.is_whole(row.media)] or ordinary
+    columns = max(row.media.columns for row in whole)
+    network.fit(values(whole).mean((2, 3)), columns)
+    with torch.no_grad():
+        scores = network.scores(values(held)).tolist()
+    return [
+        {"anomalous": score > Z_THRESHOLD if Z_SCORE_READER.is_whole(row.media) else None}
+        for score, row in zip(scores, held, strict=True)
+    ]
 
 
 class AdversarialTask(ImageGenerationTask):

@@ -37,7 +37,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.thresholds import choose_threshold
 from luthier.media.objectives.generative import Generative, draw_latents, draw_noise
 from luthier.media.processors import ImageProcessor, WindowProcessor
-from luthier.media.tasks import AUTOENCODING
+from luthier.media.tasks import AUTOENCODING, Z_THRESHOLD
 from luthier.models.networks.heads import FITTED
 from luthier.models.networks.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
@@ -61,8 +61,6 @@ if TYPE_CHECKING:
 
     from luthier.models.networks.network import Network, TreeBatch
 
-Z_THRESHOLD = 3.0
-"""Usual threshold of z-scores, in standard deviations."""
 ACTIVE = 0.01
 """Smallest variance of a latent's mean over the rows that counts as active (Burda et al. 2016)."""
 
