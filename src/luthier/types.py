@@ -292,6 +292,10 @@ class Row:
         turns = self.turns()
         return turns[-1].reply_text if turns and turns[-1].role == "assistant" else None
 
+    def further_replies(self) -> tuple[str, ...]:
+        """Return other correct replies: a grader keeps the best score."""
+        return ()
+
     @property
     def images(self) -> tuple[Media, ...]:
         """Images in the turns of the row."""

@@ -201,6 +201,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"prompt": "q", "completion": ["a"]},
         {"prompt": "q", "completion": "a"},
     ),
+    (
+        '{"prompt", "completion"}',
+        {"prompt": "q", "completion": ["a", "b", " "]},
+        {"prompt": "q", "completion": "a", "further": ("b",)},
+    ),
     # OpenAI's parts and its newer name of the system role need no form of their own.
     (
         '{"messages"}',

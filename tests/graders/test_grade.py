@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from pydantic import SkipValidation
 
+from luthier.data.shapes.conversations import PromptCompletion
 from luthier.errors import DataError, GradingFailed, LuthierError
 from luthier.graders import Answer, Exact, Grader, Number, check_rows, grade_answers
 from luthier.types import Message, Row
@@ -158,3 +159,12 @@ def test_an_answer_without_an_expected_text_is_refused() -> None:
         check_rows([Exact(), Number()], [bare, *answers("x")])
     rules = [problem.rule for problem in caught.value.problems]
     assert rules == ["grader.no_expected", "grader.no_expected", "grader.no_number"]
+
+
+def test_best_of_several_correct_replies_counts() -> None:
+    row = PromptCompletion("f", 1, "Where is he?", "at home", ("in the house",))
+    replies = ["in the house", "at home", "away"]
+    graded = grade_answers(Exact(), [Answer.of(row, reply) for reply in replies])
+    assert graded.scores == [1, 1, 0]
+    failing = Own(each=lambda reply: math.nan)
+    assert len(grade_answers(failing, [Answer.of(row, "away")], "zero").problems) == 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from luthier.errors import DataError, GradingFailed, Problem, RecipeError, RowRefused, UnknownModel
@@ -39,6 +39,8 @@ def grade_answers(
 ) -> Grades:
     """Grade ``answers``; all scores are finite.
 
+    Of several correct replies of a row, the reply with the best score counts.
+
     Args:
         grader: the grader.
         answers: the answers.
@@ -52,11 +54,14 @@ def grade_answers(
 
     Python cannot kill a thread: a grader that hangs occupies a core until the process ends.
     """
+    options = [_with_references(grader, answer) for answer in answers]
+    each = [option for some in options for option in some]
     if not grader.has_time_limit:
-        scores, faults = attempt(grader, answers)
+        scores, faults = attempt(grader, each)
     else:
-        groups = [answers] if grader.prefers_batches else [[answer] for answer in answers]
+        groups = [each] if grader.prefers_batches else [[answer] for answer in each]
         scores, faults = _grade_within(grader, [group for group in groups if group], time_limit_s)
+    scores, faults = _best(scores, faults, [len(some) for some in options])
     problems = [
         fault.at(answers[index].row.file, answers[index].row.line)
         for index, fault in sorted(faults.items())
@@ -65,6 +70,28 @@ def grade_answers(
         raise GradingFailed(problems)
     scores = [0.0 if index in faults else score for index, score in enumerate(scores)]
     return Grades(scores, problems, sorted(faults))
+
+
+def _with_references(grader: Grader, answer: Answer) -> list[Answer]:
+    """Return an answer for each correct reply of the row, if ``grader`` compares with the reply."""
+    further = answer.row.further_replies() if grader.needs_expected else ()
+    return [answer, *(replace(answer, expected=text) for text in further)]
+
+
+def _best(
+    scores: Sequence[float], faults: Mapping[int, RowRefused], sizes: Sequence[int]
+) -> Scored:
+    """Return the best score of each group of ``sizes``, and the fault of a group without a score."""
+    found: list[float] = []
+    missing: dict[int, RowRefused] = {}
+    start = 0
+    for place, size in enumerate(sizes):
+        able = [scores[n] for n in range(start, start + size) if n not in faults]
+        if not able:
+            missing[place] = faults[start]
+        found.append(max(able, default=math.nan))
+        start += size
+    return found, missing
 
 
 def check_rows(graders: Sequence[Grader], answers: Sequence[Answer]) -> None:

@@ -31,7 +31,7 @@ def tool_record(tools: Sequence[Tool]) -> Record:
 
 @dataclass(frozen=True, slots=True)
 class PromptCompletion(Shape):
-    """A prompt and the reply to learn."""
+    """A prompt and the reply to learn; of several correct replies, the first is learned."""
 
     shape: ClassVar[str] = "prompt"
     title: ClassVar[str] = '{"prompt", "completion"}'
@@ -44,13 +44,17 @@ class PromptCompletion(Shape):
 
     prompt: str
     completion: str
+    further: tuple[str, ...] = ()
+    """Other correct replies, as of a translation."""
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         prompt = fields.text(record, "prompt")
         reply = record.get("completion")
-        if isinstance(reply, list) and len(reply) == 1:
-            reply = reply[0]
+        further = tuple[str, ...]()
+        if isinstance(reply, list) and reply and {*map(type, reply)} <= {str, int, float}:
+            reply, *others = map(str, reply)
+            further = tuple(each for each in others if each.strip())
         if type(reply) in (int, float):
             reply = str(reply)
         if isinstance(reply, str):
@@ -58,13 +62,17 @@ class PromptCompletion(Shape):
         completion = fields.text(record, "completion", target=True)
         if prompt is None or completion is None:
             return None
-        return cls(fields.file, fields.line, prompt, completion)
+        return cls(fields.file, fields.line, prompt, completion, further)
 
     def inputs(self) -> tuple[str, ...]:
         return (self.prompt,)
 
     def targets(self) -> tuple[str, ...]:
-        return (self.completion,)
+        return (self.completion, *self.further)
+
+    def further_replies(self) -> tuple[str, ...]:
+        """Return the other correct replies."""
+        return self.further
 
     def turns(self) -> Turns:
         return (Message("user", self.prompt), Message("assistant", self.completion))
@@ -74,7 +82,8 @@ class PromptCompletion(Shape):
         return (self.completion,) if len(self.completion) <= LONGEST_CLASS else ()
 
     def record(self) -> Record:
-        return {"prompt": self.prompt, "completion": self.completion}
+        both = [self.completion, *self.further] if self.further else self.completion
+        return {"prompt": self.prompt, "completion": both}
 
     def input_record(self) -> Record:
         return self.record()
