@@ -29,6 +29,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "code": {"allow_code": True},
     "mix": {"parts": {"a": "exact"}},
     "reward": {"model": "base:judge"},
+    "classifier": {"model": "base:voice", "label": "ours"},
     "string_check": {"reference": "{{item.answer}}"},
     "text_similarity": {"reference": "{{item.answer}}"},
     "python": {"source": "def grade(sample, item):\n    return 1.0"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from luthier.chat_models.base import Writer
 from luthier.graders.base import Answer, Grader, GraderModels, Scorer, Ungraded
+from luthier.graders.classifier import Classifier
 from luthier.graders.code import Code
 from luthier.graders.embedding_similarity import EmbeddingSimilarity
 from luthier.graders.exact import Exact, FirstLine
@@ -35,6 +36,7 @@ GRADERS: PluginTable[type[Grader]] = PluginTable(
         "regex": Regex,
         "similarity": Similarity,
         "embedding_similarity": EmbeddingSimilarity,
+        "classifier": Classifier,
         "json_schema": JsonSchema,
         "tool_calls": ToolCalls,
         "code": Code,
@@ -56,6 +58,7 @@ __all__ = [
     "GRADERS",
     "Answer",
     "AnyGrader",
+    "Classifier",
     "Code",
     "EmbeddingSimilarity",
     "Exact",

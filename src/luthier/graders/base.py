@@ -72,6 +72,8 @@ Scorer = Callable[[Sequence[Answer]], list[float]]
 """A reward model in memory: answers to numbers, in their order."""
 Embedder = Callable[[Sequence[str]], NDArray[np.float32]]
 """An encoder in memory: texts to embeddings ``[N, H]`` of length 1."""
+LabelReader = Callable[[Sequence[str]], list[dict[str, float]]]
+"""A classifier in memory: texts to probabilities by label."""
 
 
 class GraderModels(Protocol):
@@ -82,6 +84,9 @@ class GraderModels(Protocol):
 
     def embedder(self, model: str) -> Embedder:
         """Open an encoder."""
+
+    def classifier(self, model: str) -> LabelReader:
+        """Open a classifier."""
 
     def writer(
         self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None

@@ -23,9 +23,10 @@ from luthier.data.shapes.texts import RawText
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Scorer
-from luthier.graders.base import Embedder
+from luthier.graders.base import Embedder, LabelReader
 from luthier.models.networks.heads import decoder_of, head_kind
 from luthier.objectives.base import Objective, chat_of
+from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.preferences.reward_model import RewardModel
 from luthier.types import Message
@@ -62,6 +63,10 @@ class LocalModels:
     def embedder(self, model: str) -> Embedder:
         """Return the encoder with the id ``model``."""
         return partial(embeddings, self.networks[model])
+
+    def classifier(self, model: str) -> LabelReader:
+        """Return the classifier with the id ``model``."""
+        return partial(probabilities, self.networks[model])
 
     def writer(
         self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None
@@ -175,6 +180,25 @@ def embeddings(network: Network, texts: Sequence[str]) -> NDArray[np.float32]:
     with torch.no_grad():
         found_NH = read_embeddings(network, encoder, examples, READING_BUDGET)
     return np.asarray(found_NH.cpu().numpy(), dtype=np.float32)
+
+
+def probabilities(network: Network, texts: Sequence[str]) -> list[dict[str, float]]:
+    """Return the probability of each label for each text; long text is truncated."""
+    import torch
+
+    config, chat = network.model.config, chat_of(network)
+    labels = tuple(str(config.id2label[number]) for number in range(config.num_labels))
+    objective = Classification(labels=labels, multi_label=False)
+    examples = [
+        objective.truncate(
+            objective.encode(RawText("text", number, text), number, chat), network.context
+        )
+        for number, text in enumerate(texts)
+    ]
+    network.model.eval()
+    with torch.no_grad():
+        found = network.read_rows(examples, READING_BUDGET, partial(objective.predict, network))
+    return [each["scores"] for each in found]
 
 
 def rewards(network: Network, answers: Sequence[Answer]) -> list[float]:

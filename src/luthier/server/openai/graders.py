@@ -22,7 +22,7 @@ from luthier.graders import (
     grader_from,
     parse_graders,
 )
-from luthier.graders.base import TOO_LONG, Embedder
+from luthier.graders.base import TOO_LONG, Embedder, LabelReader
 from luthier.graders.grade import attempt
 from luthier.inference.inference import Chat, GenerationRequest, InferenceRefused
 from luthier.inference.pool import ModelPool
@@ -298,6 +298,10 @@ class PooledModels:
     def embedder(self, model: str) -> Embedder:
         """Raise an error: OpenAI's graders use no encoders."""
         raise RecipeError("OpenAI graders support no encoders")
+
+    def classifier(self, model: str) -> LabelReader:
+        """Raise an error: OpenAI's graders use no classifiers."""
+        raise RecipeError("OpenAI graders support no classifiers")
 
     def writer(
         self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None
