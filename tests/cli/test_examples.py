@@ -32,6 +32,7 @@ def test_rows_of_use_case_are_readable_and_have_a_notice(
     assert all((found.folder / each).exists() for each in used)
     page = (Path(__file__).parents[2] / "docs" / use["page"]).read_text()
     assert all(command in page for command in use["commands"])
+    assert len(page.splitlines()) <= 90
     with pytest.raises(RecipeError):
         examples(use["name"], tmp_path / "rows")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from luthier.cli.terminal.console import new_table, print_table, print_text
 from luthier.errors import RecipeError
-from luthier.examples import files_of, use_case, use_cases
+from luthier.examples import contents, files_of, use_case, use_cases
 from luthier.files import write_json
 
 
@@ -58,7 +57,7 @@ def examples(
     for path, source in files_of(chosen).items():
         file = target / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, file)
+        file.write_bytes(contents(source))
     return Examples([chosen], target)
 
 

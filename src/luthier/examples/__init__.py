@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,9 @@ def files_of(use: dict[str, Any]) -> dict[str, Path]:
     """Return the sample files of a use case by their name in the commands."""
     package = INDEX.parent.parent
     return {path: package / source for source, path in use["files"].items()}
+
+
+def contents(source: Path) -> bytes:
+    """Return the bytes of a sample file; large files of the package are compressed (``.xz``)."""
+    stored = source.read_bytes()
+    return lzma.decompress(stored) if source.suffix == ".xz" else stored

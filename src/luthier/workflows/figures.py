@@ -29,19 +29,22 @@ def draw(
     return paths
 
 
-def draw_bars(
-    path: Path, label: str, bars: Sequence[tuple[str, float, tuple[float, float], bool]]
-) -> list[str]:
-    """Draw scores with their intervals as bars: name, score, interval, highlight."""
+Bar = tuple[str, float, tuple[float, float], bool]
+"""Name, score, interval, and whether the bar is highlighted."""
 
-    def paint(axes: Any, colours: dict[str, str]) -> None:
-        for place, (name, score, (low, high), highlighted) in enumerate(reversed(bars)):
-            colour = colours["front" if highlighted else "point"]
-            axes.barh(place, score, color=colour, height=0.6)
-            # Wilson intervals of 0 and 1 end at the score, up to rounding.
-            sides = [[max(score - low, 0.0)], [max(high - score, 0.0)]]
-            axes.errorbar(score, place, xerr=sides, color=colours["text"], capsize=3)
-            axes.text(0, place + 0.34, name, color=colours["text"], fontsize=9, va="bottom")
-        axes.set(xlabel=label, yticks=[], ylim=(-0.5, len(bars) - 0.2))
 
-    return draw(path, paint)
+def draw_bars(path: Path, label: str, bars: Sequence[Bar]) -> list[str]:
+    """Draw scores with their intervals as bars."""
+    return draw(path, lambda axes, colours: paint_bars(axes, colours, label, bars))
+
+
+def paint_bars(axes: Any, colours: dict[str, str], label: str, bars: Sequence[Bar]) -> None:
+    """Paint scores with their intervals as bars."""
+    for place, (name, score, (low, high), highlighted) in enumerate(reversed(bars)):
+        colour = colours["front" if highlighted else "point"]
+        axes.barh(place, score, color=colour, height=0.6)
+        # Wilson intervals of 0 and 1 end at the score, up to rounding.
+        sides = [[max(score - low, 0.0)], [max(high - score, 0.0)]]
+        axes.errorbar(score, place, xerr=sides, color=colours["text"], capsize=3)
+        axes.text(0, place + 0.34, name, color=colours["text"], fontsize=9, va="bottom")
+    axes.set(xlabel=label, yticks=[], ylim=(-0.5, len(bars) - 0.2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.errors import RecipeError
-from luthier.examples import files_of, use_case, use_cases
+from luthier.examples import contents, files_of, use_case, use_cases
 from luthier.server.http.messages import Fault
 from luthier.server.native.operations import NativeCall, View, native_router
 from luthier.server.stores.uploaded_files import file_address
@@ -56,7 +56,7 @@ def store_example(call: NativeCall, name: str) -> StoredExampleView:
         raise Fault("ResourceNotFound", str(error), parameter="name") from None
     stored = {
         path: call.context.locations.uploads.add(
-            call.account, [source.read_bytes()], f"{name}-{path}", "fine-tune"
+            call.account, [contents(source)], f"{name}-{path}", "fine-tune"
         )
         for path, source in files.items()
         if path.endswith(".jsonl")
