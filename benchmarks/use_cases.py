@@ -229,7 +229,6 @@ def write(use: Use, found: Found) -> None:
         "result": f"{sentence(use, found)}\n\n{picture(use.name, use.alt)}",
         "rows": "```json\n" + "\n".join(found["rows"]) + "\n```",
         "table": result_table(found),
-        "forms": form_table(found) if "forms" in found else "",
         "wrong answer": f"```text\n{found.get('wrong', '')}\n```",
         "verdict": comparison(found)["verdict"]
         if "compared" in found
@@ -994,7 +993,19 @@ def collect_purchases(bench: Bench) -> Found:
             wrong = [f"bought: {', '.join(row.items[::-1])}", f"answer: {', '.join(new)}"]
             wrong.append(f"expected: {row.positive}")
             break
-    return {"rows": first_rows(bench), "wrong": "\n".join(wrong)}
+    return {
+        "rows": first_rows(bench), "wrong": "\n".join(wrong), "facts": counts_sentence(bench.steps)
+    }  # fmt: skip
+
+
+def counts_sentence(steps: Sequence[Found]) -> str:
+    """Return the recall of the stored item counts."""
+    (found,) = (s["result"] for s in steps if "evaluate item-counts" in s["command"])
+    low, high = (100 * end for end in found["intervals"]["recall_at_10"])
+    return (
+        f"Stored as a model, `item-counts` has {percent(found['scores']['recall_at_10'])} "
+        f"({low:.1f} to {high:.1f})."
+    )
 
 
 def paint_contenders(axes: Any, colours: Colours, found: Found) -> None:
@@ -1004,259 +1015,6 @@ def paint_contenders(axes: Any, colours: Colours, found: Found) -> None:
         for each in comparison(found)["contenders"]
     ]
     paint_bars(axes, colours, USES[found["name"]].measure, bars)
-
-
-FORMS = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
-"""Types of GGUF weights."""
-BOT = "smollm2-135m-instruct:bot"
-BIG, SMALL = "all-minilm-l6-v2:routes", "all-minilm-l6-v2:routes-taught"
-STUDENT = (
-    "luthier examples route-messages messages",
-    "luthier tune messages/train.jsonl --adaptation full --epochs 3 --name routes",
-    "luthier models student --from all-minilm-l6-v2:routes --layers 2 --name routes-small",
-    "luthier distil messages/train.jsonl --method encoder --teacher all-minilm-l6-v2:routes "
-    "--student all-minilm-l6-v2:routes-small --adaptation full --epochs 8 --name routes-taught",
-)
-"""Commands of the student, shown on the page."""
-
-
-def collect_device(bench: Bench) -> Found:
-    """Measure each form of the chat model under one thread, and a student of a classifier."""
-    (evaluate,) = (each for each in USES["device"].commands if " evaluate " in each)
-    side = Path(__file__).with_name("device_side.py")
-    forms = list[Found]()
-    for kind in FORMS:
-        scored = bench.run(evaluate.replace("q4_k_m", kind))["result"]
-        bench.run(
-            f"OMP_NUM_THREADS=1 LUTHIER_BACKEND=llama.cpp LUTHIER_GGUF_TYPE={kind} "
-            f"{sys.executable} {side} {BOT} rows/test.jsonl > side.json"
-        )
-        (file,) = (bench.home / "cache" / "gguf").glob(f"*~{kind}/model.gguf")
-        forms.append({
-            "name": kind, "bytes": file.stat().st_size, "score": scored["scores"]["first_line"],
-            "interval": scored["intervals"]["first_line"], "rows": scored["rows"],
-            **json.loads((bench.folder / "side.json").read_text()),
-        })  # fmt: skip
-    bench.run(f"{evaluate} --output answers.jsonl")
-    answers = rows_of(bench.folder / "answers.jsonl")
-    wrong = next(each for each in answers if each["scores"]["first_line"] == 0)
-    for command in STUDENT:
-        bench.run(command)
-    both = bench.run(f"luthier compare messages/test.jsonl --tuned {BIG} --tuned {SMALL}")["result"]
-    sizes = {each["name"]: each for each in both["contenders"]}
-    whole, few = (next(each for each in forms if each["name"] == k) for k in ("bf16", "q4_k_m"))
-    lost = 100 * (whole["score"] - few["score"])
-    return {
-        "rows": first_rows(bench),
-        "wrong": f"{wrong['prompt']}\nanswer:   {wrong['reply'].strip()}\n"
-        f"expected: {wrong['expected']}",
-        "forms": forms,
-        "student": both,
-        "headline": f"Four bits (q4_k_m) have {percent(few['score'])} right labels, 16 bits "
-        f"{percent(whole['score'])}, on {few['rows']} unseen messages: {few['bytes'] / 1e6:,.0f} "
-        f"instead of {whole['bytes'] / 1e6:,.0f} MB.",
-        "compared": {
-            "contenders": [
-                {"name": f"{name} bits ({each['name']})", "technique": technique,
-                 "score": each["score"], "interval": each["interval"],
-                 "seconds": None, "model_bytes": each["bytes"]}
-                for name, technique, each in (
-                    ("16", "whole", whole), ("4", "fine-tuning, four bits", few),
-                )
-            ],
-            "rows": few["rows"],
-            "worth_it": None,
-            "verdict": f"q4_k_m is {lost:.1f} points below 16 bits; one message is "
-            f"{100 / few['rows']:.1f} points.",
-        },
-        "facts": f"The student has {sizes[SMALL]['model_bytes'] / 1e6:,.0f} MB instead of "
-        f"{sizes[BIG]['model_bytes'] / 1e6:,.0f}, answers in "
-        f"{1000 * sizes[SMALL]['seconds']:.1f} instead of {1000 * sizes[BIG]['seconds']:.1f} ms, and "
-        f"has accuracy {percent(sizes[SMALL]['score'])} against {percent(sizes[BIG]['score'])}: "
-        f"{sizes[SMALL]['score'] / sizes[BIG]['score']:.0%} of the teacher, on "
-        f"{both['rows']:,} unseen messages.",
-    }  # fmt: skip
-
-
-def form_table(found: Found) -> str:
-    """Return size, score, speed and memory of each form."""
-    lines = [
-        [
-            each["name"], f"{each['bytes'] / 1e6:,.0f}", percent(each["score"]),
-            f"{100 * each['interval'][0]:.1f} to {100 * each['interval'][1]:.1f}",
-            f"{each['tokens_per_second']:,.0f}", f"{each['memory_bytes'] / 1e6:,.0f}",
-        ]
-        for each in found["forms"]
-    ]  # fmt: skip
-    heads = ["weights", "MB", "right labels", "95 % interval", "tokens a second", "memory, MB"]
-    return table(heads, lines)
-
-
-def paint_device(axes: Any, colours: Colours, found: Found) -> None:
-    """Draw the score of each form against the size of the file."""
-    for each in found["forms"]:
-        size, score = each["bytes"] / 1e6, 100 * each["score"]
-        low, high = (100 * end for end in each["interval"])
-        axes.plot([size, size], [low, high], color=colours["grid"], linewidth=3)
-        colour = colours["front" if each["name"].startswith("q4") else "point"]
-        axes.plot(size, score, "o", color=colour, markersize=11)
-        axes.annotate(
-            each["name"], (size, score), (8, 5), textcoords="offset points",
-            color=colours["text"], rotation=35, fontsize=10,
-        )  # fmt: skip
-    axes.set(xlabel="file, MB", ylabel="right labels on unseen messages, %", ylim=(30, 100))
-
-
-COPY, BEFORE = "smollm2-135m-instruct:copy", "smollm2-135m-instruct"
-NEAREST_TEXT = "the nearest product's text"
-
-
-def collect_copy(bench: Bench) -> Found:
-    """Grade the voice of both models, of plain facts, and of the text of the nearest product."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    from brand_rows import plain_facts
-    from luthier.evaluation.significance import RowScores, paired_differences
-    from luthier.graders import Answer, Similarity
-    from luthier.types import Row
-
-    train, test = (rows_of(bench.folder / "rows" / f"{n}.jsonl") for n in ("train", "test"))
-    tuned, base = (rows_of(bench.folder / f"{n}.jsonl") for n in ("answers", "before"))
-    words = TfidfVectorizer(sublinear_tf=True).fit([row["prompt"] for row in train])
-    known, asked = (words.transform([row["prompt"] for row in some]) for some in (train, test))
-    texts = {
-        "the facts as sentences": [plain_facts(row["prompt"]) for row in test],
-        NEAREST_TEXT: [train[n]["completion"] for n in (asked @ known.T).toarray().argmax(1)],
-        "the shop's own text": [row["completion"] for row in test],
-    }
-    rows = [{"text": text} for some in texts.values() for text in some]
-    write_rows(rows, bench.folder / "texts.jsonl")
-    bench.run("luthier predict tfidf:voice --input texts.jsonl --output voices.jsonl")
-    voices = iter(each["scores"]["ours"] for each in rows_of(bench.folder / "voices.jsonl"))
-    grader = Similarity(measure="rouge_l")
-    scored = {
-        name: [(each["scores"]["voice"], each["scores"]["rouge_l"]) for each in some]
-        for name, some in ((COPY, tuned), (BEFORE, base))
-    }
-    for name, some in texts.items():
-        scored[name] = [
-            (next(voices), grader.score(Answer((), text, row["completion"], Row("", 0))))
-            for text, row in zip(some, test, strict=True)
-        ]
-    found = {name: RowScores.of([voice for voice, _ in some]) for name, some in scored.items()}
-    gains = paired_differences({n: (found[n], found[COPY]) for n in (BEFORE, NEAREST_TEXT)})
-    told = [
-        f"{100 * each.value:+.1f} ± {100 * each.error:.1f} points against {name} "
-        f"({'significant' if each.significant else 'not significant'})"
-        for name, each in gains.items()
-    ]
-    lines = [
-        [name, *(f"{100 * float(np.mean([pair[n] for pair in some])):.1f}" for n in (0, 1))]
-        for name, some in scored.items()
-    ]
-    (judged,) = (s["result"] for s in bench.steps if "evaluate tfidf:voice" in s["command"])
-    worst = min(tuned, key=lambda each: each["scores"]["voice"])
-    gain = gains[BEFORE]
-    return {
-        "rows": first_rows(bench),
-        "wrong": f"{worst['prompt']}\nanswer:   {worst['reply'].strip()}\n"
-        f"expected: {worst['expected']}",
-        "voices": {name: [voice for voice, _ in some] for name, some in scored.items()},
-        "rouge": {name: [rouge for _, rouge in some] for name, some in scored.items()},
-        "compared": {
-            "contenders": [
-                {
-                    "name": name, "technique": "fine-tuning" if name == COPY else "other",
-                    "score": each.value, "interval": list(each.interval), "seconds": None,
-                    "model_bytes": 0,
-                }
-                for name, each in found.items()
-            ],
-            "rows": len(test),
-            "worth_it": (gain.value > 0) if gain.significant else None,
-            "verdict": f"The voice of the tuned model, by pairs of {len(test)} products: "
-            f"{'; '.join(told)}.",
-        },
-        "facts": f"{table(['', 'voice', 'ROUGE-L'], lines)}\n\nThe classifier is right on "
-        f"{percent(judged['scores']['accuracy'])} of {judged['rows']} texts about unseen products.",
-    }  # fmt: skip
-
-
-def paint_copy(axes: Any, colours: Colours, found: Found) -> None:
-    """Draw ROUGE-L against the voice of each writer."""
-    for name, voices in found["voices"].items():
-        voice, rouge = (100 * float(np.mean(each)) for each in (voices, found["rouge"][name]))
-        if name == "the shop's own text":  # ROUGE-L is 100 by definition
-            axes.axvline(voice, color=colours["grid"], linestyle="--")
-            axes.text(voice - 1, 2, name, color=colours["text"], ha="right", rotation=90)
-            continue
-        colour = colours["front" if name == COPY else "point"]
-        axes.plot(voice, rouge, "o", color=colour, markersize=12)
-        side = "right" if voice > 50 else "left"
-        axes.annotate(
-            name, (voice, rouge), (-12 if side == "right" else 12, 0), ha=side, va="center",
-            textcoords="offset points", color=colours["text"],
-        )  # fmt: skip
-    axes.set(
-        xlabel='voice: probability of "ours", %', ylabel="ROUGE-L, %", xlim=(0, 102), ylim=(0, 40)
-    )
-
-
-SENTENCES = (400, 800, 1600)
-
-
-def collect_translation(bench: Bench) -> Found:
-    """Measure fewer training sentences, and select the worst translation."""
-    tune, evaluate = (
-        next(each for each in USES["translation"].commands if f" {name} " in each)
-        for name in ("tune", "evaluate")
-    )
-    answers = rows_of(bench.folder / "answers.jsonl")
-    compared = comparison({"steps": bench.steps})
-    measure = compared["measure"]
-    tuned = next(each for each in compared["contenders"] if each["technique"] == "fine-tuning")
-    curve = [{"rows": SENTENCES[-1], "tuned": [tuned["score"], *tuned["interval"]]}]
-    train = rows_of(bench.folder / "rows" / "train.jsonl")
-    for count in reversed(SENTENCES[:-1]):
-        write_rows(train[:count], bench.folder / "part.jsonl")
-        bench.run(f"{tune}{count}".replace("rows/train.jsonl", "part.jsonl"))
-        scored = bench.run(f"{evaluate.split(' --output')[0].replace(':vi', f':vi{count}')}")[
-            "result"
-        ]
-        score = [scored["scores"][measure], *scored["intervals"][measure]]
-        curve.append({"rows": count, "tuned": score})
-    rows = rows_of(bench.folder / "rows" / "test.jsonl")
-    several = sum(len(row["completion"]) > 1 for row in rows)
-    worst = min(answers, key=lambda each: each["scores"][measure])
-    return {
-        "rows": [*first_rows(bench, 1), json.dumps(
-            next(row for row in rows if len(row["completion"]) > 1), ensure_ascii=False
-        )],
-        "wrong": f"{worst['prompt']}\nanswer:   {worst['reply'].strip()}\n"
-        f"expected: {worst['expected']}",
-        "curve": curve[::-1],
-        "facts": f"{several} of {len(rows)} test sentences have several translations: the best counts.",
-    }  # fmt: skip
-
-
-def paint_translation(axes: Any, colours: Colours, found: Found) -> None:
-    """Draw chrF against training sentences, with the rivals as lines."""
-    places = [point["rows"] for point in found["curve"]]
-    scores = [[100 * each for each in point["tuned"]] for point in found["curve"]]
-    axes.plot(places, [s[0] for s in scores], "o-", color=colours["front"], label="tuned")
-    axes.fill_between(
-        places, [s[1] for s in scores], [s[2] for s in scores], color=colours["front"], alpha=0.15
-    )
-    rivals = [e for e in comparison(found)["contenders"] if "fine-tuning" not in e["technique"]]
-    for each, style in zip(rivals[:2], ("--", ":"), strict=False):
-        axes.axhline(
-            100 * each["score"], color=colours["point"], linestyle=style, label=each["name"]
-        )
-    axes.set_xscale("log")
-    axes.set_xticks(places, [f"{place:,}" for place in places])
-    axes.minorticks_off()
-    axes.set(xlabel="training sentences", ylabel="chrF on unseen sentences, %", ylim=(0, None))
-    axes.legend(frameon=False, labelcolor=colours["text"], loc="lower right")
 
 
 ROWS = ("train.jsonl", "test.jsonl", "NOTICE.md")
@@ -1387,42 +1145,6 @@ USES = {
             "Five sensors over a week, shaded faults, and the alarms of a network and of z-scores",
             paint_sensors,
             collect_sensors,
-        ),
-        Use(
-            "device",
-            "A small model for a device",
-            "messages",
-            "right labels",
-            "Rows: Fernspoke Cycles, written for luthier, Apache-2.0. The company is invented.",
-            tuple(f"demo/{name}" for name in ("validation.jsonl", "README.md", *ROWS[:2])),
-            "Right labels of a chat model against the size of its file, from 16 to 4 bits",
-            paint_device,
-            collect_device,
-        ),
-        Use(
-            "brand-copy",
-            "Product texts in the voice of a brand",
-            "products",
-            "voice",
-            "Rows: Magento 2 sample data (Luma), AFL-3.0 or OSL-3.0, © Magento, Inc.; a cut.",
-            tuple(
-                f"examples/brand-copy/{name}"
-                for name in (*PACKED, "voice.jsonl.xz", "voice-test.jsonl.xz", "voice.toml")
-            ),
-            "ROUGE-L against the voice of a base model, a tuned model and cheap rivals",
-            paint_copy,
-            collect_copy,
-        ),
-        Use(
-            "translation",
-            "Translation",
-            "sentences",
-            "chrF",
-            "Rows: Tatoeba (tatoeba.org), CC BY 2.0 FR, by the contributors in `source`; a cut.",
-            tuple(f"examples/translation/{name}" for name in PACKED),
-            "chrF against training sentences, with cheap rivals",
-            paint_translation,
-            collect_translation,
         ),
         Use(
             "recommendation",
