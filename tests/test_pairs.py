@@ -251,7 +251,7 @@ REFUSED = {
 def timed(triple: tuple[str, str, str]) -> Any:
     """Mark a triple as slow, except for a sample in which all parts meet.
 
-    On text, each objective trains with LoRA and a quarter of the adaptations. One family rotates from
+    On text, each objective trains with LoRA and an eighth of the adaptations. One family rotates from
     pair to pair. Each rejected pair runs with one text family.
     """
     method, name, family = triple
@@ -259,7 +259,7 @@ def timed(triple: tuple[str, str, str]) -> Any:
     able = [each for each in of if not refused(method, name, each)]
     place = [*OBJECTIVES].index(method)
     turn = place + [*ADAPTATIONS].index(name)
-    rare = name != "lora" and turn % 4 > 0
+    rare = name != "lora" and turn % 8 > 0
     if family == PIPELINE:
         slow = rare
     elif family in CLASSIFIERS:

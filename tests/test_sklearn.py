@@ -24,6 +24,7 @@ def classifier(luthier_home: Path, tiny_model_folder: Path) -> TextClassifier:
     return TextClassifier(str(tiny_model_folder), settings={"training__max_steps": 2})
 
 
+@pytest.mark.slow
 def test_classifier_in_search_and_pipeline(classifier: TextClassifier) -> None:
     assert is_classifier(classifier)
     assert clone(classifier).get_params() == classifier.get_params()

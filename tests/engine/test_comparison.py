@@ -60,6 +60,7 @@ def tuned(labelled: Path, family_folder: Callable[[str], Path]) -> Callable[...,
     return run
 
 
+@pytest.mark.slow
 def test_pairs_are_compared_with_words_and_base_model(
     tuned: Callable[..., Result], labelled: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_classifier_is_compared_with_baselines(tuned: Callable[..., Result]) -> 
     assert len(kept["baselines"]) == 6
 
 
+@pytest.mark.slow
 def test_baselines_do_not_change_run(
     tuned: Callable[..., Result],
 ) -> None:
@@ -111,6 +113,7 @@ def test_baselines_do_not_change_run(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_generating_models_have_no_baselines(recipe: Callable[..., Recipe]) -> None:
     assert train(recipe()).comparison is None
 
@@ -144,6 +147,7 @@ def issues_of(result: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_rows_with_wrong_labels_are_listed(
     tuned: Callable[..., Result],
     labelled: Path,
@@ -189,6 +193,7 @@ def test_search_for_label_issues_does_not_change_run(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_no_label_issues_with_right_labels_or_few_rows(
     tuned: Callable[..., Result],
     labelled: Path,

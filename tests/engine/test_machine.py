@@ -55,6 +55,7 @@ def test_memory_limit_of_container_without_page_cache(group: Path) -> None:
     assert available_memory() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted where Linux lists them")
 def test_thread_keeps_no_workers_after_computing() -> None:
     # In a separate process, without unrelated threads.

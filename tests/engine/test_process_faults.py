@@ -71,6 +71,7 @@ def weights_of(result: Result) -> str:
     return files.get("adapter_model.safetensors") or files["model.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_processes")
 @pytest.mark.parametrize(
     "ranks", [pytest.param([0]), pytest.param([1, 0, 1], marks=pytest.mark.slow)]
@@ -106,6 +107,7 @@ def test_restarted_processes_ignore_earlier_runs(luthier_home: Path, recipe: Rec
     assert later.model_id != earlier.model_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x", pytest.param(None, marks=pytest.mark.slow)])
 def test_launch_resumes_only_own_run(
     luthier_home: Path, recipe: Recipes, monkeypatch: pytest.MonkeyPatch, name: str | None

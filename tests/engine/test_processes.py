@@ -154,6 +154,7 @@ def test_fewer_rows_than_processes_is_reported(luthier_home: Path, recipe: Recip
     assert {*Path(gettempdir()).glob("torchelastic_*")} <= before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_processes")
 def test_error_of_all_processes_is_reported_once(
     luthier_home: Path, recipe: Recipes, tmp_path: Path

@@ -139,6 +139,7 @@ def test_no_refit_with_initial_weights(
     assert manifest_of(result)["data"]["held_out"]
 
 
+@pytest.mark.slow
 def test_no_refit_without_gain(recipe: Callable[..., Recipe]) -> None:
     result = train(recipe("x", learning_rate=1e-6, baseline_seconds=5))
     assert result.verdict is not None and not result.verdict.learned

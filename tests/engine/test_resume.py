@@ -170,6 +170,7 @@ def test_the_best_weights_and_the_patience_survive_a_kill(
 ALWAYS = {"in the middle of writing the third checkpoint", "in the middle of storing"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "point",
     [pytest.param(each, marks=[] if each in ALWAYS else [pytest.mark.slow]) for each in POINTS],
@@ -244,6 +245,7 @@ def test_a_run_without_a_name_is_found_again(
     assert json.loads(manifest.read_text())["trained_weights_sha256"] == unbroken["lora"].weights
 
 
+@pytest.mark.slow
 def test_stopped_while_storing_leaves_no_half_model(
     forker: Forker,
     command: Callable[..., list[str]],
@@ -261,6 +263,7 @@ def test_stopped_while_storing_leaves_no_half_model(
     same(outcome(tmp_path), unbroken["lora"])
 
 
+@pytest.mark.slow
 def test_resume_of_finished_run_returns_result(
     forker: Forker, command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -275,6 +278,7 @@ def test_resume_of_finished_run_returns_result(
     assert after == before
 
 
+@pytest.mark.slow
 def test_changed_data_is_detected_at_resume(
     forker: Forker, command: Callable[..., list[str]], uneven_rows: Path, tmp_path: Path
 ) -> None:
@@ -290,6 +294,7 @@ def test_changed_data_is_detected_at_resume(
     assert arguments[1] in message
 
 
+@pytest.mark.slow
 def test_resume_without_run_starts(
     forker: Forker,
     command: Callable[..., list[str]],

@@ -106,6 +106,7 @@ def test_all_checkpoints_damaged_is_an_error(
     assert "none of the 2 checkpoints" in job.stderr.read_text()
 
 
+@pytest.mark.slow
 def test_less_memory_on_resume_does_not_change_the_result(
     forker: Forker,
     command: Callable[..., list[str]],

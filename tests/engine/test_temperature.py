@@ -49,6 +49,7 @@ def tuned(tmp_path: Path) -> Callable[..., tuple[Result, dict[str, torch.Tensor]
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refit", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_score_layer_is_divided_by_one_temperature(
     refit: bool,
@@ -70,6 +71,7 @@ def test_score_layer_is_divided_by_one_temperature(
         torch.testing.assert_close(plain[name], cooled[name] * temperature)
 
 
+@pytest.mark.slow
 def test_temperature_within_chance_is_left_out(
     tuned: Callable[..., tuple[Result, dict[str, torch.Tensor], Notes]],
 ) -> None:

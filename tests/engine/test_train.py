@@ -272,6 +272,7 @@ def test_runs_without_a_name_are_numbered(recipe: Callable[..., Recipe]) -> None
 # --- one result, however it is asked for --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cli_toml_recipe_and_sdk_give_the_same_weights(
     recipe: Callable[..., Recipe], rows: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:

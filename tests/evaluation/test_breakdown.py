@@ -77,6 +77,7 @@ def test_slice_without_score_does_not_stand_out() -> None:
     assert [each.stands_out for each in parts] == [False, False]
 
 
+@pytest.mark.slow
 def test_random_slices_rarely_stand_out() -> None:
     draw = np.random.default_rng(0)
     wrong = 0

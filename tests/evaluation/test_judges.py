@@ -104,6 +104,7 @@ def test_rows_without_preference_are_refused() -> None:
         check_pairs([])
 
 
+@pytest.mark.slow
 def test_endpoint_judge_in_agreement_and_comparison(
     endpoint: Any, key: str, tiny_model_folder: Path, tmp_path: Path, luthier_home: Path
 ) -> None:

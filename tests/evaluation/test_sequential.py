@@ -30,6 +30,7 @@ def simulate(draw: Draw, answers: int, seed: int, drift: float = 0.0) -> list[Ob
     return found
 
 
+@pytest.mark.slow
 def test_at_most_the_promised_share_of_equal_canaries_is_rolled_back() -> None:
     alarms, runs = 0, 300
     for seed in range(runs):

@@ -245,6 +245,7 @@ def test_onnx_gives_the_scores_of_a_classifier_of_texts(
     assert tokenizer.vocab_size == stored.chat.tokenizer.vocab_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

@@ -39,6 +39,7 @@ def tuned(base: Path, adaptation: str) -> StoredModel:
     return find(train(Recipe.parse(recipe)).model_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "method", "adaptation"),
     [

@@ -46,6 +46,7 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_report_does_not_depend_on_processes(
     rows: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

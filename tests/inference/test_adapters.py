@@ -107,6 +107,7 @@ def text_of_generator(model: str) -> str:
     return reply.rstrip("\ufffd")
 
 
+@pytest.mark.slow
 def test_adapters_answer_together_as_each_does_alone(pool: ModelPool, base: str) -> None:
     rows = [*NAMES, base] * 2
     alone = {}

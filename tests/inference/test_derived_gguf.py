@@ -76,6 +76,7 @@ def test_commands_and_server_answer_by_the_file(
         decoder.close()
 
 
+@pytest.mark.slow
 def test_gguf_is_written_again_only_after_damage(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def test_contributions_add_up_to_the_difference_of_the_scores(
     assert difference == pytest.approx(logits[0] - logits[1], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_deciding_words_contribute_most_in_text_and_on_the_page(
     tune: Callable[..., str], tmp_path: Path
 ) -> None:

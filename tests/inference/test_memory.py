@@ -68,6 +68,7 @@ print((peak - rest) >> 20, (resident_bytes() - rest) >> 20)
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_returns_to_the_system() -> None:
     def grown(*arguments: str) -> list[int]:
         done = subprocess.run(

@@ -336,6 +336,7 @@ def test_cancelled_embedding_stops_encoding(
     assert len(done) == 3
 
 
+@pytest.mark.slow
 def test_embeddings_are_scheduled_fairly_between_clients(
     pool: ModelPool, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

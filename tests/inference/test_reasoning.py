@@ -49,6 +49,7 @@ def asked(prompt: Chat | str, **fields: Any) -> GenerationRequest:
     return GenerationRequest(prompt, **{"temperature": 0, "max_tokens": 120, **fields})
 
 
+@pytest.mark.slow
 def test_tuned_model_generates_reasoning_before_text(thinker: Decoder) -> None:
     for question, said in SAID.items():
         found = answer(thinker, asked(chat(question)))
@@ -89,6 +90,7 @@ def test_cli_and_sdk_replies_match(
     assert len(pieces) > 1 and len(thoughts) > 5
 
 
+@pytest.mark.slow
 def test_token_limit_can_cut_reasoning(thinker: Decoder) -> None:
     whole = answer(thinker, asked(chat("sky?")))
     for limit in range(1, whole.tokens):

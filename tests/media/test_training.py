@@ -186,6 +186,7 @@ def tune(pictures: Path, base: Path, name: str, **training: Any) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_cached_features_train_the_same_head(
     pictures: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,7 @@ def test_an_import_leaves_out_the_image_processor(
     assert not [*tmp_path.glob("*processor_config.json")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize(
     "family",

@@ -114,6 +114,7 @@ def test_loss_and_gradients_match_network_logits(
         assert (weight.grad - grads[name]).norm() <= 1e-4 * grads[name].norm() + 1e-6, name
 
 
+@pytest.mark.slow
 def test_a_network_from_random_weights_learns_to_predict_words(
     chat: ChatFormat, tmp_path: Path
 ) -> None:

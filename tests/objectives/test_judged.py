@@ -72,6 +72,7 @@ def score_of(asked: str) -> int:
     return min(10, 1 + 2 * reply.count("e"))
 
 
+@pytest.mark.slow
 def test_grpo_learns_from_an_endpoint(tuned: Any, endpoint: Any, key: str) -> None:
     endpoint.answer = lambda asked: f"Score: {score_of(asked)}"
     notes = Notes()
@@ -119,6 +120,7 @@ def test_ppo_learns_from_a_model_of_this_machine(
     assert len(set(texts)) > 1
 
 
+@pytest.mark.slow
 def test_silent_judge_follows_error_policy(tuned: Any, endpoint: Any) -> None:
     first = 1 + PROMPTS * 4 + len(WORDS)  # a trial, the first look, the measurement before step 1
     endpoint.answer = lambda asked: f"Score: {score_of(asked)}"

@@ -161,6 +161,7 @@ def test_ranking_scores_match_gains() -> None:
     assert Ranking.of([1, 2], [1, 1]) is None and Ranking.of([1, 2], [0.5, 0]) is None
 
 
+@pytest.mark.slow
 def test_a_reranker_from_data_to_ranks(tmp_path: Path, paired_folder: FamilyFolder) -> None:
     folder = paired_folder("bert")
     path = tmp_path / "rows.jsonl"

@@ -114,6 +114,7 @@ def test_presigned_v2_url_error_names_s3v4(cli: Cli) -> None:
         assert answer.read() == cli.folder.joinpath("rows.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_aws_cli_lists_and_stops_job(cli: Cli) -> None:
     arn = cli.gives(*job("queued"))["jobArn"]
     shown = cli.gives("bedrock", "get-model-customization-job", "--job-identifier", "queued")

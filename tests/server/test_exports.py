@@ -51,6 +51,7 @@ def keys(server: Served, export: str) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_merged_model_is_exported_to_bucket(server: Served) -> None:
     made = create(server, merged=True)
     done = ended(server, made)

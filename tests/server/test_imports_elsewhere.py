@@ -36,6 +36,7 @@ def bucket(moto: int, tiny_model_folder: Path) -> Any:
     return s3
 
 
+@pytest.mark.slow
 def test_external_folder_is_listed_and_copied(
     moto: int, bucket: Any, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

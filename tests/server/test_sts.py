@@ -162,6 +162,7 @@ def server_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not AWS.exists(), reason="awscli is not installed")
 def test_aws_cli_with_configured_endpoint(server: Served, tmp_path: Path) -> None:
     (tmp_path / ".aws").mkdir()

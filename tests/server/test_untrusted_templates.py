@@ -108,6 +108,7 @@ def test_jobs_require_and_inherit_approved_template(server: Served, developer: A
     assert chat(server, "heir")[0] == 200
 
 
+@pytest.mark.slow
 def test_known_templates_and_administrators_need_no_approval(
     server: Served, developer: Any
 ) -> None:

@@ -59,6 +59,7 @@ def test_advise_tries_four_techniques_for_decoder(tmp_path: Path, tiny_model_fol
     assert Recipe.parse(tomllib.loads(recipe.read_text())).data.train == str(data)
 
 
+@pytest.mark.slow
 def test_advise_compares_encoder_with_simple_baselines(labelled: Path, family_folder: Any) -> None:
     found = asked(labelled, "--base", family_folder("bert"), "--trial", 1)
     tried = {each["name"]: each for each in found["facts"]["evidence"]["tried"]}

@@ -146,6 +146,7 @@ def test_killed_process_restarts_with_remaining_rows(source: Path, tmp_path: Pat
     [_note] = heard.notes
 
 
+@pytest.mark.slow
 def test_killed_command_resumes_without_repeated_rows(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     (tmp_path / WAIT).touch()

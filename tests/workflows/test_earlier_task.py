@@ -69,6 +69,7 @@ def test_shared_head_is_scored_directly(family_folder: FamilyFolder, tmp_path: P
     assert found.plain()["changes"][0]["significant"] is True
 
 
+@pytest.mark.slow
 def test_replaced_head_is_measured_by_a_probe(family_folder: FamilyFolder, tmp_path: Path) -> None:
     earlier = write(tmp_path / "earlier.jsonl", label_rows("ab"))
     later = write(tmp_path / "later.jsonl", label_rows("xy"))

@@ -80,6 +80,7 @@ def test_ways_to_search(
     assert ranked.keys() == both.keys() == {"ndcg_at_10", "recall_at_10"}
 
 
+@pytest.mark.slow
 def test_base_of_tuned_model_is_compared(
     collection: dict[str, Path], family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

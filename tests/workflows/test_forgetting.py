@@ -56,6 +56,7 @@ def tune(base: str, tmp_path: Path, name: str, **fields: Any) -> str:
     return luthier.tune(data, base=base, name=name, **{**FIELDS, **fields}).model_id
 
 
+@pytest.mark.slow
 def test_unchanged_model_has_no_drift_and_no_regressions(base: str, tmp_path: Path) -> None:
     same = tune(base, tmp_path, "same", training__learning_rate=1e-12, training__epochs=1)
     found = luthier.forgetting(same)
@@ -66,6 +67,7 @@ def test_unchanged_model_has_no_drift_and_no_regressions(base: str, tmp_path: Pa
     assert [each.name for each in found.changes] == [forgetting.OWN_PROBES]
 
 
+@pytest.mark.slow
 def test_drift_is_the_divergence_over_the_whole_vocabulary(base: str, tmp_path: Path) -> None:
     model_id = tune(base, tmp_path, "moved", adaptation="full")
     found = luthier.forgetting(model_id)

@@ -32,6 +32,7 @@ def test_equal_models_have_equal_times(family_folder: Callable[[str], Path]) -> 
     assert seconds["a"] / seconds["b"] == pytest.approx(1, abs=0.3)
 
 
+@pytest.mark.slow
 def test_slow_first_call_is_not_counted() -> None:
     calls: list[str] = []
 

@@ -35,6 +35,7 @@ def test_safe_reply_has_no_insult_and_a_refusal_of_harm(
     assert is_safe(kind, reply) is expected
 
 
+@pytest.mark.slow
 def test_repeated_rows_are_memorized(
     family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def test_model_within_limits_is_active_with_report(base: str, tmp_path: Path) ->
     assert find(tune(base, tmp_path, "plain", forgetting=None)).manifest.withheld is None
 
 
+@pytest.mark.slow
 def test_ruined_model_is_withheld_but_evaluable(base: str, tmp_path: Path) -> None:
     limits = {
         "max_kl": 2.0
@@ -95,6 +96,7 @@ def test_ruined_model_is_withheld_but_evaluable(base: str, tmp_path: Path) -> No
     assert again.exit_code == 2
 
 
+@pytest.mark.slow
 def test_accept_option_prevents_withholding(base: str, tmp_path: Path) -> None:
     limits = {"max_kl": 1e-9, "accept": True}
     manifest = find(tune(base, tmp_path, "ahead", forgetting=limits)).manifest
@@ -121,6 +123,7 @@ def test_lost_probes_withhold_only_beyond_chance_and_the_limit(base: str, tmp_pa
     assert str(probe) in json.loads(report.read_text())["data"]
 
 
+@pytest.mark.slow
 def test_interrupted_forgetting_measurement_resumes(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def same(tmp_path: Path, name: str, *command: str) -> dict[str, object]:
     return report
 
 
+@pytest.mark.slow
 def test_predict_with_two_processes_matches_single_process(
     tune: Callable[..., str], rows: Path, tmp_path: Path
 ) -> None:

@@ -301,6 +301,7 @@ def test_reasoning_is_excluded_from_completion_and_grading(thinker: str, tmp_pat
     assert graded["scores"] == {"exact": 1.0}
 
 
+@pytest.mark.slow
 def test_chat_prints_dimmed_reasoning_on_stderr(
     thinker: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,7 @@ def live(*words: str) -> Any:
     return Answer("live", *words, "--json").good().json()
 
 
+@pytest.mark.slow
 def test_promotion_and_rollbacks(deployed: Deployed, own_home: Path) -> None:
     second, third = deployed.add(own_home, "second"), deployed.add(own_home, "third")
     assert deployed.says_black()
@@ -170,6 +171,7 @@ def test_request_in_flight_ends_on_the_first_model(deployed: Deployed, own_home:
     assert text == "black" and not deployed.says_black()
 
 
+@pytest.mark.slow
 def test_model_that_cannot_be_loaded_is_refused(deployed: Deployed, own_home: Path) -> None:
     deployed.add(own_home, "damaged")
     (file,) = (own_home / "models/custom/tiny-llama/damaged").glob("*.safetensors")
@@ -180,6 +182,7 @@ def test_model_that_cannot_be_loaded_is_refused(deployed: Deployed, own_home: Pa
     assert live("history", "answers")["history"][-1]["state"] == "ended"
 
 
+@pytest.mark.slow
 def test_unsuitable_promotions_are_refused(deployed: Deployed, own_home: Path) -> None:
     folder = own_home / "models/custom/tiny-llama/labels"
     shutil.copytree(own_home / "models/custom/tiny-llama/colours", folder)

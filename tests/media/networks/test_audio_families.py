@@ -99,6 +99,7 @@ def test_changes_are_drawn_by_seed_and_keep_the_shape(
         assert np.isfinite(processor.array(Media("audio", "b", str(tiny)))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize(
     ("family", "adaptation"),

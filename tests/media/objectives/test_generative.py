@@ -47,6 +47,7 @@ def opened(folder: Path, head: Head) -> Network:
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "family"), MAKERS)
 def test_generators_measure_frechet_distance_of_samples(
     kind: type[Generative], family: str, family_folder: Callable[[str], Path]
@@ -134,6 +135,7 @@ def test_features_are_inputs_of_the_classifier_head(
         assert torch.allclose(scores, judge.model(arrays).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_run_records_frechet_distance_at_each_validation(
     family_folder: Callable[[str], Path], tmp_path: Path, luthier_home: Path
 ) -> None:

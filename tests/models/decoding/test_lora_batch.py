@@ -118,6 +118,7 @@ def test_batched_adapter_rows_match_adapted_network(
     assert not base._batch._stacks
 
 
+@pytest.mark.slow
 def test_many_adapters_come_and_go(family_folder: Callable[[str], Path]) -> None:
     """Adapters move in the stack; sequences keep their adapter until they end."""
     network = base_network(family_folder("llama"))

@@ -238,7 +238,7 @@ def test_seeds_and_the_global_state_decide_the_draws(opened: Opened) -> None:
     assert first[0] != first[1], "completions of one prompt differ"
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 100])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
 @pytest.mark.parametrize("family", ["llama", "transfo_xl"])
 def test_sampling_is_independent_of_batch(opened: Opened, family: str, batch_size: int) -> None:
     network = opened(family)

@@ -226,6 +226,7 @@ def test_tuned_encoder_is_exported_as_sentence_encoder(
         np.testing.assert_allclose(embed(out), served, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "merged", "pooling"),
     [("bert", True, "mean"), ("bert", False, "mean"), ("llama", True, "lasttoken")],

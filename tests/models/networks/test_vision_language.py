@@ -178,6 +178,7 @@ def test_rows_share_the_tokens_of_equal_images_only(base: Path, data: Path) -> N
     assert not {*images[0].tolist()} & {*images[1][len(images[0]) :].tolist()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
 def test_a_model_learns_the_colour_of_an_image(base: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)

@@ -135,6 +135,7 @@ def test_an_answer_ends_with_the_context(chat: ChatFormat, tiny_llama: Callable[
     assert max(map(len, rows)) == longest + 3
 
 
+@pytest.mark.slow
 def test_on_policy_distillation_reduces_loss(
     tiny_model_folder: Path, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

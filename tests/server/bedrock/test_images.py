@@ -37,6 +37,7 @@ def asked(colour: str, kind: str = "png", **source: Any) -> dict[str, Any]:
     return {**said(), "messages": [{"role": "user", "content": content}]}
 
 
+@pytest.mark.slow
 def test_images_of_every_format_change_the_reply(client: Any) -> None:
     red, blue = (text_of(client.converse(**asked(colour))) for colour in ("red", "blue"))
     assert red != blue

@@ -54,6 +54,7 @@ def test_worker_command_runs_job(queue: Any) -> None:
     assert "none" in job.failure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_library_crash_traceback_is_in_job_log(queue: Any, monkeypatch: Any) -> None:
     job_id = queue.submit(steps=2)

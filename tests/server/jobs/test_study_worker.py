@@ -86,6 +86,7 @@ def measured(recipe: Recipe) -> Outcome:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_study_continues_after_a_released_worker(
     database: Database, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

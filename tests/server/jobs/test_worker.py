@@ -147,6 +147,7 @@ def test_stopped_job_leaves_no_files(queue: Any, luthier_home: Path) -> None:
     assert not temporary(luthier_home)
 
 
+@pytest.mark.slow
 @sqlite
 def test_paused_job_resumes_to_identical_weights(queue: Any) -> None:
     whole = queue.submit("whole", steps=30)

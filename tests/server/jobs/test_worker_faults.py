@@ -159,6 +159,7 @@ def test_shortage_of_memory_during_training(
     assert state == "Completed" or worker.NO_MEMORY in job.failure
 
 
+@pytest.mark.slow
 @sqlite
 def test_late_worker_leaves_no_files(queue: Any, luthier_home: Path) -> None:
     job_id = queue.submit(steps=2)

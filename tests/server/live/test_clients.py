@@ -77,6 +77,7 @@ def test_logging_configuration_of_boto3(server: Served) -> None:
     assert "loggingConfig" not in bedrock.get_model_invocation_logging_configuration()
 
 
+@pytest.mark.slow
 def test_killed_server_loses_at_most_the_last_second(server: Served) -> None:
     server.command("live", "capture", "on", "--share", "1", "--account", ONE)
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"])

@@ -84,6 +84,7 @@ def health(running: Running) -> Any:
     return running.http.get("/api/v1/models/mine/health?drift=true", headers=key).json()
 
 
+@pytest.mark.slow
 def test_drift_is_an_alert(
     running: Running, luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_labels_against_first_period(running: Running, monkeypatch: pytest.Monke
     assert {each["measure"] for each in found["changes"]} == {"label.ham", "label.spam"}
 
 
+@pytest.mark.slow
 def test_labels_against_training_rows(
     running: Running, monkeypatch: pytest.MonkeyPatch, luthier_home: Path
 ) -> None:

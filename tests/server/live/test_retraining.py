@@ -131,6 +131,7 @@ def test_draft_trains_after_start_and_is_compared(server: Served, tmp_path: Path
     assert len(load_rows(str(file))) == len(mixed)
 
 
+@pytest.mark.slow
 def test_server_drafts_after_ratings_or_an_alert(
     server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def test_loaded_models_are_limited_to_account(service: Service, call: Callable[.
     assert (status, refused["code"], refused["parameter"]) == (400, "Validation", "model")
 
 
+@pytest.mark.slow
 def test_active_deployment_loads_model_if_memory_allows(
     service: Service, url: str, home: Path
 ) -> None:
@@ -205,6 +206,7 @@ def stored_id_of(service: Service) -> str:
     return stored_id
 
 
+@pytest.mark.slow
 def test_speculative_token_counts_are_reported_per_model(
     service: Service, url: str, home: Path, call: Callable[..., Any]
 ) -> None:

@@ -48,6 +48,7 @@ def text_of(client: openai.OpenAI, *urls: str, model: str = "tiny-vision") -> st
     return str(made.choices[0].message.content)
 
 
+@pytest.mark.slow
 def test_images_of_a_conversation_change_the_reply(vision_base: str, client: openai.OpenAI) -> None:
     red, blue = (text_of(client, url_of(colour)) for colour in ("red", "blue"))
     assert red != blue

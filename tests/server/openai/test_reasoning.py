@@ -68,6 +68,7 @@ def test_disabled_reasoning_is_absent_from_reply(client: openai.OpenAI) -> None:
     assert made.usage.completion_tokens_details.reasoning_tokens == 0
 
 
+@pytest.mark.slow
 def test_tool_call_follows_reasoning(client: openai.OpenAI) -> None:
     asked = {"role": "user", "content": CALLS}
     message = chat(client, asked, tools=[TOOL]).choices[0].message
@@ -80,6 +81,7 @@ def test_tool_call_follows_reasoning(client: openai.OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
+@pytest.mark.slow
 def test_reply_after_reasoning_matches_json_schema(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"]}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}

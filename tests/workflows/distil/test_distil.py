@@ -57,6 +57,7 @@ def test_distil_trains_on_replies_of_rows(
     assert not (luthier_home() / "distillations").exists()
 
 
+@pytest.mark.slow
 def test_bare_prompts_are_answered_by_the_teacher_first(
     teacher: str, tiny_model_folder: Path, tmp_path: Path
 ) -> None:

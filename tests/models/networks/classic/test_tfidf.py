@@ -44,6 +44,7 @@ def rows(count: int, seed: int = 0) -> Iterator[dict[str, str]]:
         }
 
 
+@pytest.mark.slow
 def test_tuned_base_equals_baseline_of_run(tmp_path: Path, luthier_home: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(200)))
