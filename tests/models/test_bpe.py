@@ -29,7 +29,7 @@ def test_vocabulary_has_requested_size_and_end_token() -> None:
 
 
 def test_encoder_tokenizer_puts_texts_between_special_tokens() -> None:
-    tokenizer = train_bpe(TEXTS, 300, is_encoder=True)
+    tokenizer = train_bpe(TEXTS, 300, "masked_lm")
     assert tokenizer.decode(tokenizer("lower").input_ids) == "<s>lower</s>"
     assert tokenizer.decode(tokenizer("low", "wide").input_ids) == "<s>low</s>wide</s>"
     assert tokenizer.mask_token_id is not None and tokenizer.pad_token_id is not None

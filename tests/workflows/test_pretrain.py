@@ -184,6 +184,41 @@ def test_pretrained_encoder_fills_masks_and_is_tuned(text: Path, tmp_path: Path)
     assert tuned.model_id == "reads:when"
 
 
+def test_pretrained_encoder_decoder_fills_gaps_and_is_tuned(text: Path, tmp_path: Path) -> None:
+    result = made({
+        "name": "fills",
+        "data": {"train": [str(text)], "validation_share": 0.1},
+        "network": {"family": "t5", "size": "tiny", "context": 32},
+        "training": {**TRAINING, "max_steps": 30},
+    })  # fmt: skip
+    lines = (Path(result.run_dir) / "metrics.jsonl").read_text().split("\n")[:-1]
+    held = [each["loss"] for each in map(json.loads, lines) if each["event"] == "validation"]
+    assert result.validation_loss < 0.75 * held[0]
+    assert find("fills").objective.method == "span_corruption"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(
+        json.dumps({"prompt": each, "completion": str("today" in each)}) + "\n"
+        for each in SENTENCES
+    ))  # fmt: skip
+    tuned = luthier.tune(rows, base="fills", name="when", training__max_steps=1)
+    assert tuned.model_id == "fills:when"
+
+
+def test_pretrained_lstm_generates(text: Path) -> None:
+    result = made({
+        "name": "recurs",
+        "data": {"train": [str(text)], "validation_share": 0.1},
+        "network": {"family": "lstm", "size": "tiny", "context": 32},
+        "training": {**TRAINING, "max_steps": 30},
+    })  # fmt: skip
+    lines = (Path(result.run_dir) / "metrics.jsonl").read_text().split("\n")[:-1]
+    held = [each["loss"] for each in map(json.loads, lines) if each["event"] == "validation"]
+    assert result.validation_loss < 0.75 * held[0]
+    prompts = ["The fox sees", "A dog"]
+    alone = [luthier.load("recurs").generate([each], max_tokens=6)[0] for each in prompts]
+    assert all(alone) and luthier.load("recurs").generate(prompts, max_tokens=6) == alone
+
+
 @pytest.mark.slow
 def test_continued_pretraining_keeps_tokenizer_of_base(
     fields: Callable[..., dict[str, Any]], text: Path, tmp_path: Path

@@ -26,7 +26,7 @@ PRETRAINING: Mapping[str, RecipeField] = {
     "size": RecipeField("network.size", "Size: tiny, 3m, 10m, 30m or 135m weights."),
     "base": RecipeField("network.base", "Base model for continued pre-training."),
     "adaptation": TUNING["adaptation"],
-    "family": RecipeField("network.family", "Network: llama, gpt2, bert, palm or transfo_xl."),
+    "family": RecipeField("network.family", "llama, gpt2, bert, t5, palm, transfo_xl or lstm."),
     "config": RecipeField("network.config", "A config.json, instead of size and family.", Path),
     "vocabulary": RecipeField("tokenizer.vocabulary", "Number of tokens of the tokenizer.", int),
     "context": RecipeField("network.context", "Context length in tokens.", int),

@@ -10,7 +10,7 @@ mapped, because mapped pages count as memory of the process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, overload
@@ -81,12 +81,12 @@ class TokenFile(Sequence[Example]):
     length: int
 
     @classmethod
-    def open(cls, path: Path, facts: dict[str, Any], length: int, *special: int) -> Self:
+    def open(cls, path: Path, facts: dict[str, Any], length: int, *others: Any) -> Self:
         """Open a file described by :meth:`TokenWriter.close`; the file size is checked."""
         size = facts["tokens"] * np.dtype(facts["type"]).itemsize
         if not path.is_file() or path.stat().st_size != size:
             raise CorruptFile(f"{path} does not have {size:,} bytes, as recorded")
-        return cls(path, facts["type"], facts["tokens"], length, *special)
+        return cls(path, facts["type"], facts["tokens"], length, *others)
 
     def __len__(self) -> int:
         return -(-self.tokens // self.length) if self.tokens > 1 else 0
@@ -122,6 +122,16 @@ class TokenFile(Sequence[Example]):
         # A single last token has no context, so the last sequence starts one token earlier.
         lone = index == len(self) - 1 and self.tokens - start == 1 and index > 0
         return start - 1 if lone else start
+
+
+@dataclass(frozen=True)
+class PieceFile(TokenFile):
+    """Sequences as an objective makes them, for span corruption."""
+
+    piece: Callable[[IntArray, int], Example]
+
+    def _example(self, ids_T: IntArray, index: int) -> Example:
+        return self.piece(ids_T, index)
 
 
 @dataclass(frozen=True)

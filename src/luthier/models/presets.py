@@ -4,7 +4,9 @@
 Liu et al. 2024 (arXiv:2402.14905) found best below a billion weights; of GPT-2 it is the smallest of
 Radford et al. 2019, and of BERT the base network of Devlin et al. 2019. The smaller ones keep heads of
 32 or 64 numbers and inner widths of the family: 4 widths, and 8/3 for Llama, whose feed-forward part
-has a third matrix (Shazeer 2020). A Transformer-XL learns from longer rows, each of four segments.
+has a third matrix (Shazeer 2020). The layers of a T5 (Raffel et al. 2020) are those of each of its two
+stacks. An LSTM has gates of four widths in each layer. A Transformer-XL learns from longer rows, each
+of four segments.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Family = Literal["llama", "gpt2", "bert", "palm", "transfo_xl"]
+Family = Literal["llama", "gpt2", "bert", "t5", "palm", "transfo_xl", "lstm"]
 Size = Literal["tiny", "3m", "10m", "30m", "135m"]
 
 
@@ -54,6 +56,13 @@ SHAPES: dict[Family, dict[Size, NetworkShape]] = {
         "30m": NetworkShape(512, 8, 8, 2048, 512, 16384),
         "135m": NetworkShape(768, 12, 12, 3072, 512, 49152),
     },
+    "t5": {
+        "tiny": NetworkShape(128, 2, 4, 512, 128, 4096),
+        "3m": NetworkShape(192, 3, 6, 768, 256, 4096),
+        "10m": NetworkShape(320, 4, 5, 1280, 512, 8192),
+        "30m": NetworkShape(512, 4, 8, 2048, 512, 16384),
+        "135m": NetworkShape(768, 7, 12, 3072, 512, 49152),
+    },
     "palm": {
         "tiny": NetworkShape(128, 3, 4, 512, 256, 4096),
         "3m": NetworkShape(192, 4, 6, 768, 256, 4096),
@@ -67,6 +76,13 @@ SHAPES: dict[Family, dict[Size, NetworkShape]] = {
         "10m": NetworkShape(320, 6, 5, 1280, 1024, 8192),
         "30m": NetworkShape(512, 6, 8, 2048, 1024, 16384),
         "135m": NetworkShape(768, 12, 12, 3072, 2048, 49152),
+    },
+    "lstm": {
+        "tiny": NetworkShape(192, 2, 1, 768, 256, 4096),
+        "3m": NetworkShape(320, 2, 1, 1280, 256, 4096),
+        "10m": NetworkShape(512, 3, 1, 2048, 512, 8192),
+        "30m": NetworkShape(896, 3, 1, 3584, 512, 16384),
+        "135m": NetworkShape(1536, 4, 1, 6144, 1024, 49152),
     },
 }
 SEGMENTS = 4
@@ -97,6 +113,21 @@ def configuration(family: Family, shape: NetworkShape, end_id: int) -> dict[str,
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
+        }
+    if family == "t5":
+        return common | {
+            "d_model": shape.hidden,
+            "d_kv": shape.hidden // shape.heads,
+            "d_ff": shape.inner,
+            "num_layers": shape.layers,
+            "num_heads": shape.heads,
+            "dropout_rate": 0.0,
+        }
+    if family == "lstm":
+        return common | {
+            "hidden_size": shape.hidden,
+            "num_hidden_layers": shape.layers,
+            "max_position_embeddings": shape.context,
         }
     common |= {
         "hidden_size": shape.hidden,

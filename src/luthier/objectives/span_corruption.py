@@ -19,6 +19,7 @@ from pydantic import Field
 from luthier.data.disk_sequence import spool
 from luthier.data.tokens import cut_stream
 from luthier.errors import RecipeError, RowRefused
+from luthier.models.bpe import SENTINEL
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Changes, Objective, RunModels
 from luthier.types import Example, IntArray, Loss, Row
@@ -26,8 +27,6 @@ from luthier.types import Example, IntArray, Loss, Row
 if TYPE_CHECKING:
     from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
-
-SENTINEL = "<extra_id_{}>"
 
 
 class SpanCorruption(Objective):
@@ -91,6 +90,13 @@ class SpanCorruption(Objective):
         """Join the documents and cut the stream into pieces; ``row`` becomes the number of the
         piece."""
         size = min(self.sequence_length, context - 2)
+        self.check_sentinels(size)
+        pieces = enumerate(cut_stream((example.ids_T for example in examples), size))
+        # A last piece of one token, an end-of-text token, has nothing to remove.
+        return spool(self.piece(ids_T, row) for row, ids_T in pieces if not row or len(ids_T) > 1)
+
+    def check_sentinels(self, size: int) -> None:
+        """Reject pieces of ``size`` tokens with more spans than sentinels."""
         most = len(self.sentinels or ())
         # One more sentinel than spans, because the target ends with a sentinel.
         if (needed := self._spans(size)[1] + 1) > most:
@@ -99,11 +105,8 @@ class SpanCorruption(Objective):
                 "Use a smaller `objective.sequence_length` or longer spans.",
                 rule="objective.sentinels",
             )
-        pieces = enumerate(cut_stream((example.ids_T for example in examples), size))
-        # A last piece of one token, an end-of-text token, has nothing to remove.
-        return spool(self._piece(ids_T, row) for row, ids_T in pieces if not row or len(ids_T) > 1)
 
-    def _piece(self, ids_T: IntArray, row: int) -> Example:
+    def piece(self, ids_T: IntArray, row: int) -> Example:
         """Return a piece with the weight of its future target."""
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         # Removed tokens, a sentinel per span, the final sentinel and the end token: the weight

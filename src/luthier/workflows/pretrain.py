@@ -30,7 +30,7 @@ from luthier.data.conversations.chat import ChatFormat
 from luthier.data.files.corpus import CorpusPiece, HeldOut, Survey, pieces, sample, survey
 from luthier.data.files.read import find_container
 from luthier.data.files.sources import files_of
-from luthier.data.tokens import EncoderTokenFile, TokenFile, TokenWriter, id_type
+from luthier.data.tokens import EncoderTokenFile, PieceFile, TokenFile, TokenWriter, id_type
 from luthier.engine.dataset import Dataset
 from luthier.engine.job import TrainingJob, resolve_job
 from luthier.engine.machine import (
@@ -70,6 +70,7 @@ from luthier.models.process_group import ProcessGroup
 from luthier.objectives.base import RunModels
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.masked_lm import MaskedLM
+from luthier.objectives.span_corruption import SpanCorruption
 from luthier.recipe import DataSpec, Recipe, Training
 from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.pretrain_defaults import NetworkFacts, choose, plan, shortage
@@ -198,6 +199,10 @@ def _make_parts(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> _Parts:
                 setting="network.context",
             )
         context = min(room, recipe.network.context or CausalLM().sequence_length)
+    elif recipe.method == "span_corruption":  # relative positions have no limit of their own
+        assert recipe.network.size is not None
+        shape = SHAPES[recipe.network.family][recipe.network.size]
+        context = recipe.network.context or shape.context
     data = _dataset(recipe, run, statistics, chat, context, reporter)
     return _Parts(recipe, choices, start, chat, context, data)
 
@@ -265,21 +270,23 @@ def _dataset(
 ) -> Dataset:
     folder, facts = run.folder / TOKENS, _tokens(recipe, run, statistics, chat, reporter)
     objective = recipe.objective(chat, context)
+    size, others = context, tuple[Any, ...]()
+    kind: type[TokenFile] = TokenFile
+    if isinstance(objective, MaskedLM):
+        size, kind = context - 2, EncoderTokenFile
+        others = chat.tokenizer.cls_token_id, chat.text_encoder.end_id
+    elif isinstance(objective, SpanCorruption):
+        size, kind, others = context - 2, PieceFile, (objective.piece,)
+        objective.check_sentinels(size)
     train, validation = (
-        EncoderTokenFile.open(
-            path,
-            facts[path.stem],
-            context - 2,
-            chat.tokenizer.cls_token_id,
-            chat.text_encoder.end_id,
-        )
-        if recipe.is_encoder
-        else TokenFile.open(path, facts[path.stem], context)
-        for path in (folder / "train.bin", folder / "validation.bin")
+        kind.open(folder / f"{name}.bin", facts[name], size, *others)
+        for name in ("train", "validation")
     )
     learned = train.tokens - len(train)
     if isinstance(objective, MaskedLM):
         learned = round(objective.mask_share * train.tokens)
+    elif isinstance(objective, SpanCorruption) and train:
+        learned = len(train) * round(train[0].weight)
     if not train:
         raise RecipeError(
             f"The training text has only {train.tokens} tokens. Give more text, or reduce "
@@ -319,7 +326,8 @@ def _start(
     if recipe.network.base is not None:
         return store.find(recipe.network.base, reporter.stage)
     folder = run.folder / START
-    kind: Literal["causal_lm", "masked_lm"] = "masked_lm" if recipe.is_encoder else "causal_lm"
+    is_encoder = recipe.method == "masked_lm"
+    kind: Literal["causal_lm", "masked_lm"] = "masked_lm" if is_encoder else "causal_lm"
     if not folder.is_dir():
         fields, vocabulary = _network(recipe)
         reporter.stage(f"Training a tokenizer of {vocabulary:,} tokens")
@@ -329,7 +337,7 @@ def _start(
             reporter.note(
                 f"the tokenizer learns from {size:,} of {statistics.characters:,} characters"
             )
-        tokenizer = bpe.train_bpe(texts, vocabulary, recipe.is_encoder)
+        tokenizer = bpe.train_bpe(texts, vocabulary, recipe.method)
         if len(tokenizer) < vocabulary:
             reporter.note(
                 f"the text has only {len(tokenizer):,} different tokens, the size of the vocabulary"
@@ -338,8 +346,10 @@ def _start(
         start = tokenizer.bos_token_id
         fields |= {"vocab_size": len(tokenizer), "bos_token_id": start, "eos_token_id": end}
         fields.pop("pad_token_id", None)
-        if recipe.is_encoder:
+        if recipe.method != "causal_lm":
             fields["pad_token_id"] = tokenizer.pad_token_id
+        if recipe.method == "span_corruption":
+            fields["decoder_start_token_id"] = tokenizer.pad_token_id
         with new_folder(folder) as fresh:
             build(fields, recipe.training.seed, fresh, kind)
             tokenizer.save_pretrained(fresh)

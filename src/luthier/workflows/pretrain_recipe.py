@@ -16,8 +16,7 @@ from luthier.errors import RecipeError
 from luthier.models.bpe import SMALLEST
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import Family, Size
-from luthier.objectives.causal_lm import CausalLM
-from luthier.objectives.masked_lm import MaskedLM
+from luthier.objectives import OBJECTIVES, Objective
 from luthier.recipe import ModelName, Training, adaptation_of, parse
 from luthier.validation import StrictModel
 
@@ -43,8 +42,9 @@ class NewNetwork(StrictModel):
     """A model for continued pre-training, with its tokenizer; by default a new network is built."""
     family: Family = "llama"
     """Kind of network: ``llama``, ``gpt2``, ``bert`` (Devlin et al. 2019: an encoder of masked
-    words), ``palm`` (Chowdhery et al. 2022: parallel layers, one key head) or ``transfo_xl`` (Dai
-    et al. 2019: recurrent segments)."""
+    words), ``t5`` (Raffel et al. 2020: an encoder-decoder that fills gaps), ``palm`` (Chowdhery et
+    al. 2022: parallel layers, one key head), ``transfo_xl`` (Dai et al. 2019: recurrent segments) or
+    ``lstm`` (Zaremba et al. 2014: recurrent layers, trained in full)."""
     size: Size | None = None
     """Approximate number of weights; by default chosen from the amount of text."""
     config: Path | None = None
@@ -138,12 +138,11 @@ class PretrainRecipe(StrictModel):
         return self.model_dump(mode="json", exclude_none=True)
 
     @property
-    def is_encoder(self) -> bool:
-        """True for a new network that learns masked tokens."""
-        return self.network.base is None and self.network.family == "bert"
+    def method(self) -> str:
+        """Method of the training objective."""
+        family = self.network.family if self.network.base is None else None
+        return {"bert": "masked_lm", "t5": "span_corruption"}.get(str(family), "causal_lm")
 
-    def objective(self, chat: ChatFormat, context: int) -> CausalLM | MaskedLM:
+    def objective(self, chat: ChatFormat, context: int) -> Objective:
         """Return the training objective, in sequences of ``context`` tokens."""
-        if self.is_encoder:
-            return MaskedLM(sequence_length=context).fit([], chat)
-        return CausalLM(sequence_length=context)
+        return OBJECTIVES[self.method].model_validate({"sequence_length": context}).fit([], chat)

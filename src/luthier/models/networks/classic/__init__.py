@@ -1,8 +1,8 @@
 """Networks that transformers does not have, as subclasses of transformers' classes.
 
 Textbooks and existing checkpoints need these networks: fastText and ELMo as small, fast rivals of a
-Transformer, Transformer-XL and PaLM for pre-training and comparison, and BERT with mean pooling for
-classifiers that start from a sentence encoder.
+Transformer, Transformer-XL, PaLM and LSTM for pre-training and comparison, and BERT with mean
+pooling for classifiers that start from a sentence encoder.
 
 ``CLASSES`` of each module maps transformers' automatic classes to the module's classes. Registered
 networks load like any other network, without code in the model folder.
@@ -26,6 +26,7 @@ NETS = {
     "tfidf": "luthier.models.networks.classic.tfidf",
     "item_counts": "luthier.models.networks.classic.item_counts",
     "input_statistics": "luthier.models.networks.classic.statistics",
+    "lstm": "luthier.models.networks.classic.lstm",
     "transfo_xl": "luthier.models.networks.classic.transfo_xl",
     "mean_pooling_bert": "luthier.models.networks.classic.mean_pooling_bert",
     **{name: point.value for name, point in extensions("networks").items()},
