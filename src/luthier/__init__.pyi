@@ -133,6 +133,7 @@ def compare(
     show: int = 0,
     seeds: int = 0,
     per_month: int | None = None,
+    paraphrases: str | None = None,
     html: Path | str | None = None,
     figure: Path | str | None = None,
     attach: bool = False,
