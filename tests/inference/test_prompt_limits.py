@@ -12,7 +12,7 @@ import pytest
 
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.conversations.chat_template import ChatTemplate
-from luthier.data.conversations.tokenization import TextEncoder
+from luthier.data.conversations.tokenization import TextTokenizer
 from luthier.data.conversations.tools import calls_as_text
 from luthier.inference import prompt_limits as prompts
 from luthier.inference.decoder import Decoder
@@ -140,7 +140,7 @@ def test_longest_token_bounds_bytes_per_token(chat: ChatFormat) -> None:
 class Counted:
     """Counts the tokenized characters of a text encoder."""
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    def __init__(self, encoder: TextTokenizer) -> None:
         self.encoder, self.characters = encoder, 0
         self.longest_token = encoder.longest_token
 
@@ -164,13 +164,13 @@ def test_tokenizing_cost_of_long_text_is_bounded(tokenizer: Any, unit: str) -> N
 
 def test_time_has_a_limit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = limit_of(ChatFormat.of(tokenizer, "plain"), 1 << 20, prompt_seconds=0.01)
-    honest = TextEncoder.tokens
+    honest = TextTokenizer.tokens
 
-    def slow(self: TextEncoder, text: str, *, first: bool) -> IntArray:
+    def slow(self: TextTokenizer, text: str, *, first: bool) -> IntArray:
         time.sleep(0.02)
         return honest(self, text, first=first)
 
-    monkeypatch.setattr(TextEncoder, "tokens", slow)
+    monkeypatch.setattr(TextTokenizer, "tokens", slow)
     with pytest.raises(InferenceRefused):
         limit.check_text("word " * 600_000)
 

@@ -426,7 +426,7 @@ def open_retriever(name: str, reranker: str | None = None) -> Iterator[Retriever
     """
     with heavy_imports():
         from luthier.documents.index import DocumentIndex
-        from luthier.documents.retriever import Reranker, Retriever
+        from luthier.documents.retriever import PassageReranker, Retriever
         from luthier.library.models import find
 
     with DocumentIndex.open(name) as index:
@@ -439,7 +439,7 @@ def open_retriever(name: str, reranker: str | None = None) -> Iterator[Retriever
         ranks = None
         if reranker is not None:
             ranker = check_ranks(find(reranker, is_able=lambda objective: objective.task.ranks))
-            ranks = Reranker(ranker.content_hash, load_once(ranker).rank)
+            ranks = PassageReranker(ranker.content_hash, load_once(ranker).rank)
         yield Retriever(index, load_once(stored).embed, ranks)
 
 

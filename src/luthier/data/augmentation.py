@@ -88,7 +88,7 @@ class Augmentation(StrictModel):
             return Augmentation(crop=0.7, colour=0.4)
         return Augmentation(shift=0.2, speed=0.15, noise=0.2, masks=1)
 
-    def for_inputs(self, chat: ChatFormat) -> Change:
+    def for_inputs(self, chat: ChatFormat) -> RowChange:
         """Return the change for the inputs of ``chat``."""
         return self if "text" not in self.kinds else WordChange.of(self, chat)
 
@@ -99,7 +99,7 @@ class Augmentation(StrictModel):
         return replace(example, media=replace(example.media, augmentation=self, seed=seed))
 
 
-class Change(Protocol):
+class RowChange(Protocol):
     """A random change of rows."""
 
     def change(self, example: Example, random: np.random.Generator) -> Example:

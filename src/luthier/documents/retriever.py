@@ -68,7 +68,7 @@ FOREIGN_QUESTIONS = {
 
 
 @dataclass(frozen=True)
-class Reranker:
+class PassageReranker:
     """A model for scores of passages."""
 
     fingerprint: str
@@ -83,7 +83,7 @@ class Retriever:
 
     index: DocumentIndex
     embed: Embedder
-    reranker: Reranker | None = None
+    reranker: PassageReranker | None = None
 
     def search(self, question: str, count: int) -> tuple[list[FoundPassage], bool]:
         """Return the ``count`` best passages, and whether they may answer the question."""
@@ -106,7 +106,7 @@ class Retriever:
         limit = calibrate(self.index, best, reranker.fingerprint)
         return scored[:count], (scored[0].relevance or 0.0) >= limit
 
-    def _rerank(self, reranker: Reranker, question: str) -> list[FoundPassage]:
+    def _rerank(self, reranker: PassageReranker, question: str) -> list[FoundPassage]:
         """Return the best passages, the most relevant first."""
         found = self.index.search(question, self.embed([question])[0], CANDIDATES)
         scores = reranker.rank(question, [each.passage.content for each in found])

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from luthier.data.augmentation import Change
+from luthier.data.augmentation import RowChange
 from luthier.data.loader import MixedSet, RowOrder
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.embedding_rows import embedding_tables, sparse_gradients
@@ -93,7 +93,7 @@ class Loop:
     reporter: Reporter
     mixed: tuple[MixedSet, ...] = ()
     """Sizes of the mixed-in sets, stored after the main set in ``examples``."""
-    augmentation: Change | None = None
+    augmentation: RowChange | None = None
     samples: MetricsFile | None = None
     """File for text generated in training."""
     on_measured: Callable[[int], None] | None = None

@@ -281,7 +281,7 @@ class BM25Index:
         return [int(number) for number in found[0]]
 
 
-class Retriever:
+class TextSearch:
     """Text search by words and, with ``embed``, by meaning.
 
     Reciprocal rank fusion combines both orders (Cormack, Clarke and Buettcher 2009).

@@ -175,7 +175,7 @@ class MergeLabels(Edit):
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Replacement:
     """Location and pseudonym of a replaced item, without the item."""
 
     field: str
@@ -200,13 +200,13 @@ class Redactor:
         self._numbers: dict[tuple[PiiKind, str], int] = {}
         self._seen: Counter[PiiKind] = Counter()
 
-    def redact(self, row: Row) -> tuple[Row, tuple[Change, ...]]:
+    def redact(self, row: Row) -> tuple[Row, tuple[Replacement, ...]]:
         """Return ``row`` with every item replaced, and the changes.
 
         Labels and tags stay. Tokens covered by one item become one token with the first token's
         tag.
         """
-        changes: list[Change] = []
+        changes: list[Replacement] = []
         edited: Row
         if isinstance(row, TaggedWords):
             edited = self._words(row, changes)
@@ -218,11 +218,11 @@ class Redactor:
         """Replace every item of a text outside a row."""
         return self._text(text, "text", [])
 
-    def _text(self, text: str, name: str, changes: list[Change]) -> str:
+    def _text(self, text: str, name: str, changes: list[Replacement]) -> str:
         found = self.finder.find(text)
         return replace_items(text, found, lambda span: self._pseudonymize(span, name, changes))
 
-    def _words(self, row: TaggedWords, changes: list[Change]) -> TaggedWords:
+    def _words(self, row: TaggedWords, changes: list[Replacement]) -> TaggedWords:
         found = self.finder.find(" ".join(row.tokens))
         tokens: list[str] = []
         tags: list[str] = []
@@ -247,10 +247,10 @@ class Redactor:
                 tokens[-1] += kept
         return replace(row, tokens=tuple(tokens), tags=None if row.tags is None else tuple(tags))
 
-    def _pseudonymize(self, span: PiiSpan, name: str, changes: list[Change]) -> str:
+    def _pseudonymize(self, span: PiiSpan, name: str, changes: list[Replacement]) -> str:
         pseudonym = self.pseudonym(span)
         self.counts[span.kind] += 1
-        changes.append(Change(name, span.start, span.end, span.kind, span.detail, pseudonym))
+        changes.append(Replacement(name, span.start, span.end, span.kind, span.detail, pseudonym))
         return pseudonym
 
     def pseudonym(self, span: PiiSpan) -> str:

@@ -17,7 +17,7 @@ from luthier.errors import RecipeError
 from luthier.inference.inference import Chat, InferenceRefused, TooLong
 
 if TYPE_CHECKING:
-    from luthier.data.conversations.tokenization import TextEncoder
+    from luthier.data.conversations.tokenization import TextTokenizer
     from luthier.limits import ModelLimits
 
 SLACK, CUT = 2, 128
@@ -43,7 +43,7 @@ class PromptLimit:
 
     def __init__(
         self,
-        encoder: TextEncoder,
+        encoder: TextTokenizer,
         context: int,
         limits: ModelLimits,
         parameter: str = "messages",

@@ -44,7 +44,7 @@ from luthier.server.live.health import unknown_model
 from luthier.server.live.rows import (
     GOOD,
     KINDS,
-    Answer,
+    CapturedAnswer,
     Row,
     RowKind,
     captured_answers,
@@ -394,7 +394,7 @@ def _collect(
         return _Rows(kept, [new[n] for n in learned], fresh, frozen, new_labels, rare)
 
 
-def _is_good(answer: Answer) -> bool:
+def _is_good(answer: CapturedAnswer) -> bool:
     """Return True for an answer that people corrected or rated as good."""
     better = answer.latest("corrected", "preferred")
     return better is not None or (answer.rating or 0) >= GOOD

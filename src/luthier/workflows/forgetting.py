@@ -59,7 +59,7 @@ OWN_PROBES = "general knowledge"
 
 
 @dataclass(frozen=True, eq=False)
-class Drift:
+class OutputDrift:
     """Divergence of a model from its base, on answers of the base."""
 
     samples: int
@@ -80,7 +80,7 @@ class Drift:
 class Forgetting(MetricChanges):
     """Comparison of a tuned model that generates text with its base."""
 
-    drift: Drift = field(kw_only=True)
+    drift: OutputDrift = field(kw_only=True)
 
     def verdict(self) -> str:
         """Return a summary in a few sentences."""
@@ -266,7 +266,7 @@ def _states(network: Network, rows: Sequence[Example]) -> _States:
     return _States(hidden_MH, target_M, row_M[order_M], head_VH, bias_V, network.logit_cap)
 
 
-def _drift(base: _States, tuned: _States, samples: int) -> Drift:
+def _drift(base: _States, tuned: _States, samples: int) -> OutputDrift:
     import torch
 
     from luthier.objectives.logprobs import scores
@@ -301,7 +301,7 @@ def _drift(base: _States, tuned: _States, samples: int) -> Drift:
         )
 
     kl = RowScores.of(kl_R, tokens_R, is_share=False)
-    return Drift(samples, size, kl, perplexity(base_R), perplexity(tuned_R))
+    return OutputDrift(samples, size, kl, perplexity(base_R), perplexity(tuned_R))
 
 
 def forgetting_page(forgetting: MetricChanges) -> str:

@@ -24,7 +24,7 @@ from luthier.documents.answers import PASSAGES
 from luthier.documents.passages import cut
 from luthier.documents.readers import DocumentPage
 from luthier.errors import RecipeError
-from luthier.evaluation.retrieval import Retriever
+from luthier.evaluation.retrieval import TextSearch
 from luthier.graders.base import Embedder
 from luthier.types import Message, Row
 
@@ -282,7 +282,7 @@ def nearest_examples(
 
     Models attend most to the last example.
     """
-    retriever = Retriever([each.text for each in train], embed)
+    retriever = TextSearch([each.text for each in train], embed)
     places = retriever.nearest([each.text for each in questions], count)
     return [[train[place] for place in reversed(each)] for each in places]
 
@@ -295,5 +295,5 @@ def retrieve_passages(
 ) -> list[list[str]]:
     """Return the ``count`` nearest passages for each question, the nearest first."""
     passages = [each.content for text in documents for each in cut([DocumentPage(text)])]
-    places = Retriever(passages, embed).nearest([each.text for each in questions], count)
+    places = TextSearch(passages, embed).nearest([each.text for each in questions], count)
     return [[passages[place] for place in each] for each in places]

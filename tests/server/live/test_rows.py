@@ -18,7 +18,7 @@ from luthier.cli.service.live import live_app
 from luthier.data.rows import load_rows
 from luthier.errors import RefusedInput
 from luthier.server.live import settings
-from luthier.server.live.rows import Answer, answers_of, logged_answers, training_rows
+from luthier.server.live.rows import CapturedAnswer, answers_of, logged_answers, training_rows
 from luthier.server.tables.jobs import Job
 from luthier.server.tables.live.captures import Feedback
 from luthier.server.tables.objects import ObjectMetadata
@@ -295,7 +295,7 @@ def test_rejected_answer_with_reasoning_is_text() -> None:
     thought = {"reasoningContent": {"reasoningText": {"text": "Think"}}}
     reply = {"role": "assistant", "content": [thought, {"text": "Hi"}]}
     better = Feedback(name="corrected", position=0, value={"value": "Better"})
-    (row,) = training_rows([Answer("r", HELLO, reply, feedback=[better])], "dpo")
+    (row,) = training_rows([CapturedAnswer("r", HELLO, reply, feedback=[better])], "dpo")
     assert (row["chosen"], row["rejected"]) == ("Better", "Hi")
 
 
@@ -311,7 +311,7 @@ def log(text: str) -> bytes:
     return gzip.compress(json.dumps(record).encode() + b"\n")
 
 
-def logged(running: Running, key: str, content: bytes) -> list[Answer]:
+def logged(running: Running, key: str, content: bytes) -> list[CapturedAnswer]:
     objects = running.service.objects
     with objects.begin(ONE) as file:
         file.write(content)

@@ -32,7 +32,7 @@ _processes: list[subprocess.Popen[bytes]] = []
 
 
 @dataclass(frozen=True)
-class Job:
+class CommandJob:
     """A command in a separate process."""
 
     folder: Path
@@ -77,7 +77,7 @@ class Job:
             os.killpg(read_json(self.folder / "process.json"), signal.SIGINT)
 
 
-def start(command: str, arguments: Mapping[str, Any]) -> Job:
+def start(command: str, arguments: Mapping[str, Any]) -> CommandJob:
     """Start ``command`` with the arguments of its Python function."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     folder = _home() / f"{command}-{stamp}-{secrets.token_hex(2)}"
@@ -92,13 +92,13 @@ def start(command: str, arguments: Mapping[str, Any]) -> Job:
         )  # fmt: skip
     write_json(folder / "process.json", process.pid)
     _processes.append(process)
-    return Job(folder)
+    return CommandJob(folder)
 
 
-def recent() -> list[Job]:
+def recent() -> list[CommandJob]:
     """Return all jobs, newest first."""
     folders = sorted(_home().glob("*/request.json"), key=os.path.getmtime, reverse=True)
-    return [Job(each.parent) for each in folders]
+    return [CommandJob(each.parent) for each in folders]
 
 
 def _home() -> Path:

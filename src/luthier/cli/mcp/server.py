@@ -221,7 +221,7 @@ class _Tools:
         return self._existing(model) if model is not None and is_path else model
 
 
-def _job_answer(job: jobs.Job) -> CallToolResult:
+def _job_answer(job: jobs.CommandJob) -> CallToolResult:
     """Return the state of a job after a moment, with the result of an ended job."""
     job.wait(WAIT_SECONDS)
     state, values = job.state, {"job": job.id, "state": job.state}

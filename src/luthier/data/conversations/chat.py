@@ -23,7 +23,7 @@ from luthier.data.conversations.chat_template import (
 )
 from luthier.data.conversations.image_tokens import FIRST_IMAGE_ID, ImageTokens
 from luthier.data.conversations.replies import DecoderFrame, ReplyTokens
-from luthier.data.conversations.tokenization import TextEncoder
+from luthier.data.conversations.tokenization import TextTokenizer
 from luthier.data.conversations.tools import calls_as_text
 from luthier.data.files.parsing import quote
 from luthier.data.inputs import PLURAL, Media, MediaInput, Processor, is_media
@@ -109,7 +109,7 @@ class ChatFormat:
         return self.template.stop_ids
 
     @property
-    def text_encoder(self) -> TextEncoder:
+    def text_encoder(self) -> TextTokenizer:
         """Conversion of text to tokens and back."""
         return self.template.text_encoder
 

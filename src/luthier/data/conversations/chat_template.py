@@ -24,7 +24,7 @@ from luthier.data.conversations.template_kwargs import (
     parse_template,
     template_defaults,
 )
-from luthier.data.conversations.tokenization import TextEncoder
+from luthier.data.conversations.tokenization import TextTokenizer
 from luthier.data.conversations.tools import (
     calls_as_text,
     describe_tool,
@@ -141,9 +141,9 @@ class ChatTemplate:
     """Function that raises :class:`RecipeError` until the template is approved."""
 
     @cached_property
-    def text_encoder(self) -> TextEncoder:
+    def text_encoder(self) -> TextTokenizer:
         """Tokens of rendered conversations."""
-        return TextEncoder(self.tokenizer, self.stop_ids)
+        return TextTokenizer(self.tokenizer, self.stop_ids)
 
     @property
     def text(self) -> str:
@@ -307,7 +307,7 @@ class ChatTemplate:
         """Return turns as rendered by the chat template.
 
         A sentinel breaks the names of special tokens in all but the assistant's text
-        (:meth:`TextEncoder.break_marks`).
+        (:meth:`TextTokenizer.break_marks`).
 
         Args:
             turns: turns in the form of transformers.

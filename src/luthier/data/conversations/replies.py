@@ -36,7 +36,7 @@ from luthier.data.conversations.reasoning import (
     find_marks,
     split_reply,
 )
-from luthier.data.conversations.tokenization import SENTINEL, TextEncoder, special_tokens
+from luthier.data.conversations.tokenization import SENTINEL, TextTokenizer, special_tokens
 from luthier.data.conversations.tools import calls_as_text, missing_from, supports_tools
 from luthier.data.inputs import Media
 from luthier.errors import RecipeError, RowRefused
@@ -125,7 +125,7 @@ class DecoderFrame:
         """Token ids of the decoder before the first token of a reply."""
         return np.array([self.start_id, *self.opening_ids], dtype=np.int64)
 
-    def ids(self, reply: str, encoder: TextEncoder) -> IntArray:
+    def ids(self, reply: str, encoder: TextTokenizer) -> IntArray:
         """Return the token ids of ``reply``, with the special tokens around the reply.
 
         All but the first are labels of transformers: ``tokenizer(text_target=reply)``.

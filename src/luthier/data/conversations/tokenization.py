@@ -96,7 +96,7 @@ class EncodedPair:
     """First and last character (exclusive) of each token in the token's text."""
 
 
-class TextEncoder:
+class TextTokenizer:
     """Tokenizer of rendered conversations for one model."""
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int]) -> None:

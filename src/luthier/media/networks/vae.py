@@ -68,7 +68,7 @@ class Down(nn.Module):
         return F.silu(self.norm(self.conv(states)))
 
 
-class Dense(nn.Module):
+class DenseBlock(nn.Module):
     """A linear layer with its activation."""
 
     def __init__(self, inner: int, outer: int) -> None:
@@ -93,9 +93,9 @@ class VAEModel(ImagePreTrainedModel):
         sizes = list(config.hidden_sizes)
         if config.dense:
             ends = [channels * height * width, *sizes]
-            down: list[nn.Module] = [Dense(*pair) for pair in zip(ends, sizes, strict=False)]
+            down: list[nn.Module] = [DenseBlock(*pair) for pair in zip(ends, sizes, strict=False)]
             up: list[nn.Module] = [
-                Dense(*pair) for pair in zip(sizes[::-1], sizes[-2::-1], strict=False)
+                DenseBlock(*pair) for pair in zip(sizes[::-1], sizes[-2::-1], strict=False)
             ]
             self.inside: tuple[int, ...] = (sizes[-1],)
             last: nn.Module = nn.Linear(sizes[0], ends[0])

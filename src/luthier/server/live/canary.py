@@ -39,7 +39,7 @@ _RATINGS = ("thumb", "rating")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class HarmTest:
     """A measure of the canary and of the serving model."""
 
     measure: str
@@ -157,7 +157,7 @@ class Canaries:
 
 def comparisons(
     session: Session, account: str, change: DeploymentChange
-) -> tuple[int, list[Comparison]]:
+) -> tuple[int, list[HarmTest]]:
     """Return the number of counted answers of the canary, and the comparisons."""
     answers = answers_of(session, change.seq)
     first = {each.unit: each for each in reversed(answers)}
@@ -182,6 +182,6 @@ def comparisons(
         stream.append(Observation(answer.is_new, sign * value))
     share = change.share or 0
     return sum(each.is_new for each in ordered), [
-        Comparison(name, stream, share, sign, number)
+        HarmTest(name, stream, share, sign, number)
         for number, (name, (sign, stream)) in enumerate(streams.items())
     ]

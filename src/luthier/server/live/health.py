@@ -98,7 +98,7 @@ class Stability(_View):
     """Mean of the index without a change."""
 
 
-class Change(_View):
+class MeasureChange(_View):
     """A measure with a significant change."""
 
     measure: str
@@ -117,7 +117,7 @@ class Health(_View):
     """Periods until today, oldest first."""
     label_stability: Stability | None
     """For classifiers with enough predictions."""
-    changes: list[Change]
+    changes: list[MeasureChange]
     summary: str
     """The changes as a sentence."""
     drift: Drift | None = None
@@ -312,7 +312,7 @@ def _training_labels(stored_id: str) -> tuple[str, int, Mapping[str, int]] | Non
     return f"training rows of {stored_id}", rows, counts
 
 
-def _changes(periods: Sequence[_Period], is_share: Mapping[str, bool]) -> list[Change]:
+def _changes(periods: Sequence[_Period], is_share: Mapping[str, bool]) -> list[MeasureChange]:
     """Return the measures of the last period that differ significantly from the periods before.
 
     The test is Welch's, with the standard errors of
@@ -329,12 +329,12 @@ def _changes(periods: Sequence[_Period], is_share: Mapping[str, bool]) -> list[C
             new.value - old.value, [(each.error, len(each) - 1) for each in (new, old)]
         )
         after, before = (_figure(name, side, share) for side in sides)
-        found.append(Change(measure=name, last=after, before=before, p_value=p_value))
+        found.append(MeasureChange(measure=name, last=after, before=before, p_value=p_value))
     significant = significant_of([each.p_value for each in found])
     return [each for each, real in zip(found, significant, strict=True) if real]
 
 
-def _summary(periods: Sequence[_Period], changes: Sequence[Change]) -> str:
+def _summary(periods: Sequence[_Period], changes: Sequence[MeasureChange]) -> str:
     *earlier, last = periods
     before = sum(len(each.rows) for each in earlier)
     counts = f"{len(last.rows):,} requests since {last.first}, {before:,} before"

@@ -48,7 +48,7 @@ _COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
 
 
 @dataclass(frozen=True)
-class Answer:
+class CapturedAnswer:
     """An input of a captured request with the model's answer and the feedback about both."""
 
     request: str
@@ -141,7 +141,7 @@ def requests_to(account: str, model: str, since: datetime | None = None) -> Sele
 
 def captured_answers(
     objects: Objects, account: str, model: str, since: datetime | None = None
-) -> Iterator[Answer]:
+) -> Iterator[CapturedAnswer]:
     """Yield the answers of successful requests of :func:`requests_to`, with feedback."""
     with objects.database.read() as session:
         query = requests_to(account, model, since).where(CapturedRequest.error == "")
@@ -157,7 +157,7 @@ def captured_answers(
 
 def read_answers(
     objects: Objects, row: CapturedRequest, feedback: Sequence[Feedback] = ()
-) -> list[Answer]:
+) -> list[CapturedAnswer]:
     """Return the answers of a captured request.
 
     Raises:
@@ -175,7 +175,7 @@ def read_answers(
 
 def _known_answers(
     objects: Objects, account: str, record: Row, address: str, feedback: Sequence[Feedback] = ()
-) -> list[Answer]:
+) -> list[CapturedAnswer]:
     try:
         return [*answers_of(_with_bodies(objects, account, record), feedback)]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -184,7 +184,7 @@ def _known_answers(
 
 def logged_answers(
     objects: Objects, account: str, bucket: str, prefix: str, keeps: Callable[[Row], bool]
-) -> Iterator[Answer]:
+) -> Iterator[CapturedAnswer]:
     """Yield the answers in invocation logs below ``prefix``, of this server or copied from AWS.
 
     Raises:
@@ -261,7 +261,7 @@ def _with_bodies(objects: Objects, account: str, record: Row) -> Row:
     return record
 
 
-def answers_of(record: Row, feedback: Sequence[Feedback] = ()) -> Iterator[Answer]:
+def answers_of(record: Row, feedback: Sequence[Feedback] = ()) -> Iterator[CapturedAnswer]:
     """Yield the answers of a record; records without text have none."""
     sent = record["input"].get("inputBodyJson")
     returned = record.get("output", {}).get("outputBodyJson")
@@ -278,7 +278,9 @@ def answers_of(record: Row, feedback: Sequence[Feedback] = ()) -> Iterator[Answe
             zip(sent["inputs"], returned["answers"], strict=True)
         ):
             if each.get("text"):
-                yield Answer(record["requestId"], each["text"], reply, [], feedback, position)
+                yield CapturedAnswer(
+                    record["requestId"], each["text"], reply, [], feedback, position
+                )
         return
     if "choices" in returned:
         prompt = sent.get("messages") or sent.get("prompt") or ""
@@ -325,7 +327,7 @@ def answers_of(record: Row, feedback: Sequence[Feedback] = ()) -> Iterator[Answe
         return
     for position, (reply, reason) in enumerate(zip(replies, reasons, strict=False)):
         if reason not in _TRUNCATED:
-            yield Answer(record["requestId"], prompt, reply, tools, feedback, position)
+            yield CapturedAnswer(record["requestId"], prompt, reply, tools, feedback, position)
 
 
 def _is_text(item: Mapping[str, Any]) -> bool:
@@ -344,7 +346,7 @@ def _lacks_media(value: Any) -> bool:
 
 
 def input_text(row: Row) -> str:
-    """Return the text of a training row that :attr:`Answer.text` is for a request."""
+    """Return the text of a training row that :attr:`CapturedAnswer.text` is for a request."""
     turns = row.get("text") or row.get("messages") or row.get("prompt") or ""
     if isinstance(turns, list):
         turns = next((each["content"] for each in reversed(turns) if each["role"] == "user"), "")
@@ -403,8 +405,8 @@ def _turns(items: Iterable[Mapping[str, Any]]) -> list[Message]:
 
 
 def filtered(
-    answers: Iterable[Answer], rating: Condition | None, outcomes: Mapping[str, Condition]
-) -> Iterator[Answer]:
+    answers: Iterable[CapturedAnswer], rating: Condition | None, outcomes: Mapping[str, Condition]
+) -> Iterator[CapturedAnswer]:
     """Yield the answers whose rating and outcomes satisfy the conditions."""
     for answer in answers:
         rated = rating is None or rating.holds(answer.rating)
@@ -412,7 +414,9 @@ def filtered(
             yield answer
 
 
-def training_rows(answers: Iterable[Answer], kind: RowKind, rated: bool = False) -> list[Row]:
+def training_rows(
+    answers: Iterable[CapturedAnswer], kind: RowKind, rated: bool = False
+) -> list[Row]:
     """Return the rows for a kind of training, without duplicates.
 
     ``requests`` of a row are the ids of the requests that the row comes from. With ``rated``, a
@@ -429,7 +433,7 @@ def training_rows(answers: Iterable[Answer], kind: RowKind, rated: bool = False)
     return [*rows.values()]
 
 
-def _rows_of(answer: Answer, kind: RowKind, rated: bool) -> Iterator[Row]:
+def _rows_of(answer: CapturedAnswer, kind: RowKind, rated: bool) -> Iterator[Row]:
     better = answer.latest("corrected", "preferred")
     text = text_of(answer.reply)
     if kind in ("classification", "regression"):
@@ -458,19 +462,19 @@ def _rows_of(answer: Answer, kind: RowKind, rated: bool) -> Iterator[Row]:
         yield {**_with_reply(answer, answer.reply), "label": mean >= GOOD}
 
 
-def _with_reply(answer: Answer, reply: Message) -> Row:
+def _with_reply(answer: CapturedAnswer, reply: Message) -> Row:
     if isinstance(answer.prompt, str):
         return {"prompt": answer.prompt, "completion": reply["content"]}
     return {"messages": [*answer.prompt, reply], **_tools(answer)}
 
 
-def _tools(answer: Answer) -> Row:
+def _tools(answer: CapturedAnswer) -> Row:
     return {"tools": answer.tools} if answer.tools else {}
 
 
-def _rated_pairs(answers: Iterable[Answer]) -> Iterator[tuple[Row, list[str]]]:
+def _rated_pairs(answers: Iterable[CapturedAnswer]) -> Iterator[tuple[Row, list[str]]]:
     """Yield the best and the worst rated answer to each prompt."""
-    groups: dict[str, list[tuple[float, Answer]]] = {}
+    groups: dict[str, list[tuple[float, CapturedAnswer]]] = {}
     for each in answers:
         if (rating := each.rating) is not None and text_of(each.reply):
             groups.setdefault(json.dumps(each.prompt), []).append((rating, each))
@@ -481,5 +485,5 @@ def _rated_pairs(answers: Iterable[Answer]) -> Iterator[tuple[Row, list[str]]]:
             yield {"prompt": good.prompt, **sides, **_tools(good)}, [good.request, bad.request]
 
 
-def _first(pair: tuple[float, Answer]) -> float:
+def _first(pair: tuple[float, CapturedAnswer]) -> float:
     return pair[0]

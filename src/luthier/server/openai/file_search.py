@@ -41,7 +41,7 @@ _COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
 Scalar = str | float | int | bool
 
 
-class Comparison(StrictBody):
+class ComparisonFilter(StrictBody):
     """A condition on an attribute of a file."""
 
     type: Literal["eq", "ne", "gt", "gte", "lt", "lte", "in", "nin"]
@@ -65,7 +65,7 @@ class Comparison(StrictBody):
             return False
 
 
-class Compound(StrictBody):
+class CompoundFilter(StrictBody):
     """Several conditions."""
 
     type: Literal["and", "or"]
@@ -82,7 +82,7 @@ class Compound(StrictBody):
         return all(met) if self.type == "and" else any(met)
 
 
-Filter = Annotated[Comparison | Compound, Field(discriminator="type")]
+Filter = Annotated[ComparisonFilter | CompoundFilter, Field(discriminator="type")]
 
 
 class HybridWeights(StrictBody):

@@ -131,7 +131,7 @@ class ReinforcementMethod(StrictBody):
     hyperparameters: ReinforcementHyperparameters = ReinforcementHyperparameters()
 
 
-class Method(StrictBody):
+class TrainingMethod(StrictBody):
     """Training method and settings."""
 
     type: Literal["supervised", "dpo", "reinforcement"]
@@ -153,7 +153,7 @@ class CreateJob(StrictBody):
     suffix: Annotated[str, Field(max_length=64)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     metadata: Metadata = None
-    method: Method | None = None
+    method: TrainingMethod | None = None
     hyperparameters: Hyperparameters | None = None
     """Hyperparameters of a supervised job, in the form that OpenAI used before ``method``."""
 

@@ -17,7 +17,7 @@ from luthier.formatting import format_duration
 from luthier.models.manifest import created_now
 from luthier.pages import Displayed
 from luthier.recipe import Recipe
-from luthier.workflows.estimate.trial import Measurement, measure
+from luthier.workflows.estimate.trial import MeasuredTrial, measure
 
 if TYPE_CHECKING:
     from luthier.workflows.estimate.budget import BreakEven, BudgetPlan, Cost
@@ -197,7 +197,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
     return result
 
 
-def estimate_from(measured: Measurement) -> Estimate:
+def estimate_from(measured: MeasuredTrial) -> Estimate:
     """Return the estimate of the whole run from the measurement of a trial."""
     job, work, trial = measured.job, measured.work, measured.trial
     training = job.recipe.training
@@ -233,7 +233,7 @@ def estimate_from(measured: Measurement) -> Estimate:
     )
 
 
-def _parts(measured: Measurement) -> dict[str, PredictionInterval]:
+def _parts(measured: MeasuredTrial) -> dict[str, PredictionInterval]:
     once, trial = measured.seconds, measured.trial
     parts = {
         name: PredictionInterval.around(once[name], SINGLE_ERROR, SINGLE_ERROR) for name in PARTS
@@ -265,7 +265,7 @@ def _with_refit(once: PredictionInterval, share: float) -> PredictionInterval:
     return PredictionInterval(once.value * (1 + share), once.low, once.high * (1 + share))
 
 
-def _steps(measured: Measurement) -> PredictionInterval:
+def _steps(measured: MeasuredTrial) -> PredictionInterval:
     """Return the seconds of warm steps by tokens, plus the first run of each micro-batch size."""
     trial = measured.trial
     warm = [each for each in trial.tries if not each.first] or trial.tries[1:] or trial.tries
@@ -275,7 +275,7 @@ def _steps(measured: Measurement) -> PredictionInterval:
     return total + PredictionInterval.around(_new_sizes(measured), 0.5, 0.5)
 
 
-def _new_sizes(measured: Measurement) -> float:
+def _new_sizes(measured: MeasuredTrial) -> float:
     """Return the seconds for creating matrix kernels of new sizes."""
     trial = measured.trial
     first = {each.batch: each.seconds for each in trial.tries if each.first}
@@ -293,7 +293,7 @@ def measurements(steps: int, every: int | None) -> int:
     return 1 + steps // every + (steps % every > 0)
 
 
-def _validation(measured: Measurement) -> float:
+def _validation(measured: MeasuredTrial) -> float:
     trial, job = measured.trial, measured.job
     if not trial.held_tokens:
         return 0.0
@@ -301,7 +301,7 @@ def _validation(measured: Measurement) -> float:
     return one * measurements(measured.work.steps, job.recipe.training.evaluate_every)
 
 
-def _baselines(measured: Measurement) -> PredictionInterval:
+def _baselines(measured: MeasuredTrial) -> PredictionInterval:
     """Seconds to read the rows once, for the states of the base model, and as long again to fit."""
     trial, job = measured.trial, measured.job
     limit = job.recipe.training.baseline_seconds
@@ -324,14 +324,14 @@ def _checkpoints(seconds: float, steps: int, cost: float) -> int:
     return 1 + (steps - first) // apart if steps >= first else 0
 
 
-def _memory(measured: Measurement) -> PredictionInterval:
+def _memory(measured: MeasuredTrial) -> PredictionInterval:
     trial = measured.trial
     remaining = measured.work.row_tokens / max(1, trial.row_tokens) - 1
     value = trial.peak_memory + trial.kept_memory * max(0.0, remaining)
     return PredictionInterval.around(value, MEMORY_SLACK / 2, MEMORY_SLACK)
 
 
-def _disk(measured: Measurement, parts: Mapping[str, PredictionInterval]) -> PredictionInterval:
+def _disk(measured: MeasuredTrial, parts: Mapping[str, PredictionInterval]) -> PredictionInterval:
     trial = measured.trial
     scale = measured.work.row_tokens / max(1, trial.row_tokens)
     model = trial.model_bytes + trial.kept_disk * scale + trial.run_bytes

@@ -195,7 +195,7 @@ class TrialRun:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class MeasuredTrial:
     """A job, its workload, and the measurements of a trial."""
 
     job: TrainingJob
@@ -242,7 +242,7 @@ def trial_training(
         yield job, trainer.network, loop
 
 
-def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
+def measure(recipe: Recipe, reporter: Reporter) -> MeasuredTrial:
     """Try the job of ``recipe``.
 
     Raises:
@@ -274,7 +274,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     spread = [
         [prepared.data.train[row] for row in order.batch(step)] for step in spread_steps(prepared)
     ]
-    return Measurement(
+    return MeasuredTrial(
         job=job,
         key=request_key(recipe.plain(), job.data.hashes, machine),
         machine=machine_name(machine.device),
