@@ -32,7 +32,7 @@ BUNDLED = ("luthier.media",)
 """Packages of luthier with ``ENTRY_POINTS``, registered like plugins. The core works without them."""
 
 
-def bundled(group: str) -> dict[str, EntryPoint]:
+def bundled_extensions(group: str) -> dict[str, EntryPoint]:
     """Return the entry points of the packages in :data:`BUNDLED` for ``group``, by name."""
     group = f"luthier.{group}"
     return {
@@ -46,7 +46,7 @@ def bundled(group: str) -> dict[str, EntryPoint]:
 @cache
 def extensions(group: str) -> dict[str, EntryPoint]:
     """Return the entry points for ``group`` of bundled, then of other packages, by name."""
-    return {**_points(f"luthier.{group}"), **bundled(group)}
+    return {**_points(f"luthier.{group}"), **bundled_extensions(group)}
 
 
 def load_extension(point: EntryPoint) -> Any:
@@ -86,7 +86,7 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
 
     @cached_property
     def _bundled(self) -> dict[str, EntryPoint]:
-        return bundled(self.group.removeprefix("luthier."))
+        return bundled_extensions(self.group.removeprefix("luthier."))
 
     @cached_property
     def _points(self) -> dict[str, EntryPoint]:

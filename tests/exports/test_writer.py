@@ -443,7 +443,7 @@ def test_lora_adapter_is_exported_to_gguf(tmp_path: Path, monkeypatch: pytest.Mo
     if find_spec("xllamacpp") is None:
         pytest.skip("llama.cpp is not installed")
     assert parity is not None and parity.mean_kl < 1e-4
-    monkeypatch.setattr(gguf_networks, "interleaved", lambda size, heads: torch.arange(size))
+    monkeypatch.setattr(gguf_networks, "interleaved_order", lambda size, heads: torch.arange(size))
     with pytest.raises(RecipeError) as refused:
         export_gguf(find("tiny-llama:adapter"), tmp_path / "wrong", merged=False)
     assert refused.value.rule == "export.differs"

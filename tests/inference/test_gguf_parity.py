@@ -65,7 +65,7 @@ def test_heads_in_the_wrong_order_are_seen(
 ) -> None:
     """A frequent error of converters: the file loads, and the replies are wrong."""
     model, chat, path = tiny_llama(), ChatFormat.of(tokenizer), tmp_path / "wrong.gguf"
-    monkeypatch.setattr(gguf_networks, "interleaved", lambda size, heads: torch.arange(size))
+    monkeypatch.setattr(gguf_networks, "interleaved_order", lambda size, heads: torch.arange(size))
     write_gguf(model, chat, path, "f32")
     with pytest.raises(RecipeError):
         compare_gguf(path, model, chat, "f32")

@@ -323,7 +323,7 @@ def test_gguf_with_different_output_enters_no_record(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_float32: None
 ) -> None:
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
-    monkeypatch.setattr(gguf_networks, "interleaved", lambda size, heads: torch.arange(size))
+    monkeypatch.setattr(gguf_networks, "interleaved_order", lambda size, heads: torch.arange(size))
     with pytest.raises(RecipeError):
         luthier.export(ID, tmp_path / "wrong", format="gguf")
     assert find(ID).manifest.exports is None and not (tmp_path / "wrong").exists()

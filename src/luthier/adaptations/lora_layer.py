@@ -85,7 +85,7 @@ class _LowRankLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         # Z = X A^T for all layers at once. Layer i has the columns Z_i of Z:
         # Y_i = X W_i^T + s Z_i B_i^T.
-        a_ZI, b_each = _joined(weights[: len(layers)]), weights[len(layers) :]
+        a_ZI, b_each = _join_factors(weights[: len(layers)]), weights[len(layers) :]
         z_NZ = torch.mm(x, a_ZI.t())
         y_each = []
         for layer, bias, b, z in zip(layers, biases, b_each, _parts(z_NZ, b_each), strict=True):
@@ -105,7 +105,7 @@ class _LowRankLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, z_NZ, *weights = ctx.saved_tensors
         layers: Sequence[LowRankLayer] = ctx.layers
-        a_ZI, b_each = _joined(weights[: len(layers)]), weights[len(layers) :]
+        a_ZI, b_each = _join_factors(weights[: len(layers)]), weights[len(layers) :]
         # dZ_i = s dY_i B_i, dB_i = s dY_i^T Z_i, dA = dZ^T X, dX = dZ A + sum_i dY_i W_i.
         # With one buffer for all dZ_i, dA and dZ A are one product each.
         dz_NZ = torch.empty_like(z_NZ)
@@ -125,7 +125,7 @@ class _LowRankLinears(torch.autograd.Function):
         return dx, None, None, *da_each, *db_each
 
 
-def _joined(a_each: Sequence[Tensor]) -> Tensor:
+def _join_factors(a_each: Sequence[Tensor]) -> Tensor:
     return a_each[0] if len(a_each) == 1 else torch.cat([*a_each])
 
 

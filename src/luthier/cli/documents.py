@@ -276,7 +276,7 @@ def search_documents(
     if top < 1:
         raise RecipeError(f"`top` is {top}, and must be at least 1", setting="top")
     with open_retriever(name, reranker) as retriever:
-        found, may_answer = retriever.search(_checked(question), top)
+        found, may_answer = retriever.search(_check_question(question), top)
         return FoundPassages(found, not may_answer)
 
 
@@ -330,7 +330,7 @@ def ask(
     def is_able(objective: Any) -> bool:
         return Generator.is_able(objective) or objective.task.head == "question_answering"
 
-    question = _checked(question)
+    question = _check_question(question)
     stored = check_active(find(model, is_able=is_able))
     if not is_able(stored.objective):
         raise RecipeError(
@@ -482,7 +482,7 @@ def _load(model_id: str, content_hash: str) -> Any:
     return Model(model_id).opened
 
 
-def _checked(question: str) -> str:
+def _check_question(question: str) -> str:
     if not question.strip():
         raise RecipeError("the question is empty")
     return question.strip()

@@ -118,7 +118,7 @@ _LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})(?:\s*,\s*|\s+|(?=\s*\])))*\s*\]", re.S
 """A list as printed by Python or numpy: ``['a', 'b']``, ``['a' 'b']``, ``[1, 2]``."""
 
 
-def _listed(text: str) -> object:
+def _parse_list(text: str) -> object:
     """Return the labels of a list that is written as text; other text unchanged.
 
     Raises:
@@ -149,7 +149,7 @@ def read_label(value: object) -> str | tuple[str, ...]:
     Integers become text, and an array written as text is parsed.
     """
     if isinstance(value, str):
-        value = _listed(value)
+        value = _parse_list(value)
     if not isinstance(value, list):
         return _label_name(value)
     names = tuple(_label_name(item, "an array with {} inside") for item in value)

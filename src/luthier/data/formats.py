@@ -229,7 +229,7 @@ def _options(record: Record) -> Converted:
 
 def _pair(name: str, anchor: str, positive: str) -> Form:
     """Return the form of two related texts under other keys, with optional negatives."""
-    return replace(_renamed(name, anchor=anchor, positive=positive), used=NEGATIVE_KEYS)
+    return replace(_rename(name, anchor=anchor, positive=positive), used=NEGATIVE_KEYS)
 
 
 def _labelled_pair(first: str, second: str) -> Form:
@@ -270,7 +270,7 @@ def _flag_embedding(record: Record) -> Converted:
     return _with_further_keys(record, converted), {"anchor": "query", "positive": "pos"}
 
 
-def _renamed(name: str, without: str = "", **names: str) -> Form:
+def _rename(name: str, without: str = "", **names: str) -> Form:
     """Return the form of rows with other key names, given by luthier's keys."""
 
     def convert(record: Record) -> Converted:
@@ -320,12 +320,12 @@ FORMS: tuple[Form, ...] = (
     _form("Bedrock image and caption", "image-ref", _image_reference, used="caption"),
     _media_paths("Hugging Face image folder", "file_name"),
     *(_media_paths("paths of media files", key) for key in ("path", "filename", "file")),
-    _renamed("tokens and ner_tags", tokens="tokens", tags="ner_tags"),
+    _rename("tokens and ner_tags", tokens="tokens", tags="ner_tags"),
     _pair("query and positive", "query", "positive"),
     _pair("question and positive", "question", "positive"),
     _form("FlagEmbedding", "query pos", _flag_embedding, used=" ".join(sorted(NEGATIVE_KEYS))),
     _pair("sentence pairs", "sentence1", "sentence2"),
-    _renamed("sentence pairs with scores", query="sentence1", document="sentence2", label="score"),
+    _rename("sentence pairs with scores", query="sentence1", document="sentence2", label="score"),
     _pair("premise and hypothesis", "premise", "hypothesis"),
     # Numbers are classes, because NLI data sets number their three classes.
     _form(
@@ -335,8 +335,8 @@ FORMS: tuple[Form, ...] = (
     ),
     *(_labelled_pair(*names) for names in TEXT_PAIRS),
     Form("items of a user", frozenset(("items",)), _item_list, _OWN, applies=_is_item_list),
-    _renamed("history and target", "instruction question query", history="history", item="target"),
-    _renamed(
+    _rename("history and target", "instruction question query", history="history", item="target"),
+    _rename(
         "Bedrock raw text",
         f"{_ELSE} system system_prompt output answer response target expected {_NO_TEXT}",
         text="input",

@@ -123,7 +123,7 @@ def read_sentence_pipeline(folder: Path) -> SentencePipeline | None:
     for name, module in zip(names[2:], modules[2:], strict=True):
         place = folder / str(module.get("path", ""))
         if name not in ("Dense", "Normalize"):
-            raise _unsupported(path, name)
+            raise _unsupported_error(path, name)
         steps.append(_read_normalize(place) if name == "Normalize" else _read_dense(folder, place))
     texts = read_json(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
     prompts = {str(k): str(v or "") for k, v in (texts.get("prompts") or {}).items()}
@@ -195,7 +195,7 @@ def _module_name(path: Path, module: Any) -> str:
     """Return the class name of an entry of ``modules.json``."""
     kind = str(module.get("type")) if isinstance(module, dict) else ""
     if not kind.startswith(_PACKAGE):
-        raise _unsupported(path, kind)
+        raise _unsupported_error(path, kind)
     if not re.fullmatch(r"[\w-]*", str(module.get("path", ""))):  # never outside the folder
         raise RecipeError(
             f"{path}: a module's `path` must be the name of a folder next to this file",
@@ -204,7 +204,7 @@ def _module_name(path: Path, module: Any) -> str:
     return kind.rpartition(".")[2]
 
 
-def _unsupported(path: Path, name: str) -> RecipeError:
+def _unsupported_error(path: Path, name: str) -> RecipeError:
     return RecipeError(
         f"{path}: the module {name!r} is not supported. Supported are Transformer, Pooling, Dense and "
         "Normalize; use another base model",

@@ -412,7 +412,7 @@ class DocumentIndex:
         self, question_QH: NDArray[np.float32], among: Collection[str] | None = None
     ) -> NDArray[np.float32]:
         """Return the largest cosine of each question with a passage, ``[Q]``; -1 without passages."""
-        _, vector_NH = self._loaded(None if among is None else self._numbers(among))
+        _, vector_NH = self._load(None if among is None else self._numbers(among))
         if not len(vector_NH):
             return np.full(len(question_QH), -1, np.float32)
         _, score_Q1 = nearest(question_QH, vector_NH, 1)
@@ -447,14 +447,14 @@ class DocumentIndex:
     def _by_meaning(
         self, query_H: NDArray[np.float32], documents: list[int] | None
     ) -> tuple[list[int], dict[int, float]]:
-        passage_N, vector_NH = self._loaded(documents)
+        passage_N, vector_NH = self._load(documents)
         if not len(passage_N):
             return [], {}
         places_1K, scores_1K = nearest(query_H[None], vector_NH, DEPTH)
         found = passage_N[places_1K[0]].tolist()
         return found, dict(zip(found, scores_1K[0].tolist(), strict=True))
 
-    def _loaded(
+    def _load(
         self, documents: list[int] | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the numbers and vectors ``[N, H]`` of the passages of ``documents``.

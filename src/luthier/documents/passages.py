@@ -43,11 +43,11 @@ def cut(pages: Iterable[DocumentPage]) -> Iterator[Passage]:
             if heading is None:
                 parts.append(block)
                 continue
-            yield from _packed(parts, path, page.number)
+            yield from _pack(parts, path, page.number)
             parts = []
             level = len(heading[1])
             path = [*((n, text) for n, text in path if n < level), (level, heading[2])]
-        yield from _packed(parts, path, page.number)
+        yield from _pack(parts, path, page.number)
 
 
 def windows(
@@ -82,9 +82,7 @@ def _blocks(text: str) -> Iterator[str]:
             lines.append(line.rstrip())
 
 
-def _packed(
-    parts: Iterable[str], path: list[tuple[int, str]], page: int | None
-) -> Iterator[Passage]:
+def _pack(parts: Iterable[str], path: list[tuple[int, str]], page: int | None) -> Iterator[Passage]:
     """Yield passages of consecutive parts, each as long as :data:`WORDS` permits."""
     heading = " > ".join(text for _, text in path)
     kept: list[str] = []

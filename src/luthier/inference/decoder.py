@@ -174,7 +174,7 @@ class Decoder:
             self._limit.check_conversation(prompt)
             try:
                 if self.chat.template.check is not None:
-                    approved = self.chat.template.approved()
+                    approved = self.chat.template.approve()
                     self.chat = replace(self.chat, template=approved)
             except RecipeError as error:
                 raise InferenceRefused(f"{error}.", "model") from error

@@ -37,7 +37,7 @@ from luthier.inference.prompt_limits import PromptLimit
 from luthier.inference.scheduler import Cancelled, FairScheduler, current_client
 from luthier.limits import ModelLimits
 from luthier.objectives.base import predicts
-from luthier.plugins import bundled
+from luthier.plugins import bundled_extensions
 
 if TYPE_CHECKING:
     from luthier.inference.prediction import Predictor
@@ -124,7 +124,7 @@ class SerialModel:
         from luthier.inference.prediction import Predictor
 
         objective = stored.objective
-        (images,) = bundled("image_generators").values()
+        (images,) = bundled_extensions("image_generators").values()
         if not predicts(objective) and objective.task.draws:
             generator = images.load().open(stored, THIS_MODEL)
             return SerialModel(None, generator, limits, scheduler)

@@ -397,7 +397,7 @@ def compare(
             else each
             for each in contenders
         ]
-    shown = _shown(rows[:show], contenders)
+    shown = _rows_to_show(rows[:show], contenders)
     return HeadToHead(measure, len(rows), contenders, remarks, prices, shown, per_month)
 
 
@@ -421,7 +421,7 @@ def _groups(rows: Sequence[Row], records: Records, column: str) -> list[list[int
     return found
 
 
-def _shown(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[ShownRow]:
+def _rows_to_show(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[ShownRow]:
     chosen = [each for each in contenders if each.technique in SHOWN]
     shown = []
     for number, row in enumerate(rows):

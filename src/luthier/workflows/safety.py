@@ -152,7 +152,7 @@ def measure_safety(
         generator = Generator.open(stored)
         measures = [_sentence_groups(generator), _hostile(generator)]
         # Both models complete the rows as the tuned model encodes them.
-        if rows and (memory := _memorized(generator, tuned, rows)) is not None:
+        if rows and (memory := _measure_memorization(generator, tuned, rows)) is not None:
             measures.append(memory)
         generator.network.close()
         found.append({each.name: each for each in measures})
@@ -218,7 +218,9 @@ def is_safe(kind: str, reply: str) -> bool:
     )
 
 
-def _memorized(generator: Generator, tuned: StoredModel, rows: Sequence[Row]) -> Measure | None:
+def _measure_memorization(
+    generator: Generator, tuned: StoredModel, rows: Sequence[Row]
+) -> Measure | None:
     examples = [[part] for row in rows if (part := _second_half(row, tuned)) is not None]
     if not examples:
         return None

@@ -27,7 +27,7 @@ from luthier.models.formats.gguf import (
     round_weights,
     write_gguf,
 )
-from luthier.models.formats.gguf_networks import interleaved
+from luthier.models.formats.gguf_networks import interleaved_order
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,7 @@ def test_llama_gguf_has_settings_tokenizer_and_interleaved_heads(
     # Of a head of 8 rows, row 4 (the first of its second half) stands behind row 0.
     assert np.array_equal(found["blk.0.attn_q.weight"][:3], query[[0, 4, 1]].numpy())
     key = state["model.layers.0.self_attn.k_proj.weight"]
-    assert np.array_equal(found["blk.0.attn_k.weight"], key[interleaved(16, 2)].numpy())
+    assert np.array_equal(found["blk.0.attn_k.weight"], key[interleaved_order(16, 2)].numpy())
     known = fields(path)
     assert known["general.architecture"] == "llama"
     assert known["general.name"] == "tiny:tuned"

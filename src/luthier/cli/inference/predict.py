@@ -178,11 +178,11 @@ def _explanation_page(answers: RowAnswers) -> str:
     found = [json.loads(line)["predicted"] for line in answers.lines.splitlines()]
     return render_page(
         "luthier.workflows", "explanation.html", PAGE, version=__version__,
-        model=answers.model, rows=[_marked(each) for each in found],
+        model=answers.model, rows=[_mark_words(each) for each in found],
     )  # fmt: skip
 
 
-def _marked(predicted: Mapping[str, Any]) -> Mapping[str, Any]:
+def _mark_words(predicted: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return label and probability, and the words with a strength from -4 to 4, or a heat map."""
     found = predicted["explanation"]
     words, label = found.get("words", ()), found["label"]

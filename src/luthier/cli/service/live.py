@@ -171,7 +171,7 @@ def capture_export(
             with service.read() as session:
                 if unknown := unknown_model(session, account, model):
                     raise unknown
-    kept = [*rows.filtered(answers, wanted, outcomes)]
+    kept = [*rows.filter_answers(answers, wanted, outcomes)]
     found = rows.training_rows(kept, to, rated=bool(wanted or outcomes))
     if not found:
         raise RefusedInput(
@@ -486,7 +486,7 @@ def promote(
             note(
                 f"Promotion after {ANSWERS} answers. Fewer often miss a rise of errors from 1 % to 5 %."
             )
-        return _changed(service, account, deployment, region)
+        return _wait_for_change(service, account, deployment, region)
 
 
 def rollback(
@@ -507,7 +507,7 @@ def rollback(
     with open_database(database) as service:
         with service.write() as session:
             roll_back(session, Arns(region), account, deployment, operator())
-        return _changed(service, account, deployment, region)
+        return _wait_for_change(service, account, deployment, region)
 
 
 def history(
@@ -523,10 +523,10 @@ def history(
         deployment: Name or ARN of the deployment.
     """
     with open_database(database) as service:
-        return _described(service, account, deployment, region)
+        return _describe(service, account, deployment, region)
 
 
-def _described(service: Database, account: str, deployment: str, region: str) -> Record:
+def _describe(service: Database, account: str, deployment: str, region: str) -> Record:
     from luthier.server.promotion import describe, find_deployment
     from luthier.server.tables.arns import Arns
 
@@ -534,7 +534,7 @@ def _described(service: Database, account: str, deployment: str, region: str) ->
         return describe(session, find_deployment(session, Arns(region), account, deployment))
 
 
-def _changed(service: Database, account: str, deployment: str, region: str) -> Record:
+def _wait_for_change(service: Database, account: str, deployment: str, region: str) -> Record:
     """Wait until the server has loaded the model, and return the deployment.
 
     Raises:
@@ -545,7 +545,7 @@ def _changed(service: Database, account: str, deployment: str, region: str) -> R
 
     deadline = time.monotonic() + LOADING_SECONDS
     while True:
-        found = _described(service, account, deployment, region)
+        found = _describe(service, account, deployment, region)
         last = found["history"][-1]
         if last["state"] != "preparing":
             break

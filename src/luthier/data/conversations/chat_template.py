@@ -233,7 +233,7 @@ class ChatTemplate:
         tokenizer.chat_template = sources
         return replace(self, tokenizer=tokenizer)
 
-    def approved(self) -> ChatTemplate:
+    def approve(self) -> ChatTemplate:
         """Return an approved template, which is not checked again.
 
         Raises:

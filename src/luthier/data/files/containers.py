@@ -33,7 +33,7 @@ from luthier.data.formats import KEYS
 from luthier.data.inputs import conversion_fix, is_media
 from luthier.errors import RowRefused
 from luthier.files import names_below
-from luthier.plugins import bundled, extensions
+from luthier.plugins import bundled_extensions, extensions
 
 FileFormat = Literal[
     "jsonl",
@@ -127,9 +127,9 @@ def container_of(path: Path) -> Container:
     if is_mailbox(path):
         return Container("mail")
     ending = path.suffix.lower()
-    if ending not in DATA_ENDINGS and ending[1:] in extensions("readers").keys() - bundled(
+    if ending not in DATA_ENDINGS and ending[1:] in extensions(
         "readers"
-    ):
+    ).keys() - bundled_extensions("readers"):
         return Container(ending[1:])
     convert = conversion_fix([path.name])
     if is_media(path.name) or convert:
@@ -364,7 +364,7 @@ def _kind(text: str, suffix: str, whole: bool) -> FileFormat | None:
         second = _value(lines[1]) if len(lines) > (1 if whole else 2) else first
         if isinstance(first, dict) and isinstance(second, dict):
             return "jsonl"
-        return _annotated(lines if whole else lines[:-1]) or _table_or_text(text, whole)
+        return _annotated_form(lines if whole else lines[:-1]) or _table_or_text(text, whole)
     if start == "[" and (len(lines) < 2 or first is None):
         return "json"
     is_nested = isinstance(first, dict) and rows_inside(first) is not None
@@ -376,10 +376,10 @@ def _kind(text: str, suffix: str, whole: bool) -> FileFormat | None:
         return "jsonl" if first is not None or len(lines) < 2 else "json"
     if suffix == ".json":
         return "jsonl"
-    return "csv" if _is_table(text) else _annotated(lines if whole else lines[:-1])
+    return "csv" if _is_table(text) else _annotated_form(lines if whole else lines[:-1])
 
 
-def _annotated(lines: Sequence[str]) -> FileFormat | None:
+def _annotated_form(lines: Sequence[str]) -> FileFormat | None:
     """Return the form of annotated lines that all lines have; ``None`` for other text."""
     names = (name for name, form in LINE_FORMS.items() if lines and form.matches(lines))
     return next(names, None)  # type: ignore[arg-type]

@@ -70,13 +70,13 @@ def _read_conll(lines: Lines) -> Iterator[tuple[int, Record]]:
             tokens.append(cells[0])
             tags.append(cells[-1] if len(cells) > 1 else "")
         elif tokens and not cells:
-            yield first, _tagged(tokens, tags, first)
+            yield first, _tagged_record(tokens, tags, first)
             tokens, tags, first = [], [], 0
     if tokens:
-        yield first, _tagged(tokens, tags, first)
+        yield first, _tagged_record(tokens, tags, first)
 
 
-def _tagged(tokens: list[str], tags: list[str], line: int) -> Record:
+def _tagged_record(tokens: list[str], tags: list[str], line: int) -> Record:
     if len(tokens) > 1 and tokens == [str(number) for number in range(1, len(tokens) + 1)]:
         raise RowRefused(
             "tags.type",

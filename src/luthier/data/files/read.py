@@ -34,7 +34,7 @@ from luthier.data.files.parsing import PieceDecoder, Record, decode, parse_line,
 from luthier.data.files.tables import read_parquet, read_table
 from luthier.errors import Problem, RowRefused
 from luthier.files import folder_size
-from luthier.plugins import bundled, extensions, load_extension
+from luthier.plugins import bundled_extensions, extensions, load_extension
 
 _CHUNK_BYTES = 64 * 1024
 _PROGRESS_EVERY = 256
@@ -122,7 +122,7 @@ def _records(
         table = read_table(stream, file, problems, container.delimiter, container.quoted, warnings)
         as_text = file.lower().endswith(PLAIN_TEXT)
         table = reject_missing_header(table, container.delimiter, columns.values(), as_text)
-        for reader in bundled("table_readers").values():
+        for reader in bundled_extensions("table_readers").values():
             table = reader.load()(table, file, problems, columns)
         return table
     if container.kind == "text":

@@ -83,7 +83,7 @@ def read_table(
         else:
             joined = len(lines.texts) > 1 and all(n == len(names) > 1 for n in lines.cells())
             if joined and warnings is not None:
-                warnings.append(_joined(line, lines.number).at(file, line))
+                warnings.append(_joined_lines(line, lines.number).at(file, line))
             yield line, record
             count += 1
             continue
@@ -94,7 +94,7 @@ def read_table(
         raise empty_file_error("has a header and no rows" if names else "has no rows")
 
 
-def _joined(first: int, last: int) -> RowRefused:
+def _joined_lines(first: int, last: int) -> RowRefused:
     message = (
         f"Quotes join the lines {first} to {last}, and each line has as many cells as the header."
     )

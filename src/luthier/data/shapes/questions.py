@@ -63,7 +63,7 @@ class AnsweredQuestion(Shape):
         context = change("context", self.context)
         changes = _changes(self.context, context) if context != self.context else []
         spans = [
-            (_moved(changes, start, False), _moved(changes, start + len(text), True))
+            (_move(changes, start, False), _move(changes, start + len(text), True))
             for text, start in zip(self.answers, self.starts, strict=True)
         ]
         spans = [*dict.fromkeys((start, end) for start, end in spans if start < end)]
@@ -139,7 +139,7 @@ def _common(one: str, other: str) -> int:
     return sum(takewhile(bool, map(eq, one, other)))
 
 
-def _moved(changes: Iterable[Change], position: int, is_end: bool) -> int:
+def _move(changes: Iterable[Change], position: int, is_end: bool) -> int:
     """Return a position in the new text; inside of a change, the border of the change."""
     shift = 0
     for i1, i2, j1, j2 in changes:
@@ -171,11 +171,11 @@ def _read_answers(value: Any, context: str) -> tuple[tuple[str, ...], tuple[int,
         )
     for text, start in spans:
         if start < 0 or context[start : start + len(text)] != text:
-            raise _misplaced(text, start, context)
+            raise _misplaced_error(text, start, context)
     return tuple(text for text, _ in spans), tuple(start for _, start in spans)
 
 
-def _misplaced(text: str, start: int, context: str) -> RowRefused:
+def _misplaced_error(text: str, start: int, context: str) -> RowRefused:
     """Return the error for an answer that is not at its position, with the right position."""
     message = f"the context has no {quote(text)} at character {start}."
     for unit, encoding, size in (("UTF-16 units", "utf-16-le", 2), ("bytes", "utf-8", 1)):

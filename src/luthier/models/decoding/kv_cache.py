@@ -232,7 +232,7 @@ class ChunkAttention:
     ) -> Tensor:
         """Query ``[1, Hq, N, D]``, key and value ``[1, Hk, N, D]`` to ``[1, N, Hq, D]``."""
         outs = []
-        seen = self._seen(scoring.window)
+        seen = self._visible_chunks(scoring.window)
         for chunk, (keys, mask_NK) in zip(self._chunks, seen, strict=True):
             rows = slice(chunk.first, chunk.first + chunk.count)
             own_k, own_v = key[:, :, rows], value[:, :, rows]
@@ -249,7 +249,7 @@ class ChunkAttention:
             )
         return torch.cat(outs)[None]
 
-    def _seen(self, window: AttentionWindow | None) -> list[tuple[slice, Tensor]]:
+    def _visible_chunks(self, window: AttentionWindow | None) -> list[tuple[slice, Tensor]]:
         """Return the keys and the mask of each chunk, shared by all layers with this window."""
         window = window_within(window, self._longest)
         if window not in self._masks:

@@ -138,7 +138,7 @@ class _Part:
         """Return ``scale * x A B`` of each row's adapter, ``[N, out]``."""
         down_PIr, up_PrO = weights
         if not self._groups:
-            return self._gathered(self._gathered(x_NI, down_PIr), up_PrO)
+            return self._product_by_slot(self._product_by_slot(x_NI, down_PIr), up_PrO)
         update_NO: Tensor | None = None
         for slot, row_M in self._groups:
             few = x_NI if row_M is None else x_NI.index_select(0, row_M)
@@ -151,7 +151,7 @@ class _Part:
         assert update_NO is not None
         return update_NO
 
-    def _gathered(self, x_NI: Tensor, stack_PIO: Tensor) -> Tensor:
+    def _product_by_slot(self, x_NI: Tensor, stack_PIO: Tensor) -> Tensor:
         """Multiply each row by the matrix in the row's slot, ``[N, O]``."""
         if x_NI.device.type != "cpu":
             return torch.bmm(x_NI[:, None], stack_PIO[self._slot_N.long()])[:, 0]

@@ -456,7 +456,7 @@ class FlatBackend:
         head = packed_weight(self.network.model.get_output_embeddings())
         if head is None:
             return self.network.logits(hidden_NH)
-        return self.network.capped(head.product(self.network.before_vocabulary(hidden_NH)))
+        return self.network.cap_logits(head.product(self.network.before_vocabulary(hidden_NH)))
 
     def _trial_states(self, ids_TN: IntArray) -> Tensor:
         """Return states ``[N, H]`` behind the last tokens of short sequences.

@@ -410,7 +410,7 @@ def _conversion(network: GGUFNetwork, name: str) -> Callable[[Tensor], Tensor] |
     return (lambda rows: rows + 1) if network.offset and is_norm else None
 
 
-def interleaved(size: int, heads: int) -> Tensor:
+def interleaved_order(size: int, heads: int) -> Tensor:
     """Return the order of ``size`` rows of queries or keys in llama.cpp.
 
     transformers turns the first half of a head against the second (rotary embeddings of GPT-NeoX),
@@ -426,7 +426,7 @@ def row_order(config: Any, name: str) -> tuple[int, Tensor] | None:
     part = name.split(".")[2] if name.startswith("blk.") else ""
     if network.interleaved and part in ("attn_q", "attn_k"):
         heads = config.num_attention_heads if part == "attn_q" else key_heads(config)
-        return 0, interleaved(heads * head_size(config), heads)
+        return 0, interleaved_order(heads * head_size(config), heads)
     if network.arch == MODEL_ARCH.GPTNEOX and part == "attn_qkv":
         # transformers stores query, key and value by head.
         heads, size = config.num_attention_heads, head_size(config)

@@ -60,7 +60,7 @@ def head_logits(model: Any, states_RTH: Tensor, **inputs: Tensor) -> Tensor:
     """
     backbone = _GivenStates(model.base_model, states_RTH)
     # Not a call: hooks of the model belong to a whole forward pass.
-    return logits_of(_replaced(model, model.base_model_prefix, backbone).forward(**inputs))
+    return logits_of(_replace(model, model.base_model_prefix, backbone).forward(**inputs))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -75,7 +75,7 @@ def before_output_layer(model: Any, states_SH: Tensor) -> Tensor:
     """Return the input ``[S, D]`` of the output embedding, behind the other layers of the head."""
     layer = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is layer)
-    return head_logits(_replaced(model, name, nn.Identity()), states_SH[None])[0]
+    return head_logits(_replace(model, name, nn.Identity()), states_SH[None])[0]
 
 
 MEDIA_HEAD = ("projector", "dropout", "classifier")
@@ -90,7 +90,7 @@ def classifier_input(model: Any, arrays: Tensor) -> Tensor:
     """
     for name in MEDIA_HEAD:
         if hasattr(model, name):
-            model = _replaced(model, name, nn.Identity())
+            model = _replace(model, name, nn.Identity())
     states: Tensor = run_media(model, arrays).logits
     return states.flatten(1)
 
@@ -102,10 +102,10 @@ def media_scores(model: Any, states_RH: Tensor) -> Tensor:
     return states_RH
 
 
-def _replaced(module: Any, name: str, new: nn.Module) -> Any:
+def _replace(module: Any, name: str, new: nn.Module) -> Any:
     """Return a shallow copy of ``module`` with ``new`` as the submodule ``name``."""
     child, _, inner = name.partition(".")
     view = copy.copy(module)
     own = module._modules
-    view._modules = {**own, child: _replaced(own[child], inner, new) if inner else new}
+    view._modules = {**own, child: _replace(own[child], inner, new) if inner else new}
     return view

@@ -76,7 +76,7 @@ class LlamaForward:
         # Some families compute in float32 here; the comparison detects differences.
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         half = cos.shape[-1] // 2
-        cos, sin = cos[:, :, None], _signed(sin)[:, :, None]
+        cos, sin = cos[:, :, None], _negate_first_half(sin)[:, :, None]
         turned = self._heads + self._key_heads
         count, size = len(ids_N), cos.shape[-1]
         # Operations keep the order of the modules. F.rms_norm, or a residual added inside a
@@ -111,7 +111,7 @@ class LlamaForward:
         return states
 
 
-def _signed(sin: Tensor) -> Tensor:
+def _negate_first_half(sin: Tensor) -> Tensor:
     """Negate the first half of ``sin [..., D]``, so that "rotate half" becomes a roll."""
     half = sin.shape[-1] // 2
     return torch.cat([-sin[..., :half], sin[..., half:]], -1)

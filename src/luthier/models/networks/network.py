@@ -282,7 +282,7 @@ class Network:
     def logits(self, hidden_SH: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, ``[S, V]``. For a few positions only."""
         states = self.before_vocabulary(hidden_SH)
-        return self.capped(nn.functional.linear(states, self.head_VH, self.head_bias_V))
+        return self.cap_logits(nn.functional.linear(states, self.head_VH, self.head_bias_V))
 
     def before_vocabulary(self, hidden_SH: Tensor) -> Tensor:
         """Return hidden states as input of the output head, with the factor of the logits.
@@ -301,7 +301,7 @@ class Network:
         """Limit ``c`` of the logits ``c tanh(x / c)`` (Gemma 2), or ``None``."""
         return heads.logit_cap(self.model)
 
-    def capped(self, logits: Tensor) -> Tensor:
+    def cap_logits(self, logits: Tensor) -> Tensor:
         """Return the output of the head within the limit of the logits."""
         cap = self.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap

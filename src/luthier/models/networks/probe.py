@@ -82,7 +82,7 @@ class _WideOperations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run ``func`` on widened tensors."""
+        """Run ``func`` on tensors in float32."""
         if func is torch.ops.aten.embedding.default:  # select rows before widening, to save memory
             return _widen(func(*args, **(kwargs or {})))
         args, kwargs = tree_map(_widen, (args, kwargs or {}))
@@ -96,7 +96,7 @@ class _WideConvolutions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run ``func``, with widened tensors for convolutions."""
+        """Run ``func``, with float32 tensors for convolutions."""
         kwargs = kwargs or {}
         if func in (torch.conv1d, torch.conv2d):
             args, kwargs = tree_map(_widen, (args, kwargs))
@@ -254,7 +254,7 @@ class Probe:
         return hidden_MH if HEADS[self.kind].output == "states" else network.logits(hidden_MH)
 
     @torch.no_grad()
-    def cached(self, network: Network) -> list[tuple[int, Tensor]]:
+    def cached_logits(self, network: Network) -> list[tuple[int, Tensor]]:
         """Return token counts and the decoder's next-token logits for the first rows.
 
         The decoder prefills prompts and runs :data:`STEPS` cached steps.
@@ -283,7 +283,7 @@ class Probe:
         return found
 
     @torch.no_grad()
-    def uncached(self, expected: Sequence[Tensor]) -> list[Tensor]:
+    def uncached_logits(self, expected: Sequence[Tensor]) -> list[Tensor]:
         """Return the logits that :meth:`cached` should return, from the network's own forward pass."""
         if not self.beside:
             return [
@@ -330,7 +330,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         CorruptFile: for outputs that are not finite.
     """
     probe, record = Probe(model, device, has_long_row=True), _record(model, device)
-    if (known := _passed(record)) is not None:
+    if (known := _read_record(record)) is not None:
         network = Network(model, device, dtype, known["is_bidirectional"])
         fuse(model)
         model.eval()
@@ -340,19 +340,19 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         return network
     decodes = probe.kind == "causal_lm"
     # References come first: Network() and fuse() replace parts of the model.
-    with widened(model):
+    with computed_in_float32(model):
         expected = probe.plain()
         if probe.is_random(expected):
             raise refusal(model, "outputs for equal rows are random")
         is_bidirectional = probe.is_bidirectional()
-        wanted = probe.uncached(expected) if decodes else []
+        wanted = probe.uncached_logits(expected) if decodes else []
     if decodes and is_bidirectional:
         raise refusal(model, "tokens attend to later tokens")
     network = Network(model, device, dtype, is_bidirectional)
     fuse(model)
     with torch.no_grad(), reject_crash(model, "run in luthier's layout"):
         check_finite(probe.ours(network)[0])
-        with widened(model):
+        with computed_in_float32(model):
             ours, rows = probe.ours(network, dense=device.type != "cpu")
     want = torch.cat([expected[row] for row in rows])
     places = [f"row {row}, token {at}" for row in rows for at in range(len(expected[row]))]
@@ -360,21 +360,21 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
     if network.tokens_before:  # transformers' forward pass would not include the prefix
         return network
     if decodes:
-        with reject_crash(model, "generate text"), widened(model):
-            found = probe.cached(network)
+        with reject_crash(model, "generate text"), computed_in_float32(model):
+            found = probe.cached_logits(network)
         _compare_steps(model, "generation with a cache", found, wanted)
         if (
             dtype != torch.float32
         ):  # the decoder can use another code path in bfloat16, such as LlamaForward
             with reject_crash(model, "generate text"):
-                found = probe.cached(network)
+                found = probe.cached_logits(network)
             _compare_median(model, "generation with a cache", found, wanted)
     _remember(record, model, is_bidirectional=is_bidirectional)
     return network
 
 
 @contextmanager
-def widened(model: Any) -> Iterator[None]:
+def computed_in_float32(model: Any) -> Iterator[None]:
     """Compute everything in float32, on any device.
 
     Experts run one at a time on accelerators, whose grouped kernel requires bfloat16.
@@ -423,8 +423,8 @@ def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> 
         if record.is_file():
             return
         ours, rows = probe.ours(shared)
-        wanted = probe.uncached(_by_row(probe, ours.float(), rows))
-        found = probe.cached(shared)
+        wanted = probe.uncached_logits(_by_row(probe, ours.float(), rows))
+        found = probe.cached_logits(shared)
     # In the network's own precision: adapter stacks are inference tensors, which a dispatch mode cannot
     # view. The adapter weights are large, so a missing adapter exceeds the rounding error.
     _compare_median(model, f"generation with {method} next to its base", found, wanted)
@@ -569,7 +569,7 @@ def _compare(model: Any, what: str, places: Sequence[str], got: Tensor, want: Te
 def _compare_steps(
     model: Any, what: str, found: Sequence[tuple[int, Tensor]], wanted: Sequence[Tensor]
 ) -> None:
-    """Compare results of :meth:`Probe.cached` and :meth:`Probe.uncached`."""
+    """Compare results of :meth:`Probe.cached_logits` and :meth:`Probe.uncached_logits`."""
     places = [f"row {n % len(PROMPTS)}, token {at}" for n, (at, _) in enumerate(found)]
     _compare(
         model, what, places, torch.stack([row_V for _, row_V in found]), torch.stack([*wanted])
@@ -609,7 +609,7 @@ def _remember(record: Path, model: Any, **found: bool) -> None:
     write_json(record, {"type": model.config.model_type, **found})
 
 
-def _passed(record: Path) -> dict[str, Any] | None:
+def _read_record(record: Path) -> dict[str, Any] | None:
     if not record.is_file():
         return None
     found = read_json(record)

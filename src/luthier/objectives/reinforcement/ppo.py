@@ -139,7 +139,7 @@ class PPO(Reinforcement):
         # torch.cat rejects an empty list, and a process may have no micro-batch.
         none_M = torch.zeros(0, device=network.device)
         reward_M = torch.cat([none_M, *(self._rewards(rollouts, batch) for batch in batches)])
-        value_M = torch.cat([none_M, *(_required(policy.value_M) for policy in policies)])
+        value_M = torch.cat([none_M, *(_require(policy.value_M) for policy in policies)])
         if self.whiten_rewards:
             reward_M = whiten(reward_M, network.processes, shift=False)
         lengths = [len(rollouts.each[r.row]) for b in batches for r in b.tree.examples]
@@ -166,7 +166,7 @@ class PPO(Reinforcement):
         policy = extra_of(batch, PolicyBatch)
         reward_M = torch.zeros_like(policy.weight_M)
         if policy.reference_M is not None:
-            reward_M = -self.kl_coef * (_required(policy.old_M) - policy.reference_M)
+            reward_M = -self.kl_coef * (_require(policy.old_M) - policy.reference_M)
         chosen = [rollouts.each[row.row] for row in batch.tree.examples]
         ends = np.cumsum([len(rollout) for rollout in chosen]) - 1
         scores = [
@@ -199,8 +199,8 @@ class PPO(Reinforcement):
         policy.note("clipped", (clipped_M < ratio_M * advantage_M).float())
         value_M, old_M, back_M = (
             _values(network, batch, hidden_SH),
-            _required(policy.value_M),
-            _required(policy.return_M),
+            _require(policy.value_M),
+            _require(policy.return_M),
         )
         # The larger error counts: clipping never lowers the loss, as in the surrogate above.
         near_M = value_M.clamp(old_M - self.cliprange_value, old_M + self.cliprange_value)
@@ -239,6 +239,6 @@ def _values(network: Network, batch: TreeBatch, hidden_SH: Tensor) -> Tensor:
     return value_S[batch.edge_source_E][batch.learned_edges[1]]
 
 
-def _required(tensor: Tensor | None) -> Tensor:
+def _require(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor

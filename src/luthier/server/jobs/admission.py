@@ -57,17 +57,17 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.recipe import Recipe, parse
     from luthier.workflows.pipeline import KINDS
 
-    def described(model_id: str) -> Any:
+    def catalog_entry(model_id: str) -> Any:
         """Return the entry of the catalogue if the model is not on this machine."""
         return CATALOG.get(model_id) if not is_base_here(model_id) else None
 
     def config(model_id: str, head: Any) -> Any:
-        if entry := described(model_id):
+        if entry := catalog_entry(model_id):
             return catalogue_config(entry, head)
         return find(model_id).network.config(head)
 
     def usual_objective(model_id: str) -> Any:
-        entry = described(model_id)
+        entry = catalog_entry(model_id)
         if entry is not None:
             own = OBJECTIVES[base_kind(entry.kind).objective].model_validate({})
         else:
@@ -78,7 +78,7 @@ def _memory_of(command: str, fields: str) -> int:
         return OBJECTIVES["contrastive"].model_validate({}) if own.other_models else own
 
     def has_media(model_id: str) -> bool:
-        if entry := described(model_id):
+        if entry := catalog_entry(model_id):
             return entry.media is not None
         return find(model_id).network.processor is not None
 

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.server.jobs.admission import Capacity
-from luthier.server.jobs.runners import rows_here, unused
+from luthier.server.jobs.runners import rows_here, unused_capacity
 from luthier.server.tables.database import now
 from luthier.server.tables.jobs import QUEUED, RUNNING, Job
 from luthier.server.tables.queue import MAX_SCANNED, PATIENCE, QueuedWork
@@ -56,7 +56,7 @@ def _expected_starts(
     duration of a waiting job is unknown, so a job that starts keeps its resources.
     """
     starts: dict[str, datetime] = {}
-    present, free = now(), unused(capacity, running)
+    present, free = now(), unused_capacity(capacity, running)
     memory, cores, at_work = free.memory, free.cores, len(running)
     ends = [(end, row) for row in running if (end := _end_of(row, present)) is not None]
     left = [job for job in waiting if job.memory]

@@ -60,7 +60,7 @@ class ReportWorker(ResultWorker[Report]):
         folder, address = self.folders.data / member, row.request[member]
         return self.retry(lambda: fetch_rows(self.locations, row.account, address, folder, media))
 
-    def renamed(
+    def rename(
         self, row: Report, report: Mapping[str, Any], html: str
     ) -> tuple[dict[str, Any], str]:
         """Return the report and the page with the client's names of models and rows."""
@@ -130,7 +130,7 @@ class MeasurementWorker(ReportWorker[Measurement]):
                 on_progress=lambda done, total: self.show("compare", done, total),
             )  # fmt: skip
             report, html = compared.plain(), comparison_page(compared, request["rows"])
-        return self.renamed(row, report, html)
+        return self.rename(row, report, html)
 
     def finish(self, session: Session, end: Any) -> None:
         """Store the report, and the change of a scheduled evaluation."""

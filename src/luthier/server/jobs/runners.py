@@ -98,10 +98,10 @@ def free(session: Session, capacity: Capacity, ignored: str | None = None) -> Fr
     No other server claims work before the transaction ends. ``ignored`` is the id of a work to ignore.
     """
     queue.lock_claims(session)
-    return unused(capacity, [row for row in rows_here(session) if row.id != ignored])
+    return unused_capacity(capacity, [row for row in rows_here(session) if row.id != ignored])
 
 
-def unused(capacity: Capacity, rows: Sequence[QueuedWork]) -> FreeCapacity:
+def unused_capacity(capacity: Capacity, rows: Sequence[QueuedWork]) -> FreeCapacity:
     """Return the part of ``capacity`` that the works ``rows`` leave."""
     memory = capacity.memory - sum(row.needed_memory for row in rows)
     cores = capacity.cores - sum(row.needed_cores for row in rows)

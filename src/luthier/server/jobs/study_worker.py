@@ -58,8 +58,8 @@ class StudyWorker(ReportWorker[Row]):
         )  # fmt: skip
         # The command would name a file of the server.
         shown = replace(found, command="")
-        report = report_of(shown) | {"keep": _kept(found, request)}
-        return self.renamed(row, report, shown.html())
+        report = report_of(shown) | {"keep": _fields_to_keep(found, request)}
+        return self.rename(row, report, shown.html())
 
 
 class _Progress(Reporter):
@@ -95,7 +95,7 @@ def _pictures(found: Study) -> dict[str, dict[str, str]]:
     }
 
 
-def _kept(found: Study, request: Mapping[str, Any]) -> dict[str, Any] | None:
+def _fields_to_keep(found: Study, request: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return fields of a new job that trains the choice; ``None`` without a choice."""
     path = Path(found.folder) / "chosen.toml"
     if not found.command:

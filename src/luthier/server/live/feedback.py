@@ -178,7 +178,7 @@ def read_statements(path: Path) -> Iterator[tuple[int, Statement]]:
     statements: list[tuple[int, Statement]] = []
     for line, record in read_records(path, problems):
         try:
-            statements.append((line, Statement.model_validate(_nested(record))))
+            statements.append((line, Statement.model_validate(_nest_outcomes(record))))
         except ValidationError as error:
             for each in error.errors():
                 problems.append(row_problem(path, line, describe_located_error(each, "the row")))
@@ -193,7 +193,7 @@ def row_problem(path: Path, line: int, message: str) -> Problem:
     return Problem("feedback.invalid", message, advice).at(str(path), line)
 
 
-def _nested(record: Mapping[str, Any]) -> dict[str, Any]:
+def _nest_outcomes(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with the columns of outcomes as ``outcomes``, without empty cells."""
     given = record.get("outcomes") or {}
     if not isinstance(given, Mapping):

@@ -167,7 +167,7 @@ def read_answers(
         row.account, row.bucket, row.key, lambda found: (row.offset, row.size)
     )
     address = f"s3://{row.bucket}/{row.key}"
-    with _decompressed(pieces, address) as file:
+    with _decompress(pieces, address) as file:
         return _known_answers(
             objects, row.account, _read_record(file, address) or {}, address, feedback
         )
@@ -201,7 +201,7 @@ def logged_answers(
         if not key.endswith(".json.gz") or "/data/" in key.rpartition(LOGS)[2]:
             continue
         address = f"s3://{bucket}/{key}"
-        with _decompressed(_content(objects, account, bucket, key), address) as file:
+        with _decompress(_content(objects, account, bucket, key), address) as file:
             while (record := _read_record(file, address)) is not None:
                 if not keeps(record) or "errorCode" in record:
                     continue
@@ -216,7 +216,7 @@ def _content(objects: Objects, account: str, bucket: str, key: str) -> Iterator[
 
 
 @contextmanager
-def _decompressed(pieces: Iterable[bytes], address: str) -> Iterator[gzip.GzipFile]:
+def _decompress(pieces: Iterable[bytes], address: str) -> Iterator[gzip.GzipFile]:
     """Yield the decompressed bytes of an object as a file."""
     with tempfile.SpooledTemporaryFile(MAX_LINE_BYTES) as raw:
         raw.writelines(pieces)
@@ -235,13 +235,13 @@ def _read_record(file: gzip.GzipFile, address: str) -> Row | None:
         return None
     if len(line) > MAX_LINE_BYTES:
         raise RefusedInput(f"{address} has a record of more than {MAX_LINE_BYTES:,} bytes")
-    found = _parsed(line, address)
+    found = _parse(line, address)
     if not isinstance(found, dict):
         raise RefusedInput(f"{address} is not an invocation log")
     return found
 
 
-def _parsed(data: bytes, address: str) -> Any:
+def _parse(data: bytes, address: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -254,10 +254,10 @@ def _with_bodies(objects: Objects, account: str, record: Row) -> Row:
         part = record.get(side, {})
         if address := part.get(f"{side}BodyS3Path"):
             bucket, _, key = address.removeprefix("s3://").partition("/")
-            with _decompressed(_content(objects, account, bucket, key), address) as file:
+            with _decompress(_content(objects, account, bucket, key), address) as file:
                 body = file.read(MAX_LINE_BYTES + 1)
                 if len(body) <= MAX_LINE_BYTES:
-                    part[f"{side}BodyJson"] = _parsed(body, address)
+                    part[f"{side}BodyJson"] = _parse(body, address)
     return record
 
 
@@ -404,7 +404,7 @@ def _turns(items: Iterable[Mapping[str, Any]]) -> list[Message]:
     return turns
 
 
-def filtered(
+def filter_answers(
     answers: Iterable[CapturedAnswer], rating: Condition | None, outcomes: Mapping[str, Condition]
 ) -> Iterator[CapturedAnswer]:
     """Yield the answers whose rating and outcomes satisfy the conditions."""

@@ -22,13 +22,13 @@ def response_body(content_type: str, data: bytes) -> Any:
         return json.loads(data)
     if kind == "text/event-stream":
         lines = data.split(b"\n")
-        return _joined([json.loads(line[6:]) for line in lines if line.startswith(b"data: {")])
+        return _join([json.loads(line[6:]) for line in lines if line.startswith(b"data: {")])
     if kind == "application/vnd.amazon.eventstream":
         return _joined_frames(data)
     return None
 
 
-def _joined(events: Sequence[Body]) -> Body:
+def _join(events: Sequence[Body]) -> Body:
     """Join the events of the OpenAI API, or the chunks of InvokeModel."""
     if not events:
         return {}
@@ -96,7 +96,7 @@ def _joined_frames(data: bytes) -> Body:
             chunks.append(json.loads(base64.b64decode(value["bytes"])))
         else:
             chunks.append({kind: value})
-    return _joined(chunks)
+    return _join(chunks)
 
 
 def _joined_converse(events: Iterable[tuple[str, Any]]) -> Body:

@@ -28,7 +28,13 @@ from luthier.server.native.model_operations import (
     abilities_of_base,
     writes,
 )
-from luthier.server.native.operations import Input, NativeCall, View, limited, native_router
+from luthier.server.native.operations import (
+    Input,
+    NativeCall,
+    View,
+    limit_concurrency,
+    native_router,
+)
 from luthier.server.retraining import draft
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import RESERVED, CustomModel
@@ -181,7 +187,7 @@ def get_model_health(
         since = parse_since(query.since)
         if query.drift:
             context = call.context
-            with limited(_free, _BUSY, 30):
+            with limit_concurrency(_free, _BUSY, 30):
                 return health_with_drift(
                     context.locations, context.arns, call.account, model, since
                 )
@@ -200,7 +206,7 @@ def retrain_model(call: NativeCall, model: Name, body: RetrainRequest) -> JobVie
     context.capture.flush()  # requests may be younger than the last write
     since, quotas = parse_since(body.since), context.quotas(call.account)
     try:
-        with limited(_free, _BUSY, 30):
+        with limit_concurrency(_free, _BUSY, 30):
             job = draft(
                 context.locations, context.arns, call.account, model, since, body.base, quotas
             )

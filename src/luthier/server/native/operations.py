@@ -194,7 +194,7 @@ def not_found(noun: str, name: str) -> Fault:
 
 
 @contextmanager
-def limited(free: Semaphore, busy: str, retry_seconds: int) -> Iterator[None]:
+def limit_concurrency(free: Semaphore, busy: str, retry_seconds: int) -> Iterator[None]:
     """Run the block while ``free`` has a place.
 
     Raises:

@@ -194,7 +194,7 @@ def create_rows(call: NativeCall, body: RowsRequest) -> RowsView:
     wanted = live_rows.Condition.parse(body.rating) if body.rating else None
     captured = live_rows.captured_answers(capture.objects, call.account, body.model)
     answers = [each for each in captured if each.latest(*RATINGS) is not None]
-    kept = live_rows.filtered(answers, wanted, {})
+    kept = live_rows.filter_answers(answers, wanted, {})
     found = live_rows.training_rows(kept, body.to, rated=wanted is not None)
     if not found:
         text = f"{len(answers)} rated answers give no rows of the kind {body.to}."

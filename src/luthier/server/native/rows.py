@@ -18,7 +18,13 @@ from luthier.data.files.read import find_container, read_records
 from luthier.data.rows import Checker
 from luthier.gate.checks.balance import labels_of
 from luthier.server.http.messages import Fault
-from luthier.server.native.operations import Input, NativeCall, View, limited, native_router
+from luthier.server.native.operations import (
+    Input,
+    NativeCall,
+    View,
+    limit_concurrency,
+    native_router,
+)
 
 router = native_router()
 MOST_BYTES = 32 << 20
@@ -88,7 +94,7 @@ def list_rows(call: NativeCall, page: Annotated[RowsPage, Query()]) -> RowsView:
     busy = f"The server already reads {AT_ONCE} files. Try again in a few seconds."
     wanted = page.search.casefold()
     lines = {int(each) for each in page.lines.split(",") if each}
-    with limited(_free, busy, 2), TemporaryDirectory(prefix="luthier-rows-") as folder:
+    with limit_concurrency(_free, busy, 2), TemporaryDirectory(prefix="luthier-rows-") as folder:
         _, path = call.context.locations.peek(
             call.account, page.address, Path(folder), MOST_BYTES + 1
         )

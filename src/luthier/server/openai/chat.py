@@ -280,7 +280,7 @@ def create(call: OpenAICall, body: ChatRequest) -> JsonObject | StreamedResponse
     stream = _begin(inference, account, body)
     chunks = _Chunks(body).of(stream, stream)
     if body.store:
-        chunks = _kept(call, body, chunks)
+        chunks = _store_at_end(call, body, chunks)
     return stream_events(chunks, [stream], body.model)
 
 
@@ -291,7 +291,7 @@ def _keep(call: OpenAICall, body: ChatRequest, completion: JsonObject) -> None:
     call.context.conversations.put(call.account, COMPLETION, stored, given)
 
 
-def _kept(
+def _store_at_end(
     call: OpenAICall, body: ChatRequest, chunks: Iterator[Mapping[str, Any]]
 ) -> Iterator[Mapping[str, Any]]:
     """Yield ``chunks``, then store the completion."""

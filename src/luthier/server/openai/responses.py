@@ -374,7 +374,7 @@ def _begin(
         if body.functions:  # the question may be about one of them
             return submit(), _Search(query, [])
         if body.is_plain:
-            return _declined(), _Search(query, [])
+            return _decline(), _Search(query, [])
     while True:
         try:
             passages = [each.found.passage.content for each in found]
@@ -385,7 +385,7 @@ def _begin(
         found = found[:-1]
 
 
-def _declined() -> Stream:
+def _decline() -> Stream:
     """Return the reply to a question that the documents do not answer."""
     events: SimpleQueue[Any] = SimpleQueue()
     events.put(TokenChunk(0, DECLINED))

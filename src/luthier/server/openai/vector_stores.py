@@ -187,7 +187,7 @@ def create(call: OpenAICall, body: CreateStore) -> JsonObject:
     """Create a vector store."""
     call.record("vector_store")
     added = [AddFile(file_id=each) for each in body.file_ids or ()]
-    files = _wanted(call, added, {}, body.chunking_strategy, "file_ids")
+    files = _files_to_add(call, added, {}, body.chunking_strategy, "file_ids")
     days = body.expires_after.days if body.expires_after else None
     with call.context.database.write() as session:
         store = table.create_store(
@@ -274,7 +274,7 @@ def search(call: OpenAICall, store: Name, body: SearchStore) -> JsonObject:
 def add_file(call: OpenAICall, store: Name, body: AddFile) -> JsonObject:
     """Add an uploaded file to a store. The server reads the file in the background."""
     call.record("vector_store", store)
-    files = _wanted(call, [body], {}, None, "file_id")
+    files = _files_to_add(call, [body], {}, None, "file_id")
     with call.context.database.write() as session:
         row = check_store(table.find_store(session, call.account, store, lock=True), store)
         (added,) = _add(call, session, row, files)
@@ -347,7 +347,7 @@ def create_batch(call: OpenAICall, store: Name, body: CreateFileBatch) -> JsonOb
         raise invalid(text, "attributes" if body.attributes else "chunking_strategy")
     added = body.files or [AddFile(file_id=each) for each in body.file_ids or ()]
     where = "files" if body.files else "file_ids"
-    files = _wanted(call, added, body.attributes or {}, body.chunking_strategy, where)
+    files = _files_to_add(call, added, body.attributes or {}, body.chunking_strategy, where)
     with call.context.database.write() as session:
         row = check_store(table.find_store(session, call.account, store, lock=True), store)
         batch = table.create_batch(session, row)
@@ -411,7 +411,7 @@ def _find_batch(call: Call, session: Session, store_id: str, batch_id: str) -> V
     )
 
 
-def _wanted(
+def _files_to_add(
     call: Call,
     files: Sequence[AddFile],
     attributes: Mapping[str, Any],

@@ -119,7 +119,7 @@ def _catalog_entries(ids: tuple[str, ...]) -> tuple[FoundationModel, ...]:
     found = []
     for each in map(CATALOG.__getitem__, ids):
         name, windows = each.name or each.id[:20], each.media == "window"
-        model_id = f"{each.namespace}.{_hyphenated(each.id)}"
+        model_id = f"{each.namespace}.{_hyphenate(each.id)}"
         found.append(
             FoundationModel(
                 model_id, each.id, each.provider, name, each.kind, reads_windows=windows
@@ -128,7 +128,7 @@ def _catalog_entries(ids: tuple[str, ...]) -> tuple[FoundationModel, ...]:
     return tuple(found)
 
 
-def _hyphenated(name: str) -> str:
+def _hyphenate(name: str) -> str:
     """Replace dots and underscores, which ids of foundation models must not contain."""
     return name.replace(".", "-").replace("_", "-")
 
@@ -147,7 +147,7 @@ def _read_pretrained(home: Path, versions: tuple[Any, ...]) -> tuple[FoundationM
         # A manifest of a different version of luthier may name an unknown kind.
         if kind not in KINDS:
             continue
-        name = _hyphenated(short_name(each.id))
+        name = _hyphenate(short_name(each.id))
         moment = datetime.fromisoformat(created) if created else None
         found.append(
             FoundationModel(f"luthier.{name}", each.id, "luthier", name[:20], kind, moment)

@@ -83,7 +83,7 @@ class Search:
             self._study.enqueue_trial(self._start)
         for _ in range(ASKS):
             trial = self._study.ask({each.key: _distribution(each) for each in self.dimensions})
-            settings = {key: _rounded(value) for key, value in trial.params.items()}
+            settings = {key: _round(value) for key, value in trial.params.items()}
             if settings not in known:
                 break
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -135,6 +135,6 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
     return kind(low, high, log=dimension.is_logarithmic)
 
 
-def _rounded(value: Any) -> Any:
+def _round(value: Any) -> Any:
     """Return a number with three significant digits, as in the table and in the chosen recipe."""
     return float(f"{value:.3g}") if isinstance(value, float) else value
