@@ -35,6 +35,7 @@ from luthier.data.files.sources import absolute, files_of
 from luthier.errors import Problem, RecipeError
 from luthier.files import read_toml
 from luthier.formatting import did_you_mean, nearest_name
+from luthier.models import DEFAULT_BASE
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.trackers import TRACKERS
 from luthier.types import LongRows
@@ -262,7 +263,7 @@ class ForgettingLimits(StrictModel):
 class Recipe(StrictModel):
     """All settings of a custom model."""
 
-    base: str = "smollm2-135m-instruct"
+    base: str = DEFAULT_BASE
     """Base model, custom model, local directory or hub id to start from."""
     name: ModelName | None = None
     """Name of the custom model; the id is ``base:name``."""

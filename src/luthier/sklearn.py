@@ -17,6 +17,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 import luthier
+from luthier.models import TEXT_ENCODER
 
 
 def _texts(X: Any) -> list[str]:
@@ -38,7 +39,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        base: str = "all-minilm-l6-v2",
+        base: str = TEXT_ENCODER,
         *,
         epochs: float | None = None,
         learning_rate: float | None = None,
@@ -95,7 +96,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 class TextEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Embeddings of texts, as features for estimators of scikit-learn."""
 
-    def __init__(self, model: str = "all-minilm-l6-v2") -> None:
+    def __init__(self, model: str = TEXT_ENCODER) -> None:
         self.model = model
 
     def fit(self, X: Any, y: Any = None) -> Self:

@@ -16,7 +16,6 @@ from luthier.errors import DataError, RecipeError
 from luthier.gate import inspect as gate
 from luthier.gate.checks import CHECKS
 from luthier.gate.inspect import (
-    DEFAULT_BASE,
     InspectionRequest,
     encoder_of_languages,
     inspect,
@@ -24,6 +23,7 @@ from luthier.gate.inspect import (
 from luthier.gate.report import next_steps
 from luthier.gate.scan import ScanProgress
 from luthier.library.folders import base_folder
+from luthier.models import DEFAULT_BASE, TEXT_ENCODER
 from luthier.models.manifest import MANIFEST
 from luthier.models.tokenizer import load_chat_format
 from luthier.recipe import Recipe
@@ -45,21 +45,17 @@ def broken(report: Any) -> dict[str, int]:
     return dict(report.findings.counts)
 
 
-def test_the_default_base_is_the_recipe_s() -> None:
-    assert DEFAULT_BASE == "smollm2-135m-instruct"
-
-
 @pytest.mark.parametrize(
     ("row", "objective", "base"),
     [
-        (LABELS[0], None, gate.READER),
-        ({"text": "a", "rating": 1.5}, None, gate.READER),
-        ({"tokens": ["a"], "tags": ["O"]}, None, gate.READER),
-        ({"anchor": "a", "positive": "b"}, None, gate.READER),
+        (LABELS[0], None, TEXT_ENCODER),
+        ({"text": "a", "rating": 1.5}, None, TEXT_ENCODER),
+        ({"tokens": ["a"], "tags": ["O"]}, None, TEXT_ENCODER),
+        ({"anchor": "a", "positive": "b"}, None, TEXT_ENCODER),
         (
             {"question": "a", "context": "b", "answers": {"text": [], "answer_start": []}},
             None,
-            gate.READER,
+            TEXT_ENCODER,
         ),
         (LABELS[0], "causal_lm", DEFAULT_BASE),
         ({"text": "raw"}, None, DEFAULT_BASE),
@@ -74,7 +70,7 @@ def test_default_base_depends_on_rows(
     data = written(tmp_path / "rows.jsonl", row)
     found, reason = gate.default_base(RowReader(str(data)), gate.parse_objective(objective))
     assert found == base
-    assert ("encoder" in reason) is (base == gate.READER)
+    assert ("encoder" in reason) is (base == TEXT_ENCODER)
     assert ("`--base bert-base-uncased`" in reason) is ("question" in row)
 
 
@@ -92,9 +88,9 @@ def test_default_base_for_language_without_encoder_is_fasttext(
     assert found == "fasttext"
     assert "Vietnamese" in reason and "pull multilingual-e5-small" in reason
     english = base_of("I would like to know when the shop opens tomorrow morning")
-    assert english[0] == base_of("?? 12")[0] == gate.READER
+    assert english[0] == base_of("?? 12")[0] == TEXT_ENCODER
     japanese = "私はその店が明日の朝いつ開くのか知りたいと思っています"
-    assert base_of(japanese)[0] == gate.READER
+    assert base_of(japanese)[0] == TEXT_ENCODER
     known = base_folder("multilingual-e5-small")
     known.mkdir(parents=True)
     (known / MANIFEST).write_text("{}")

@@ -31,17 +31,15 @@ from luthier.gate.scan import (
 )
 from luthier.library import models as store
 from luthier.library.folders import is_base_here
+from luthier.models import DEFAULT_BASE, TEXT_ENCODER, WORD_CLASSIFIER
 from luthier.models.base_kinds import sole_objective
-from luthier.models.catalog import CATALOG, WORD_READER, bases_for
+from luthier.models.catalog import CATALOG, bases_for
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base, predicts
 from luthier.objectives.question_answering import ANSWERING_BASES
 from luthier.recipe import DataSpec, Recipe
 from luthier.types import Row
 
-DEFAULT_BASE = str(Recipe.model_fields["base"].default)
-READER = "all-minilm-l6-v2"
-"""Base model for rows without a text to generate."""
 LANGUAGE_ROWS = 200
 """Number of rows for language identification."""
 AUTO = "auto"
@@ -104,8 +102,8 @@ def encoder_of_language(code: str, reason: str, words: bool = False) -> tuple[st
     the English encoder is right on 48.5 % of test rows, and hashed words are right on 79 %
     (docs/log/defaults.md).
     """
-    if not code or code in CATALOG[READER].languages:
-        return READER, reason
+    if not code or code in CATALOG[TEXT_ENCODER].languages:
+        return TEXT_ENCODER, reason
     language = language_name(code)
     fitting = bases_for(code, "embedding")
     local = [each for each in fitting if is_base_here(each)]
@@ -115,8 +113,8 @@ def encoder_of_language(code: str, reason: str, words: bool = False) -> tuple[st
     if fitting:
         missing += f"; `luthier models pull {fitting[0]}` downloads such an encoder"
     if words and code not in UNSPACED:
-        return WORD_READER, f"a model of words in any language, because {missing}"
-    return READER, f"{reason}, but {missing}"
+        return WORD_CLASSIFIER, f"a model of words in any language, because {missing}"
+    return TEXT_ENCODER, f"{reason}, but {missing}"
 
 
 def encoder_of_languages(codes: Sequence[str], reason: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from pydantic.json_schema import SkipJsonSchema
 from luthier.errors import RecipeError
 from luthier.graders.base import Answer, Embedder, GraderModels, NetworkGrader
 from luthier.graders.templates import Template, fill_template, scope_of
+from luthier.models import TEXT_ENCODER
 
 if TYPE_CHECKING:
     from luthier.models.networks.heads import HeadKind
@@ -25,7 +26,7 @@ class EmbeddingSimilarity(NetworkGrader):
     """
 
     method: Literal["embedding_similarity"] = "embedding_similarity"
-    model: str = Field(default="all-minilm-l6-v2", min_length=1)
+    model: str = Field(default=TEXT_ENCODER, min_length=1)
     """Id of the encoder."""
     input: Template = "{{sample.output_text}}"
     """Template of the graded text."""

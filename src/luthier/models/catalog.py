@@ -31,6 +31,7 @@ from luthier.files import (
     sha256_of,
     sweep,
 )
+from luthier.models import DEFAULT_BASE, TEXT_ENCODER, WORD_CLASSIFIER
 from luthier.models.base_kinds import base_kind
 from luthier.models.formats.nano_e5 import convert_nano_e5
 from luthier.models.manifest import MANIFEST, RANDOM, Manifest, created_now
@@ -41,8 +42,6 @@ from luthier.processes import python_command
 CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
 """Timeouts for connecting to the hub and for the first response. The hub's client has no default
 timeout."""
-WORD_READER = "fasttext"
-"""Text classifier on words and word pairs, for any language that separates words by spaces."""
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Suffixes of the stored files."""
 
@@ -281,7 +280,7 @@ _XLM_R = (
 # the commit and the hash of each file.
 _ENTRIES = (
     CatalogEntry(
-        id="smollm2-135m-instruct",
+        id=DEFAULT_BASE,
         name="SmolLM2 135M",
         provider="Hugging Face",
         namespace="huggingfacetb",
@@ -313,7 +312,7 @@ _ENTRIES = (
         },
     ),
     CatalogEntry(
-        id="all-minilm-l6-v2",
+        id=TEXT_ENCODER,
         name="MiniLM L6 v2",
         provider="SBERT",
         namespace="sentence-transformers",
@@ -342,7 +341,7 @@ _ENTRIES = (
         },
     ),
     random_entry(
-        WORD_READER,
+        WORD_CLASSIFIER,
         "encoder",
         8_388_608,
         "words and pairs by their hash, of random weights, for labels in any language with spaces",

@@ -25,6 +25,7 @@ from luthier.data.disk_sequence import concatenate
 from luthier.data.inputs import PLURAL
 from luthier.data.shapes import SHAPES
 from luthier.errors import RecipeError, RowRefused
+from luthier.models import DEFAULT_BASE
 from luthier.models.networks.heads import Head
 from luthier.objectives.means import loss_metrics, mean_loss
 from luthier.tasks import GENERATION, Task
@@ -578,7 +579,7 @@ def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> N
     raise RecipeError(
         "the base model is an encoder and cannot generate text, which objective "
         f"{objective.method} requires. Use {instead}a base that generates text, such as "
-        "`base=smollm2-135m-instruct`",
+        f"`base={DEFAULT_BASE}`",
         rule="objective.network",
     )
 

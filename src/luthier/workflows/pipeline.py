@@ -37,6 +37,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from luthier.errors import RecipeError
 from luthier.files import read_toml
+from luthier.models import DEFAULT_BASE
 from luthier.models.manifest import MANIFEST, Manifest
 from luthier.recipe import ModelName, Recipe, parse, with_paths
 from luthier.validation import StrictModel
@@ -70,7 +71,7 @@ class PipelineSpec(StrictModel):
 
     name: ModelName
     """First part of all model names."""
-    base: str = "smollm2-135m-instruct"
+    base: str = DEFAULT_BASE
     """Start model of the first stage."""
     stage: tuple[StageSpec, ...] = Field(min_length=1)
     """Stages in order."""

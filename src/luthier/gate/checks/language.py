@@ -32,7 +32,8 @@ from luthier.data.languages import detect_languages
 from luthier.errors import DataError
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.models.catalog import WORD_READER, bases_for
+from luthier.models import WORD_CLASSIFIER
+from luthier.models.catalog import bases_for
 from luthier.objectives import Objective
 from luthier.objectives.by_shape import objective_for
 from luthier.tasks import GENERATION
@@ -309,7 +310,7 @@ class Language(Check):
             "(organisation/name) or a folder."
         )
         if task.learns_words and code not in UNSPACED:
-            fix += f" `--base {WORD_READER}` classifies by words, in any language."
+            fix += f" `--base {WORD_CLASSIFIER}` classifies by words, in any language."
         findings.add(Finding(UNTRAINED, Place(places.place(0).file, 0), message, fix))
 
     def summary(self) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from luthier.files import new_file
 from luthier.formatting import one_line
 from luthier.library.folders import is_base_here
 from luthier.library.models import StoredModel, find
+from luthier.models import TEXT_ENCODER
 from luthier.models.manifest import DRIFT_SAMPLE
 from luthier.server.live.redaction import redact
 
@@ -28,7 +29,6 @@ LEAST, MOST = 50, 400
 """Minimum and maximum number of recent inputs."""
 FLOOR = 0.55
 """Minimum AUC of an alarm, for samples so large that small differences are significant."""
-ENCODER = "all-minilm-l6-v2"
 WORDS = "words"
 """Name of the features without an encoder."""
 _INFLATION = 1.6
@@ -90,7 +90,7 @@ def store_sample(model: StoredModel, texts: Sequence[str]) -> None:
     if len(texts) < LEAST:
         return
     chosen = np.random.default_rng(0).permutation(len(texts))[:ROWS]
-    features = ENCODER if is_base_here(ENCODER) else WORDS
+    features = TEXT_ENCODER if is_base_here(TEXT_ENCODER) else WORDS
     found = features_of(redact([texts[n] for n in chosen]), features)
     with new_file(model.folder / DRIFT_SAMPLE) as file:
         np.savez(file, features=np.array(features), sample=found.astype(np.float16))

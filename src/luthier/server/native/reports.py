@@ -21,6 +21,7 @@ from pydantic import Field
 from luthier.data.files.read import read_records
 from luthier.data.shapes import SHAPES
 from luthier.formatting import column_options, map_code, one_line
+from luthier.models import DEFAULT_BASE
 from luthier.processes import python_command
 from luthier.server.http.messages import Fault
 from luthier.server.jobs.data import base_reads_media, fetch_rows, peek_rows
@@ -31,7 +32,7 @@ from luthier.server.native.operations import (
     Input,
     NativeCall,
     View,
-    limited,
+    limit_concurrency,
     native_router,
     setting_name,
 )
@@ -142,7 +143,7 @@ class Planned(Input):
     training: str
     """Address of training data."""
     validation: tuple[str, ...] = Field(default=(), max_length=10)
-    base: str = "smollm2-135m-instruct"
+    base: str = DEFAULT_BASE
     customization_type: Literal[
         "FINE_TUNING", "REINFORCEMENT_FINE_TUNING", "CONTINUED_PRE_TRAINING"
     ] = "FINE_TUNING"
@@ -319,7 +320,7 @@ def _fetch(call: Call, address: str, folder: Path, media: bool) -> Path:
 def _report_folder() -> Iterator[Path]:
     busy = f"The server already runs {AT_ONCE} reports or estimates. Try again in a few seconds."
     with (
-        limited(_free, busy, 5),
+        limit_concurrency(_free, busy, 5),
         tempfile.TemporaryDirectory(prefix="luthier-report-") as folder,
     ):
         yield Path(folder)
