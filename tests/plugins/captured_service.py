@@ -84,7 +84,7 @@ def running(
     """The service with an echo in place of models."""
     home_with_tiny(luthier_home, tiny_model_folder)
     monkeypatch.setenv("LUTHIER_BOOTSTRAP", str(luthier_home / "bootstrap.json"))
-    service = Service(Settings(work=False))
+    service = Service(Settings(run_jobs=False))
     echo = Echo()
     for name in ("submit", "embed", "predict", "sample", "reconstruct"):
         monkeypatch.setattr(service.pool, name, getattr(echo, name))

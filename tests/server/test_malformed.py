@@ -73,10 +73,10 @@ def started(
         add_base(home, "tiny", "causal_lm", tiny_model_folder)
         add_base(home, "encoder", "encoder", family_folder("bert"))
         # The server slows down an address with many rejected requests, as in these tests.
-        service = Service(Settings())
+        service = Service(Settings(run_jobs=False))
         assert service.issued is not None
         with served(service.application) as url:
-            service.start(work=False)
+            service.start()
             service.objects.create_bucket(ACCOUNT, "rows")
             service.locations.write(ACCOUNT, "s3://rows/", "train.jsonl", ROWS)
             yield Running(url, service.issued.api_key), home

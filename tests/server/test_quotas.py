@@ -82,9 +82,9 @@ def server(database_url: str, luthier_home: Path, tiny_model_folder: Path) -> It
     about = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
     write_json(base / MANIFEST, about)
     limits = ServerLimits(stored_bytes=20 * MIB)
-    service = Service(Settings(database=database_url, limits=limits))
+    service = Service(Settings(database=database_url, run_jobs=False, limits=limits))
     with served(service.application) as url:
-        service.start(work=False)
+        service.start()
         service.objects.create_bucket(ACCOUNT, "rows")
         yield Server(service, url)
     service.close()

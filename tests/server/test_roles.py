@@ -82,7 +82,7 @@ class Served:
 @pytest.fixture
 def server(luthier_home: Any) -> Iterator[Served]:
     luthier_home.mkdir(exist_ok=True)
-    service = Service(Settings(work=False))
+    service = Service(Settings(run_jobs=False))
     with served(service.application) as url:
         yield Served(service, url)
     service.close()

@@ -115,7 +115,7 @@ class Service:
         self.locations = Locations(self.database, settings.s3_endpoint, quotas=limits)
         self.activation = Activation(self.database, partial(check_and_load, self.pool))
         runner = runner or Runner()
-        if settings.work:
+        if settings.run_jobs:
             _check_runner(settings, runner, self.database)
         capacity = Capacity()
         self.scheduler = Scheduler(
@@ -174,8 +174,8 @@ class Service:
                 expose_headers=("*",),
             )
 
-    def start(self, work: bool = True) -> None:
-        """Resume the work of an earlier server; with ``work``, also run jobs from the queue."""
+    def start(self) -> None:
+        """Resume the work of an earlier server, and run jobs from the queue if the settings say so."""
         removal.finish_deletions(self.database)
         self.capture.on_expiry = self.openai.conversations.remove_expired
         self._sweep()
@@ -188,7 +188,7 @@ class Service:
         self.watch.thread.start()
         self.openai.start()
         self.memory.start()
-        if work:
+        if self.settings.run_jobs:
             self.scheduler.start()
             self.schedules.thread.start()
 

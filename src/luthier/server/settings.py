@@ -31,7 +31,7 @@ class Settings:
     """Names of the server in requests of agents, next to the loopback names."""
     job_processes: int = 1
     """Number of processes on this machine that train a job together."""
-    work: bool = True
+    run_jobs: bool = True
     """True if this server runs jobs from the queue."""
     deterministic: bool = False
     """True if models process a single sequence at a time, so that replies do not depend on other

@@ -107,8 +107,8 @@ class Deployed:
 @pytest.fixture
 def deployed(own_home: Path) -> Iterator[Deployed]:
     """A running server with a deployment."""
-    service = Service(Settings())
-    service.start(work=False)
+    service = Service(Settings(run_jobs=False))
+    service.start()
     try:
         with served(service.application) as url:
             made = Deployed(service, url)

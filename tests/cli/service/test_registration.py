@@ -42,8 +42,8 @@ def refused(*arguments: str) -> str:
 def test_registered_cli_model_is_served_to_clients(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = Service(Settings())
-    service.start(work=False)
+    service = Service(Settings(run_jobs=False))
+    service.start()
     try:
         with served(service.application) as url:
             assert service.issued is not None

@@ -77,8 +77,8 @@ def home(
 @pytest.fixture
 def url(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("LUTHIER_HOME", str(home))
-    service = Service(Settings(work=False))
-    service.start(work=False)
+    service = Service(Settings(run_jobs=False))
+    service.start()
     with served(service.application) as url:
         yield url
     service.close()

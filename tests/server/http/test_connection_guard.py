@@ -40,8 +40,8 @@ def service(luthier_home: Path, tiny_model_folder: Path) -> Iterator[Service]:
     shutil.copytree(tiny_model_folder, base_folder("tiny"))
     manifest = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
     write_json(base_folder("tiny") / MANIFEST, manifest)
-    made = Service(Settings())
-    made.start(work=False)
+    made = Service(Settings(run_jobs=False))
+    made.start()
     yield made
     made.close()
 

@@ -118,7 +118,7 @@ def usage_of(service: Service) -> Usage:
 
 
 def test_console_reads_are_not_counted_as_requests(luthier_home: Path) -> None:
-    service = Service(Settings(work=False))
+    service = Service(Settings(run_jobs=False))
     assert service.issued is not None
     own = {"Authorization": f"Bearer {service.issued.api_key}"}
     console = {**own, "X-Luthier-Console": "1"}

@@ -85,8 +85,8 @@ def store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    made = Service(Settings(work=False, limits=ServerLimits(account_share=1)))
-    made.start(work=False)
+    made = Service(Settings(run_jobs=False, limits=ServerLimits(account_share=1)))
+    made.start()
     yield made
     made.close()
 

@@ -124,14 +124,14 @@ def serve(
             limits=parse_limits(limit),
             deterministic=deterministic,
             job_processes=job_processes,
-            work=not no_workers,
+            run_jobs=not no_workers,
             hold_out=not no_hold_out,
         )
         log_as_json()
         service = Service(settings, job_runner)
 
         def ready(address: str) -> None:
-            service.start(work=not no_workers)
+            service.start()
             _print_addresses(
                 address,
                 region,
