@@ -1,8 +1,8 @@
 """Packed models: a file with a model and all parents, for machines without network.
 
 The file is a zip archive without compression, because weights do not get smaller. The folders are
-the folders of the store, ``base/ID`` and ``custom/BASE/NAME``, each with a manifest of licence,
-source and hashes. Parents come first.
+the folders of the store, ``base/ID`` and ``custom/BASE/NAME``, each with the model's manifest, which
+has the hash of each file. Only manifests of base models have a licence. Parents come first.
 """
 
 from __future__ import annotations

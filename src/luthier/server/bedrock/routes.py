@@ -118,7 +118,6 @@ def render_fault(fault: Fault, request_id: str) -> Response:
     headers = {"x-amzn-ErrorType": f"{fault.code}Exception"}
     if fault.code in ("Throttling", "ModelNotReady", "ServiceUnavailable"):
         headers["Retry-After"] = str(fault.details.get("retry_after", 1))
-    for name in ("resourceName", "originalStatusCode", "originalMessage"):
-        if name in fault.details:
-            body[name] = fault.details[name]
+    if "resourceName" in fault.details:
+        body["resourceName"] = fault.details["resourceName"]
     return Response.json(body, status, **headers)

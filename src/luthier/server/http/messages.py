@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
 from urllib.parse import parse_qs, unquote_to_bytes
 
 from sqlalchemy.exc import OperationalError
@@ -249,6 +249,29 @@ class Response:
         return Response(status, body, {"Content-Type": "application/json", **headers})
 
 
+class FaultDetails(TypedDict, total=False):
+    """Details of a fault that an API may put into its response."""
+
+    retry_after: int
+    """Seconds until a retry may succeed, for the header ``Retry-After``."""
+    allow: str
+    """Methods of the path, for the header ``Allow``."""
+    headers: Mapping[str, str]
+    """Headers of S3's response."""
+    fields: Mapping[str, str]
+    """Elements of S3's error document."""
+    place: Literal["path", "query"]
+    """Part of the address that is not UTF-8."""
+    reason: str | None
+    """Code of an OpenAI error."""
+    credentials: bool
+    """True for an invalid bearer key."""
+    resourceName: str
+    """ARN of the resource with too many tags, as Bedrock names the member."""
+    refused: bool
+    """True for an error of the lower layers, whose text names settings of the recipe."""
+
+
 class Fault(LuthierError):
     """An error that each API reports in the API's own format.
 
@@ -266,7 +289,7 @@ class Fault(LuthierError):
         *,
         parameter: str | None = None,
         rule: str = "",
-        **details: Any,
+        **details: Unpack[FaultDetails],
     ) -> None:
         super().__init__(message, rule=rule)
         self.code, self.message, self.parameter, self.details = code, message, parameter, details
@@ -306,7 +329,7 @@ class Fault(LuthierError):
     def of_inference(failed: InferenceFailed) -> Fault:
         """Return the fault for an inference error, with ``retry_after`` if a retry may succeed."""
         passes = failed.code in ("Throttling", "ModelNotReady", "ServiceUnavailable")
-        details: dict[str, Any] = {"retry_after": 1} if passes else {}
+        details: FaultDetails = {"retry_after": 1} if passes else {}
         return Fault(failed.code, str(failed), **details)
 
     def with_setting_names(self, name: Callable[[str], str]) -> Fault:
@@ -316,7 +339,7 @@ class Fault(LuthierError):
         text = map_code(self.message, name)
         parameter = self.parameter and name(self.parameter)
         # A second call must not rename the API's names again.
-        details = {**self.details, "refused": False}
+        details: FaultDetails = {**self.details, "refused": False}
         return Fault(self.code, text, parameter=parameter, rule=self.rule, **details)
 
 

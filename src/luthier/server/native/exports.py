@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import Query
 from pydantic import Field
@@ -15,6 +15,7 @@ from luthier.server.native.operations import (
     Input,
     NativeCall,
     Page,
+    ResultState,
     View,
     native_router,
     not_found,
@@ -24,8 +25,6 @@ from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.exports import ModelExport
 
 router = native_router()
-State = Literal["Queued", "Running", "Stopping", "Completed", "Failed", "Stopped"]
-"""State of an export."""
 
 
 class NewExport(Input):
@@ -54,7 +53,7 @@ class ExportView(View):
     merged: bool | None = None
     quantization: str | None = None
     output: str
-    state: State
+    state: ResultState
     progress: dict[str, Any] | None = None
     """Progress of a running export: ``phase`` (``merge``, ``trace``, ``write``, ``compare`` or
     ``upload``), ``done`` and ``total`` (bytes of ``write`` and ``upload``)."""
@@ -78,7 +77,7 @@ class ExportsView(View):
 class ExportsPage(Page):
     """Filters and page of a list of exports."""
 
-    state: State | None = None
+    state: ResultState | None = None
     model: str | None = Field(default=None, max_length=2048)
     """ARN of the exported custom model. The model may be deleted."""
 

@@ -20,6 +20,7 @@ from luthier.server.native.operations import (
     Input,
     NativeCall,
     Page,
+    ResultState,
     View,
     native_router,
     not_found,
@@ -36,8 +37,6 @@ from luthier.server.tables.measurements import (
 )
 
 router = native_router()
-State = Literal["Queued", "Running", "Stopping", "Completed", "Failed", "Stopped"]
-"""State of a measurement."""
 Model = Annotated[str, Field(min_length=1, max_length=2048)]
 """Base model, custom model or deployment, by any name."""
 Address = Annotated[str, Field(min_length=1, max_length=2048)]
@@ -110,7 +109,7 @@ class MeasurementView(View):
     models."""
     request: dict[str, Any]
     """Fields of the request."""
-    state: State
+    state: ResultState
     progress: dict[str, Any] | None = None
     """Progress of a running measurement: ``phase``, ``done`` and ``total`` (rows or replies)."""
     report: dict[str, Any] | None = None
@@ -140,7 +139,7 @@ class DeletedMeasurementView(View):
 class MeasurementsPage(Page):
     """Filter and page of a list of evaluations, comparisons or studies."""
 
-    state: State | None = None
+    state: ResultState | None = None
 
 
 @router.post("/evaluations", status_code=201)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Semaphore
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +32,8 @@ STATUS = {
     "ServiceUnavailable": 503, "ModelNotReady": 503, "ModelError": 500, "ModelTimeout": 504,
 }  # fmt: skip
 """HTTP status by fault code; 400 for other codes."""
+ResultState = Literal["Queued", "Running", "Stopping", "Completed", "Failed", "Stopped"]
+"""State of an export, an evaluation, a comparison or a study."""
 MOST_ERRORS = 10
 """Maximum number of validation errors in a message."""
 

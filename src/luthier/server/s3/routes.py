@@ -193,7 +193,7 @@ def render_fault(fault: Fault, request_id: str) -> Response:
     """Return ``fault`` in S3's form. The details have ``headers`` and ``fields`` of the document."""
     code = _CODES.get(fault.code.removesuffix("Exception"), fault.code)
     code = {"path": "InvalidURI", "query": "InvalidArgument"}.get(
-        str(fault.details.get("place")), code
+        fault.details.get("place", ""), code
     )
     headers = fault.details.get("headers", {})
     status = _STATUS.get(code, 400)
