@@ -39,7 +39,7 @@ from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import begins_random
 from luthier.models.networks.classic import NETS
 from luthier.models.networks.dropout import check_dropout
-from luthier.models.networks.heads import FITTED, HEADS, head_weights, hidden_size_of, scratch_rate
+from luthier.models.networks.heads import HEADS, head_weights, hidden_size_of, scratch_rate
 from luthier.models.networks.layers import layer_names
 from luthier.models.networks.layouts import MOST_IMAGES, is_flat
 from luthier.models.networks.modalities import text_fields
@@ -201,7 +201,7 @@ def with_base_defaults(
         usual = Augmentation()
         changes = recipe.objective is None or recipe.objective.allows_augmentation
         processor = None if chat.has_tokenizer else chat.media
-        is_fitted = base.network.fields.get("model_type") in FITTED
+        is_fitted = base.network.is_fitted
         if processor is not None and changes and not recipe.adaptation.head_only and not is_fitted:
             contrasts = recipe.objective is not None and recipe.objective.contrasts_rows
             usual = (Augmentation.views if contrasts else Augmentation.usual)(processor.kind)
@@ -596,7 +596,7 @@ def _facts(base: store.StoredModel, data: Dataset, plan: NetworkPlan) -> default
         mixed=data.mixed,
         held_out=sum(map(len, data.held_out.get("validation", {}).values())),
         scratch_rate=scratch_rate(model) or defaults.SCRATCH_RATE,
-        is_fitted=model.config.model_type in FITTED,
+        is_fitted=base.network.is_fitted,
     )
 
 

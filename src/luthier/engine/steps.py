@@ -32,7 +32,7 @@ from luthier.models.networks.frozen_layer_cache import FrozenLayerCache, frozen_
 from luthier.models.networks.heads import score_layer, scratch_rate
 from luthier.models.networks.layers import layer_names
 from luthier.models.networks.layouts import MediaLayout
-from luthier.objectives.base import RunStart
+from luthier.objectives.base import PreparedRows, RunStart
 from luthier.objectives.preferences.references import ReferenceObjective, with_reference_logps
 from luthier.plugins import PluginTable
 
@@ -86,9 +86,13 @@ class Preparation(TrainingStep):
         objective, budget = job.data.objective, trainer.reading_budget
         network.model.eval()
         with trainer.clock.part("begin"):
-            prepared = objective.prepare(_run_start(trainer, job))
+            if fit := network.fit_rows(job.data.train, budget):
+                note(fit)
+                prepared = PreparedRows(job.data.train, head_fitted=True)
+            else:
+                prepared = objective.prepare(_run_start(trainer, job))
         trainer.fitted_head, trainer.prepared_rows = prepared.head_fitted, prepared.examples
-        trainer.is_final = prepared.is_final
+        trainer.is_final = network.is_fitted and prepared.head_fitted
         trainer.job = job = job.with_rows(trainer.prepared_rows)
         with trainer.clock.part("ahead"):
             rows = chain(job.data.train, job.data.validation)

@@ -39,7 +39,7 @@ from luthier.models.formats.pipelines import (
     read_pipeline,
 )
 from luthier.models.networks import classic as nets
-from luthier.models.networks.heads import Head, HeadKind, has_masks, head_kind_in
+from luthier.models.networks.heads import FITTED, Head, HeadKind, has_masks, head_kind_in
 from luthier.models.networks.modalities import (
     context_length,
     input_shape,
@@ -101,6 +101,11 @@ class ModelFolder:
             self._config.to_dict() if self.uses_text_part else self._file_fields
         )
         return fields
+
+    @property
+    def is_fitted(self) -> bool:
+        """True for a network that is fitted in closed form (:data:`FITTED`)."""
+        return self.fields.get("model_type") in FITTED
 
     @cached_property
     def uses_text_part(self) -> bool:

@@ -133,8 +133,6 @@ class PreparedRows:
     examples: Sequence[Example]
     head_fitted: bool = False
     """True if the new head was fitted to the rows."""
-    is_final: bool = False
-    """True if the fitted head is the whole training, so that training takes no steps."""
 
 
 @dataclass(frozen=True)

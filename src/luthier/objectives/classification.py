@@ -25,7 +25,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.significance import RowScores
 from luthier.evaluation.thresholds import precision_threshold
 from luthier.formatting import did_you_mean, list_some
-from luthier.models.networks.heads import FITTED, MEAN_POOLED, Head, declared_pooling, score_layer
+from luthier.models.networks.heads import MEAN_POOLED, Head, declared_pooling, score_layer
 from luthier.objectives.base import (
     Finished,
     Objective,
@@ -178,7 +178,7 @@ class Classification(Objective):
             pooling = "mean" if kind in MEAN_POOLED else None
         elif pooling is None:
             pooling = declared_pooling(folder.path)
-        probe = (pooling == "mean" or kind in FITTED) if self.probe is None else self.probe
+        probe = (pooling == "mean" or folder.is_fitted) if self.probe is None else self.probe
         return bound.model_copy(update={"pooling": pooling, "probe": probe})
 
     @property
@@ -358,8 +358,7 @@ class Classification(Objective):
         if layer.bias is not None:
             layer.bias.copy_(fitted.bias_C)
         start.note(f"the new head starts from logistic regression on {len(chosen):,} rows")
-        is_final = network.model.config.model_type in FITTED
-        return PreparedRows(examples, head_fitted=True, is_final=is_final)
+        return PreparedRows(examples, head_fitted=True)
 
     def finish(
         self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int

@@ -280,12 +280,7 @@ class Contrastive(Objective):
         return {}
 
     def prepare(self, start: RunStart) -> PreparedRows:
-        """Mine :attr:`hard_negatives` among the partners of all rows, or fit item counts."""
-        if start.network.model.config.model_type == "item_counts":
-            ids = [np.concatenate([each.ids_T, np.asarray(each.target)]) for each in start.examples]
-            items = start.network.model.fit(ids)
-            start.note(f"vectors of {items:,} items fitted to {len(ids):,} histories")
-            return PreparedRows(start.examples, head_fitted=True, is_final=True)
+        """Mine :attr:`hard_negatives` among the partners of all rows."""
         wanted = [n for n, e in enumerate(start.examples) if e.partner is None and not e.media]
         if not self.hard_negatives or not wanted:
             return super().prepare(start)

@@ -7,7 +7,8 @@ so training takes no steps.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from luthier.media.networks.image_stages import ImagePreTrainedConfig, ImagePreTrainedModel
+from luthier.types import Example
+
+if TYPE_CHECKING:
+    from luthier.models.networks.network import Network, TreeBatch
 
 SMALLEST_DEVIATION = 1e-6
 """Least deviation of a column, relative to the level: a constant column may change later."""
@@ -51,6 +56,18 @@ class ZScoreModel(ImagePreTrainedModel):
             init.zeros_(self.mean)
             init.zeros_(self.deviation)
 
+    def fit_rows(self, network: Network, examples: Sequence[Example], budget: int) -> str:
+        """Fit mean and deviation to windows with enough values, and describe the fit."""
+        whole = [e for e in examples if e.media is None or e.media.is_whole] or examples
+        means = [_values(network, each).mean((2, 3)) for each in network.batches(whole, budget)]
+        columns = max(each.media.media.columns for each in whole if each.media is not None)
+        self.fit(torch.cat(means), columns)
+        return f"z-scores fitted to {len(whole):,} rows of {columns} columns"
+
+    def anomaly_scores(self, network: Network, batch: TreeBatch) -> Tensor:
+        """Return the scores ``[R]`` of the rows of ``batch``."""
+        return self.scores(_values(network, batch))
+
     @torch.no_grad()
     def fit(self, means_NC: Tensor, columns: int) -> None:
         """Set mean and deviation of the first ``columns`` from means of latest values."""
@@ -72,6 +89,14 @@ class ZScoreModel(ImagePreTrainedModel):
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutputWithNoAttention:
         """Return the scores as logits ``[R, 1]``."""
         return ImageClassifierOutputWithNoAttention(logits=self.scores(pixel_values)[:, None])
+
+
+def _values(network: Network, batch: TreeBatch) -> Tensor:
+    """Return the inputs ``[R, C, H, W]`` in float32: bfloat16 has no small changes of a high level."""
+    plan: Tensor = batch.plan
+    if plan.dtype == torch.float32:
+        return plan
+    return network.layout.reader.arrays(batch.tree, network.device, torch.float32)
 
 
 Config = ZScoreConfig

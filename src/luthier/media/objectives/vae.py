@@ -38,14 +38,11 @@ from luthier.evaluation.thresholds import choose_threshold
 from luthier.media.objectives.generative import Generative, draw_latents, draw_noise
 from luthier.media.processors import ImageProcessor, WindowProcessor
 from luthier.media.tasks import AUTOENCODING, Z_THRESHOLD
-from luthier.models.networks.heads import FITTED
 from luthier.models.networks.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import (
     Finished,
-    PreparedRows,
     RunModels,
-    RunStart,
     TrainingDefaults,
     chat_of,
     extra_of,
@@ -159,8 +156,8 @@ class VAE(Generative):
     def bind(self, models: RunModels) -> Self:
         """Set the threshold of z-scores."""
         bound = super().bind(models)
-        family = models.network.fields.get("model_type") if models.network else None
-        if family != "z_score" or bound.threshold is not None:
+        is_fitted = models.network is not None and models.network.is_fitted
+        if not is_fitted or bound.threshold is not None:
             return bound
         return bound.model_copy(update={"threshold": Z_THRESHOLD})
 
@@ -196,22 +193,6 @@ class VAE(Generative):
                 )
         return chat.encode_input(row, index)
 
-    def prepare(self, start: RunStart) -> PreparedRows:
-        """Fit z-scores; other networks learn by steps."""
-        import torch
-
-        network, examples = start.network, start.examples
-        if network.model.config.model_type not in FITTED:
-            return super().prepare(start)
-        whole = [each for each in examples if _is_whole(each)] or examples
-        means = [
-            _values(network, batch).mean((2, 3)) for batch in network.batches(whole, start.budget)
-        ]
-        columns = max(each.media.media.columns for each in whole if each.media is not None)
-        network.model.fit(torch.cat(means), columns)
-        start.note(f"z-scores fitted to {len(whole):,} rows of {columns} columns")
-        return PreparedRows(examples, head_fitted=True, is_final=True)
-
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
@@ -233,7 +214,7 @@ class VAE(Generative):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed negative evidence lower bound, with one sample per row."""
-        if network.model.config.model_type in FITTED:
+        if network.is_fitted:
             return Loss.from_rows(self._scores(network, batch), {})
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
         drawn = extra_of(batch, Draw)
@@ -308,8 +289,8 @@ class VAE(Generative):
     def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
         """Return the anomaly scores ``[R]``: the negative bound, or the error of the last value
         alone."""
-        if network.model.config.model_type in FITTED:
-            found_R: Tensor = network.model.scores(_values(network, batch))
+        if network.is_fitted:
+            found_R: Tensor = network.model.anomaly_scores(network, batch)
             return found_R
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
         if self.score_over == "last":
@@ -348,7 +329,7 @@ class VAE(Generative):
 
     def describe_copies(self, network: Network, examples: Sequence[Example], budget: int) -> str:
         """Return the compression, and the error of copies if ``examples`` are held out."""
-        if network.model.config.model_type in FITTED:
+        if network.is_fitted:
             return ""
         text = f"Each row has {self.compression(network)}"
         if examples:
@@ -396,16 +377,6 @@ def _pixel_scale(network: Network) -> tuple[Tensor, Tensor]:
     assert isinstance(processor, ImageProcessor)
     mean, spread = (torch.tensor(each)[:, None, None] for each in (processor.mean, processor.std))
     return mean.to(network.device), spread.to(network.device)
-
-
-def _values(network: Network, batch: TreeBatch) -> Tensor:
-    """Return the inputs ``[R, C, H, W]`` in float32: bfloat16 has no small changes of a high level."""
-    import torch
-
-    plan: Tensor = batch.plan
-    if plan.dtype == torch.float32:
-        return plan
-    return network.layout.reader.arrays(batch.tree, network.device, torch.float32)
 
 
 def _is_whole(example: Example) -> bool:

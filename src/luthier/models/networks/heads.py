@@ -140,7 +140,8 @@ CAUSAL_LM, EMBEDDING_HEAD = Head("causal_lm"), Head("embedding")
 MEAN_POOLED = frozenset({"bert", "mean_pooling_bert"})
 """Families whose classifier can pool with a mean (``networks/classic/mean_pooling_bert.py``)."""
 FITTED = frozenset({"tfidf", "input_statistics", "z_score", "item_counts"})
-"""Families whose weights are fitted by the preparation, without steps."""
+"""Families whose weights are fitted before the first step, and that take no steps. Networks with a
+method ``fit_rows`` are fitted by it, and others by the objective, which fits their head."""
 POOLING_CONFIG = Path("1_Pooling") / "config.json"
 """Pooling configuration in folders of sentence-transformers."""
 

@@ -193,6 +193,16 @@ class Network:
             return 1 << 30
 
     @property
+    def is_fitted(self) -> bool:
+        """True for a network that is fitted in closed form (:data:`heads.FITTED`)."""
+        return self.model.config.model_type in heads.FITTED
+
+    def fit_rows(self, examples: Sequence[Example], budget: int) -> str | None:
+        """Fit all weights to the rows, and describe the fit; ``None`` for other networks."""
+        fit = getattr(self.model, "fit_rows", None)
+        return None if fit is None else fit(self, examples, budget)
+
+    @property
     def has_sparse_rows(self) -> bool:
         """True for TF-IDF, which has a sparse row per text instead of hidden states."""
         return hasattr(self._backbone, "row_features")

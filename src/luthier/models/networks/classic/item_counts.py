@@ -10,7 +10,7 @@ training row have zeros. Training takes no steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from luthier.models.networks.classic.fasttext import FastTextConfig, FastTextModel
+from luthier.types import Example
+
+if TYPE_CHECKING:
+    from luthier.models.networks.network import Network
 
 
 @strict
@@ -52,6 +56,11 @@ class ItemCountsModel(FastTextModel):
         return BaseModelOutput(
             last_hidden_state=states_RTH.index_put(start_RT.nonzero(as_tuple=True), state_KH)
         )
+
+    def fit_rows(self, network: Network, examples: Sequence[Example], budget: int) -> str:
+        """Fit the vectors to histories and their next items, and describe the fit."""
+        ids = [np.concatenate([each.ids_T, np.asarray(each.target)]) for each in examples]
+        return f"vectors of {self.fit(ids):,} items fitted to {len(ids):,} histories"
 
     @torch.no_grad()
     def fit(self, histories: Sequence[NDArray[np.int64]]) -> int:
