@@ -12,10 +12,10 @@ Ties count against the match, so equal embeddings find nothing. nDCG follows Jä
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Generic, TypeVar
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +23,9 @@ from numpy.typing import ArrayLike, NDArray
 from luthier.data.spelling import unify_spelling
 from luthier.evaluation.significance import RowScores
 from luthier.graders.base import Embedder
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -53,7 +56,7 @@ def partner_ranks(
     partners: ArrayLike,
     texts: Sequence[str],
     others: ArrayLike | None = None,
-    seen_PU: ArrayLike | None = None,
+    seen_PU: csr_array | None = None,
 ) -> NDArray[np.int64]:
     """Return the rank of each anchor's partner, ``[P]`` from 1, by cosine of unit embeddings.
 
@@ -70,30 +73,41 @@ def partner_ranks(
     ranks = []
     for part, scores_CU in blocks(anchor_PH, partner_UH):
         if seen_PU is not None:
-            scores_CU = np.where(np.asarray(seen_PU)[part], -np.inf, scores_CU)
+            scores_CU = np.where(seen_PU[part].toarray(), -np.inf, scores_CU)
         ranks.append(_ranks(scores_CU, own_P[part]))
     return np.concatenate(ranks)
 
 
 def seen_items(
     histories: Sequence[Sequence[str]], texts: Sequence[str], others: Sequence[str] = ()
-) -> NDArray[np.bool_]:
+) -> csr_array:
     """Return which candidates, distinct ``texts`` and ``others``, each history has, ``[P, U]``.
 
     The next item, ``texts``, is never left out.
     """
+    from scipy.sparse import csr_array
+
     place = {text: number for number, text in enumerate([*dict.fromkeys(texts), *others])}
-    seen_PU = np.zeros((len(histories), len(place)), bool)
-    for row, (items, own) in enumerate(zip(histories, texts, strict=True)):
-        seen_PU[row, [place[item] for item in items if item in place and item != own]] = True
-    return seen_PU
+    seen = [
+        sorted({place[item] for item in items if item in place and item != own})
+        for items, own in zip(histories, texts, strict=True)
+    ]
+    start_P = np.cumsum([0, *map(len, seen)])
+    item_K = np.fromiter(chain.from_iterable(seen), np.int64, start_P[-1])
+    # Sparse: 100,000 users and 10,000 items would fill 1 GB, and have a few hundred items each.
+    return csr_array((np.ones(len(item_K), bool), item_K, start_P), (len(seen), len(place)))
+
+
+def row_parts(rows: int, width: int) -> Iterator[slice]:
+    """Yield parts of the rows of a score matrix, each of at most :data:`MOST_SCORES` scores."""
+    size = max(1, MOST_SCORES // max(1, width))
+    for start in range(0, rows, size):
+        yield slice(start, start + size)
 
 
 def blocks(query_QH: NDArray[Any], item_NH: NDArray[Any]) -> Iterator[tuple[slice, NDArray[Any]]]:
     """Some queries at a time, and their scores ``[C, N]`` with all items."""
-    size = max(1, MOST_SCORES // max(1, len(item_NH)))
-    for start in range(0, len(query_QH), size):
-        part = slice(start, start + size)
+    for part in row_parts(len(query_QH), len(item_NH)):
         yield part, query_QH[part] @ item_NH.T
 
 
@@ -340,8 +354,7 @@ def popularity_ranks(
     items of ``histories``."""
     counts = Counter(known)
     count_U = np.array([counts[text] for text in (*dict.fromkeys(texts), *others)], float)
-    seen_PU = seen_items(histories, texts, others)
-    return _ranks(np.where(seen_PU, -np.inf, count_U), number_keys(texts))
+    return _unseen_ranks(seen_items(histories, texts, others), texts, lambda _: count_U)
 
 
 def item_ranks(
@@ -362,11 +375,31 @@ def item_ranks(
     known_NI = normalize(items.transform(histories).astype(float), axis=0)
     asked_PI = items.transform(asked)
     place_U = np.searchsorted(items.classes_, distinct)
-    scores_PU = asked_PI @ known_NI.T @ known_NI[:, place_U]
-    # An item is not its own company. Rounded: sums in another order must not tell equal items apart.
-    scores_PU -= asked_PI[:, place_U].multiply(known_NI[:, place_U].max(0).toarray() > 0)
-    unseen_PU = np.where(seen_items(asked, texts, others), -np.inf, scores_PU.toarray().round(9))
-    return _ranks(unseen_PU, number_keys(texts))
+    known_NU = known_NI[:, place_U]
+    # An item is not its own company.
+    own_PU = asked_PI[:, place_U].multiply(known_NU.max(0).toarray() > 0).tocsr()
+
+    def scores(part: slice) -> NDArray[np.float64]:
+        found_CU = asked_PI[part] @ known_NI.T @ known_NU - own_PU[part]
+        # Rounded: sums in another order must not tell equal items apart.
+        rounded_CU: NDArray[np.float64] = found_CU.toarray().round(9)
+        return rounded_CU
+
+    return _unseen_ranks(seen_items(asked, texts, others), texts, scores)
+
+
+def _unseen_ranks(
+    seen_PU: csr_array, texts: Sequence[str], scores: Callable[[slice], NDArray[np.float64]]
+) -> NDArray[np.int64]:
+    """Return the ranks of ``texts`` by the scores ``[C, U]`` of some rows, without seen items."""
+    own_P = number_keys(texts)
+    rows, width = seen_PU.shape
+    # A quarter of the usual rows: scores are doubles here, and copied while they are rounded.
+    ranks = [
+        _ranks(np.where(seen_PU[part].toarray(), -np.inf, scores(part)), own_P[part])
+        for part in row_parts(rows, 4 * width)
+    ]
+    return np.concatenate(ranks)
 
 
 def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[str, RowScores]:
