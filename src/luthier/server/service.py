@@ -18,12 +18,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from luthier import __version__
 from luthier.engine.processes import check_room
 from luthier.errors import RecipeError, RefusedInput
-from luthier.inference.latency import OTHER, LatencyTable
+from luthier.inference.latency import LatencyTable
 from luthier.inference.memory import FreedMemory, resident_bytes
 from luthier.inference.pool import ModelPool
-from luthier.library.models import StoredModel
 from luthier.limits import AccountQuotas
-from luthier.models.catalog import CATALOG
 from luthier.server.audit import AuditTrail
 from luthier.server.authentication import Authenticator
 from luthier.server.bedrock.activation import Activation, check_and_load
@@ -35,7 +33,7 @@ from luthier.server.console.routes import Console
 from luthier.server.http.application import Api, Application
 from luthier.server.http.limits import RateLimits
 from luthier.server.http.messages import Fault
-from luthier.server.http.metrics import Meter, Metrics
+from luthier.server.http.metrics import Meter, Metrics, model_label
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.runners import Runner
 from luthier.server.jobs.scheduler import Scheduler
@@ -105,7 +103,7 @@ class Service:
         self._later = threading.Timer(UNNAMED_SECONDS + 60, self._sweep)
         self._later.daemon = True
         limits = settings.limits
-        latencies = LatencyTable(_metric_label)
+        latencies = LatencyTable(lambda stored: model_label(stored.id))
         self.pool = ModelPool(
             limits=limits,
             latencies=latencies,
@@ -304,14 +302,6 @@ class Service:
                 "keys_and_values_limit": float(self.pool.memory.total),
             },
         }
-
-
-def _metric_label(stored: StoredModel) -> str:
-    """Return the label of a model in ``/metrics``: the base model of the catalog.
-
-    Any client can read ``/metrics``, and names of custom models are private to accounts.
-    """
-    return stored.root if stored.root in CATALOG else OTHER
 
 
 def _check_runner(settings: Settings, runner: Runner, database: Database) -> None:
