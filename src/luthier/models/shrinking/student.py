@@ -134,17 +134,28 @@ def shrink(teacher: Any, planned: StudentPlan) -> nn.Module:
     return smaller
 
 
-def _depth(teacher: Any, shape: StudentShape) -> tuple[dict[str, tuple[int, ...]], tuple[int, int]]:
-    """Return the remaining layers of each stack, and the depth before and after."""
-    config = teacher.config
-    kind, count = config.model_type, getattr(config, "num_hidden_layers", None)
-    cuts_depth = shape.layers is not None or shape.keep is not None
-    if count is None or kind == "elmo" or any(getattr(config, name, None) for name in _UNEVEN):
+def depth_of(config: Any) -> int:
+    """Return the number of layers in each stack of a network.
+
+    Raises:
+        RecipeError: for networks whose layers are not a uniform stack.
+    """
+    count = getattr(config, "num_hidden_layers", None)
+    is_uneven = any(getattr(config, name, None) for name in _UNEVEN)
+    if count is None or config.model_type == "elmo" or is_uneven:
         raise RecipeError(
-            f"Networks of type {kind} cannot be a teacher: the layers are not a uniform "
+            f"Networks of type {config.model_type} cannot be a teacher: the layers are not a uniform "
             "stack. Use Llama, GPT-2, BERT or RoBERTa.",
             rule="student.network",
         )
+    return int(count)
+
+
+def _depth(teacher: Any, shape: StudentShape) -> tuple[dict[str, tuple[int, ...]], tuple[int, int]]:
+    """Return the remaining layers of each stack, and the depth before and after."""
+    config = teacher.config
+    kind, count = config.model_type, depth_of(config)
+    cuts_depth = shape.layers is not None or shape.keep is not None
     if kind == "albert":
         return {}, (count, _repeats(config, count, shape))
     names: dict[str, int] = {}

@@ -15,8 +15,7 @@ from luthier.engine.runs import Run
 from luthier.errors import RecipeError
 from luthier.files import cached_sha256_of, lock, luthier_home
 from luthier.library.models import custom_models, find
-from luthier.models.networks.layers import layer_names
-from luthier.models.shrinking.student import StudentShape, plan
+from luthier.models.shrinking.student import StudentShape, depth_of, plan
 from luthier.recipe import Recipe, portable
 from luthier.workflows.student import make_student
 from luthier.workflows.study.grid import with_settings
@@ -49,9 +48,14 @@ def _train_once(
         model = find(tune(first, resume=True, reporter=reporter).model_id)
         student = Run(model.root, f"student-{digest}")
         if has_student and student.model_id not in [each.id for each in custom_models()]:
-            depth = len(layer_names(model.network.sketch(model.objective.head())))
-            make_student(model.id, student.name, StudentShape(layers=depth // 2), reporter)
+            half = _half(model.network.config(model.objective.head()))
+            make_student(model.id, student.name, half, reporter)
     return model.id, student.model_id
+
+
+def _half(config: Any) -> StudentShape:
+    # At least one layer, so that the plan names a single layer as the reason.
+    return StudentShape(layers=max(1, depth_of(config) // 2))
 
 
 def check_student(job: TrainingJob, is_taught: bool) -> None:
@@ -67,7 +71,7 @@ def check_student(job: TrainingJob, is_taught: bool) -> None:
             setting="preset",
         )
     network = job.base.network.sketch(objective.head())
-    plan(network, StudentShape(layers=len(layer_names(network)) // 2))
+    plan(network, _half(network.config))
 
 
 def student_recipe(recipe: Recipe, is_taught: bool, reporter: Reporter) -> Recipe:
