@@ -375,43 +375,43 @@ def nearest_classes(states: States, classes: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def naive_bayes(
-    texts: Sequence[str], class_N: ArrayLike, asked: Sequence[str]
+    texts: Sequence[str], class_N: ArrayLike, queries: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Predict the classes of ``asked`` by multinomial naive Bayes on words and pairs of words."""
+    """Predict the classes of ``queries`` by multinomial naive Bayes on words and pairs of words."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.naive_bayes import MultinomialNB
 
     most = LARGEST_TABLE // len(np.unique(class_N))
     words = CountVectorizer(ngram_range=(1, 2), token_pattern=WORD.pattern, max_features=most)
     model = MultinomialNB(alpha=SMOOTHING).fit(words.fit_transform(texts), class_N)
-    found: NDArray[np.int64] = model.predict(words.transform(asked))
+    found: NDArray[np.int64] = model.predict(words.transform(queries))
     return found
 
 
 def tfidf_classes(
-    texts: Sequence[str], class_N: NDArray[np.int64], asked: Sequence[str], classes: int
+    texts: Sequence[str], class_N: NDArray[np.int64], queries: Sequence[str], classes: int
 ) -> NDArray[np.int64]:
-    """Predict the classes of ``asked`` by logistic regression on TF-IDF, as the base ``tfidf``."""
+    """Predict the classes of ``queries`` by logistic regression on TF-IDF, as the base ``tfidf``."""
     import torch
 
     from luthier.evaluation.linear import fit_logistic
     from luthier.models.networks.classic.tfidf import text_features
 
-    train_NV, asked_QV = text_features(texts, asked)
-    scores_QC = fit_logistic(train_NV, torch.from_numpy(class_N), classes).scores(asked_QV)
+    train_NV, query_QV = text_features(texts, queries)
+    scores_QC = fit_logistic(train_NV, torch.from_numpy(class_N), classes).scores(query_QV)
     found: NDArray[np.int64] = scores_QC.argmax(-1).numpy()
     return found
 
 
 def statistics_classes(
-    train: Sequence[MediaRow], class_N: NDArray[np.int64], asked: Sequence[MediaRow], classes: int
+    train: Sequence[MediaRow], class_N: NDArray[np.int64], queries: Sequence[MediaRow], classes: int
 ) -> NDArray[np.int64]:
-    """Predict the classes of ``asked`` by logistic regression on :func:`media_statistics`."""
+    """Predict the classes of ``queries`` by logistic regression on :func:`media_statistics`."""
     import torch
 
     from luthier.evaluation.linear import fit_logistic
     from luthier.models.networks.classic.statistics import media_statistics
 
     model = fit_logistic(media_statistics(train), torch.from_numpy(class_N), classes)
-    found: NDArray[np.int64] = model.scores(media_statistics(asked)).argmax(-1).numpy()
+    found: NDArray[np.int64] = model.scores(media_statistics(queries)).argmax(-1).numpy()
     return found

@@ -10,9 +10,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.conversations.citations import (
-    asks_for_citations,
     cited_numbers,
     declines,
+    requires_citations,
     without_citations,
 )
 from luthier.data.files.sources import Source
@@ -407,7 +407,7 @@ def grade(
     cited = of_shape(CitedAnswer, rows) or ()
     answers = [
         Answer.of(
-            row, without_citations(reply) if asks_for_citations(row.prompt_turns()) else reply
+            row, without_citations(reply) if requires_citations(row.prompt_turns()) else reply
         )
         for row, reply in zip(rows, replies, strict=True)
     ]

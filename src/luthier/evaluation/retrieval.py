@@ -359,33 +359,33 @@ def popularity_ranks(
 
 def item_ranks(
     histories: Sequence[Sequence[str]],
-    asked: Sequence[Sequence[str]],
+    queries: Sequence[Sequence[str]],
     texts: Sequence[str],
     others: Sequence[str] = (),
 ) -> NDArray[np.int64]:
     """Return ranks as :func:`partner_ranks`, by co-occurrence of items in ``histories``.
 
     Item-to-item collaborative filtering (Linden et al. 2003): the cosine of two items over the
-    histories, summed over the items of ``asked``, which are left out.
+    histories, summed over the items of ``queries``, which are left out.
     """
     from sklearn.preprocessing import MultiLabelBinarizer, normalize
 
     distinct = [*dict.fromkeys(texts), *others]
-    items = MultiLabelBinarizer(sparse_output=True).fit([*histories, *asked, distinct])
+    items = MultiLabelBinarizer(sparse_output=True).fit([*histories, *queries, distinct])
     known_NI = normalize(items.transform(histories).astype(float), axis=0)
-    asked_PI = items.transform(asked)
+    query_PI = items.transform(queries)
     place_U = np.searchsorted(items.classes_, distinct)
     known_NU = known_NI[:, place_U]
     # An item is not its own company.
-    own_PU = asked_PI[:, place_U].multiply(known_NU.max(0).toarray() > 0).tocsr()
+    own_PU = query_PI[:, place_U].multiply(known_NU.max(0).toarray() > 0).tocsr()
 
     def scores(part: slice) -> NDArray[np.float64]:
-        found_CU = asked_PI[part] @ known_NI.T @ known_NU - own_PU[part]
+        found_CU = query_PI[part] @ known_NI.T @ known_NU - own_PU[part]
         # Rounded: sums in another order must not tell equal items apart.
         rounded_CU: NDArray[np.float64] = found_CU.toarray().round(9)
         return rounded_CU
 
-    return _unseen_ranks(seen_items(asked, texts, others), texts, scores)
+    return _unseen_ranks(seen_items(queries, texts, others), texts, scores)
 
 
 def _unseen_ranks(

@@ -45,7 +45,7 @@ def add_passages(turns: Sequence[Message], passages: Sequence[str]) -> list[Mess
     return changed
 
 
-def asks_for_citations(turns: Sequence[Message]) -> bool:
+def requires_citations(turns: Sequence[Message]) -> bool:
     """Return whether :func:`add_passages` made a prompt."""
     return bool(turns) and INSTRUCTIONS in turns[-1].content
 

@@ -63,7 +63,7 @@ class Exchange:
 class Recorder(Protocol):
     """Receiver of exchanges. The event loop calls the methods, so they must not wait."""
 
-    def wants(self, account: str) -> bool:
+    def captures(self, account: str) -> bool:
         """Return True if the next request of the account is recorded."""
         ...
 
@@ -82,7 +82,7 @@ class Observation:
     def begin(self, caller: Caller, request: Any, model: str = "", metadata: str = "") -> None:
         """Record the request, if the capture settings of the account include the request."""
         self._record.routing.body, self._record.routing.metadata = request, metadata
-        if self._recorder.wants(caller.account):
+        if self._recorder.captures(caller.account):
             record = self._record
             self.exchange = Exchange(
                 record.request_id, caller.account, caller.arn, record.operation, model, request,

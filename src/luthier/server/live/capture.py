@@ -84,7 +84,7 @@ class Capture:
             rows = session.scalars(select(CaptureSettings).where(CaptureSettings.enabled)).all()
         self._settings = {row.account: row for row in rows}
 
-    def wants(self, account: str) -> bool:
+    def captures(self, account: str) -> bool:
         """Return True if the next request of the account is captured."""
         found = self._settings.get(account)
         return found is not None and (found.share >= 1 or random.random() < found.share)

@@ -423,7 +423,7 @@ class _Chunks:
                 reasoning += event.reasoning_tokens
                 reason = FINISH.get(event.reason, "stop")
                 yield self._chunk(event.index, {}, finish=reason)
-        if self._parameters.wants_usage:
+        if self._parameters.includes_usage:
             yield {**self._head, "choices": [], "usage": usage([stream], written, reasoning)}
 
     def _call_chunks(self, event: ToolCallEvent) -> Iterator[Mapping[str, Any]]:
@@ -445,5 +445,5 @@ class _Chunks:
         finish: str | None = None,
     ) -> Mapping[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}
-        usage_member = {"usage": None} if self._parameters.wants_usage else {}
+        usage_member = {"usage": None} if self._parameters.includes_usage else {}
         return {**self._head, "choices": [choice], **usage_member}

@@ -129,7 +129,7 @@ def _begin(inference: Inference, account: str, body: CompletionRequest) -> list[
 
 def _chunks(body: CompletionRequest, streams: Sequence[Stream]) -> Iterator[Mapping[str, Any]]:
     head, n = completion_head(*_HEAD, body.model), body.n or 1
-    usage_member = {"usage": None} if body.wants_usage else {}
+    usage_member = {"usage": None} if body.includes_usage else {}
     tokens = 0
     for number, (stream, echo) in enumerate(zip(streams, body.echoes, strict=True)):
         offsets = [0] * n
@@ -150,7 +150,7 @@ def _chunks(body: CompletionRequest, streams: Sequence[Stream]) -> Iterator[Mapp
             else:
                 continue
             yield {**head, "choices": [choice], **usage_member}
-    if body.wants_usage:
+    if body.includes_usage:
         yield {**head, "choices": [], "usage": usage(streams, tokens)}
 
 

@@ -105,7 +105,7 @@ class SamplingFields(StrictBody):
             raise invalid(text, "stream_options", "invalid_value")
 
     @property
-    def wants_usage(self) -> bool:
+    def includes_usage(self) -> bool:
         """True if the stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 

@@ -144,7 +144,7 @@ class ResponseRequest(StrictBody):
     user: str | None = None
 
     @property
-    def wants_logprobs(self) -> bool:
+    def includes_logprobs(self) -> bool:
         """True if the client requests log probabilities."""
         return LOGPROBS in (self.include or ())
 
@@ -167,7 +167,7 @@ class ResponseRequest(StrictBody):
         if isinstance(self.tool_choice, HostedTool) and self.file_search is None:
             raise invalid("There is no tool 'file_search'.", "tool_choice.type")
         check_tools(self.functions, self._function_choice)
-        if self.top_logprobs is not None and not self.wants_logprobs:
+        if self.top_logprobs is not None and not self.includes_logprobs:
             raise invalid(f"'top_logprobs' needs '{LOGPROBS}' in 'include'.", "top_logprobs")
         form = self.text.format if self.text else None
         if form is not None and form.type == "json_schema" and form.json_schema is None:
@@ -192,7 +192,7 @@ class ResponseRequest(StrictBody):
                 engine_choice(self._function_choice),
             ),
             max_tokens=self.max_output_tokens,
-            top_logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+            top_logprobs=(self.top_logprobs or 0) if self.includes_logprobs else None,
             **(self._constraint.fields if self._constraint else {}),
             **{name: value for name, value in sampling.items() if value is not None},
         )
@@ -572,7 +572,7 @@ class _Response:
         if self._open_item is None or self._open_item["type"] == "reasoning":
             yield from self._finish("completed")
             yield from self._open("message")
-        scores = chat_logprobs(piece.scores) if self._parameters.wants_logprobs else []
+        scores = chat_logprobs(piece.scores) if self._parameters.includes_logprobs else []
         yield from self._text(piece.text, scores)
 
     def _text(
