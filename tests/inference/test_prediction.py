@@ -319,7 +319,7 @@ def test_evaluation_by_slices_and_as_html(
     assert sum(each["rows"] for each in found["mistakes"]) == round(36 - right)
     assert sum(each["rows"] for each in found["calibration"]) == 36
     text = command(*asked)
-    assert "by source:" in text and "web " in text and str(page) in text
+    assert "By source" in text and "web " in text and str(page) in text
     # Invalid slices are refused before prediction.
     for by in ("nothing", "rating"):
         command("evaluate", model_id, data, "--slice", by, code=2)

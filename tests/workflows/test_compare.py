@@ -111,7 +111,7 @@ def test_prices_and_the_page() -> None:
     assert "behind_best" not in plain["contenders"][0] and plain["currency"] == "EUR"
     html = comparison_page(found, "rows.jsonl")
     assert "base &lt;b&gt;" in html and "<b>" not in html and plain["verdict"].split(":")[0] in html
-    assert "EUR per 1,000" in html
+    assert "EUR/1,000" in html
 
 
 def test_monthly_costs_and_the_month_that_repays_the_training() -> None:
@@ -134,7 +134,7 @@ def test_monthly_costs_and_the_month_that_repays_the_training() -> None:
     assert lines["base"]["break_even_month"] is None
     assert "cost_per_month" not in lines["other at host"]
     assert "in month 2" in found.verdict()
-    assert "EUR a month" in comparison_page(found, "rows.jsonl")
+    assert "EUR/month" in comparison_page(found, "rows.jsonl")
 
 
 def test_trained_rows_are_remarked_or_refused() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from luthier.cli.terminal.console import check_output, heavy_imports, new_console
+from luthier.cli.terminal.console import check_output, heavy_imports, print_tables, print_text
 from luthier.cli.terminal.options import TUNING, RowSource, TuningFields, field_path, tuning_recipe
 
 if TYPE_CHECKING:
@@ -75,37 +75,18 @@ def advise(
 
 def show_advice(advice: Advice) -> None:
     """Print the techniques as tables, and the recommendation below."""
-    from rich.table import Table
-
     from luthier.workflows.advise.recommend import forgetting, overfitting
 
-    out = new_console(highlight=False)
-    facts, chosen, evidence = advice.facts, advice.recommendation, advice.facts.evidence
-    if evidence is not None:
-        tried = Table(
-            title=f"Trials on {evidence.held} held-out rows",
-            title_justify="left", box=None, padding=(0, 2, 0, 0),
-        )  # fmt: skip
-        for name in ("", "score", "prompt tokens", "s per reply"):
-            tried.add_column(name, justify="left" if not name else "right")
-        for each in evidence.tried:
-            tokens = "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}"
-            name = f"{each.technique}: {each.name}"
-            tried.add_row(name, f"{each.score.value:.0%}", tokens, f"{each.seconds:.2f}")
-        out.print(tried, "")
-    colours = {"yes": "green", "perhaps": "yellow", "no": "dim"}
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for judged in advice.judgements:
-        table.add_row(judged.technique, judged.fit, judged.reason, style=colours[judged.fit])
-    out.print(table)
-    out.print(
-        f"\nTraining: {facts.cost}. Risk of overfitting: {overfitting(facts)}; of forgetting: "
+    print_tables(advice.tables())
+    facts, chosen = advice.facts, advice.recommendation
+    print_text(
+        f"Training: {facts.cost}. Risk of overfitting: {overfitting(facts)}; of forgetting: "
         f"{forgetting(facts)}"
     )
     what = ", then ".join(chosen.techniques) or "fix the data first"
     what += "" if chosen.sure else ", as a first trial"
-    out.print(f"\n[bold]{what}[/bold]" + ("" if chosen.tune else "  (do not tune)"))
+    print_text(what + ("" if chosen.tune else "  (do not tune)"))
     lines = {"reason": chosen.reasons, "note": chosen.cautions, "next": chosen.commands}
     for label, texts in lines.items():
         for text in texts:
-            out.print(f"  {label:7} {text}", markup=False, soft_wrap=label == "next")
+            print_text(f"  {label:7} {text}")

@@ -20,8 +20,7 @@ from luthier.cli.terminal.console import (
     check_figure,
     check_output,
     heavy_imports,
-    new_table,
-    print_table,
+    print_tables,
     print_text,
     write_page,
 )
@@ -181,42 +180,10 @@ def compare(
 
 def show_comparison(found: HeadToHead) -> None:
     """Print a line for each contender, best first, and the verdict."""
-    from rich.text import Text
+    from luthier.workflows.compare import NOTES
 
-    print_text(f"{found.measure.replace('_', ' ')} on {found.rows:,} rows")
-    style = ".1%" if found.best.score.is_share else ".3g"
-    priced = [] if found.prices is None else [f"{found.prices.currency}/1,000"]
-    if found.prices is not None and found.per_month:
-        priced += [f"{found.prices.currency}/month", "repaid"]
-    generates = any(each.prompt_tokens is not None for each in found.contenders)
-    further = [name for name in found.best.scores if name != found.measure and generates]
-    numbers = ("score ±", "vs. best ±", *further, "tokens", "ms", "MB", *priced)
-    table, behind = new_table("", *numbers, numbers=numbers), found.behind()
-    months = found.break_even()
-    for each in found.contenders:
-        difference = ""
-        if each.name in behind:
-            apart = behind[each.name]
-            mark = "" if apart.significant else " *"
-            difference = f"{apart.value:+{style}} {apart.error:{style}}{mark}"
-        cells: list[str | Text] = [
-            Text(each.name, "bold" if each.is_tuned else ""),
-            f"{each.score.value:{style}} {each.score.error:{style}}", difference,
-            *(f"{each.scores[name]:.3f}" if name in each.scores else "" for name in further),
-            "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
-            f"{1000 * each.seconds:,.1f}",
-            f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
-        ]  # fmt: skip
-        cost = found.cost_per_thousand(each)
-        if found.prices is not None:
-            cells.append("" if cost is None else f"{cost:.3g}")
-        table.add_row(*cells, *found.monthly_cells(each, months))
-    print_table(table)
-    costs = "" if found.prices is None else f"; {found.prices.currency} per 1,000 replies"
-    print_text(
-        f"± one standard error; prompt tokens and milliseconds per reply; peak memory{costs}; "
-        "* not significant"
-    )
+    print_tables(found.tables())
+    print_text(NOTES)
     for remark in found.remarks:
         print_text(remark)
     for each in found.contenders:

@@ -14,15 +14,13 @@ from luthier.cli.terminal.console import (
     check_figure,
     check_output,
     heavy_imports,
-    new_table,
-    print_table,
+    print_tables,
     print_text,
     print_written,
     write_page,
 )
 from luthier.cli.terminal.options import Mapped, ModelSource, RowSource, parse_settings
 from luthier.errors import RecipeError
-from luthier.formatting import one_line
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -152,8 +150,9 @@ def evaluate(
 
 
 def show_evaluation(found: Evaluation, data: str | Path, output: Path | None) -> None:
-    """Print scores, slices and replies without a grade."""
-    _print_systems(found)
+    """Print scores, ways to search, slices and replies without a grade."""
+    from luthier.evaluation.report_page import part_tables
+
     spent = f" of {len(found.rows):,} rows ({found.seconds:.0f} s)" if found.is_graded else ""
     for name, score in found.scores.items():
         style = ".2%" if found.row_scores[name].is_share else ".4f"
@@ -167,7 +166,7 @@ def show_evaluation(found: Evaluation, data: str | Path, output: Path | None) ->
         )
     for remark in found.remarks:
         print_text(remark)
-    _print_slices(found)
+    print_tables(part_tables(found))
     if found.tokens:
         print_text(f"{found.tokens:,} tokens of {len(found.rows)} rows in {found.seconds:.0f} s")
     elif not found.is_graded:
@@ -178,40 +177,6 @@ def show_evaluation(found: Evaluation, data: str | Path, output: Path | None) ->
         print_text(f"{len(found.problems)} replies without a grade have score 0")
     if output is not None:
         print_written(len(found.records), "replies", output)
-
-
-def _print_systems(found: Evaluation) -> None:
-    """Print a table of ways to search, with 95 % intervals."""
-    if not found.systems:
-        return
-    from rich.markup import escape
-
-    first, *_ = found.systems.values()
-    table = new_table("search", *(f"{name} (95 % interval)" for name in first))
-    for name, scores in found.systems.items():
-        cells = [(each.value, *each.interval) for each in scores.values()]
-        table.add_row(
-            escape(name), *(f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in cells)
-        )
-    print_table(table)
-
-
-def _print_slices(found: Evaluation) -> None:
-    """Print the first score of each slice, and mark significant differences."""
-    names = [one_line(each.value) for each in found.slices]
-    width = min(40, max(map(len, names), default=0))
-    by = ""
-    for label, each in zip(names, found.slices, strict=True):
-        if each.by != by:
-            by = each.by
-            print_text(f"by {by}:")
-        name, score = next(iter(each.scores.items()))
-        low, high = each.interval
-        apart = "  significantly different" if each.stands_out else ""
-        style = ".1%" if found.row_scores[name].is_share else ".3f"
-        rows = f"{each.rows:>6,} row{' ' if each.rows == 1 else 's'}"
-        interval = f"({low:{style}} to {high:{style}})"
-        print_text(f"  {label:<{width}}  {rows}  {name} {score:{style}} {interval}{apart}")
 
 
 def judge(

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from luthier.cli.terminal.console import (
     check_output,
     heavy_imports,
-    new_table,
-    print_table,
+    print_tables,
     print_text,
     write_page,
 )
@@ -97,8 +96,6 @@ def forgetting(
 
 def show_forgetting(found: MetricChanges) -> None:
     """Print the drift, a line for each measure, and the verdict."""
-    from rich.text import Text
-
     from luthier.workflows.forgetting import Forgetting
 
     if isinstance(found, Forgetting):
@@ -109,17 +106,7 @@ def show_forgetting(found: MetricChanges) -> None:
             f"on {drift.tokens:,} generated tokens; perplexity {drift.base_perplexity.value:.2f} "
             f"before, {drift.tuned_perplexity.value:.2f} after"
         )
-    numbers = ("rows", "before", "after", "difference ±")
-    table = new_table("", "measure", *numbers, numbers=numbers)
-    for each in found.changes:
-        apart = found.differences[each.name]
-        style = ".1%" if each.base.is_share else ".3f"
-        table.add_row(
-            Text(each.name), each.measure, f"{each.rows:,}", f"{each.base.value:{style}}",
-            f"{each.tuned.value:{style}}",
-            f"{apart.value:+{style}} {apart.error:{style}}{'' if apart.significant else ' *'}",
-        )  # fmt: skip
-    print_table(table)
+    print_tables(found.tables())
     print_text("* not significant")
     for remark in found.remarks:
         print_text(remark)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.terminal.console import heavy_imports, new_table, print_table, print_text
+from luthier.cli.terminal.console import heavy_imports, print_tables, print_text
 from luthier.cli.terminal.options import Mapped, RowSource
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
-    from luthier.evaluation.significance import RowScores
     from luthier.workflows.safety import Safety
 
 
@@ -66,28 +65,10 @@ def safety(
 
 def show_safety(found: Safety) -> None:
     """Print a line for each measure, and the verdict."""
-    numbers = ("rows", "base (95 %)", "tuned (95 %)", "difference ±")
-    table = new_table("", "measure", *numbers, numbers=numbers)
-    for each in found.measures:
-        apart, difference = found.differences.get(each.name), ""
-        if apart is not None:
-            form = ".1%" if each.tuned.is_share else ".3f"
-            mark = "" if apart.significant else " *"
-            difference = f"{apart.value:+{form}} {apart.error:{form}}{mark}"
-        before = "" if each.base is None else _text(each.base)
-        table.add_row(
-            each.name, each.unit, f"{len(each.tuned):,}", before, _text(each.tuned), difference
-        )
-    print_table(table)
+    print_tables(found.tables())
     if found.differences:
         print_text("* not significant")
     for remark in found.remarks:
         print_text(remark)
     if verdict := found.verdict():
         print_text(verdict)
-
-
-def _text(scores: RowScores) -> str:
-    low, high = scores.interval
-    form = ".1%" if scores.is_share else ".3f"
-    return f"{scores.value:{form}} ({low:{form}} to {high:{form}})"

@@ -10,8 +10,7 @@ from luthier.cli.terminal.console import (
     check_output,
     extra,
     heavy_imports,
-    new_table,
-    print_table,
+    print_tables,
     print_text,
     write_page,
 )
@@ -134,19 +133,7 @@ def _parse_limits(texts: Sequence[str]) -> Mapping[str, float]:
 
 def show_study(found: Study) -> None:
     """Print the table, the verdict and the command for the choice."""
-    from rich.text import Text
-
-    from luthier.workflows.study.results import columns_of
-
-    columns = columns_of(found)
-    table = new_table("", *columns, numbers=tuple(columns))
-    for number, row in enumerate(found.rows):
-        cells = [column[number] for column in columns.values()]
-        if not row.is_measured:
-            cells[0] = row.reason.splitlines()[0]
-        style = "bold" if found.is_decided and row is found.best else ""
-        table.add_row(Text(row.name, style), *cells)
-    print_table(table)
+    print_tables(found.tables())
     print_text(found.verdict())
     for line in found.remarks():
         print_text(line)

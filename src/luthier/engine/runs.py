@@ -45,7 +45,7 @@ from luthier.library.folders import (
     working_folders,
 )
 from luthier.models.manifest import MANIFEST
-from luthier.pages import PAGE, Displayed, Table, png_address, render_page
+from luthier.pages import PAGE, Displayed, Table, png_address, summary_page
 from luthier.recipe import NAME_PATTERN
 from luthier.types import dotted_items
 
@@ -152,10 +152,7 @@ class Result(Displayed):
             ("trained weights", f"{self.trained_weights:,}", f"of {self.weights:,}"),
             ("stored", f"{self.saved_bytes / 1e6:,.1f} MB", ""),
         ]
-        return render_page(
-            "luthier.pages", "summary.html", layout, title=title, lines=lines, facts=facts,
-            tables=tables, pictures=pictures,
-        )  # fmt: skip
+        return summary_page(title, lines, layout, facts, tables, pictures=pictures)
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Result:

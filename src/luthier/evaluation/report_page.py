@@ -30,7 +30,7 @@ def page(evaluation: Evaluation, model: str, data: str, layout: str = PAGE) -> s
         facts=list(_facts(evaluation)),
         remarks=evaluation.remarks,
         scores=_score_table(evaluation),
-        slices=[*_system_tables(evaluation), *_slice_tables(evaluation)],
+        slices=part_tables(evaluation),
         labels=None if counts is None else _label_table(counts),
         mistakes=None if counts is None else _mistake_table(counts),
         matrix=None if counts is None else _matrix_table(counts),
@@ -67,6 +67,11 @@ def _score_table(evaluation: Evaluation) -> Table:
     return Table.of("Scores", columns, rows)
 
 
+def part_tables(evaluation: Evaluation) -> list[Table]:
+    """Return a table of ways to search, if any, and a table for each kind of slice."""
+    return [*_system_tables(evaluation), *_slice_tables(evaluation)]
+
+
 def _system_tables(evaluation: Evaluation) -> Iterator[Table]:
     """Yield a table of ways to search, if any."""
     for first in [*evaluation.systems.values()][:1]:
@@ -81,6 +86,7 @@ def _system_tables(evaluation: Evaluation) -> Iterator[Table]:
 def _slice_tables(evaluation: Evaluation) -> Iterator[Table]:
     first = next(iter(evaluation.scores), "")
     is_share = bool(evaluation.slices) and evaluation.row_scores[first].is_share
+    style = ".1%" if is_share else ".3f"
     for by in dict.fromkeys(each.by for each in evaluation.slices):
         own = [each for each in evaluation.slices if each.by == by]
         columns = {by: "name", "rows": "number", _words(first): "number", "95 %": "number"}
@@ -90,8 +96,8 @@ def _slice_tables(evaluation: Evaluation) -> Iterator[Table]:
             {
                 by: each.value,
                 "rows": f"{each.rows:,}",
-                _words(first): f"{each.scores[first]:.3f}",
-                "95 %": interval_text(each.interval),
+                _words(first): f"{each.scores[first]:{style}}",
+                "95 %": f"{each.interval[0]:{style}} to {each.interval[1]:{style}}",
                 "other rows": "significantly different" if each.stands_out else "",
                 "": f"{100 * each.scores[first]:.1f}",
             }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -23,7 +23,8 @@ PAGE, FRAGMENT = "page.html", "fragment.html"
 """Layouts of a template: a whole page, or an element for notebooks."""
 
 Cell = tuple[Any, str]
-"""A value and the kind of cell: text, code, place, number, bar or name (the row's heading)."""
+"""A value and the kind of cell: text, code, place, number, bar, name (the row's heading), strong (a
+heading that stands out) or detail (text for pages alone)."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,16 @@ class Table:
         columns: Mapping[str, str],
         rows: Sequence[Sequence[Any]],
         further: int = 0,
+        strong: Collection[str] = (),
     ) -> Table:
-        """Create a table from plain values; ``columns`` maps headings to kinds of cells."""
+        """Create a table from plain values; ``columns`` maps headings to kinds of cells, and
+        ``strong`` are the names that stand out."""
         kinds = columns.values()
-        drawn = [list(zip(row, kinds, strict=True)) for row in rows]
+        drawn = [
+            [(each, "strong" if kind == "name" and each in strong else kind)
+             for each, kind in zip(row, kinds, strict=True)]
+            for row in rows
+        ]  # fmt: skip
         return cls(caption, list(columns.items()), drawn, further)
 
 
@@ -69,13 +76,14 @@ class Displayed:
         """Return the result in at most five lines."""
         raise NotImplementedError
 
+    def tables(self) -> Sequence[Table]:
+        """Return the tables of the result, which pages and terminals show."""
+        return ()
+
     def html(self, layout: str = PAGE) -> str:
         """Return the result as a self-contained page, or as :data:`FRAGMENT` of a page."""
         title, *lines = self.summary()
-        return render_page(
-            __name__, "summary.html", layout, title=title, lines=lines, facts=[], tables=[],
-            pictures=[],
-        )  # fmt: skip
+        return summary_page(title, lines, layout, tables=self.tables())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as values for JSON."""
@@ -115,6 +123,23 @@ def svg_address(picture: bytes) -> str:
 def png_address(picture: bytes) -> str:
     """Return the address of a PNG picture inside a page."""
     return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+def summary_page(
+    title: str,
+    lines: Sequence[str],
+    layout: str = PAGE,
+    facts: Sequence[tuple[str, str, str]] = (),
+    tables: Sequence[Table] = (),
+    notes: Sequence[str] = (),
+    pictures: Sequence[tuple[str, str]] = (),
+) -> str:
+    """Return a page of a title, lines, facts with value and remark, tables, notes below the tables,
+    and pictures with light and dark colours."""
+    return render_page(
+        __name__, "summary.html", layout, title=title, lines=lines, facts=facts, tables=tables,
+        notes=notes, pictures=pictures,
+    )  # fmt: skip
 
 
 def render_page(package: str, template: str, layout: str = PAGE, **content: Any) -> str:

@@ -16,7 +16,6 @@ from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from luthier import __version__
 from luthier.chat_models.base import ChatModel
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.texts import LabelledText
@@ -27,7 +26,7 @@ from luthier.gate.row_keys import match_questions, repeated_rows
 from luthier.graders.base import Answer
 from luthier.graders.ruler import judge_pairs
 from luthier.inference.prediction import Predictor
-from luthier.pages import PAGE, Table, Tabular, interval_text, render_page
+from luthier.pages import PAGE, Table, Tabular, summary_page
 from luthier.types import Row
 from luthier.workflows.contenders import (
     SHOWN,
@@ -69,6 +68,13 @@ class ShownRow:
     """Replies of the base model and of tuned models, by name."""
 
 
+NOTES = (
+    "± one standard error; prompt tokens and milliseconds per reply; peak memory; costs per 1,000 "
+    "replies; * not significant"
+)
+"""Meaning of the columns of a comparison. Significance is corrected for all comparisons (Holm)."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadToHead(Tabular):
     """A comparison on the same rows."""
@@ -94,6 +100,41 @@ class HeadToHead(Tabular):
     def html(self, layout: str = PAGE) -> str:
         """Return the comparison as a page or fragment."""
         return comparison_page(self, f"{self.rows:,} rows", layout)
+
+    def tables(self) -> Sequence[Table]:
+        """Return scores and costs of the contenders."""
+        prices, behind, months = self.prices, self.behind(), self.break_even()
+        generates = any(each.prompt_tokens is not None for each in self.contenders)
+        further = [name for name in self.best.scores if name != self.measure and generates]
+        columns = {"": "name", "technique": "detail", "score ±": "number", "95 %": "detail"}
+        numbers = ["vs. best ±", *further, "tokens", "ms", "MB"]
+        if prices is not None:
+            numbers.append(f"{prices.currency}/1,000")
+            numbers += [f"{prices.currency}/month", "repaid"] if self.per_month else []
+        columns |= dict.fromkeys(numbers, "number") | {"preparation, s": "detail"}
+        rows = []
+        for each in self.contenders:
+            cost, apart = self.cost_per_thousand(each), behind.get(each.name)
+            low, high = map(self._text, each.score.interval)
+            rows.append(
+                [
+                    each.name, each.technique,
+                    f"{self._text(each.score.value)} {self._text(each.score.error)}",
+                    f"{low} to {high}",
+                    "" if apart is None else f"{self._text(apart.value, signed=True)} "
+                    f"{self._text(apart.error)}{'' if apart.significant else ' *'}",
+                    *(f"{each.scores[name]:.3f}" if name in each.scores else "" for name in further),
+                    "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
+                    f"{1000 * each.seconds:,.1f}",
+                    f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
+                    *([] if prices is None else ["" if cost is None else f"{cost:.3g}"]),
+                    *self._monthly_cells(each, months),
+                    f"{each.preparation_seconds:,.0f}" if each.preparation_seconds else "",
+                ]
+            )  # fmt: skip
+        strong = [each.name for each in self.contenders if each.is_tuned]
+        caption = f"{self.measure.replace('_', ' ')} on {self.rows:,} rows"
+        return [Table.of(caption, columns, rows, strong=strong)]
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Return name, score and cost of each contender."""
@@ -208,7 +249,7 @@ class HeadToHead(Tabular):
             text += f" and repays the time of tuning after {answers:,.0f} answers"
         return f"{text}."
 
-    def monthly_cells(self, contender: Contender, months: Mapping[str, BreakEven]) -> list[str]:
+    def _monthly_cells(self, contender: Contender, months: Mapping[str, BreakEven]) -> list[str]:
         """Return the monthly cost and the month of break-even as text; empty without a load."""
         if self.prices is None or not self.per_month:
             return []
@@ -498,63 +539,8 @@ def _judge(
 
 
 def comparison_page(comparison: HeadToHead, data: str, layout: str = PAGE) -> str:
-    """Return the HTML page of a comparison on the rows of ``data``."""
-    return render_page(
-        "luthier.workflows",
-        "compare.html",
-        layout,
-        version=__version__,
-        data=data,
-        rows=comparison.rows,
-        measure=comparison.measure.replace("_", " "),
-        verdict=comparison.verdict(),
-        remarks=comparison.remarks,
-        scores=_score_table(comparison),
-        costs=_cost_table(comparison),
-    )
-
-
-def _score_table(comparison: HeadToHead) -> Table:
-    behind = comparison.behind()
-    columns = {
-        "technique": "text", "": "name", "score": "number", "95 %": "number", "to the best": "number",
-        "significant": "text",
-    }  # fmt: skip
-    rows = []
-    for each in comparison.contenders:
-        difference = behind.get(each.name)
-        rows.append(
-            [
-                each.technique, each.name, f"{each.score.value:.3f}",
-                interval_text(each.score.interval),
-                "" if difference is None else f"{difference.value:+.3f} ± {difference.error:.3f}",
-                "" if difference is None else "yes" if difference.significant else "no",
-            ]
-        )  # fmt: skip
-    return Table.of("Scores", columns, rows)
-
-
-def _cost_table(comparison: HeadToHead) -> Table:
-    columns = {
-        "": "name", "input tokens": "number", "ms per answer": "number", "memory, MB": "number",
-        "preparation, s": "number",
-    }  # fmt: skip
-    prices = comparison.prices
-    columns |= {} if prices is None else {f"{prices.currency} per 1,000": "number"}
-    months = comparison.break_even()
-    if prices is not None and comparison.per_month:
-        columns |= {f"{prices.currency} a month": "number", "repaid": "text"}
-    rows = []
-    for each in comparison.contenders:
-        cost = comparison.cost_per_thousand(each)
-        rows.append(
-            [
-                each.name, "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
-                f"{1000 * each.seconds:,.1f}",
-                f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
-                f"{each.preparation_seconds:,.0f}" if each.preparation_seconds else "",
-                *([] if prices is None else ["" if cost is None else f"{cost:.3g}"]),
-                *comparison.monthly_cells(each, months),
-            ]
-        )  # fmt: skip
-    return Table.of("Cost of an answer", columns, rows)
+    """Return the HTML page of a comparison on the rows of ``data``, whole or as a fragment."""
+    return summary_page(
+        f"Comparison on {data}", [comparison.verdict(), *comparison.remarks], layout,
+        tables=comparison.tables(), notes=[NOTES],
+    )  # fmt: skip

@@ -9,7 +9,7 @@ Bengio 2016, arXiv:1610.01644). Embeddings need no fit: the probe searches with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from luthier.evaluation.significance import (
 from luthier.objectives import OBJECTIVES, Contrastive, Objective
 from luthier.objectives.base import predicts
 from luthier.objectives.by_shape import task_of
+from luthier.pages import Table
 from luthier.types import Row
 from luthier.workflows.evaluate import evaluate
 
@@ -107,6 +108,11 @@ class MetricChanges:
         scores = f"{_text(change.base)} to {_text(change.tuned)}"
         return f"{change.name}, {change.measure} {scores} ({text})"
 
+    def tables(self) -> Sequence[Table]:
+        """Return a line for each measure."""
+        lines = ((each.name, each.measure, each.base, each.tuned) for each in self.changes)
+        return [change_table(lines, self.differences)]
+
     def plain(self) -> dict[str, Any]:
         """Return the comparison in JSON types."""
         changes = []
@@ -122,6 +128,33 @@ class MetricChanges:
             "model": self.model, "base": self.base, "changes": changes, "verdict": self.verdict(),
             "remarks": self.remarks,
         }  # fmt: skip
+
+
+def change_table(
+    measures: Iterable[tuple[str, str, RowScores | None, RowScores]],
+    differences: Mapping[str, Difference],
+) -> Table:
+    """Return name, unit, and scores before and after, with their differences by name.
+
+    A star marks a difference within chance, corrected for all comparisons (Holm).
+    """
+    numbers = ("rows", "base (95 %)", "tuned (95 %)", "difference ±")
+    rows = []
+    for name, unit, before, after in measures:
+        apart, difference = differences.get(name), ""
+        if apart is not None:
+            error = _number(apart.error, after)
+            mark = "" if apart.significant else " *"
+            difference = f"{_number(apart.value, after, '+')} {error}{mark}"
+        scores = ["" if each is None else _interval(each) for each in (before, after)]
+        rows.append([name, unit, f"{len(after):,}", *scores, difference])
+    columns = {"": "name", "measure": "text", **dict.fromkeys(numbers, "number")}
+    return Table.of("Before and after", columns, rows)
+
+
+def _interval(score: RowScores) -> str:
+    low, high = (_number(end, score) for end in score.interval)
+    return f"{_text(score)} ({low} to {high})"
 
 
 def plain_score(score: RowScores | Statistic) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier import __version__
 from luthier.data.files.read import read_records
 from luthier.data.files.sources import files_of
 from luthier.data.rows import load_rows
@@ -36,7 +35,7 @@ from luthier.evaluation.significance import (
     Statistic,
     perplexity_of,
 )
-from luthier.pages import Table, interval_text, render_page
+from luthier.pages import summary_page
 from luthier.types import Example, Message
 from luthier.workflows.earlier_task import MetricChange, MetricChanges, plain_score
 from luthier.workflows.evaluate import choice_likelihoods, fit_choices
@@ -323,33 +322,8 @@ def forgetting_page(forgetting: MetricChanges) -> str:
                 f"{drift.samples:,} answers",
             ),
         ]
-    return render_page(
-        "luthier.workflows",
-        "forgetting.html",
-        version=__version__,
-        model=forgetting.model,
-        base=forgetting.base,
-        verdict=forgetting.verdict(),
-        facts=facts,
-        remarks=forgetting.remarks,
-        changes=_change_table(forgetting),
-    )
-
-
-def _change_table(forgetting: MetricChanges) -> Table:
-    columns = {
-        "": "name", "measure": "text", "rows": "number", "before": "number", "95 %": "number",
-        "after": "number", "95 % ": "number", "difference": "number", "significant": "text",
-    }  # fmt: skip
-    rows = []
-    for each in forgetting.changes:
-        difference = forgetting.differences[each.name]
-        rows.append(
-            [
-                each.name, each.measure, f"{each.rows:,}", f"{each.base.value:.3f}",
-                interval_text(each.base.interval), f"{each.tuned.value:.3f}",
-                interval_text(each.tuned.interval), f"{difference.value:+.3f} ± {difference.error:.3f}",
-                "yes" if difference.significant else "no",
-            ]
-        )  # fmt: skip
-    return Table.of("Before and after", columns, rows)
+    return summary_page(
+        f"{forgetting.model} compared with {forgetting.base}",
+        [forgetting.verdict(), *forgetting.remarks], facts=facts, tables=forgetting.tables(),
+        notes=["* not significant, corrected for all comparisons (Holm)"],
+    )  # fmt: skip

@@ -34,8 +34,9 @@ from luthier.evaluation.significance import Difference, RowScores, paired_differ
 from luthier.inference.generation import Generator
 from luthier.inference.prediction import Predictor
 from luthier.models.decoding.sampling import Sampling
+from luthier.pages import Table
 from luthier.types import Example, Message, Row
-from luthier.workflows.earlier_task import plain_score
+from luthier.workflows.earlier_task import change_table, plain_score
 from luthier.workflows.evaluate import choice_likelihoods
 
 if TYPE_CHECKING:
@@ -104,6 +105,11 @@ class Safety:
         if worse:
             return f"Worse than the base: {', '.join(worse)}."
         return "No measure is significantly worse than the base." if self.differences else ""
+
+    def tables(self) -> Sequence[Table]:
+        """Return a line for each measure."""
+        lines = ((each.name, each.unit, each.base, each.tuned) for each in self.measures)
+        return [change_table(lines, self.differences)]
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -24,7 +24,7 @@ from luthier.cli.terminal.console import (
 )
 from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RayAddress
 from luthier.errors import RecipeError
-from luthier.pages import PAGE, Table, Tabular, render_page, shorten
+from luthier.pages import PAGE, Table, Tabular, render_page, shorten, summary_page
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -51,10 +51,7 @@ class Predictions(Tabular):
         """Return a table of the first rows as a page or fragment."""
         title, *lines = self._title()
         table = Table.of("First rows", {"prediction": "text", "row": "text"}, self._first(10))
-        return render_page(
-            "luthier.pages", "summary.html", layout, title=title, lines=lines, facts=[],
-            tables=[table] if table.rows else [], pictures=[],
-        )  # fmt: skip
+        return summary_page(title, lines, layout, tables=[table] if table.rows else [])
 
     def _title(self) -> list[str]:
         answers = self.answers

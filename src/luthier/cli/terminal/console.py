@@ -10,7 +10,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from luthier import pages
     from luthier.engine.metrics import Reporter
 
 
@@ -160,6 +161,25 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Non
     for row in rows:
         table.add_row(*(escape(one_line(cell_text(row.get(column)))) for column in columns))
     print_table(table)
+
+
+def print_tables(tables: Iterable[pages.Table]) -> None:
+    """Print tables of a report, without the bars and details of its page."""
+    from rich.text import Text
+
+    for table in tables:
+        shown = [n for n, (_, kind) in enumerate(table.columns) if kind not in ("bar", "detail")]
+        numbers = [name for name, kind in table.columns if kind == "number"]
+        drawn = new_table(*(table.columns[n][0] for n in shown), numbers=numbers)
+        for row in table.rows:
+            cells = (row[n] for n in shown)
+            drawn.add_row(
+                *(Text(one_line(str(value)), "bold" * (kind == "strong")) for value, kind in cells)
+            )
+        print_text(table.caption)
+        print_table(drawn)
+        if table.further:
+            print_text(f"… and {table.further:,} more")
 
 
 def print_table(table: Table) -> None:

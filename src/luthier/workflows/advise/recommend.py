@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from luthier.evaluation.baselines import KEPT_BY, LINEAR_PROBE, TFIDF
 from luthier.evaluation.significance import CHANCE, differ
-from luthier.pages import Displayed
+from luthier.pages import Displayed, Table
 from luthier.workflows.advise.evidence import Evidence
 from luthier.workflows.advise.facts import AdviceFacts
 from luthier.workflows.contenders import Contender
@@ -54,11 +54,6 @@ def _corpus(facts: AdviceFacts) -> int:
     return facts.document_tokens + (facts.learned_tokens if facts.shape == "text" else 0)
 
 
-def _wins(facts: AdviceFacts, *techniques: Technique) -> bool:
-    best = facts.evidence.best(*techniques) if facts.evidence else None
-    return best is not None and best.score.value >= SURE
-
-
 def _too_large_or_slow(facts: AdviceFacts) -> bool:
     tuned = facts.evidence.best("fine-tuning") if facts.evidence else None
     seconds, megabytes = facts.wishes.max_seconds, facts.wishes.max_megabytes
@@ -66,17 +61,9 @@ def _too_large_or_slow(facts: AdviceFacts) -> bool:
     return too_slow or (megabytes is not None and megabytes < facts.megabytes)
 
 
-def _small_wished(facts: AdviceFacts) -> bool:
-    wishes = facts.wishes
-    limited = wishes.max_megabytes is not None or wishes.max_seconds is not None
-    return limited or wishes.goal in ("latency", "cost")
-
-
 # fmt: off
 RULES: tuple[tuple[str, Callable[[AdviceFacts], bool], Fit, str], ...] = (
     ("prompt engineering", lambda f: not f.writes, "no", "a head predicts, and reads no prompt"),
-    ("prompt engineering", lambda f: _wins(f, "zero-shot", "prompt engineering"), "yes",
-     "the measured result leaves nothing to gain"),
     ("prompt engineering", lambda f: True, "perhaps", "no training, but examples in every prompt"),
     ("simple baselines", lambda f: not f.writes and f.shape == "question", "no",
      "no simple baseline finds an answer in a context"),
@@ -107,7 +94,8 @@ RULES: tuple[tuple[str, Callable[[AdviceFacts], bool], Fit, str], ...] = (
      "a teacher can generate the missing replies to the prompts"),
     ("distillation", _too_large_or_slow, "yes",
      "the base model exceeds the size or time limit: tune the model, then distil a student"),
-    ("distillation", _small_wished, "perhaps", "a smaller student is faster; measure the quality"),
+    ("distillation", lambda f: f.wishes.goal in ("latency", "cost"), "perhaps",
+     "a smaller student is faster; measure the quality"),
     ("distillation", lambda f: True, "no", "no goal requires a smaller model"),
     ("preference tuning", lambda f: f.shape in JUDGED and f.rows >= PAIRS, "yes",
      "enough judged replies; tune on good replies first, if available"),
@@ -181,6 +169,26 @@ class Advice(Displayed):
         what = ", then ".join(chosen.techniques) or "fix the data first"
         return [f"Advice: {what}", *chosen.reasons[:3], *chosen.commands[:1]]
 
+    def tables(self) -> Sequence[Table]:
+        """Return the trials, and how each technique fits the rows."""
+        tables = []
+        if (evidence := self.facts.evidence) is not None:
+            columns = dict.fromkeys(("score", "prompt tokens", "s per reply"), "number")
+            rows = [
+                [
+                    f"{each.technique}: {each.name}", f"{each.score.value:.0%}",
+                    "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
+                    f"{each.seconds:.2f}",
+                ]
+                for each in evidence.tried
+            ]  # fmt: skip
+            caption = f"Trials on {evidence.held} held-out rows"
+            tables.append(Table.of(caption, {"": "name"} | columns, rows))
+        rows = [[each.technique, each.fit, each.reason] for each in self.judgements]
+        fitting = [each.technique for each in self.judgements if each.fit == "yes"]
+        columns = {"": "name", "fits": "text", "reason": "text"}
+        return [*tables, Table.of("Techniques", columns, rows, strong=fitting)]
+
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""
         risks = {"overfitting": overfitting(self.facts), "forgetting": forgetting(self.facts)}
@@ -191,6 +199,11 @@ class Advice(Displayed):
         }
 
 
+_SHAPE_TECHNIQUES = {
+    "prompt_only": "distillation",
+    "text": "continued pre-training",
+} | dict.fromkeys(JUDGED, "preference tuning")
+"""Technique of rows without a right answer, by shape."""
 COMMANDS = {
     "zero-shot": "luthier chat BASE_MODEL",
     "prompt engineering": "luthier chat BASE_MODEL --system INSTRUCTIONS",
@@ -225,9 +238,7 @@ def recommend(facts: AdviceFacts, command: str) -> Advice:
 
 
 def _choose(facts: AdviceFacts, judged: Mapping[str, Judgement], command: str) -> Recommendation:
-    technique = {"prompt_only": "distillation", "text": "continued pre-training"}.get(facts.shape)
-    if facts.shape in JUDGED:
-        technique = "preference tuning"
+    technique = _SHAPE_TECHNIQUES.get(facts.shape)
     if facts.refused:
         return Recommendation((), False, (judged["fine-tuning"].reason,))
     if technique is None:

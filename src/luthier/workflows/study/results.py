@@ -20,7 +20,7 @@ from luthier.evaluation.significance import (
     significant_of,
     welch_p_value,
 )
-from luthier.pages import PAGE, Table, Tabular, render_page, svg_address
+from luthier.pages import PAGE, Table, Tabular, summary_page, svg_address
 from luthier.workflows.study.cells import Outcome
 from luthier.workflows.study.extrapolation import MIN_POINTS, CurvePoint, MoreRows
 from luthier.workflows.study.grid import FIGURES, TEACHER, Configuration, Dimension
@@ -199,18 +199,24 @@ class Study(Tabular):
 
     def html(self, layout: str = PAGE) -> str:
         """Return the study as an HTML page or fragment."""
-        columns = columns_of(self)
-        cells = zip(self.rows, zip(*columns.values(), strict=True), strict=True)
-        rows = [[row.name, *texts] for row, texts in cells if row.is_measured]
-        headings = {"": "name", **dict.fromkeys(columns, "number")}
-        failures = [f"{row.name}: {row.reason}" for row in self.rows if not row.is_measured]
         drawn = [svg_address(Path(path).read_bytes()) for path in self.pictures]
-        return render_page(
-            "luthier.pages", "summary.html", layout, title=f"Study {self.name}",
-            lines=[self.verdict(), *self.remarks(), *failures], facts=[],
-            tables=[Table.of("Measurements", headings, rows)],
+        return summary_page(
+            f"Study {self.name}", [self.verdict(), *self.remarks()], layout, tables=self.tables(),
             pictures=[*zip(drawn[::2], drawn[1::2], strict=True)],
         )  # fmt: skip
+
+    def tables(self) -> Sequence[Table]:
+        """Return the measurements of each configuration, or the reason of a failure."""
+        columns = columns_of(self)
+        cells = zip(self.rows, zip(*columns.values(), strict=True), strict=True)
+        rows = [
+            [row.name, *(texts if row.is_measured else (row.reason.splitlines()[0], *texts[1:]))]
+            for row, texts in cells
+        ]
+        headings = {"": "name", **dict.fromkeys(columns, "number")}
+        strong = [self.best.name] if self.is_decided else []
+        caption = f"Measurements on {self.held_out:,} held-out rows"
+        return [Table.of(caption, headings, rows, strong=strong)]
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Return the settings and the mean measurement of each configuration."""
