@@ -148,14 +148,19 @@ def clean(
     selection = Selection()
     if plan.dropped_rules:
         splits = {split: _rows_reader(each) for split, each in held.items()}
+        # The selection is complete before a byte is written, because a row is dropped for what
+        # stands in other rows.
         selector = Selector(plan, context.known, work.rows, splits)
         selection = selector.select()
         summary.passes = selector.passes
+    # A table needs all columns in its first line, so the rows are read once more.
     names = work.names(selection) if kind not in ("jsonl", "text") else []
     with ExitStack() as stack:
         if dry_run:
             work.write(_DryWriter(names), None, selection, summary)
             return summary
+        # The log is entered first and thus renamed last: a target without a log cannot be
+        # explained, a log without a target is harmless.
         log = stack.enter_context(new_file(changes_path(target)))
         writer = stack.enter_context(writer_of(kind, target, names))
         work.write(writer, log, selection, summary)
@@ -238,6 +243,8 @@ class _Cleaning:
         self, number: int, selection: Selection, summary: CleaningSummary, book: _ChangeLog
     ) -> None:
         """Reject a source that changed during the cleaning, and an empty target."""
+        # The passes read the source again, and drops are row numbers: another number of rows would
+        # drop other rows.
         if selection.rows not in (0, number):
             raise LuthierError(f"{self.source} changed during the cleaning", rule="source.changed")
         if not summary.rows_out:
@@ -413,6 +420,8 @@ def write_back(draft: RowDraft, row: Row, given: Record, form: Form | None) -> R
     """
     if draft.row == row:
         return {key: draft.further.get(key, value) for key, value in given.items()}
+    # The first way keeps the record as it is, and the second way rebuilds the record from the row.
+    # Either counts only if the result is read as the edited row.
     for made in (_replace_texts(draft, row, given), _rebuild(draft, given, form)):
         if made is not None and _reads_as(made, draft.row):
             return made
@@ -427,6 +436,7 @@ def write_back(draft: RowDraft, row: Row, given: Record, form: Form | None) -> R
 def _replace_texts(draft: RowDraft, row: Row, given: Record) -> Record:
     """Replace the old texts with the new texts in the original record."""
     new = {text.field: text.content for text in draft.row.texts()}
+    # By content, because a form of another tool has other keys and nesting for the same text.
     changed = {text.content: new[text.field] for text in row.texts() if text.field in new}
     made = {
         key: draft.further[key]
@@ -455,6 +465,7 @@ def _rebuild(draft: RowDraft, given: Record, form: Form | None) -> Record | None
         made = TARGETS[target](draft.row)
     except RowRefused:
         return None
+    # Keys that luthier does not read stay, unless a rebuilt key has the same name.
     return made if draft.further.keys() & made.keys() else {**made, **draft.further}
 
 

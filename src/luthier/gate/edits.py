@@ -110,6 +110,8 @@ def _strip_text(text: str, done: Counter[str]) -> str:
         if not unicodedata.is_normalized("NFC", fixed):
             fixed = unicodedata.normalize("NFC", fixed)
             found[FORM] = 1
+    # An empty text would make the row invalid, and a row must not be lost by a fix of its
+    # characters.
     if not fixed.strip() and text:
         return text
     done += found
@@ -133,6 +135,7 @@ class Relabel(Edit):
     def apply(self, draft: RowDraft) -> tuple[RowDraft, str]:
         """Replace the label of a row that the plan names."""
         row = draft.row
+        # The plan comes from JSON or TOML, whose keys are text.
         new = self.labels.get(str(int(row.line)))
         if new is None or not isinstance(row, Labelled) or row.labels == (new,):
             return draft, ""
@@ -168,6 +171,7 @@ class MergeLabels(Edit):
             tags = [tag[:2] + self.labels.get(tag[2:], tag[2:]) for tag in row.tags or ()]
             row = replace(row, tags=tuple(tags))
         elif isinstance(row, Labelled):
+            # Two spellings in one array become the same label, which must not occur twice.
             names = dict.fromkeys(self.labels.get(name, name) for name in row.labels)
             label = next(iter(names)) if isinstance(row.label, str) else tuple(names)
             row = replace(row, label=label)  # type: ignore[call-arg]

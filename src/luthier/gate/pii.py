@@ -208,6 +208,8 @@ def assigned_secrets(text: str) -> Iterator[PiiSpan]:
         # A sentence may end after the secret, but "==" is base64 padding.
         value = value if value.endswith("==") else value.rstrip(".!=")
         signs = [re.search(sign, value) is not None for sign in _SIGNS]
+        # Words of code and prose have letters only: a digit, or three kinds of characters, makes a
+        # password likely.
         is_password = sum(signs) >= (2 if signs[2] else 3) and len(value) >= 8
         if (
             is_password
@@ -268,6 +270,7 @@ def phones(text: str, low: int, high: int, regions: tuple[str, ...]) -> Iterator
     for region in regions:  # the first region wins
         for match in PhoneNumberMatcher(text[low:high], region):
             at, written = low + match.start, match.raw_string
+            # A number with a country code matches in every region.
             if at in done:
                 continue
             done.add(at)
@@ -350,6 +353,7 @@ def ibans(text: str, low: int, high: int) -> Iterator[PiiSpan]:
             yield PiiSpan(found.start(), found.start() + len(written), "iban", "IBAN", value)
 
 
+# Rows repeat numbers, such as the account of a company in each invoice.
 @lru_cache(maxsize=4096)
 def _is_valid(module: str, written: str) -> bool:
     """Return True if python-stdnum's ``module`` accepts the number; False without the library."""
@@ -464,6 +468,7 @@ class Finder:
         for pattern in PATTERNS:
             yield from pattern.find(text)
         yield from assigned_secrets(text)
+        # The checks of numbers are slow, and run only around seven digits, which few texts have.
         for found in _NUMBERS.finditer(text):
             low, high = max(0, found.start() - _BEFORE), found.end()
             yield from cards(text, low, high)

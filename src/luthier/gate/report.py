@@ -195,6 +195,7 @@ def shown_place(report: Report, split: Split, row: Mapping[str, Any]) -> str:
 
 def token_runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[TokenRun]:
     """Group the tokens of a row by loss mask, with the middle of long rows omitted."""
+    # The end gets more room than the start, because replies are learned there.
     head, tail = (len(tokens), len(tokens)) if len(tokens) <= TOKENS else (120, len(tokens) - 240)
     found: list[TokenRun] = []
     for start, stop in ((0, head), (tail, len(tokens))):
@@ -235,6 +236,7 @@ def learning_splits(report: Report) -> Mapping[str, Mapping[str, Any]]:
 def learned_share(found: Mapping[str, Any]) -> str:
     """Format the share of learned tokens. A target of the whole row is not a share."""
     tokens, learned = found["tokens"], found["learned_tokens"]
+    # One learned token for each row and no marked token: the target is a label or a number.
     if learned == found["lengths"]["count"] and not any(
         any(row["learned"]) for row in found["shown"]
     ):
@@ -265,6 +267,7 @@ def _training(report: Report) -> tuple[str, str]:
     typed = shlex.join(words)
     found = report.findings
     errors = {rule.id for rule in found.rules() if found.severity(rule) == "error"}
+    # The one error that a setting of the training cures.
     if errors == {TOO_LONG.id}:
         return "Shorten the long rows, or drop the long rows:", f"{typed} --set data.long_rows=drop"
     if errors:
@@ -352,6 +355,7 @@ MOST_DROPPED = 0.1
 def _drops_much(report: Report, value: str) -> bool:
     """Return True if ``--drop value`` would remove more than :data:`MOST_DROPPED` of the rows."""
     counts, fixes = report.findings.counts, FIXES.items()
+    # All unreadable rules together, because one option drops the rows of all of them.
     unreadable = sum(counts[rule] for rule, (_, each) in fixes if each == "unreadable")
     dropped = unreadable if value == "unreadable" else counts[value]
     return dropped > MOST_DROPPED * (report.rows.get("train", 0) + unreadable)

@@ -102,6 +102,7 @@ def _rule(report: Report, rule: Rule) -> dict[str, Any]:
         columns["the row"] = "text"
     if any(each.others for each in shown):
         columns["with"] = "text"
+    # A column of the same fix in each row would repeat the fix above the table.
     if {each.fix for each in shown} - {"", rule.fix}:
         columns["fix"] = "text"
     cells = [
@@ -254,6 +255,7 @@ def draw_histogram(
     """
     width, height, left, top = 640, 150, 8, 24
     right, floor = width - left, height - 24
+    # Plus 1, because a row can have no token.
     low = math.log(bars[0]["from"] + 1)
     high = max(math.log(bars[-1]["to"] + 2), low + 0.1)
     highest = max(map(density, bars)) or 1.0
@@ -263,6 +265,7 @@ def draw_histogram(
 
     drawn = []
     for bar in bars:
+        # Bars differ in width, so areas and not heights are the counts.
         tall = (floor - top) * density(bar) / highest
         span = f"{bar['from']:,}" + (f"–{bar['to']:,}" if bar["to"] > bar["from"] else "")
         start = x(bar["from"])
@@ -281,6 +284,7 @@ def draw_histogram(
         if x(value) > width:
             continue
         at, text = x(value + 0.5), f"{name} {value:,}"
+        # Estimated width of a character: a page without scripts cannot measure text.
         wide = 7.4 * len(text)
         start = min(max(at - wide / 2, 0), width - wide)
         fits = start >= free  # a name that would touch the one before is left out

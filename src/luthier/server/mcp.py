@@ -77,6 +77,8 @@ class McpApplication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to a request. No state is kept between requests, except replies in progress."""
+        # A new application for each request: the library's session manager runs only once, and no
+        # state is shared between accounts.
         app = self._server.streamable_http_app(
             json_response=True, stateless_http=True, transport_security=self._security
         )
@@ -89,6 +91,8 @@ class _Tools:
 
     def __init__(self, application: ASGIApp) -> None:
         self._application = application
+        # Clients of agents stop waiting after about a minute, so longer replies get an id and are
+        # fetched later.
         self._replies: dict[str, tuple[str, asyncio.Task[CallToolResult]]] = {}
         """Account and reply of calls that take longer than :data:`WAIT_SECONDS`, by id."""
 
@@ -223,6 +227,7 @@ class _Tools:
         kind, _, name = id.partition("/")
         if kind == "reply":
             account, task = self._replies.get(id, ("", None))
+            # One error for both cases: an id of another account must not be confirmed.
             if task is None or account != _account(context):
                 raise ToolError(f'there is no job "{id}". Call job without an id for a list')
             if cancel:
@@ -309,11 +314,15 @@ class _Tools:
         task = asyncio.create_task(work)
         try:
             await asyncio.wait([task], timeout=WAIT_SECONDS)
+        # `asyncio.wait` does not cancel its tasks: without this, the work of a client that hung up
+        # would continue.
         except asyncio.CancelledError:
             task.cancel()
             raise
         if task.done():
             return task.result()
+        # Finished replies that no client fetched make room first; replies in progress are never
+        # dropped.
         ended = [id for id, (_, one) in self._replies.items() if one.done()]
         if len(self._replies) >= _MOST_REPLIES and not ended:
             task.cancel()
@@ -347,6 +356,8 @@ class _Tools:
         """
         request: Any = context.request_context.request
         address = request.client or ("127.0.0.1", 0)
+        # Through the application, and not by its functions: authentication, quotas, rate limits and
+        # the audit log apply to agents, too.
         transport = httpx2.ASGITransport(self._application, client=tuple(address))
         head = {"Authorization": request.headers["authorization"]}
         async with httpx2.AsyncClient(
@@ -377,6 +388,7 @@ def _address(file: str) -> str:
     """
     if file.startswith("s3://"):
         return file
+    # Agents that also run on the client's machine offer paths, which the server must not open.
     if not file.startswith("file-"):
         raise ToolError(f'"{file}" is no uploaded file. Call job without an id for a list')
     return file_address(file)
@@ -384,6 +396,7 @@ def _address(file: str) -> str:
 
 def _part(name: str) -> str:
     """Return a name as a part of a path."""
+    # A name with `/` would otherwise become two parts of the path.
     return quote(name, safe="")
 
 

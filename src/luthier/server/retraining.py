@@ -151,6 +151,8 @@ def draft(
                 upload = locations.uploads.add(account, content, file, "fine-tune")
                 addresses[part] = file_address(upload.id)
         with database.write() as session:
+            # In the same transaction as the new draft, so that a model never has two drafts, or
+            # none.
             replaced = _discard(session, arns, account, active.model.name)
             # Without validation rows, the job holds out training rows to choose its steps: the
             # frozen rows only judge.
@@ -178,6 +180,7 @@ def draft(
             )  # fmt: skip
             job.details = {**job.details, "retraining": plan}
             jobs.move(session, job, PAUSED, DRAFT)
+    # Also on an interrupt: uploaded files without a job would count in the quota forever.
     except BaseException:
         _delete_files(locations, account, addresses.values())
         raise
@@ -234,6 +237,7 @@ def start(database: Database, arns: Arns, account: str, model: str, base: str | 
 
 def is_draft(job: Job) -> bool:
     """Return True for a retraining that nobody has started."""
+    # A started retraining that is paused is no draft: its files and checkpoints must stay.
     return job.state == PAUSED and not job.attempts
 
 
@@ -309,6 +313,7 @@ def _settings(active: ActiveModel, new_labels: Sequence[str], with_base: bool) -
     objective = {**fields.get("objective", {}), "method": active.stored.objective.method}
     if new_labels and objective.get("labels"):
         objective["labels"] = [*objective["labels"], *new_labels]
+        # There is one share for each label of the earlier model.
         objective.pop("shares", None)
     return {**settings, "objective": objective, "data": data}
 
@@ -324,6 +329,7 @@ def _estimated_seconds(active: ActiveModel, rows: int) -> float | None:
 
 def _free_name(database: Database, account: str, name: str) -> str:
     """Return the first of ``name-r2``, ``name-r3``, … that no job or model has but the draft."""
+    # The third retraining of `tickets` is `tickets-r4`, and not `tickets-r2-r2-r2`.
     stem = re.sub(r"-r\d+$", "", name)[: LONGEST_NAME - 5]
     with database.read() as session:
         mine = (
@@ -340,6 +346,8 @@ def _free_name(database: Database, account: str, name: str) -> str:
         )
         job = latest(session, account, name)
         if job is not None and is_draft(job):
+            # The draft is deleted in the transaction that creates its successor, which may have its
+            # name.
             taken -= {job.name, job.model_name}
     return next(free for number in count(2) if (free := f"{stem}-r{number}") not in taken)
 

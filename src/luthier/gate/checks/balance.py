@@ -101,6 +101,8 @@ class Balance(Check):
     @classmethod
     def of(cls, context: CheckContext) -> Self:
         """Create the check. With a base model, fitting the objective finds unlearnable labels."""
+        # A setting of the user overrules the rows, so that several labels in a few rows are no
+        # mistake then.
         chosen = getattr(context.objective, "multi_label", None)
         return cls(fitted=context.chat is not None, by_rows=chosen is None)
 
@@ -114,6 +116,7 @@ class Balance(Check):
         self._places: dict[tuple[str, str], Place] = {}
         self._rows: Counter[str] = Counter()
         self._tagged = False
+        # Arrays of machine numbers: 16 bytes for a row, also if a million rows have several labels.
         self._several: dict[str, tuple[array[int], array[int]]] = {}
         """Row numbers and label counts of rows with zero or several labels, by split."""
         self._arrays: Counter[str] = Counter()
@@ -124,6 +127,7 @@ class Balance(Check):
         counts: dict[str, tuple[int, int]] = {}
         labelled = 0
         for index, row in enumerate(batch.rows):
+            # A set: a word tag that occurs ten times in a row still counts one row.
             names = set(labels_of(row))
             labelled += isinstance(row, Labelled | TaggedWords)
             for name in names:
@@ -161,6 +165,7 @@ class Balance(Check):
             self._find_several(places, findings)
         self._spelling(findings)
         for split, counts in self.counts.items():
+            # The fitted objective refuses unseen labels itself, with the rule of training.
             for name in sorted(counts.keys() - train.keys()) if train and not self.fitted else ():
                 message = (
                     f"{quote(name)} has {_count_rows(counts[name])} in {split} and none in train."
@@ -227,6 +232,8 @@ class Balance(Check):
         parts_of = {name: {*re.split(r"\s*[;|,]\s*", name)} for name in first}
         uses = Counter(part for parts in parts_of.values() for part in parts)
         for name, parts in parts_of.items():
+            # Each part must also occur elsewhere: "Salt, pepper and oil" alone is one label with a
+            # comma.
             if len(parts) > 1 and all(uses[part] > 1 for part in parts):
                 message = f"the label {quote(name)} consists of {len(parts)} labels of other rows."
                 findings.add(Finding(COMBINED, first[name], message))
@@ -280,6 +287,8 @@ def spelling_key(name: str) -> SpellingKey:
     The key ignores letter case, white space, hidden characters and most punctuation.
     """
     name = html.unescape(name).translate(_LOOK_ALIKE)
+    # Most labels are ASCII, and looking up the category of each character takes longer than all
+    # else.
     if not name.isascii():
         name = "".join(char for char in name if unicodedata.category(char) != "Cf")
     name = _WHOLE.sub(r"\1", name.strip())
@@ -294,6 +303,7 @@ def spellings(counts: Counter[str]) -> dict[str, str]:
     Spellings without hidden characters, HTML entities and look-alike letters come first.
     """
     usual: dict[SpellingKey, str] = {}
+    # The sort is stable, so the first spelling wins a tie, and cleaning twice changes nothing.
     for name in sorted(counts, key=lambda name: (not _is_plain(name), -counts[name])):
         usual.setdefault(spelling_key(name), name)
     return {name: chosen for name in counts if (chosen := usual[spelling_key(name)]) != name}

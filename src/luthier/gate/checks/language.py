@@ -150,6 +150,8 @@ def find_unknown_language(
         ISO 639 code, share of the samples and token statistics; ``None`` without such a language.
     """
     english = spelling(ENGLISH, tokenizer)
+    # The tokenizer spells even English letter by letter, so its token counts say nothing about
+    # languages.
     if english.per_letter > SPELLS:
         return None
     counted = [(text, spelling(text, tokenizer)) for text in samples]
@@ -236,6 +238,8 @@ class Language(Check):
         pairs = tuple(zip(codes[::2], codes[1::2], strict=True))
         drawn = (
             (
+                # The smallest hashes are a random sample that depends neither on the order of rows
+                # nor on the processes.
                 (zlib.crc32(text.encode("utf-8", "surrogatepass")), text)
                 for text in samples(batch.rows)
             )
@@ -363,6 +367,7 @@ def _is_sampled(row: Row, text: str) -> bool:
     """
     if row.line <= ALL_UNTIL:
         return True
+    # The line is hashed, too: copies of one text must not all be in the sample, or all out of it.
     drawn = zlib.crc32(f"{row.line}\0{text}".encode("utf-8", "surrogatepass"))
     return drawn / 2**32 < ALL_UNTIL / row.line
 

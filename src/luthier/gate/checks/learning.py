@@ -192,6 +192,8 @@ class Learning(SpotCheck):
         encoder = RowEncoder(fitted, self.chat)
         shown: list[ShownRow] = []
         for index, row in gathered:
+            # Large files are sampled, because encoding takes most of the time of an inspection.
+            # Each encoded row then counts for several rows.
             times = 1 if self.every else rows_represented(row, self.context)
             if not times:
                 continue
@@ -204,6 +206,8 @@ class Learning(SpotCheck):
             room = fitted.task.row_limit(encoder.format, self.context)
             learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
             if too_long := fitted.length_problem(example, room):
+                # The same fact, but not an error: training cuts the row, as classifiers do by
+                # default.
                 truncated = Problem(TRUNCATED.id, too_long.problem.message, TRUNCATED.fix)
                 refuse(index, truncated if fitted.long_rows() == "truncate" else too_long.problem)
             if not learned and fitted.same_each_epoch:
@@ -214,6 +218,8 @@ class Learning(SpotCheck):
             learned_N[index] += learned
             if len(shown) < self.kept and (one := self._show(fitted, example, row)):
                 shown.append(one)
+        # Only the longest rows of each batch travel to the main process: the longest rows of all
+        # are among them.
         most = np.argsort(-tokens_N, kind="stable")[:LONGEST].tolist()
         return EncodedBatch(
             tokens_N,
@@ -294,6 +300,8 @@ class Learning(SpotCheck):
         """Report the faults that the objective finds in all rows together."""
         if self.objective is None:
             return
+        # Rated replies become pairs only with other replies to the same prompt, which may stand
+        # anywhere in the file.
         for (split, file), rows in self.waiting.items():
             try:
                 pairs = list(self.objective.regroup(rows))
@@ -407,6 +415,8 @@ class ObjectiveFit:
         for kind, witness in found.items():
             if kind in kept:
                 kept[kind][1].count += witness.count
+            # Two different ratings show that a regression can be fitted. A file can have a million
+            # ratings.
             elif kind[0] != "rating" or ratings < 2:
                 kept[kind] = (where.place(witness.index), witness)
                 ratings += kind[0] == "rating"
@@ -449,6 +459,8 @@ class ObjectiveFit:
             try:
                 fitted.encode(witness.row, 0, chat)
             except RowRefused as bad:
+                # Only labels: the text of a witness is a letter, so other refusals say nothing
+                # about the row.
                 if bad.rule.startswith("label."):
                     yield (
                         Finding(rule_of(bad.rule), place, bad.problem.message, bad.problem.advice),

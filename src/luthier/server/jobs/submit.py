@@ -142,6 +142,7 @@ def submit(
         RecipeError: for wrong settings.
     """
     limits = limits or AccountQuotas()
+    # SQLite has one writer, so that the lock is for PostgreSQL.
     # Without the lock, concurrent submissions of an account could pass the quotas together.
     lock_by_name(session, f"submit {submission.account}")
     _check_free(session, Job, submission.account, submission.job_name)
@@ -177,6 +178,7 @@ def submit(
         modified=moment,
     )
     session.add(job)
+    # The unique constraint decides between two submissions of one name that both passed the check.
     _flush(session, "job")
     session.add(_reserve_model(submission, job))
     _flush(session, "model")
@@ -201,11 +203,14 @@ def check_client_grader(fields: Any) -> dict[str, Any]:
     if isinstance(fields, str):
         fields = {"method": fields}
     method = fields.get("method") if isinstance(fields, Mapping) else None
+    # A list of what is allowed: a grader that a plugin adds must not become available to clients
+    # without a decision.
     if method not in CLIENT_GRADERS:
         raise RecipeError(
             f"grader {method!r} is not available to clients. Choose one of {', '.join(CLIENT_GRADERS)}"
         )
     checked = dict(fields)
+    # A text would name a file on the server.
     if method == "json_schema" and not isinstance(checked.get("against"), Mapping):
         raise RecipeError("grader json_schema: `against` must be a JSON schema (an object)")
     if part := _GRADER_PARTS.get(method):
@@ -318,6 +323,8 @@ def register_model(
     )
     session.add(model)
     _flush(session, "model")
+    # After the flush, in the same transaction: the row must exist to be counted, and a full quota
+    # removes the row again.
     storage.charge(session, account, limits, stored_bytes=model.stored_bytes or 0)
     return model
 
@@ -389,6 +396,7 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
     from luthier.workflows.distil.recipe import DistilRecipe
 
     fields = _settings(submission.settings)
+    # Runs of all accounts share a folder, so the name is the random id, and not the client's name.
     fields["name"] = run_name(job_id)
     fields["base"] = _stored_id(submission.base)
     data = {"train": submission.training[0], **fields.get("data", {})}
@@ -447,7 +455,11 @@ def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     for group in ("objective", "insights", "sampling"):
         named = settings.get(group, {})
         refused += [
-            f"{group}.{key}" for key in named if key in _NAMING or _contains_mapping(named[key])
+            # A nested table could name a model or an address of another account, which only the
+            # APIs resolve.
+            f"{group}.{key}"
+            for key in named
+            if key in _NAMING or _contains_mapping(named[key])
         ]
     refused += [f"data.{key}" for key in data if key not in SETTABLE_DATA]
     refused += [f"teacher.{key}" for key in teacher if key not in _TEACHER]
@@ -489,6 +501,7 @@ def _flush(session: Session, kind: str) -> None:
 
 
 def _reserve_model(submission: Submission, job: Job) -> CustomModel:
+    # Imported models have no foundation model that would tell the kind.
     kind = submission.base.details.get("kind") if isinstance(submission.base, CustomModel) else None
     return CustomModel(
         id=new_id(),

@@ -218,6 +218,7 @@ def _content(objects: Objects, account: str, bucket: str, key: str) -> Iterator[
 @contextmanager
 def _decompress(pieces: Iterable[bytes], address: str) -> Iterator[gzip.GzipFile]:
     """Yield the decompressed bytes of an object as a file."""
+    # A file, because gzip needs to seek: a log has one gzip member per record.
     with tempfile.SpooledTemporaryFile(MAX_LINE_BYTES) as raw:
         raw.writelines(pieces)
         raw.seek(0)
@@ -230,6 +231,7 @@ def _decompress(pieces: Iterable[bytes], address: str) -> Iterator[gzip.GzipFile
 
 def _read_record(file: gzip.GzipFile, address: str) -> Row | None:
     """Return the record in the next line of a log; None at the end."""
+    # With a limit: a small gzip file can unpack to a line of many gigabytes.
     line = file.readline(MAX_LINE_BYTES + 1)
     if not line:
         return None
@@ -268,6 +270,8 @@ def answers_of(record: Row, feedback: Sequence[Feedback] = ()) -> Iterator[Captu
     if not isinstance(sent, dict) or not isinstance(returned, dict):
         return
     tools: list[Any] = sent.get("tools") or []
+    # The prompt had passages that the record lacks, so a row would teach the reply without its
+    # source.
     if any(each.get("type", "function") != "function" for each in tools):  # such as file_search
         return
     prompt: str | list[Message] = []
@@ -326,6 +330,7 @@ def answers_of(record: Row, feedback: Sequence[Feedback] = ()) -> Iterator[Captu
     if not prompt or _lacks_media(prompt):
         return
     for position, (reply, reason) in enumerate(zip(replies, reasons, strict=False)):
+        # A cut reply would teach the model to stop in the middle of a sentence.
         if reason not in _TRUNCATED:
             yield CapturedAnswer(record["requestId"], prompt, reply, tools, feedback, position)
 
@@ -450,6 +455,7 @@ def _rows_of(answer: CapturedAnswer, kind: RowKind, rated: bool) -> Iterator[Row
         return  # a prediction
     elif kind == "sft":
         mean = answer.rating
+        # Replies without a rating stay: the user chose to train on the captured replies.
         if not better and not rated and mean is not None and mean <= BAD:
             return
         reply = {"role": "assistant", "content": better} if better else answer.reply
@@ -477,6 +483,8 @@ def _rated_pairs(answers: Iterable[CapturedAnswer]) -> Iterator[tuple[Row, list[
     groups: dict[str, list[tuple[float, CapturedAnswer]]] = {}
     for each in answers:
         if (rating := each.rating) is not None and text_of(each.reply):
+            # Only answers to the same prompt can be compared, because ratings of different prompts
+            # also measure how hard they are.
             groups.setdefault(json.dumps(each.prompt), []).append((rating, each))
     for group in groups.values():
         (worst, bad), (best, good) = min(group, key=_first), max(group, key=_first)

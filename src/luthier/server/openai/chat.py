@@ -116,7 +116,10 @@ class ChatMessage(Body):
         images: list[Media] = []
         content, reasoning = self._text(where, images), ""
         if self.role == "assistant":
+            # DeepSeek and older versions of vLLM send the first member, newer versions of vLLM the
+            # second.
             reasoning = self.reasoning_content or self.reasoning or ""
+        # Clients send `content: null` for a turn that consists of tool calls alone.
         if content is None and not (self.role == "assistant" and (self.tool_calls or reasoning)):
             raise invalid(f"'{where}.content' is not text.", f"{where}.content", "invalid_type")
         if self.role == "tool" and not self.tool_call_id:
@@ -258,6 +261,8 @@ def join_parts(
             images.append(read_image_url(url, f"{where}[{index}].image_url"))
         texts.append(text)
     joined = "".join(texts)
+    # The template finds the images by their marks: a mark in the client's own text would shift all
+    # images behind it.
     if images and joined.count(IMAGE_MARK) != len(images):
         raise invalid("The text next to an image contains U+FFFC. Remove the character.", where)
     return joined
@@ -287,6 +292,7 @@ def create(call: OpenAICall, body: ChatRequest) -> JsonObject | StreamedResponse
 def _keep(call: OpenAICall, body: ChatRequest, completion: JsonObject) -> None:
     messages = [each.model_dump(exclude_none=True) for each in body.messages]
     given = {"messages": without_large_images(messages)}
+    # OpenAI's reply has no `metadata`, but the stored completion has.
     stored = {**completion, "metadata": body.metadata or {}}
     call.context.conversations.put(call.account, COMPLETION, stored, given)
 

@@ -230,6 +230,7 @@ def settings_of(parameters: CreateJob, seed: int, writes: bool) -> JsonObject:
         training["learning_rate_multiplier"] = hyperparameters.learning_rate_multiplier
     if parameters.kind == "dpo":
         objective["method"] = "dpo"
+    # Without a method, raw text would be learned as `causal_lm`: supervised means replies.
     elif parameters.kind == "supervised" and writes:
         objective["method"] = "sft"
     if isinstance(hyperparameters, DpoHyperparameters) and hyperparameters.beta != "auto":
@@ -238,6 +239,7 @@ def settings_of(parameters: CreateJob, seed: int, writes: bool) -> JsonObject:
         if hyperparameters.eval_interval != "auto":
             training["evaluate_every"] = hyperparameters.eval_interval
         if hyperparameters.compute_multiplier != "auto":
+            # GRPO compares the replies to one prompt, so at least two are needed.
             objective["num_generations"] = max(2, round(8 * hyperparameters.compute_multiplier))
     return {"training": training} | ({"objective": objective} if objective else {})
 
@@ -288,6 +290,7 @@ def _as_sent(job: Job) -> Mapping[str, Any]:
 
     ``method`` is None if OpenAI's API has no equivalent method.
     """
+    # The stored request also has what the recipe does not, such as `auto` and the metadata.
     if job.api == API:
         return job.request
     training, validation = (
@@ -353,9 +356,11 @@ def _error(job: Job) -> dict[str, Any] | None:
     if job.state != jobs.FAILED:
         return None
     failure = map_code(job.failure or "", setting_name) or "The job failed."
+    # Clients know a file by its id, and not by the address inside of the server.
     message = failure.replace(file_address(""), "")
     if not _RULE.search(message):
         return {"code": "job_failed", "message": message, "param": None}
+    # The failure is text, and OpenAI's clients decide by `param` which of both files to fix.
     validation = _as_sent(job).get("validation_file")
     first = _RULE.split(message, maxsplit=1)[0]
     param = "validation_file" if validation and validation in first else "training_file"
@@ -437,6 +442,7 @@ def create(call: OpenAICall, body: CreateJob) -> JsonObject:
             "method.reinforcement.grader",
             context.inference.judge(account),
         )
+    # OpenAI returns the seed that was used, and the recipe needs one to be repeatable.
     seed = body.seed if body.seed is not None else secrets.randbelow(2**31)
     submission = replace(_submission(account, body, base, seed, grader), hold_out=context.hold_out)
     try:
@@ -459,6 +465,8 @@ def _submission(
     seed: int,
     grader: dict[str, Any] | None,
 ) -> Submission:
+    # Names of jobs are unique within an account, so random ids of OpenAI's form serve as names of
+    # the other APIs, too.
     job_name = "ftjob-" + random_id(24, MIXED)
     root = root_of(base)
     suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", body.suffix or "").strip("-")
@@ -536,6 +544,7 @@ def _change(
         found = _job(session, call.account, job_id, lock=True)
         job = existing(found, "fine-tuning job", job_id, "id")
         stopping = job.state == jobs.STOPPING
+        # A second cancellation succeeds, because clients repeat a request whose reply was lost.
         if job.state in jobs.ENDED or (stopping and verb != "cancel"):
             status = "being cancelled" if stopping else job_object(job)["status"]
             text = f"The job {job_id} is {status}. You cannot {verb} the job."
@@ -556,6 +565,8 @@ def list_events(
     position = None
     if after is not None:
         is_event = after.startswith("ftevent-")
+        # Events are numbered across all accounts. The query is restricted to the job, so a number
+        # of another account reveals nothing.
         position = parse_digits(after.removeprefix("ftevent-")) if is_event else None
         if position is None:
             raise invalid(f"No such event: {after}.", "after")
@@ -612,6 +623,7 @@ def _metrics(database: Database, job: Job) -> Iterator[JobEvent]:
             events = jobs.events(
                 session, job, kinds=("metrics",), limit=_PAGE, position=position, ascending=True
             )
+        # Outside of the transaction: a slow client must not keep a snapshot of the database open.
         yield from events
         if len(events) < _PAGE:
             return

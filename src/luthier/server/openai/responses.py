@@ -164,6 +164,7 @@ class ResponseRequest(StrictBody):
         """Reject unsupported members, and members that contradict each other."""
         if len(self.tools or ()) > len(self.functions) + 1:
             raise invalid("Send one tool 'file_search' with all 'vector_store_ids'.", "tools")
+        # A tool that the server ignored would be a reply without the documents.
         if isinstance(self.tool_choice, HostedTool) and self.file_search is None:
             raise invalid("There is no tool 'file_search'.", "tool_choice.type")
         check_tools(self.functions, self._function_choice)
@@ -178,6 +179,7 @@ class ResponseRequest(StrictBody):
     @property
     def _function_choice(self) -> Literal["none", "auto", "required"] | NamedFunction | None:
         """The choice of functions: a search meets the requirement of a tool."""
+        # Otherwise the grammar would force a call of a function after each search.
         if self.file_search is not None and self.tool_choice == "required":
             return "auto"
         return None if isinstance(self.tool_choice, HostedTool) else self.tool_choice
@@ -362,6 +364,7 @@ def _begin(
     tool = body.file_search
     if tool is None:
         return submit(), None
+    # Before the search, which takes longer than to refuse a model that cannot write.
     inference.check(account, body.model, "model")
     turns = body.turns()
     query = search_text(turns)
@@ -380,6 +383,8 @@ def _begin(
             passages = [each.found.passage.content for each in found]
             return submit(add_passages(turns, passages)), _Search(query, found)
         except Fault as fault:
+            # The template decides how long the prompt is, so the number of passages that fit is
+            # found by trial. The last passage is the least similar.
             if fault.details.get("reason") != "context_length_exceeded" or len(found) < 2:
                 raise
         found = found[:-1]
@@ -458,6 +463,7 @@ class _Response:
                 self._end = event
         cut = self._end is not None and self._end.reason in ("length", "context")
         self._status = "incomplete" if cut else "completed"
+        # OpenAI's client takes the text from a message item, also for an empty reply.
         if not self._items or self._items[-1]["type"] == "file_search_call":
             yield from self._open("message")
         yield from self._finish(self._status)
@@ -636,6 +642,7 @@ class _Response:
         yield self._event(
             "response.output_item.added", output_index=index, item=dict(self._items[-1])
         )
+        # The search is over when the stream starts. Clients show its progress by these events.
         for state in ("in_progress", "searching", "completed"):
             yield self._event(f"response.file_search_call.{state}", **self._where(item))
         if RESULTS in (self._parameters.include or ()):
@@ -649,6 +656,8 @@ class _Response:
         item |= {"call_id": call_id(call), "name": call.name}
         self._items.append({**item, "arguments": arguments, "status": "completed"})
         index = len(self._items) - 1
+        # A call is complete as soon as it is recognized, but clients build arguments from the
+        # deltas.
         begun = {**item, "arguments": "", "status": "in_progress"}
         yield self._event("response.output_item.added", output_index=index, item=begun)
         where = self._where(item)

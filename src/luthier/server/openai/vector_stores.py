@@ -89,6 +89,8 @@ class Paging(BaseModel):
             kind.seq,
             limit=self.limit + 1,
             position=None if end is None else end.seq,
+            # A page before a row is read backwards from the row and then reversed; otherwise it
+            # would be the first page of the list.
             ascending=(self.order == "asc") != backward,
         )
         kept = rows[: self.limit]
@@ -224,6 +226,7 @@ def retrieve(call: OpenAICall, store: Name) -> JsonObject:
 def update(call: OpenAICall, store: Name, body: UpdateStore) -> JsonObject:
     """Change name, lifetime or metadata of a store."""
     call.record("vector_store", store)
+    # An omitted member stays, and `null` clears it: pydantic gives None for both.
     given = body.model_fields_set
     with call.context.database.write() as session:
         row = check_store(table.find_store(session, call.account, store, lock=True), store)
@@ -258,6 +261,8 @@ def search(call: OpenAICall, store: Name, body: SearchStore) -> JsonObject:
         raise invalid(f"'query' has at most {MOST_QUERIES} texts.", "query")
     count = body.max_num_results or RESULTS
     search = call.context.inference.documents.search
+    # Without the limit of `file_search`: this client wants the most similar passages, also if they
+    # answer nothing.
     found, _ = search(call.account, [store], queries, body, count, decide=False)
     return {
         "object": "vector_store.search_results.page",
@@ -323,6 +328,7 @@ def content(call: OpenAICall, store: Name, file: Name) -> JsonObject:
     with call.context.database.read() as session:
         row = _find_file(call, session, store, file)
     texts: list[str] = []
+    # The index may be missing after a restored backup, until it is built again.
     if row.status == table.COMPLETED and call.context.indexes.exists(call.account, store):
         with call.context.indexes.open(call.account, store) as index:
             texts = [each.content for each in index.passages(file)]
@@ -425,9 +431,11 @@ def _files_to_add(
         file = existing(found_file, "File object", each.file_id, where)
         own = each.chunking_strategy or chunking
         sizes = own.static if isinstance(own, StaticChunking) else None
+        # OpenAI's limit. With more overlap, the number of passages grows without bound.
         if sizes and 2 * sizes.chunk_overlap_tokens > sizes.max_chunk_size_tokens:
             text = "'chunk_overlap_tokens' is at most half of 'max_chunk_size_tokens'."
             raise invalid(text, "chunking_strategy.static.chunk_overlap_tokens", "invalid_value")
+        # By id: a file that is listed twice is read once.
         found[file.id] = file, each.attributes or attributes, sizes.model_dump() if sizes else {}
     return [*found.values()]
 
@@ -475,6 +483,8 @@ def _store_views(session: Session, stores: Sequence[VectorStore]) -> list[JsonOb
     for store in stores:
         counts = _counts(counted[store.id])
         days = store.expires_days
+        # Derived from the files and not stored, so that no process has to notice the end of the
+        # last file.
         status = table.IN_PROGRESS if counts[table.IN_PROGRESS] else table.COMPLETED
         views.append(
             {

@@ -69,6 +69,8 @@ class Locations:
 
     def check_writable(self, account: str, uri: str) -> None:
         """Check the account's right to write below an address."""
+        # With room for the longest name: an export must not fail after hours because its keys are
+        # too long.
         bucket = _writable(f"{uri.rstrip('/')}/{'n' * NAMES_BYTES}").bucket
         self._buckets(bucket).check_bucket(account, bucket)
 
@@ -86,6 +88,7 @@ class Locations:
         fetched: list[tuple[str, Path]] = []
         address = _address(uri)
         keys = self._keys(account, address)
+        # Media are read as one folder, because the folders of the keys are the labels.
         if address.folder and is_media(keys[0]):
             return [(uri, self._fetch_tree(account, address, keys, folder))]
         for key in keys:
@@ -116,6 +119,7 @@ class Locations:
         """Copy the objects below an address into a folder, in subfolders by their keys."""
         root = _unused_path(folder, local_name(address.key.rstrip("/") or address.bucket), 0)
         names = {key: PurePosixPath(key.removeprefix(address.key)) for key in keys}
+        # In S3, `a` and `a/b` can both be objects; on a disk, `a` cannot be a file and a folder.
         taken = {parent for name in names.values() for parent in name.parents}
         for key, name in names.items():
             parts = key.removeprefix(address.key).split("/")
@@ -179,6 +183,8 @@ class Locations:
                 raise LocationRefused(f"There is no object s3://{bucket}/{key}.{hint}")
             return [key]
         what = f"objects below s3://{bucket}/{key}"
+        # One more than the limit tells that there are more, without listing a bucket of millions of
+        # objects.
         below = buckets.below(account, bucket, key, MOST_MEDIA_FILES + 1)
         found = [*_at_most(below, what, MOST_MEDIA_FILES)]
         names = {each: each.removeprefix(key) for each, _ in found if not each.endswith("/")}
@@ -191,6 +197,8 @@ class Locations:
             [*_at_most(found, what)]
         if rows:
             return rows
+        # A folder with some files that are no media is an error, because leaving out files without
+        # a word spoils a model.
         if media and len(media) < len(files):
             others = [names[each] for each, _ in files if not is_media(each)]
             raise LocationRefused(" ".join(other_files_problem(len(media), others)))
@@ -244,6 +252,8 @@ class BuiltInBuckets:
         are compared with their recorded hash."""
 
         def copy(content: Content) -> None:
+            # A piece is checked only after its last byte, so the file appears under its name only
+            # if all pieces match.
             verified = (self._verify(account, piece) for piece in content.pieces)
             with new_file(target) as file:
                 file.writelines(_first(chain.from_iterable(verified), most))
@@ -258,6 +268,7 @@ class BuiltInBuckets:
         self.check_bucket(account, bucket)
         try:
             check_key(key)
+            # The size is known, so a full quota refuses before the bytes are written.
             with self._objects.begin(account, _size(content)) as writing:
                 for data in _pieces(content):
                     writing.write(data)

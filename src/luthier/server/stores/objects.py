@@ -113,6 +113,8 @@ class Objects:
             with self.database.write() as session:
                 session.add(bucket)
                 session.flush()
+        # The unique constraint decides between two requests, because a check before would be a
+        # race.
         except IntegrityError:
             text = "Your previous request to create the named bucket succeeded and it is yours."
             raise ObjectRefused("BucketAlreadyOwnedByYou", text) from None
@@ -192,6 +194,7 @@ class Objects:
             made = new_object(found, key, pieces, etag, parts, described)
             session.add(made)
             session.flush()
+            # The rows of pieces need the number of the object, which the flush before assigned.
             for piece in pieces:
                 piece.object_seq = made.seq
             session.add_all(pieces)
@@ -216,6 +219,8 @@ class Objects:
                 session.flush()
                 committing = True
         except Exception:
+            # A commit that fails may still have happened, for example if the connection broke
+            # before the reply.
             if not committing:
                 self.files.remove(account, ids)
             raise
@@ -281,6 +286,8 @@ class Objects:
             pieces: list[ObjectPiece] = []
             try:
                 for piece in content.pieces:
+                    # A hard link: the copy takes no space on the disk, and each file still has one
+                    # row that names it.
                     link = self.files.link(account, piece.id)
                     written = WrittenFile(link, piece.size, piece.md5, piece.sha256)
                     pieces.append(ObjectPiece.of(account, piece.number, written, piece.checksums))
@@ -318,6 +325,8 @@ class Objects:
 
     def _files_of_rows(self, start: str) -> set[str]:
         with self.database.read() as session:
+            # By the first characters of the ids: a set of all files of a large store would not fit
+            # into memory.
             return set(
                 session.scalars(select(ObjectPiece.id).where(ObjectPiece.id.startswith(start)))
             )
@@ -337,6 +346,8 @@ def _bucket_name(name: str) -> bool:
     if not re.fullmatch(BUCKET, name) or ".." in name or name in RESERVED:
         return False
     try:
+        # AWS forbids such names, because clients could not tell them from the address of an
+        # endpoint.
         ipaddress.IPv4Address(name)
     except ValueError:
         return True

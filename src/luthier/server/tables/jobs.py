@@ -187,6 +187,7 @@ class Job(QueuedWork, Base):
     result: Mapped[JobResult | None] = mapped_column(Plain)
     details: Mapped[JobDetails] = mapped_column(Plain, default=dict)
     attempts: Mapped[int] = mapped_column(default=0)
+    # Sums of floating-point numbers depend on how many threads share them.
     cores: Mapped[int] = mapped_column(default=1)
     """Number of threads, which determines the bits of the model."""
     worked: Mapped[float] = mapped_column(default=0.0)
@@ -228,6 +229,7 @@ class Job(QueuedWork, Base):
     @classmethod
     def ready(cls) -> tuple[ColumnElement[bool], ...]:
         """Return the conditions of queued jobs with estimated memory."""
+        # The scheduler estimates the memory after the request, because the estimate loads torch.
         return cls.state == QUEUED, cls.memory > 0
 
     def start(self, session: Session, lease: str, worker: Mapping[str, Any]) -> None:
@@ -242,6 +244,7 @@ class Job(QueuedWork, Base):
             attempts=self.attempts + 1,
             lease=lease,
             lease_ends=moment + self.lease_time,
+            # In the same statement as the lease: a worker that dies at once may have left files.
             has_working_files=True,
             started=self.started or moment,
             worker=dict(worker),
@@ -250,6 +253,7 @@ class Job(QueuedWork, Base):
     def release(self, session: Session, message: str) -> None:
         """Release the job: to the queue, or to the state that a client requested meanwhile."""
         nobody: dict[str, Any] = {"lease": None, "lease_ends": None, "worker": None}
+        # Read before `move`, which clears the column.
         token = self.lease
         if self.state == STOPPING:
             move(session, self, STOPPED, "The job was stopped.", holder=token)
@@ -270,6 +274,8 @@ class Job(QueuedWork, Base):
             self.release(session, why)
             return f"it is {self.state}"
         step = self.details["progress"]["step"] if "progress" in self.details else 0
+        # A job that advances between two deaths, such as on a machine that restarts every night,
+        # must not fail by their number.
         self.crashes = 1 if step > self.details.get("crashed_at", -1) else self.crashes + 1
         self.details = {**self.details, "crashed_at": step}
         session.flush()
@@ -332,6 +338,8 @@ def move(
     values = {"state": target, "modified": now(), **changes}
     if target in ENDED:
         values |= {"ended": values["modified"], "lease": None, "lease_ends": None, "worker": None}
+    # The condition on the state makes the change atomic without a lock: of two processes that read
+    # the same state, one changes it.
     conditions = [Job.id == job.id, Job.state == job.state]
     if holder is not None:
         conditions.append(Job.lease == holder)
@@ -340,6 +348,7 @@ def move(
         if holder is not None:
             raise LeaseLost(f"a different worker owns job {job.name}")
         raise WrongState(f"job {job.name} is no longer {job.state}")
+    # The user may start a job with the same model name again at once.
     if target in (FAILED, STOPPED):
         freed = CustomModel.job_id == job.id, CustomModel.status == RESERVED
         session.execute(delete(CustomModel).where(*freed))
@@ -363,6 +372,7 @@ def add_events(session: Session, events: Sequence[Mapping[str, Any]]) -> None:
 def get(session: Session, account: str, identifier: str, *, lock: bool = False) -> Job | None:
     """Return the account's job of this id or name, locked with ``lock``."""
     found = select(Job).where(Job.account == account)
+    # APIs accept both, as Bedrock does for `jobIdentifier`.
     found = found.where((Job.id == identifier) | (Job.name == identifier))
     # A job's name may equal a different job's id: ids take precedence.
     found = found.order_by((Job.id == identifier).desc()).limit(1)
@@ -421,6 +431,7 @@ def renew(
     """Renew the lease, store ``details`` and the seconds ``worked``, and return the job."""
     job = renew_lease(session, Job, job_id, lease)
     if worked is not None:
+        # `worked` is a total, so that a renewal whose reply was lost is not counted twice.
         seconds = max(0.0, worked - job.worked)
         used = Usage(training_seconds=seconds)
         add_usage(session, {(now().date(), job.account, ""): used})
@@ -467,6 +478,7 @@ def complete(
 def fail(session: Session, job_id: str, lease: str, failure: str) -> Job:
     """Fail a job, or stop a stopping job."""
     job = lock_leased(session, Job, job_id, lease)
+    # The client asked for the end first; the failure may be a result of it.
     if job.state == STOPPING:
         return move(session, job, STOPPED, "The job was stopped.", holder=lease)
     return move(session, job, FAILED, failure, holder=lease, failure=failure)

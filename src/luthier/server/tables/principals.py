@@ -131,6 +131,7 @@ def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | N
     except CorruptFile as error:
         _log.warning("%s", error)
         return None
+    # A request needs the permission of all roles, so that a key can only restrict its user.
     roles = _roles(user, key)
     return Principal(user.account, user.name, roles, None, secret, user.unique_id, key.id)
 
@@ -145,6 +146,8 @@ def matching_server_key(session: Session) -> bytes:
     """
     query = select(AccessKey.id, AccessKey.sealed).order_by(AccessKey.created)
     rows = session.execute(query).all()
+    # A new key would be written in its place, and all access keys would fail at each request
+    # instead of once at the start.
     if rows and not has_server_key():
         raise CorruptFile(f"the server key is missing, {_key_advice([row.id for row in rows])}")
     key = server_key()
@@ -270,6 +273,7 @@ def disable_user(session: Session, user: User, disabled: bool = True) -> None:
 
 def remove_user(session: Session, user: User) -> None:
     """Remove a user and all keys of the user."""
+    # Keys first: the database refuses to remove a user that keys refer to.
     for key in (*access_keys(session, user), *api_keys(session, user)):
         session.delete(key)
     session.flush()
@@ -326,6 +330,7 @@ def create_api_key(
     made = ApiKey(
         id=new_id(),
         digest=digest_of(text),
+        # Short keys are the operator's own. Seven of twelve characters would leave few to guess.
         shown=text[:7] if len(text) >= 24 else text[:3],
         label=label,
         account=user.account,

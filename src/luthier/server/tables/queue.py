@@ -199,6 +199,8 @@ def claim(
     for row in session.execute(in_turn).all():
         need, cores = kind.needs(row.memory, row.cores, processes)
         if not (idle or (need <= free_memory and cores <= max(free_cores, 0))):
+            # Small works would otherwise overtake a large work forever. After a while the large
+            # work blocks the queue until its memory is free.
             if now() - row.since > PATIENCE:
                 return None
             continue
@@ -225,6 +227,8 @@ def next_turn(
     lowest = select(func.min(kind.turn)).where(*conditions)
     last = select(func.max(kind.turn)).where(kind.account == account, *conditions)
     own, others = session.scalar(last), session.scalar(lowest)
+    # A new account starts at the lowest turn, and not at 0: with 0 it would run before all works of
+    # accounts that have waited for hours.
     return int(others or 0) if own is None else int(own) + 1
 
 
@@ -256,6 +260,8 @@ def claim_next(
     ``silent`` are expired leases from :func:`leases` to replace unless renewed since. The end of a
     lease is not compared with a clock, because the clocks of two servers may differ.
     """
+    # The lease must still end at the time that was seen: a renewal between both transactions keeps
+    # it.
     lost = [and_(kind.id == row_id, kind.lease_ends == ends) for row_id, ends in silent]
     free = or_(kind.lease.is_(None), *lost)
     waiting = select(kind).where(kind.is_unfinished(), free)
