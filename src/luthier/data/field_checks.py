@@ -295,6 +295,8 @@ class FieldChecker:
         if kind == "window":
             return self._window(value)
         name = location_text(self.file, self.line)
+        # Hugging Face stores `{"bytes", "path"}`; the path is that of the machine that wrote the
+        # file, so only the bytes are read.
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
             return Media(kind, str(value.get("path") or name), data=value["bytes"])
         if isinstance(value, dict):
@@ -329,6 +331,7 @@ class FieldChecker:
             exists = path.is_file()
         except (OSError, RuntimeError, ValueError):  # name too long, circular links
             path, exists = folder, False
+        # After symbolic links are resolved: rows of a client must not read files of the server.
         if not path.is_relative_to(folder):
             fix = "Move the file into the folder of the rows, or a subfolder."
             message = f"{quote(value)} is not below the folder of this file."
@@ -346,8 +349,11 @@ class FieldChecker:
         """Return a window of a time series: values in order, the newest last."""
         numbers = value if isinstance(value, list) else []
         if numbers and all(
-            type(each) in (int, float) and abs(each) <= LARGEST_VALUE for each in numbers
+            # An exact type, because True is an int in Python. The comparison is also False for NaN.
+            type(each) in (int, float) and abs(each) <= LARGEST_VALUE
+            for each in numbers
         ):
+            # The newest values, because the last value is the one that is scored.
             array = np.array(numbers[-LONGEST_WINDOW:], np.float64)
             return Media("window", location_text(self.file, self.line), array=array)
         message = f'"window" must be an array of finite numbers up to {LARGEST_VALUE:.0e}.'
@@ -398,6 +404,7 @@ class FieldChecker:
         self._images = deque(images if isinstance(images, list) else ())
         turns = [self._message(number, item) for number, item in enumerate(unify_turns(value), 1)]
         messages = tuple(turn for turn in turns if turn is not None)
+        # Images without a part would be dropped in silence.
         if self._images:
             message = f'"images" has {len(self._images)} more images than the messages.'
             fix = 'Add one part {"type": "image"} per image, or remove the images.'
@@ -494,6 +501,7 @@ class FieldChecker:
             for key in ("tools", "functions", "toolConfig")
             if (value := record.get(key)) is not None and (tools := read_tools(value))
         ]
+        # Equal tools under OpenAI's older and newer key are no conflict.
         if any(tools != variants[0] for tools in variants):
             raise RowRefused(
                 "tools.type",
@@ -510,6 +518,8 @@ class FieldChecker:
                 number == 1 and message.role == "system"
             ):
                 self._report_order(number, messages)
+                # One error for a conversation: after a turn in a wrong position, all later turns
+                # are wrong, too.
                 break
             before = "call" if message.calls else message.role
         last = messages[-1].role

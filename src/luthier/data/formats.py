@@ -113,6 +113,7 @@ def _only_item(value: object) -> object:
 def _above(text: object, below: list[object]) -> object:
     """Join texts with blank lines; return the first non-text value for a later error."""
     parts = [text, *below]
+    # The check of fields reports the value with file and line; an error here would not know them.
     wrong = [part for part in parts if not isinstance(part, str)]
     return wrong[0] if wrong else "\n\n".join(map(str, parts))
 
@@ -187,6 +188,7 @@ def _media_paths(name: str, key: str) -> Form:
 
     def convert(record: Record) -> Converted:
         path = str(record[key])
+        # `applies` has checked the ending.
         kind = media_kind(path) or "audio"
         annotations = {each: record[each] for each in CAPTION_KEYS if each in record}
         return _with_further_keys(record, {kind: path, **annotations}), {kind: key}
@@ -216,6 +218,7 @@ def _multiple_choice(record: Record) -> Converted:
 
 
 def _has_choices(record: Record) -> bool:
+    # `answer` is also the text of a plain question and answer.
     return isinstance(record.get("choices"), list) and type(record.get("answer")) is int
 
 
@@ -237,6 +240,8 @@ def _labelled_pair(first: str, second: str) -> Form:
 
     def convert(record: Record) -> Converted:
         label: Any = record["label"]
+        # A file is read in one pass, so each row must decide by itself: a number is a relevance, a
+        # word a class.
         with suppress(TypeError, ValueError):
             float(label)
             converted = {"query": record[first], "document": record[second], "label": label}
@@ -363,6 +368,8 @@ def forms_of(record: Record) -> list[Form]:
         for form in FORMS
         if form.keys <= keys
         and not form.without & keys
+        # Otherwise luthier's own rows with one more column, such as `question`, would change their
+        # meaning.
         and (not own or any(needed < form.keys for needed in own))
         and form.applies(record)
     ]
@@ -434,6 +441,7 @@ def _to_alpaca(row: Row) -> Record:
     if system is not None:
         converted["system"] = system
     if earlier:
+        # Strict, because the check of the order guarantees whole pairs before the last one.
         pairs = zip(earlier[::2], earlier[1::2], strict=True)
         converted["history"] = [[one.content, other.content] for one, other in pairs]
     return converted

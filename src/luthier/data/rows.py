@@ -110,6 +110,7 @@ class Checker(FieldChecker):
         """Return the row; None only when a problem was reported."""
         self.line = line
         keys = tuple(record)
+        # Telling the shape takes several times as long as parsing a short row.
         known = self.known.get(keys)
         if known is not None:
             self.record = record
@@ -190,6 +191,8 @@ class Checker(FieldChecker):
             self.report("row.ambiguous", message, fix)
             return None
         form = forms[0] if forms else None
+        # A row of the file's form without one of its keys: the form's own message names the missing
+        # key.
         if form is None and self.form is not None and self.form.keys & mapped.keys():
             form = self.form if not any(key in mapped for key in ("prompt", "messages")) else None
         if self.first is None:
@@ -412,6 +415,7 @@ class RowReader:
         self._unnamed: set[str] = set()
         if self._folder.is_dir() and self.files != [self._folder]:
             names = media_below(self._folder)
+            # Real paths, because a row may name a file by a link or with `..`.
             self._unnamed = {os.path.realpath(self._folder / name) for name in names}
 
     @cached_property
@@ -430,6 +434,8 @@ class RowReader:
     def first(self, count: int) -> list[Row]:
         """Return the first ``count`` rows; the next iteration yields these rows without a second
         read."""
+        # One pass over the source: a pipe cannot be read twice, and an object in S3 is downloaded
+        # for each pass.
         self._rest = self._rest or self._read()
         self._first += islice(self._rest, max(0, count - len(self._first)))
         return self._first[:count]
@@ -448,6 +454,7 @@ class RowReader:
             if str(container) not in self._containers:
                 self._containers.append(str(container))
             self.checker.begin(str(path))
+            # Continued pre-training reads files of many gigabytes, which must not be one row.
             in_pieces = not self.whole and container.kind == "text"
             rows, on_progress = self.rows, self._offset_progress(self.done)
             for line, record in read_records(
@@ -492,6 +499,8 @@ class RowReader:
             return
         new: Iterable[str] = ()
         named = tuple(record)
+        # Keys of all rows are compared only at the start; later, only rows with keys that were not
+        # seen before.
         if self.rows <= ROWS_CHECKED or (
             named not in self._checked_keys and len(self._checked_keys) < _MOST_KNOWN
         ):
@@ -608,6 +617,7 @@ def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool
             blank = blank and text.isspace()
             yield RawText(str(path), line, text), False
             continue
+        # Repeated ids would need all ids in memory, and a corpus has hundreds of millions of rows.
         record.pop("id", None)
         row = checker.row(line, record)
         if row is not None:

@@ -214,6 +214,7 @@ def _with_reasoning(turns: Sequence[object], context: Record) -> list[object]:
     Raises:
         RowRefused: if several keys have different reasoning.
     """
+    # By text: the same reasoning under two keys is no conflict.
     found = {str(context[key]): key for key in REASONING_KEYS if not is_blank(context.get(key))}
     last = turns[-1] if turns else None
     if not found or not isinstance(last, dict) or last.get("role") != "assistant":
@@ -242,6 +243,8 @@ def _with_turns_before(record: Record, before: list[dict[str, Any]]) -> Record:
                 "messages": _put_before(before, _turns_of(openai_input["messages"])),
             },
         }
+    # A whole conversation needs the turns at its own start, because the prompt is only the common
+    # beginning of both.
     sides = [key for key in ("chosen", "rejected") if _is_whole(record.get(key))]
     if sides:
         return {**record, **{key: _put_before(before, _turns_of(record[key])) for key in sides}}
@@ -297,6 +300,7 @@ def _system_turns(context: Record) -> list[dict[str, Any]]:
         if isinstance(value, Mapping) and "content" in value:
             value = value["content"]
         text = join_parts([value] if isinstance(value, dict) else value)
+        # Exports write an empty column for rows without a system prompt.
         if is_blank(text) or text == []:
             continue
         if not isinstance(text, str):

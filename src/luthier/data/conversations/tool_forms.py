@@ -51,6 +51,7 @@ def read_tools(value: object) -> tuple[Tool, ...]:
     if isinstance(value, Mapping) and isinstance(value.get("tools"), list):
         value = value["tools"]
     if isinstance(value, list):
+        # A cache point is an instruction to Bedrock, and no tool.
         value = [each for each in value if not is_cache_point(each)]
     else:
         raise _refusal("tools.type", f"the tools must be an array, but are {type(value).__name__}")
@@ -127,6 +128,7 @@ def unify_turns(items: Sequence[object]) -> list[object]:
             is not text, or a result without a call.
     """
     items = [*chain.from_iterable(map(_without_tags, items))]
+    # Most conversations have no tools, and stay the same objects.
     if not any(_is_agents(item) for item in items):
         return items
     turns: list[object] = []
@@ -171,6 +173,7 @@ def _without_tags(item: object) -> list[object]:
             value = _parse_call(call)
         except ValueError:
             return [item]
+        # Text behind a call would be lost, because a turn has its text before its calls.
         if not end or after.strip() or not isinstance(value, Mapping):
             return [item]
         calls.append({"function": value})
@@ -230,6 +233,8 @@ def _split_blocks(turn: dict[str, Any], number: int) -> list[dict[str, Any]]:
             )
             _check_thought(reasoning, number)
             turn["reasoning_content"] = f"{turn.get('reasoning_content') or ''}{reasoning or ''}"
+    # Converse and Anthropic send results within a user turn. The template needs them as turns
+    # before the user's text.
     if texts or turn.get("tool_calls") or not results:
         turn["content"] = texts or ""
         return [*results, turn]
@@ -305,6 +310,7 @@ def _read_call(item: object, number: int) -> ToolCall:
     if not isinstance(arguments, Mapping):
         raise _bad_call(number, f'of "{name}" has arguments that are not an object')
     try:
+        # Each value is searched in the rendered turn, so a huge call would take minutes.
         size = sum(1 for _ in islice(leaves(arguments), MOST_ARGUMENTS + 1))
     except RecursionError:
         raise _bad_call(number, f'of "{name}" has arguments nested too deeply') from None
@@ -360,6 +366,7 @@ def _link_results(turns: list[object]) -> list[object]:
         if turn.get("tool_calls"):
             calls = []
             for call in turn["tool_calls"]:
+                # Nine characters: templates of Mistral refuse other lengths.
                 calls.append(call if call.id else replace(call, id=f"call{count:05}"))
                 count += 1
             turn["tool_calls"] = calls

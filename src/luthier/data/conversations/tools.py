@@ -83,6 +83,7 @@ def template_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 for part in message.parts
             ]
         if message.reasoning:
+            # Templates read one of both names.
             turn |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
         if message.calls:
             turn["tool_calls"] = []

@@ -139,6 +139,7 @@ class Preference(JudgedAnswers):
             read_turns(chosen, "chosen", "assistant", fields),
             read_turns(rejected, "rejected", "assistant", fields),
         )
+        # Some data sets repeat the whole conversation in both answers, as Anthropic's hh-rlhf does.
         whole = [side[0].role != "assistant" for side in sides]
         given = None if prompt is None else read_prompt(prompt, fields)
         if any(whole) or given is None:
@@ -159,6 +160,7 @@ class Preference(JudgedAnswers):
                     "Remove the prompt, or write only the answers as chosen and rejected.",
                 )
             given, sides = common, (sides[0][len(common) :], sides[1][len(common) :])
+        # Without blanks at the ends: a preference for a final line break teaches nothing else.
         if _strip(sides[0]) == _strip(sides[1]):
             raise RowRefused(
                 "preference.equal",
@@ -168,6 +170,7 @@ class Preference(JudgedAnswers):
         _check_scores(record, fields)
         for side in sides:
             check_turn_order((*given, *side))
+        # A rejected reply may be empty: a model said nothing, and people preferred something.
         check_not_blank((*given, *sides[0], *sides[1][:-1]))
         asked = record.get("input")
         tools = fields.tools(record) or fields.tools(asked if isinstance(asked, dict) else {})
@@ -219,6 +222,8 @@ def _common_beginning(one: Turns, other: Turns) -> Turns:
     count = 0
     while count < min(len(one), len(other)) - 1 and one[count] == other[count]:
         count += 1
+    # Both answers must start with a reply; a common reply belongs to the prompt only with the
+    # user's next turn.
     while count and not (one[count].role == other[count].role == "assistant"):
         count -= 1
     return one[:count]
@@ -396,6 +401,8 @@ def _rating_in(record: Record) -> object:
         # Exact types, because True is an int in Python.
         if type(value) is int or type(value) is float:
             return value
+        # Read here to be refused with a fix: as a remark, the row would be learned without its
+        # rating.
         if isinstance(value, str) and DECIMAL_COMMA.fullmatch(value.strip()):
             return value
     return None
@@ -478,6 +485,7 @@ def pair_answers(rows: Sequence[Row]) -> Sequence[Preference]:
     problems = [problem for group in groups.values() if (problem := _incomparable(group))]
     if problems:
         raise DataError(problems)
+    # On disk if large: the pairs of n answers to one prompt grow with the square of n.
     pairs = spool(_pairs(rows, groups))
     problems = [
         Problem(
@@ -505,6 +513,7 @@ def _pairs(
         sides = list(combinations(row.answers(), 2))
         if isinstance(row, JudgedReply):
             group = groups[row.messages]
+            # Only worse answers, so each pair occurs once, at the better answer.
             sides = [(row.reply, other.reply) for other in group if other.score < row.score]
         for better, worse in sides:
             yield Preference(row.file, row.line, row.messages, better, worse, tools=row.tools)

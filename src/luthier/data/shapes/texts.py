@@ -224,6 +224,7 @@ class TextPair(TextRow):
         if anchor is None or positive is None:
             return None
         negatives = _read_negatives(record)
+        # The loss would push the same embedding towards the anchor and away from it.
         if negatives and same_words(positive) in map(same_words, negatives):
             raise RowRefused(
                 "pair.negative",
@@ -340,6 +341,7 @@ def _read_relevance(value: object, key: str) -> float:
     if isinstance(value, int | float | str):
         found = quote(str(value))
         with suppress(ValueError):
+            # The comparison is False for NaN.
             if 0 <= (number := float(value)) <= 1:
                 return number
     raise RowRefused(
@@ -380,6 +382,7 @@ class History(TextPair):
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         items, item = record["history"], record["item"]
         if isinstance(items, list):
+            # Items may be numbers. A float is refused, because 12.0 and 12 would be two items.
             items = [str(each) if type(each) is int else each for each in items]
         item = str(item) if type(item) is int else fields.text(record, "item")
         if not isinstance(items, list) or not 1 <= len(items) <= MOST_ITEMS:
@@ -392,6 +395,8 @@ class History(TextPair):
         if item is None:
             return None
         for each in (*items, item):
+            # An item is a line of the anchor. `splitlines` also knows U+2028 and other ends of
+            # lines.
             if not isinstance(each, str) or not each.strip() or len(each.splitlines()) > 1:
                 raise RowRefused(
                     "history.item",
