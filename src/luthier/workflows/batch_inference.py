@@ -177,6 +177,7 @@ def answer_file(
             f"{task.source} differs between processes. Write the content to a file first."
         )
     output = output.absolute()
+    # Before the folder of the shards is created, so that a refused command leaves no empty folders.
     new_parents = [parent for parent in output.parents if not parent.exists()]
     folder = _make_folder(output)
     with lock(folder / _LOCK) as acquired:
@@ -185,6 +186,8 @@ def answer_file(
         try:
             models = task.needed_models()
             shards = [*_shards(task, models, folder, reporter)]
+            # After the shards are known, because a refused input must not delete answers of an
+            # earlier command.
             _clear(folder)
             resumed = sum(shard.rows for shard in shards if shard.is_done)
             rows = sum(shard.rows for shard in shards)
@@ -239,6 +242,7 @@ def _shards(
     Raises:
         DataError: for unreadable rows, or rows that the task rejects.
     """
+    # Everything that changes an answer, so that answers of other settings are never reused.
     settings = [luthier.__version__, task.settings(), [model.content_hash for model in models]]
     problems = BoundedProblems()
     checked, next_note = 0, time.monotonic() + NOTE_SECONDS
@@ -404,6 +408,7 @@ class _Progress(Reporter):
             if shard.answers.name not in names and shard.problems.name not in names
         ]
         if len(left) < len(self._left):
+            # Progress shows that restarts are no endless crashes.
             for worker in self._workers:
                 worker.reset_starts()
         self._left, self._refused = left, self._refused + refused

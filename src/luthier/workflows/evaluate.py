@@ -147,6 +147,8 @@ def evaluate(
         others = None if reranker is None else library.find(reranker)
         evaluation = evaluate_search(stored, collection, others, on_progress)
     elif predicts(objective):
+        # The model may be loaded already, for example by a program that evaluates after each
+        # change.
         predictor = opened if isinstance(opened, Predictor) else Predictor.open(stored)
         started = time.monotonic()
         evaluation = _with_inputs(score_predictions(predictor, rows, done, long_rows))
@@ -216,6 +218,8 @@ def open_graders(
         )
     verdicts = sum(grader.judgements for grader in graders.values())
     if verdicts:
+        # Before the first request, because requests may cost money. One more for the trial of the
+        # judge.
         note(f"the judge receives at most {verdicts * (answers + 1):,} requests")
     if not verdicts and not any(grader.models for grader in graders.values()):
         return dict(graders)
@@ -233,6 +237,7 @@ def open_graders(
     models = LocalModels(networks, note, log_verdicts)
     ready = {name: grader.with_models(models) for name, grader in graders.items()}
     for name, grader in ready.items():
+        # A wrong key or a full endpoint is reported now, and not after an hour of generation.
         if warning := grader.rehearse():
             note(f"warning: grader {name}: {warning}")
     return ready
@@ -337,6 +342,7 @@ def masked_scores(
 
     encoded = [objective.encode(row, index, stored.chat) for index, row in enumerate(rows)]
     pieces = list(objective.pack(encoded, stored.room))
+    # Random pieces, because a file is often sorted, and the first pieces would be of one kind.
     order = np.random.default_rng(0).permutation(len(pieces))
     before = np.cumsum([pieces[place].weight for place in order]) - pieces[order[0]].weight
     chosen = [objective.alone(pieces[place]) for place in order[before < PSEUDO_TOKENS]]
@@ -394,6 +400,7 @@ def preference_scores(
     parent = stored.manifest.parent
     references: Sequence[float | None] = [None] * len(sides)
     if parent:
+        # The parent is loaded after the model is closed: both need not fit into memory at once.
         references = _stored_logps(library.find(str(parent)), sides)
     answers = [
         Likelihood(logp, int(np.count_nonzero(side.weight_T)), reference)

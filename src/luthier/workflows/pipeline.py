@@ -174,6 +174,8 @@ class Pipeline:
         Raises:
             RefusedInput: before any training, for an invalid stage; and the errors of the stages.
         """
+        # All stages before the first: an error in the last stage must not wait for days of
+        # training.
         self.check(reporter)
         outcomes = []
         for number, stage in enumerate(self.stages, 1):
@@ -189,6 +191,8 @@ class Pipeline:
             manifest = _manifest(stage.model_id)
             created = manifest.created if manifest else ""
             for needed in stage.after if created else ():
+                # A model that is older than its input was trained on an earlier version of the
+                # input.
                 if created_at[needed] == "" or created_at[needed] > created:
                     raise RecipeError(
                         f"Stage {stage.name}: {stage.model_id} is older than its input {needed}. "
@@ -229,6 +233,7 @@ def _root(start: str, earlier: list[Stage]) -> str:
 
     if start in {stage.model_id for stage in earlier}:
         return split_id(start)[0]
+    # A base of the catalogue need not be downloaded to know its id.
     return start if start in CATALOG else short_name(find(start).root)
 
 

@@ -186,6 +186,7 @@ class _Parts:
 
 def _make_parts(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> _Parts:
     statistics = _survey(recipe, run, reporter)
+    # The sizes follow from the amount of text, which is counted first.
     recipe, choices = plan(recipe, statistics)
     start = _start(recipe, run, statistics, reporter)
     chat = replace(start.chat, template=start.chat.template.with_date())
@@ -295,6 +296,7 @@ def _dataset(
     return Dataset(
         objective=objective,
         train=train,
+        # Every n-th sequence, because the first sequences may be of one document.
         validation=validation[:: max(1, -(-len(validation) // MAX_VALIDATION))],
         longest=train.longest,
         hashes=run.request_value("data"),
@@ -310,6 +312,7 @@ def _dataset(
 
 
 def _survey(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> Survey:
+    # Stored, because counting the text takes minutes and a resumed run needs the same numbers.
     path = run.folder / SURVEY
     if not path.is_file():
         reporter.stage("Checking the text")
@@ -391,6 +394,7 @@ def _tokens(
     folder = run.folder / TOKENS
     if not folder.is_dir():
         kind = id_type(len(chat.tokenizer))
+        # A byte-level tokenizer needs more than one token for many characters outside of ASCII.
         bytes_at_most = 2 * statistics.characters * int(kind[-1])
         need_disk(run.folder, bytes_at_most, "the text as tokens")
         split = HeldOut(recipe.data.validation_share or 0.0, recipe.training.seed, statistics)
@@ -442,6 +446,7 @@ def _report_progress(
 def _count(start: store.StoredModel, head: Head) -> tuple[int, int]:
     """Return the weights of the network and of the embedding tables."""
     model: Any = start.network.sketch(head)
+    # By identity: many networks use one matrix as input and output embedding.
     tables = {
         id(m.weight): m.weight
         for m in (model.get_input_embeddings(), model.get_output_embeddings())

@@ -141,6 +141,7 @@ class Certificate(Record):
     def digest(self) -> str:
         """Hash of all but the hash itself."""
         rest = self.model_copy(update={"sha256": ""})
+        # A file name of the training data may have bytes that are no UTF-8.
         return hashlib.sha256(rest.text().encode("utf-8", "replace")).hexdigest()
 
     def plain(self) -> dict[str, Any]:
@@ -182,6 +183,7 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
     check_recorded(model)
     manifest = model.manifest
     run = run_of(model.id)
+    # Models of other machines, and of deleted runs, have no folder of the run.
     actual = read_json(run.folder / ACTUAL) if (run.folder / ACTUAL).is_file() else {}
     seconds = actual.get("seconds") or (manifest.metrics or {}).get("seconds")
     machine = actual.get("machine")
@@ -336,6 +338,7 @@ def certify(model_id: str) -> None:
         watts = None if stored.compute.watts_assumed else stored.compute.watts
         certificate = make_certificate(model, watts)
         unchanged = {"created": stored.created, "sha256": stored.sha256}
+        # The time of creation alone is no change, so the certificate keeps its hash.
         if certificate.model_copy(update=unchanged).text() != stored.text():
             write_certificate(model, certificate)
 
@@ -346,6 +349,7 @@ def write_certificate(model: StoredModel, certificate: Certificate) -> Path:
     The signature of an earlier certificate is removed, because the signature is no longer valid.
     """
     path = model.folder / CERTIFICATE
+    # First: a new certificate with an old signature would look forged.
     (model.folder / SIGNATURE).unlink(missing_ok=True)
     write_bytes(path, certificate.text().encode("utf-8", "replace"))
     return path

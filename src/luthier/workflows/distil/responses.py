@@ -96,6 +96,8 @@ class _Responses:
         try:
             rows, teacher = self._check(resume)
         except BaseException:
+            # A new folder of a refused request; a folder with a request belongs to an earlier
+            # distillation.
             if not (self.folder / _REQUEST).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
@@ -110,6 +112,7 @@ class _Responses:
     def _check(self, resume: bool) -> tuple[list[Row], ChatModel]:
         self.reporter.stage("Checking the prompts")
         rows = self._prompts()
+        # Before the first query: replies of an endpoint cost money.
         weights = _check_student(self.recipe, self.student)
         teacher = teacher_of(self.recipe.teacher, self.reporter.stage)
         self.graders = self._graders(len(rows) - len(reject_prompts(rows, self.recipe.insights)))
@@ -421,6 +424,8 @@ class LocalTeacher(ChatModel):
                 accepted.append(index)
             else:
                 done(index, Failure("teacher.refused", refusal))
+        # Similar lengths need little padding, and the longest batch first fails at once if memory
+        # is short.
         accepted.sort(key=lambda index: -sum(len(turn.content) for turn in questions[index]))
         size = self.spec.batch_size
         for start in range(0, len(accepted), size):

@@ -268,6 +268,7 @@ def _with_refit(once: PredictionInterval, share: float) -> PredictionInterval:
 def _steps(measured: MeasuredTrial) -> PredictionInterval:
     """Return the seconds of warm steps by tokens, plus the first run of each micro-batch size."""
     trial = measured.trial
+    # A slow machine may end the trial before any batch ran twice.
     warm = [each for each in trial.tries if not each.first] or trial.tries[1:] or trial.tries
     tokens = [trial.batches[each.batch].tokens for each in warm]
     line = FittedLine.through(tokens, [each.seconds for each in warm])
@@ -326,6 +327,7 @@ def _checkpoints(seconds: float, steps: int, cost: float) -> int:
 
 def _memory(measured: MeasuredTrial) -> PredictionInterval:
     trial = measured.trial
+    # The peak of the trial contains the states of the tried rows already.
     remaining = measured.work.row_tokens / max(1, trial.row_tokens) - 1
     value = trial.peak_memory + trial.kept_memory * max(0.0, remaining)
     return PredictionInterval.around(value, MEMORY_SLACK / 2, MEMORY_SLACK)

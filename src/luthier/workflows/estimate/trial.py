@@ -113,6 +113,7 @@ def representative(job: TrainingJob, count: int) -> list[list[int]]:
     """
     order, size = order_of(job), job.recipe.training.batch_size or 1
     batches = [order.batch(step) for step in range(min(job.steps, order.steps_per_epoch))]
+    # The last batch of a pass is smaller, and says little about the others.
     whole = [batch for batch in batches if len(batch) == size] or batches[:1]
     tokens_R = np.array([_tokens(job, [row]) for row in job.data.train])
     whole.sort(key=lambda batch: int(tokens_R[batch].sum()))
@@ -217,6 +218,8 @@ def temporary_run(root: str, kind: str) -> Iterator[Run]:
     """Yield a run of a base model below ``kind`` in the home folder, removed at the end."""
     home = luthier_home() / kind
     home.mkdir(parents=True, exist_ok=True)
+    # In the home folder, because a checkpoint may not fit into the temporary file system, and its
+    # speed is that of the run.
     folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=home))
     try:
         yield Run(root, kind, rehearsal=folder)
@@ -296,6 +299,7 @@ def _try(trainer: Trainer, loop: Loop, count: int) -> TrialRun:
     loop.evaluate()
     loop.reporter = Reporter()  # silent: progress lines describe the whole run
     tries = _tries(loop, count, trainer.reporter)
+    # The second measurement is timed: the first creates kernels for its sizes.
     before = loop.clock.parts["validation"]
     loop.evaluate()
     held_seconds = loop.clock.parts["validation"] - before

@@ -111,6 +111,8 @@ class Cell:
                 cached_sha256_of(path) if path.is_file() else sha256_of(path)
                 for path in (*recipe.data.files, *named)
             ],
+            # Times and bits depend on the processor, so a cell of another machine is no result of
+            # this one.
             "machine": choose_machine(training.precision, training.threads).reason,
             "luthier": __version__,
         }
@@ -203,6 +205,7 @@ def run_cells(cells: Sequence[Cell], reporter: Reporter, runner: CellRunner) -> 
     """
     by_folder = {cell.folder: cell for cell in cells}
     with ExitStack() as locks:
+        # Sorted, so that two studies that share cells cannot wait for each other.
         for folder in sorted(by_folder):
             locks.enter_context(lock(folder / ".lock", wait=True))
         # A study at the same time may have measured some.
@@ -288,6 +291,7 @@ def _train(folder: Path, reporter: Reporter) -> None:
         if request["before"]:
             recipe = after_text(recipe, request["before"], reporter)
         store_trial(recipe, folder, reporter)
+    # Also after a kill by a signal, so that the time of all attempts counts.
     finally:
         spent = earlier + time.process_time() - began
         write_json(path, {"processor_seconds": spent, "recipe": portable(recipe)})
@@ -339,6 +343,7 @@ def _measure(folder: Path, reporter: Reporter) -> None:
         forgetting["earlier"] = as_gain(change.measure, difference.value)
         forgetting["earlier_error"] = difference.error
     training = job.recipe.training
+    # The metrics file has minus the reward, because the engine minimizes.
     sign = -1.0 if measure == "reward" else 1.0
     field = "loss" if measure == "reward" else measure
     outcome = Outcome(
@@ -391,6 +396,7 @@ def _row_losses(
     """Return the loss of each row, for objectives whose loss is a mean over rows."""
     import torch
 
+    # The loss of such a row depends on the rows next to it, or on another network.
     if objective.contrasts_rows or objective.other_models:
         return None
     parts, weights = [], []

@@ -288,6 +288,8 @@ class _Work:
         """Run the trials of a search, and return a row for each."""
         rows = list[StudyRow]()
         new = rows
+        # Rounds, and not a queue: the proposals then depend on the seed alone, and not on which
+        # trial ends first.
         while configurations := search.propose(new):
             new = self.measure(configurations, search.trials)
             rows += new
@@ -325,6 +327,7 @@ class _Work:
                 )
             began = time.monotonic()
             found = run_cells([cells[n] for n in part], self.reporter, self.runner)
+            # Failures end after seconds, and would make the estimate of the rest too short.
             if not all(each.reason for each in found):
                 self.spent.append(time.monotonic() - began)
             left -= len(part)
@@ -387,6 +390,8 @@ def _complete(found: Study, given: Training) -> Study:
         if found.chosen is not None and found.more_rows is None and found.chosen.figure("steps"):
             fields = dict(found.chosen.outcomes[0].recipe or {})
             kept = given.model_dump(mode="json", exclude_unset=True)
+            # Cells train without baselines and refit; the model of the user gets both, as every
+            # run.
             own = ("baseline_seconds", "refit")
             fields["training"] = {
                 **{name: value for name, value in fields["training"].items() if name not in own},
