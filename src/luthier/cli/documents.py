@@ -135,6 +135,7 @@ def index_documents(
     if others := other_formats(paths):
         counts = ", ".join(f"{count:,} {name}" for name, count in others.most_common())
         reporter.note(f"files of other formats are left out: {counts}")
+    # Before the first update, so that a change during the update is seen by the next check.
     before = _files_state(paths)
     summary = _update_index(paths, name, model, reporter)
     known = set[str]()
@@ -142,6 +143,7 @@ def index_documents(
         _note_changes(summary, known, reporter)
         reporter.note("watching for changes; Ctrl-C ends")
     with suppress(KeyboardInterrupt):
+        # Polling: change notices of the system do not cover network folders and mounted volumes.
         while watch:
             time.sleep(WATCH_SECONDS)
             now = _files_state(paths)
@@ -360,6 +362,7 @@ def _generate(
     from luthier.models.decoding.sampling import Sampling
     from luthier.types import Message
 
+    # An answer from documents must not differ between two calls.
     sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
     turns, kept = fit_passages(generator, [Message("user", question)], passages, sampling)
     (reply,) = generator.answers([turns], sampling)
@@ -391,6 +394,8 @@ def fit_passages(
 
     refusal = None
     contents = [each.passage.content for each in passages]
+    # The last passage is the least similar. The template decides the length, so the number is found
+    # by trial.
     for count in range(len(passages), 0, -1):
         asked = add_passages(turns, contents[:count])
         refusal = generator.refusal(asked, sampling)

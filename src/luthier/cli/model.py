@@ -260,6 +260,7 @@ class Model:
         """Return the reward of each completion, from a model of objective ``reward_model``."""
         if isinstance(prompts, str) and isinstance(completions, str):
             return self.rewards([prompts], [completions])[0]
+        # Two sequences of characters would be rewarded pair by pair.
         if isinstance(prompts, str) or isinstance(completions, str):
             raise RecipeError("`prompts` and `completions` must be two texts or two lists")
         from luthier.data.shapes.conversations import PromptCompletion
@@ -304,6 +305,7 @@ class Model:
         answers = self.predict(texts)
         scores = [each.get("predicted", each)["scores"] for each in answers]
         found = np.array([[each[name] for name in classes] for each in scores], dtype=np.float64)
+        # No text gives `[0, L]` instead of `[0]`.
         return found.reshape(-1, len(classes))
 
     def embed_documents(self, texts: Sequence[str]) -> list[list[float]]:

@@ -68,6 +68,7 @@ def tune(
     reporter = reporter or Reporter()
     opened = OpenedData(recipe.data, recipe.objective)
     opened.check()
+    # A resumed run has passed the limits already, and its estimate would be of a whole run.
     if not resume and (max_minutes is not None or max_cost is not None):
         from luthier.workflows.estimate.budget import check_limits, read_prices
         from luthier.workflows.estimate.estimate import estimate

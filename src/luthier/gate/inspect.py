@@ -119,7 +119,7 @@ def encoder_of_language(code: str, reason: str, words: bool = False) -> tuple[st
 
 def encoder_of_languages(codes: Sequence[str], reason: str) -> tuple[str, str]:
     """Return the encoder for texts in several languages, the most frequent first, and why."""
-    foreign = [code for code in codes if code not in CATALOG[READER].languages]
+    foreign = [code for code in codes if code not in CATALOG[TEXT_ENCODER].languages]
     model, why = encoder_of_language((foreign or [""])[0], reason)
     names = " and ".join(map(language_name, codes))
     return model, f"{why}, for documents in {names}" if len(codes) > 1 else why

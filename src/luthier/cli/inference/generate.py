@@ -276,6 +276,7 @@ def chat(
         backend, reason = backend_for_one(stored, write=True)
         note(f"Backend: {backend.id}, {reason}")
         generator = Generator.open(stored, backend)
+    # A model without a chat template continues text, and would continue the earlier turns.
     several = generator.chat.template.kind == "chat"
     opening = [Message("system", system)] if system else []
     with open_retriever(index) if index else nullcontext() as retriever:

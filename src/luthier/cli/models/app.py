@@ -268,6 +268,7 @@ def _check_run_ended(model: str) -> None:
     if run.is_unfinished():
         started = f"the run of {run.started_at():%Y-%m-%d %H:%M} UTC"
         remove = f"`luthier models remove {model}` deletes the run"
+        # A diverged run diverges again, so `--resume` is no advice.
         if reason := run.failure():
             raise UnknownModel(f"no model {model} exists: {started} diverged ({reason}). {remove}")
         raise UnknownModel(
@@ -592,6 +593,8 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
             f"no model or run {model!r} exists on this machine. {suggest_models(model, made)}"
         )
     needed_by = dependents_of(model)
+    # Also with `--force`: a training would read weights that are gone, and fail without a word
+    # about the cause.
     if running := [each for each in needed_by.runs if run_of(each).is_worked_on()]:
         raise RecipeError(f"{model} is in use by a running training: {', '.join(running)}")
     if not force:
@@ -601,6 +604,7 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
             raise RecipeError(
                 f"{model} is in use by {list_some(users, 3)}. Remove these first, or set --force"
             )
+    # Read before the model is gone: a parent that an account deleted goes with its last child.
     parents = [m.manifest.parent for m in custom_models() if m.id == model]
     if fetched is not None:
         with fetching_lock(fetched):
@@ -609,6 +613,8 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
     elif run is not None:
         with run.lock():
             if has_service:
+                # Again under the lock: an account may have registered the model since the first
+                # check.
                 _check_no_account(model, database)
             remove_side_files(model)
             shutil.rmtree(run.model_folder, ignore_errors=True)

@@ -84,6 +84,7 @@ def back_up(folder: Path, *, with_key: bool = False, database: ServiceDatabase =
     from luthier.server.tables.database import DATABASE_FILE, is_database_here
     from luthier.server.tables.secrets import KEY_FILE
 
+    # Otherwise SQLite would create an empty database, and the backup would be empty.
     if not is_database_here(database):
         raise RefusedInput(
             f"{luthier_home()} has no {DATABASE_FILE}. Name the database of the service: --database URL"
@@ -145,6 +146,7 @@ def print_usage(found: Record, csv: bool) -> None:
     if not csv:
         show_record(found)
         return
+    # The parameter `csv` hides the module.
     import csv as csv_files
     import sys
 
@@ -178,6 +180,7 @@ def create_account(account: str, *, name: str = "", database: ServiceDatabase = 
     """
     from luthier.server.tables import accounts
 
+    # Change and audit entry are one transaction: neither exists without the other.
     with audited_write(database, "accounts.create", account, "") as session:
         accounts.create_account(session, account, name)
     return {"account": account, "action": "create"}

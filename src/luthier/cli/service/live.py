@@ -161,6 +161,7 @@ def capture_export(
         outcomes[name] = rows.Condition.parse(text.strip()[len(name) :])
     moment = rows.parse_since(since) if since else None
     file = output or Path(f"{to}.jsonl")
+    # Rows of an earlier export may have been corrected by hand.
     if file.exists():
         raise RefusedInput(f"{file} exists already. Choose a different name with --output")
     if file.suffix != ".jsonl":
@@ -261,6 +262,8 @@ def feedback_import(
         store_feedback,
     )
 
+    # The whole file is checked before the first write, because half of an import cannot be
+    # repeated: feedback is only added.
     rows = [*read_statements(file)]
     added, problems = 0, []
     with open_database(database) as service:
@@ -543,6 +546,7 @@ def _wait_for_change(service: Database, account: str, deployment: str, region: s
     from luthier.errors import RefusedInput
     from luthier.server.promotion import STOPPED
 
+    # The server loads the model in another process, and the database is the only connection.
     deadline = time.monotonic() + LOADING_SECONDS
     while True:
         found = _describe(service, account, deployment, region)

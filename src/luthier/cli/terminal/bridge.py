@@ -95,6 +95,7 @@ class Command:
                 raise typer.Exit(getattr(result, "exit_code", 0))
 
         run.__name__ = self.function.__name__
+        # The help text is the docstring without its sections, so that both cannot differ.
         text = _SECTION.split(inspect.getdoc(self.function) or "")[0]
         run.__doc__ = text.strip().replace("``", "`")
         shown = [*parameters.shown]
@@ -120,6 +121,7 @@ class Command:
         """Call the function, with a display of progress."""
         if "reporter" not in inspect.signature(self.function).parameters:
             return self.function(**keywords)
+        # Under a launcher, one process alone prints.
         if self.shares_work and train_in_other_process(lambda: self.function(**keywords)):
             raise typer.Exit(0)
         from luthier.cli.terminal.progress import LiveReporter
@@ -152,6 +154,8 @@ class _Parameters:
         }
         found = inspect.signature(function).parameters.values()
         order = [inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_KEYWORD]
+        # The sort is stable: arguments, the shared options of recipes, then the options of this
+        # command.
         for each in sorted(found, key=lambda one: one.kind not in order):
             if each.name == "reporter":
                 continue
@@ -201,12 +205,15 @@ class _Parameters:
             kind, *metadata = get_args(annotation)
             for each in metadata:
                 if isinstance(each, OptionInfo | ArgumentInfo):
+                    # A copy: one annotation is shared by several commands, and each has a help text
+                    # of its own.
                     info = copy.copy(each)
                 elif isinstance(each, FromText):
                     converted = each
         self._convert[name] = converted.convert if converted else lambda value: value
         kind = _text_type(converted.type if converted else kind)
         info.help = text or info.help
+        # Without a declaration, typer adds a second option `--no-NAME`.
         if kind is bool and not info.param_decls:
             info.param_decls = (f"--{name.replace('_', '-')}",)
         if default == () or isinstance(default, Mapping):

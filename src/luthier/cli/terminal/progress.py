@@ -37,8 +37,11 @@ class ProgressLines:
         """Report that ``done`` of ``total`` are done, with ``text``. Returns whether a line was
         printed."""
         now = time.monotonic()
+        # The first update is the start: loading a model before the first step must not count as
+        # work.
         if self._began is None:
             self._began = (now, done)
+        # Without a line before, the work was short, and its end is no news.
         ends = done >= total and self._lines > 0 and not self._ended
         if now < self._next and not ends:
             return False
