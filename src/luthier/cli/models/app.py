@@ -613,8 +613,6 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
     elif run is not None:
         with run.lock():
             if has_service:
-                # Again under the lock: an account may have registered the model since the first
-                # check.
                 _check_no_account(model, database)
             remove_side_files(model)
             shutil.rmtree(run.model_folder, ignore_errors=True)
