@@ -255,7 +255,7 @@ def _check_rows(
     except RowRefused as bad:
         raise DataError([bad.at(rows[0].file, rows[0].line)]) from bad
     if spec.augmentation:
-        _check_augmentation(spec.augmentation, objective, chat)
+        check_augmentation(spec.augmentation, objective, chat)
     splits = {"train": concatenate([rows, *mixed]), "validation": held}
     filled = {name: each for name, each in splits.items() if each}
     doubts = [each for one in data.readers for each in one.warnings]
@@ -547,7 +547,8 @@ def _shares(spec: DataSpec, mixed: Sequence[MixedSet], main: int) -> list[Choice
     ]
 
 
-def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: ChatFormat) -> None:
+def check_augmentation(augmentation: Augmentation, objective: Objective, chat: ChatFormat) -> None:
+    """Reject changes of other inputs than the model's, or that the objective does not allow."""
     if other := sorted(augmentation.kinds - {chat.reads}):
         raise RecipeError(
             f"data.augmentation has settings for {' and '.join(PLURAL[kind] for kind in other)}; "

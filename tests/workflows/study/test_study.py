@@ -96,8 +96,8 @@ def test_methods_that_rows_or_network_lack_are_refused_before_training(
     assert refused.value.problem.setting == "vary"
 
 
-def test_preset_leaves_out_what_the_network_lacks(
-    rows: Path, monkeypatch: pytest.MonkeyPatch
+def test_preset_leaves_out_what_network_and_rows_lack(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = list[str]()
 
@@ -109,6 +109,9 @@ def test_preset_leaves_out_what_the_network_lacks(
     monkeypatch.setattr(module._Work, "_estimate", lambda *_: 1.0)
     methods = {"a": "full", "b": "bitfit", "c": "full"}
     grid = [Configuration({"adaptation.method": method}, name) for name, method in methods.items()]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "completion": "b"}\n')
+    grid.append(Configuration({"data.mix": [{"train": str(pairs), "weight": 0.5}]}, "other rows"))
     found = study(recipe_of(rows), grid)
     assert ran == ["full", "full"] and [row.name for row in found.rows] == ["a", "c"]
     with pytest.raises(RecipeError):

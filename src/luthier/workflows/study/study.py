@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
-from luthier.engine.dataset import NAMED_MEDIA
+from luthier.engine.dataset import NAMED_MEDIA, check_augmentation
 from luthier.engine.job import TrainingJob, prepare_job, sketch_of, with_base
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
@@ -194,15 +194,19 @@ def _suitable(
         groups = {key.partition(".")[0] for key in each.settings}
         varied, student = each.recipe(recipe, 0, UNKNOWN_ROWS), each.settings.get("student")
         method = None if varied.objective is None else varied.objective.method
-        key = f"{varied.adaptation.model_dump_json()} {method} {student}"
+        mixed = [str(mix.train) for mix in varied.data.mix if "data.mix" in each.settings]
+        changes = varied.data.augmentation if "data.augmentation" in each.settings else None
+        key = f"{varied.adaptation.model_dump_json()} {method} {student} {mixed} {changes}"
         if key not in known:
             known[key] = ""
+            objective = job.data.objective
             try:
-                if "objective" in groups:
+                if "objective" in groups or mixed:
                     prepare_job(varied, job.base, job.machine, Reporter())
                 elif "adaptation" in groups and "base" not in groups:
-                    objective, chat = job.data.objective, job.chat
-                    sketch_of(job.base, chat, objective, varied.adaptation, job.machine)
+                    sketch_of(job.base, job.chat, objective, varied.adaptation, job.machine)
+                if changes:
+                    check_augmentation(changes, objective, job.chat)
                 if student is not None:
                     check_student(job, student == TAUGHT)
             except RefusedInput as error:
