@@ -361,6 +361,8 @@ def show_conversion(found: Conversion | MinedNegatives, target: Path, margin: fl
     for names, what in ((found.kept, "extra keys kept"), (found.left_out, "extra keys dropped")):
         if names:
             print_text(f"{what}: {', '.join(map(one_line, names))}")
+    if found.form == "passages":
+        note(f"next: luthier tune {target} --base MODEL --name NAME")
 
 
 def _show_mined(found: MinedNegatives, target: Path, margin: float) -> None:

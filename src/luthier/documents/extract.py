@@ -36,6 +36,8 @@ BOMB_BYTES, BOMB_RATIO = 100 << 20, 100
 HEADING_RATIO = 1.15
 """Smallest height of a heading of a PDF file, relative to the height of most characters."""
 HEADING_CHARACTERS = 120
+SMALL_RUNNING_LINES = 3
+"""Further lines at both ends of a page that may be headers and footers, smaller than the text."""
 PARAGRAPH_GAP = 1.7
 """Distance of two lines that begins a paragraph, relative to the height of a line."""
 SCAN_RESOLUTION = 300
@@ -119,11 +121,12 @@ def _read_pdf(path: Path) -> dict[str, Any]:
     pages = [[*_lines(page)] for page in document]
     scanned = {n: _recognize(document[n - 1]) for n, lines in enumerate(pages, 1) if not lines}
     pages = _without_running_lines(pages)
-    heights = Counter[float]()
-    for line in (line for lines in pages for line in lines):
-        heights[line.height] += len(line.text)
-    body = heights.most_common(1)[0][0] if heights else 0.0
-    larger = sorted({h for h in heights if h >= HEADING_RATIO * body}, reverse=True)
+    # Printers of browsers write two lines above and two below, smaller than the text.
+    for _ in range(SMALL_RUNNING_LINES):
+        pages = _without_running_lines(pages, _body_height(pages))
+    body = _body_height(pages)
+    found = {line.height for lines in pages for line in lines}
+    larger = sorted({h for h in found if h >= HEADING_RATIO * body}, reverse=True)
     texts = [_page_text(lines, body, larger) for lines in pages]
     texts = [scanned.get(n, text) for n, text in enumerate(texts, 1)]
     note = ""
@@ -197,21 +200,35 @@ def _lines(page: Any) -> Iterator[Line]:
     yield from finish()
 
 
-def _without_running_lines(pages: list[list[Line]]) -> list[list[Line]]:
+def _body_height(pages: list[list[Line]]) -> float:
+    """Return the height of most characters."""
+    heights = Counter[float]()
+    for line in (line for lines in pages for line in lines):
+        heights[line.height] += len(line.text)
+    return heights.most_common(1)[0][0] if heights else 0.0
+
+
+def _without_running_lines(
+    pages: list[list[Line]], below: float = float("inf")
+) -> list[list[Line]]:
     """Remove headers and footers: first and last lines with equal text and height on most pages.
 
-    The number of the page may differ.
+    The number of the page may differ. Lines of the height ``below`` or larger stay.
     """
 
     def keys(number: int, line: Line) -> set[tuple[str, float, float]]:
-        """Return the line as it is, and relative to the number of the page."""
-        relative = re.sub(r"\d{1,4}", lambda each: f"{int(each[0]) - number:+}", line.text, count=1)
-        return {(text, line.height, round(line.top, -1)) for text in (line.text, relative)}
+        """Return the line as it is, and with each number relative to the number of the page."""
+        relative = (
+            f"{line.text[: each.start()]}{int(each[0]) - number:+}{line.text[each.end() :]}"
+            for each in re.finditer(r"(?<!\d)\d{1,4}(?!\d)", line.text)
+        )
+        return {(text, line.height, round(line.top, -1)) for text in (line.text, *relative)}
 
     repeated = Counter[tuple[str, float, float]]()
     for number, lines in enumerate(pages):
         for line in {*lines[:1], *lines[-1:]}:
-            repeated.update(keys(number, line))
+            if line.height < below:
+                repeated.update(keys(number, line))
     running = {each for each, count in repeated.items() if 2 * count > max(3, len(pages))}
     kept = []
     for number, lines in enumerate(pages):
