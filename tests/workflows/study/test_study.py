@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from forked_commands import Command
+from luthier_server import until
 
+from luthier.engine.job import prepare_job
 from luthier.errors import RecipeError, RunConflict
 from luthier.library.models import custom_models
 from luthier.recipe import Recipe
@@ -118,6 +119,20 @@ def test_preset_leaves_out_what_network_and_rows_lack(
         study(recipe_of(rows), *grid_from("bits", ()))
 
 
+def test_name_taken_during_the_check_of_the_data_is_not_used(
+    rows: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*arguments: Any) -> Any:
+        (luthier_home / "studies" / "rows-1").mkdir(parents=True, exist_ok=True)
+        return prepare_job(*arguments)
+
+    monkeypatch.setattr(module, "prepare_job", prepare)
+    measured = [Outcome(value=1.0, seconds=1.0)]
+    monkeypatch.setattr(module, "run_cells", lambda *_: measured)
+    monkeypatch.setattr(module._Work, "_estimate", lambda *_: 1.0)
+    assert run(rows, "training.learning_rate=0.02,0.05").name == "rows-2"
+
+
 def test_losses_of_different_objectives_are_not_compared() -> None:
     varied = [Dimension("objective.method", ("dpo", "ipo"))]
     with pytest.raises(RecipeError):
@@ -203,20 +218,21 @@ def test_killed_study_ends_with_the_measurements_of_an_undisturbed_study(
     rows: Path, tmp_path: Path
 ) -> None:
     command = [
-        sys.executable, "-m", "luthier", "study", str(rows), "--base", "fasttext", "--vary",
-        "training.learning_rate=0.005,0.02,0.05", "--vary", "training.batch_size=4,8,16",
-        "--set", "training.max_steps=60", "--name", "killed",
+        "study", str(rows), "--base", "fasttext", "--vary", "training.learning_rate=0.005,0.02,0.05",
+        "--vary", "training.batch_size=4,8,16", "--set", "training.max_steps=60", "--set",
+        "training.threads=1", "--name", "killed", "--resume",
     ]  # fmt: skip
-    environment = {**os.environ, "LUTHIER_HOME": str(tmp_path / "killed")}
-    for seconds in (25, 30, 35):
-        process = subprocess.Popen([*command, "--resume"], env=environment, start_new_session=True)
-        time.sleep(seconds)
+    cells = tmp_path / "killed" / "studies" / ".cells"
+    for count in (1, 4, 7):
+        environment = {**os.environ, "LUTHIER_HOME": str(tmp_path / "killed")}
+        process = Command(*command, env=environment, start_new_session=True)
+        until(lambda count=count: len([*cells.glob("*/outcome.json")]) >= count)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     results = []
     for home in ("killed", "undisturbed"):
         environment = {**os.environ, "LUTHIER_HOME": str(tmp_path / home)}
-        subprocess.run([*command, "--resume"], env=environment, check=True)
+        assert Command(*command, env=environment).wait() == 0
         result = json.loads((tmp_path / home / "studies" / "killed" / "result.json").read_text())
         results.append([(row["name"], row["value"]) for row in result["rows"]])
     assert results[0] == results[1]

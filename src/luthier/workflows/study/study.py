@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -100,8 +101,8 @@ def study(
     reporter.stage("Checking the data")
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     parent = home or luthier_home() / "studies"
-    name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
-    request_file = parent / name / "request.json"
+    name_of = partial(automatic_name, base.root, recipe.data.train, resume, parent)
+    request_file = parent / (recipe.name or name_of()) / "request.json"
     stored = read_json(request_file) if resume and request_file.is_file() else {}
     parallel = parallel or stored.get("parallel")
     if runner.name is not None or (parallel or 1) > 1:
@@ -141,6 +142,9 @@ def study(
     kwargs = job.recipe.data.chat_template_kwargs
     data = recipe.data.model_copy(update={"chat_template_kwargs": kwargs})
     recipe = recipe.model_copy(update={"data": data})
+    # Again, because a study that started at the same time has taken the first free name.
+    name = recipe.name or name_of()
+    request_file = parent / name / "request.json"
     with lock_folder(parent / name, f"the study {name}"):
         request = {
             "recipe": portable(recipe), "seeds": seeds, "forgetting": forgetting,
