@@ -63,6 +63,7 @@ def generation_request(members: Mapping[str, Any]) -> GenerationRequest:
     Raises:
         Fault: Validation.
     """
+    # Ignored, a guardrail would be a promise that the reply does not keep.
     if "guardrailConfig" in members:
         raise Fault("Validation", "guardrailConfig is not supported by this server.")
     if members.get("promptVariables"):
@@ -213,6 +214,7 @@ def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
             texts.append(IMAGE_MARK)
         elif (block_text := _block_text(block)) is not None:
             texts.append(_text(block_text, location))
+    # A message of results alone adds no user turn: an empty turn would be a question without text.
     if texts or calls or not results:
         reasoning = "\n".join(thoughts)
         turn = Message(role, "\n".join(texts), calls=tuple(calls), reasoning=reasoning)
@@ -252,6 +254,7 @@ def _text(text: str, at: str) -> str:
 
 def _check_calls(turns: Sequence[Message], tools: bool) -> None:
     """Check that the next turn answers each tool call and nothing else."""
+    # AWS refuses this, too: the template would not declare the tools that the turns name.
     if not tools and any(turn.calls or turn.role == "tool" for turn in turns):
         raise Fault(
             "Validation",
@@ -299,6 +302,7 @@ def render_message(reply: GenerationResult) -> dict[str, Any]:
     if reply.text:
         content.append({"text": reply.text})
     content += [{"toolUse": {**_use(call), "input": dict(call.arguments)}} for call in reply.calls]
+    # Clients read the first block without a check.
     return {"role": "assistant", "content": content or [{"text": ""}]}
 
 

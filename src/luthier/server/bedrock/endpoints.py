@@ -126,10 +126,12 @@ def _create(
         session.flush()
         arn = endpoint_arn(request.arns, endpoint)
         tags.put(session, arn, sent_tags)
+        # Not appended: the transaction may run again, and only the last run creates the endpoint.
         created[:] = [endpoint.id]
         return {"arn": arn}
 
     response = request.create_once(create)
+    # After the commit, because another thread reads the row. A repeated request created nothing.
     for endpoint_id in created:
         request.control.activation.submit(endpoint_id)
     return str(response["arn"])
@@ -150,6 +152,8 @@ def _delete(request: ControlRequest, kind: _Kind) -> dict[str, Any]:
     """Delete an endpoint. The model stays."""
     with request.control.database.write() as session:
         endpoint = _find(request, session, kind, lock=True)
+        # The model may be loading at this moment, and would stay in memory for an endpoint that is
+        # gone.
         if endpoint.status == CREATING:
             text = f"The {kind.text} is being created. Try again in a moment."
             raise Fault("Conflict", text)
@@ -375,6 +379,7 @@ def _provisioned_summary(request: ControlRequest, endpoint: Endpoint) -> dict[st
         "provisionedModelName": endpoint.name,
         "provisionedModelArn": endpoint_arn(request.arns, endpoint),
         "modelArn": endpoint.model,
+        # Bedrock has the member always; without an update, it equals the model.
         "desiredModelArn": endpoint.pending_model or endpoint.model,
         "foundationModelArn": request.arns.foundation_model(endpoint.foundation),
         "modelUnits": endpoint.units,

@@ -144,6 +144,8 @@ class MessagesForm:
             raise malformed_input("#/schemaVersion: must be messages-v1")
         self._config = parse_native(MessagesConfig, body.get("inferenceConfig") or {})
         conversation = {name: body.get(name) for name in ("messages", "system", "toolConfig")}
+        # The members of the conversation are those of Converse, so botocore's model of Converse
+        # checks both.
         self._members = parse_body(operation_models()["Converse"], conversation)
 
     def request(self) -> GenerationRequest:
@@ -258,6 +260,8 @@ def parse_form(
     Raises:
         Fault: Validation for an unknown form or invalid members.
     """
+    # The body decides the form, and not the model: AWS names one form for each vendor, and here one
+    # model serves clients of all vendors.
     if "taskType" in body:
         return parse_native(ImageBody, body)
     if "inputText" in body:
@@ -295,6 +299,7 @@ def frame_chunks(form: NativeForm, stream: Stream, timer: LatencyTimer) -> Itera
     previous: dict[str, Any] | None = None
     output_tokens = 0
     for value, tokens in form.chunks(stream):
+        # Chunks before the last have no count.
         output_tokens = max(output_tokens, tokens)
         if timer.first_byte is None:
             timer.first_byte = timer.latency()

@@ -103,6 +103,8 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
     try:
         if submission.output is not None:
             locations.check_writable(request.account, submission.output)
+        # A job that fails hours later, when its turn comes, is the worst report of a misspelt
+        # column.
         check_first_rows(locations, submission)
         response = request.create_once(create)
     except Exception:
@@ -179,6 +181,8 @@ def _base(request: ControlRequest, kind: str) -> AnyModel:
     base = find_foundation(request.arns, identifier)
     if base is not None:
         supported = customizations(base)
+        # The list of a foundation model has the types that AWS knows; reinforcement is not among
+        # them.
         if kind not in (*supported, *[REINFORCEMENT] * base.writes):
             known = ", ".join(supported)
             text = f"The base model {base.id} does not support {kind}; it supports {known}."
@@ -352,6 +356,7 @@ def _details(job: Job) -> dict[str, Any]:
             statuses[name] = {"status": "NotStarted"}
             continue
         status = progress["status"]
+        # The worker reports its parts, and a killed worker reports no end.
         if status == "InProgress" and job.state in (queue.STOPPING, *queue.ENDED):
             status = _STATUS[job.state]
         statuses[name] = {

@@ -69,6 +69,7 @@ class Alerts:
         """Log new alerts, and deliver due alerts."""
         with self.database.read() as session:
             waiting = session.query(Alert.seq).filter(Alert.due.is_not(None)).first()
+        # A read first: a write transaction every few seconds would lock SQLite for nothing.
         if waiting is None:
             return
         while not self.thread.closed.is_set():
@@ -90,6 +91,8 @@ class Alerts:
                 "subject": alert.subject, "text": alert.text, "created": alert.created.isoformat(),
             }
         ).encode()  # fmt: skip
+        # Over the exact bytes that are sent, because a receiver that encodes JSON again gets other
+        # bytes.
         signature = hmac.new(self.secret, body, hashlib.sha256).hexdigest()
         headers = {"Content-Type": "application/json", SIGNATURE: f"sha256={signature}"}
         request = urllib.request.Request(str(self.webhook), body, headers, method="POST")  # noqa: S310

@@ -92,6 +92,7 @@ class Capture:
     def add(self, exchange: Exchange) -> None:
         """Queue an exchange; a full queue drops and counts the exchange."""
         with self._lock:
+            # A request never waits for its capture, so memory is bounded by dropping.
             if self._size + exchange.size > QUEUE_BYTES:
                 self.counts["dropped"] += 1
                 return
@@ -102,6 +103,8 @@ class Capture:
         """Write all waiting records now."""
         with self._writing:
             with self._lock:
+                # Taken out under the lock and written without the lock, so that requests do not
+                # wait for the disk.
                 waiting, self._queue, self._size = [*self._queue], deque(), 0
             groups: defaultdict[str, list[Exchange]] = defaultdict(list)
             for exchange in waiting:
@@ -140,6 +143,8 @@ class Capture:
                 _log.exception("a request could not be captured")
                 self.counts["dropped"] += 1
                 continue
+            # Before the record that names them: after a crash, a body may lack its record, but no
+            # record lacks its body.
             for body_key, body in bodies:
                 self._put(settings, body_key, [body], [])
             row.bucket, row.key, row.offset, row.size = settings.bucket, key, offset, len(member)
@@ -202,6 +207,7 @@ def remove_records(objects: Objects, account: str, days: float, most_bytes: int)
         select(CapturedRequest.bucket, CapturedRequest.key, size, created)
         .where(CapturedRequest.account == account)
         .group_by(CapturedRequest.bucket, CapturedRequest.key)
+        # Newest first, so that the running total decides which oldest records exceed the size.
         .order_by(created.desc(), CapturedRequest.key.desc())
     )
     oldest, total, deleted = now() - timedelta(days=days), 0, 0

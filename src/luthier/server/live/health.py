@@ -153,6 +153,7 @@ def health(
                 f'Model "{model}" has no captured requests since {since:%Y-%m-%d}.',
                 advice="Turn capture on with `luthier live capture on`, or choose an earlier `since`.",
             )
+    # An end at midnight belongs to the day before.
     periods = _periods(rows, (end - timedelta(microseconds=1)).date())
     for period in periods:
         _add_answers(objects, period)
@@ -191,6 +192,7 @@ def _periods(rows: Sequence[CapturedRequest], today: date) -> list[_Period]:
     age_R = [max(0, (today - row.created.date()).days) for row in rows]
     length = 7 if max(age_R) + 1 >= WEEKS_FROM else 1
     count = max(age_R) // length + 1
+    # Weeks end today, because the current calendar week would be partial.
     ends = [today - timedelta(days=length * (count - 1 - each)) for each in range(count)]
     periods = [_Period(end - timedelta(days=length - 1)) for end in ends]
     for row, age in zip(rows, age_R, strict=True):
@@ -221,6 +223,7 @@ def _add_answers(objects: Objects, period: _Period) -> None:
     period.values[LATENCY] = [float(row.milliseconds) for row in good]
     if any(row.output_tokens for row in good):
         period.values[TOKENS] = [float(row.output_tokens) for row in good]
+    # Evenly spaced, so that a change within the period is seen in its share.
     for row in good[:: math.ceil(len(good) / MOST_READ) or 1]:
         try:
             answers = read_answers(objects, row)
@@ -278,6 +281,7 @@ def _label_stability(periods: Sequence[_Period]) -> Stability | None:
     labels (Yurdakul and Naranjo 2020).
     """
     last = periods[-1]
+    # The last model: labels are compared with the training of the model that serves now.
     stored_id = next((row.stored_id for row in reversed(last.rows) if row.stored_id), "")
     training = _training_labels(stored_id)
     if training is None and len(periods) == 1:

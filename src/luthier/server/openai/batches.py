@@ -88,6 +88,8 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         if row is None:
             self._fail(batch, [_error("file_not_found", "The input file is deleted.", None)])
             return
+        # Checked as a whole before the first line runs, because a line costs work and the client
+        # expects all or nothing.
         if batch.status == store.VALIDATING:
             total, errors = self._problems(
                 numbered_lines(self.files.read(row), LONGEST_LINE), batch.endpoint
@@ -97,10 +99,12 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                 return
             with self.database.write() as session:
                 locked = self.lock_held(session, batch)
+                # The client may have cancelled the batch during the check.
                 if locked is not None and locked.status == store.VALIDATING:
                     locked.total = total
                     store.enter(locked, store.IN_PROGRESS)
         with self.database.read() as session:
+            # Lines that an earlier server answered are not queried again.
             done = store.done_lines(session, batch.id)
         # The file is read again line by line, because it may be larger than the memory.
         left = (
@@ -138,6 +142,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                 text = f"A line has at most {LONGEST_LINE:,} bytes."
                 errors.append(_error("line_too_large", text, number))
                 continue
+            # Lines are still counted, because the limit of lines is the more useful error.
             if len(errors) > MOST_ERRORS:
                 continue
             try:
@@ -169,6 +174,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
             record.add_tokens(model, read, written)
 
         try:
+            # For each line: a user who lost the right during the batch gets no more replies.
             caller = self.caller_of(batch)
             if observed:
                 observed.begin(caller, members["body"])

@@ -122,6 +122,7 @@ class SamplingFields(StrictBody):
             **sampling_of(self),
             "temperature": self.temperature,
             "top_p": self.top_p,
+            # vLLM's clients send -1 for no limit.
             "top_k": None if self.top_k is None else max(0, self.top_k),
             "n": self.n,
             # OpenAI accepts any integer as seed; the engine's seeds have 63 bits.
