@@ -121,6 +121,7 @@ class Media:
         assert self.path is not None
         try:
             if self.member:
+                # Time and size are keys of the cache: a replaced archive must be opened again.
                 status = os.stat(self.path)
                 return self._unpack(open_archive(self.path, status.st_mtime_ns, status.st_size))
             if (size := os.stat(self.path).st_size) > MOST_MEDIA_BYTES:

@@ -131,6 +131,7 @@ def read_sentence_pipeline(folder: Path) -> SentencePipeline | None:
     settings = _read_settings(folder)
     pooling = folder / str(modules[1].get("path", "")) / "config.json"
     fields = _existing(pooling)
+    # Pooling would have to leave out the prompt's tokens.
     if fields.get("include_prompt") is False and prompts.get(default or ""):
         raise RecipeError(
             f"{pooling}: `include_prompt=false` is not supported. Use another base model"
@@ -267,6 +268,7 @@ def _read_dense(folder: Path, place: Path) -> Dense:
             "model again with save_pretrained(..., safe_serialization=True)",
             rule="sentence.weights",
         )
+    # sentence-transformers' own default.
     kind = str(fields.get("activation_function", "torch.nn.modules.activation.Tanh"))
     name = kind.rpartition(".")[2]
     inner = fields.get("module_input_name", "sentence_embedding")
@@ -299,6 +301,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         return {}
     fields: dict[str, Any] = read_json(path)
     for name, value in fields.items():
+        # An unknown setting may change embeddings, which nobody would see. So what is not known is
+        # refused.
         if name in _SETTINGS_READ or not value or value in _DEFAULT_SETTINGS.get(name, ()):
             continue
         if name == "modality_config" and "message" in value:
@@ -323,4 +327,5 @@ def _max_length(folder: Path, settings: dict[str, Any]) -> int | None:
     path = folder / "tokenizer_config.json"
     if length is None and path.is_file():
         length = read_json(path).get("model_max_length")
+    # Tokenizers without a limit have a number of 30 digits here.
     return int(length) if length is not None and 0 < length < _MOST_LENGTH else None

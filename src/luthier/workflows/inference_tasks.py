@@ -176,6 +176,8 @@ class EmbedTask(InferenceTask):
             with super().open_output(file, output, rows, width) as packed:
                 yield packed
         else:
+            # The number of rows is known before the first embedding, so the header need not be
+            # written again at the end.
             header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
             np.lib.format.write_array_header_1_0(file, header)
             yield file
@@ -287,6 +289,7 @@ def parse_task(plain: Mapping[str, Any]) -> InferenceTask:
     fields = dict(plain)
     task = TASKS[fields.pop("kind")]
     if sampling := fields.get("sampling"):
+        # Keys of JSON are text.
         bias = {int(token): value for token, value in sampling["logit_bias"].items()}
         stop = tuple(sampling["stop"])
         fields["sampling"] = Sampling(**{**sampling, "stop": stop, "logit_bias": bias})
@@ -332,6 +335,7 @@ def predict_rows(
 ) -> list[dict[str, Any]]:
     """Return the prediction for each row, with ``explain`` also the contribution of each word or
     cell, and with ``pictures`` the heat map of an image."""
+    # An explanation takes many times as long as the prediction, so it alone counts as progress.
     answers = predictor.answers(rows, (lambda count: None) if explain else done)
     if explain:
         for number, (row, answer) in enumerate(zip(rows, answers, strict=True), 1):

@@ -182,6 +182,7 @@ def own_prompts(
             )
         for column in columns:
             known = zip(fields, questions, strict=True)
+            # Otherwise a template could contain the answer, and would win every comparison.
             if all(str(row.get(column)) == question.answer for row, question in known):
                 raise RecipeError(f'{name}: "{{{column}}}" is the expected reply. Remove it.')
         asked = []
@@ -252,9 +253,11 @@ def conversation_of(
         last = "\n".join(turn.content for turn in last_turns)
         return (Message("user", "\n\n".join([*system, *example_texts, last])),)
     for each in examples:
+        # The question's own system message stands once at the start.
         turns += [turn for turn in each.asked if turn.role != "system"]
         turns.append(Message("assistant", each.answer))
     turns += last_turns
+    # Templates without a system role would drop the instructions, or refuse the prompt.
     if system and chat is not None and not chat.supports_system_prompt:
         turns[0] = Message(turns[0].role, "\n\n".join([*system, turns[0].content]))
     elif system:

@@ -164,6 +164,8 @@ def _write_folder(made: Sequence[SampledImage], folder: Path, model: str) -> Non
     from luthier.media.image_grid import encode_png
 
     for number, each in enumerate(made, 1):
+        # Labels are foreign text: `../x` must stay in the folder, and a hidden folder would be
+        # missed.
         name = each.label.replace("/", "_").lstrip(".") or ("_" if each.label else "")
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
@@ -202,6 +204,7 @@ def _read_codes(path: Path) -> NDArray[np.float32]:
 
     try:
         if path.suffix == ".npy":
+            # Pickled arrays can run code.
             codes: NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32)
             return codes
         with path.open(encoding="utf-8") as file:

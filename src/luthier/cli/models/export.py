@@ -77,10 +77,12 @@ def export(
         raise RecipeError("`data` needs --format gguf or onnx, and --quantization")
     cost = None
     if quantization is not None and format == "gguf" and (data or quantization.startswith("q")):
+        # Before the export, so that unreadable rows are refused before minutes of writing.
         cost = _measure_cost(stored, target, data, columns, quantization, reporter)
 
     def move(phase: Phase, done: int, total: int) -> None:
         if phase == "write":
+            # In megabytes, because the bar shows whole numbers and bytes would fill its line.
             whole = max(1, round(total / 1e6))
             reporter.progress(done * whole // total, whole, "write (MB)")
         else:

@@ -83,6 +83,7 @@ def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]
         else:
             yield _Csv(text, names, "\t" if kind == "tsv" else ",")
         text.flush()
+        # Otherwise the wrapper would close the file, which `new_file` renames afterwards.
         text.detach()
 
 
@@ -336,6 +337,8 @@ class _Parquet:
             if self.schema is None:
                 schema = self.arrow.Table.from_pylist(self.rows).schema
                 text = self.arrow.string()
+                # A column without a value in the first batch may have text later; a column of type
+                # null could not.
                 fields = [f.with_type(text) if str(f.type) == "null" else f for f in schema]
                 self.schema = self.arrow.schema(fields)
                 self.writer = self.arrow.parquet.ParquetWriter(self.file, self.schema)
