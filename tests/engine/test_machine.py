@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -88,3 +89,10 @@ def test_memory_of_a_gpu_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None
     device = torch.device("cuda")
     assert available_memory(device) == 3 * GIB
     assert peak_memory(device) == GIB
+
+
+def test_peak_memory_without_the_memory_of_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    # After a start, Linux counts the parent in `ru_maxrss`.
+    usage = SimpleNamespace(ru_maxrss=1 << 40)
+    monkeypatch.setattr("resource.getrusage", lambda who: usage)
+    assert 0 < peak_memory() < 1 << 40

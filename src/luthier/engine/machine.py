@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -225,6 +226,11 @@ def peak_memory(device: torch.device | None = None) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        # Linux adds the memory of the parent at the start of the process to `ru_maxrss`.
+        status = Path("/proc/self/status").read_text()
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            return 1024 * int(found[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, Linux kilobytes.
     return peak if platform.system() == "Darwin" else peak * 1024
