@@ -19,11 +19,13 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -123,13 +125,19 @@ class Use:
         return [line for line in lines if line and not line.startswith("pip install")]
 
 
-def run(use: Use) -> Found:
-    """Run the commands of the page, and return what they measured."""
+def run(use: Use, tuned: Path | None = None) -> Found:
+    """Run the commands of the page, and return what they measured.
+
+    ``tuned`` is the folder of the model, if the command of tuning ran before.
+    """
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder, "work"), new_home(Path(folder)), [])
         bench.folder.mkdir()
         for command in use.commands:
-            bench.run(command)
+            if tuned is not None and " tune " in command:
+                bench.steps.append(adopt(tuned, bench.home, command))
+            else:
+                bench.run(command)
         steps = [*bench.steps]
         further = use.collect(bench)
     return {
@@ -142,6 +150,17 @@ def run(use: Use) -> Found:
         "steps": steps,
         **further,
     }
+
+
+def adopt(tuned: Path, home: Path, command: str) -> Found:
+    """Copy a model under the name of ``command``, and return the seconds of its training."""
+    name = command.split("--name ")[1].split()[0]
+    target = home / "models" / "custom" / tuned.parent.name / name
+    shutil.copytree(tuned, target)
+    record = target / "luthier.json"
+    record.write_text(record.read_text().replace(f":{tuned.name}", f":{name}"))
+    seconds = json.loads(record.read_text())["metrics"]["seconds"]
+    return {"command": command, "processor_seconds": 0.0, "seconds": seconds, "before": True}
 
 
 def comparison(found: Found) -> Found:
@@ -182,7 +201,7 @@ def sentence(use: Use, found: Found) -> str:
 
 def result_table(found: Found) -> str:
     """Return the table of the contenders, with processor seconds and size of the tuned model."""
-    tuning = [step for step in found["steps"] if " tune " in step["command"]]
+    tuning = [s for s in found["steps"] if " tune " in s["command"] and "before" not in s]
     lines = []
     for each in comparison(found)["contenders"]:
         low, high = each["interval"]
@@ -197,9 +216,11 @@ def result_table(found: Found) -> str:
     heads = ["", "score", "95 % interval", "tuning, processor s", "ms an answer", "MB"]
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     total = sum(step["processor_seconds"] for step in found["steps"])
+    shown = form_table(found) if "forms" in found else table(heads, lines)
+    before = [f" but the tuning ({s['seconds']:,.0f} s)" for s in found["steps"] if "before" in s]
     return (
-        f"{table(heads, lines)}\n\nAll commands: {total:,.0f} processor seconds on two shared cores, "
-        f"{found['date']}, with {versions}. [All numbers]({found['name']}.json)"
+        f"{shown}\n\nAll commands{''.join(before)}: {total:,.0f} processor seconds on "
+        f"two shared cores, {found['date']}, with {versions}. [All numbers]({found['name']}.json)"
     )
 
 
@@ -1017,6 +1038,118 @@ def paint_contenders(axes: Any, colours: Colours, found: Found) -> None:
     paint_bars(axes, colours, USES[found["name"]].measure, bars)
 
 
+FORMS = ("bf16", "q8_0", "q4_k_m", "q4_0")
+"""Types of GGUF weights."""
+BOT = "smollm2-135m-instruct:bot"
+FEW_BITS = "q4_k_m"
+
+
+def collect_device(bench: Bench) -> Found:
+    """Measure score, speed and memory of each form under one thread."""
+    side = Path(__file__).with_name("device_side.py")
+
+    def measure(kind: str) -> None:
+        bench.run(
+            f"OMP_NUM_THREADS=1 LUTHIER_BACKEND=llama.cpp LUTHIER_GGUF_TYPE={kind} "
+            f"{sys.executable} {side} {BOT} rows/test.jsonl > {kind}.json"
+        )
+
+    with ThreadPoolExecutor(len(FORMS)) as pool:
+        [*pool.map(measure, FORMS)]
+    return collect_forms(bench)
+
+
+def collect_forms(bench: Bench) -> Found:
+    """Compare the measured forms; a form whose file was refused has no score."""
+    from luthier.evaluation.significance import RowScores, paired_differences
+
+    forms, scores, wrong, refused = list[Found](), dict[str, RowScores](), "", list[str]()
+    for kind in FORMS:
+        (folder,) = (bench.home / "cache" / "gguf").glob(f"*~{kind}")
+        if refusal := json.loads((folder / "parity.json").read_text())["refusal"]:
+            refused.append(f"{kind} is refused: {refusal.split(';')[0]}.")
+            continue
+        found = json.loads((bench.folder / f"{kind}.json").read_text())
+        file = folder / "model.gguf"
+        answers = found.pop("answers")
+        scores[kind] = RowScores.of([each["scores"]["first_line"] for each in answers])
+        forms.append({
+            "name": kind, "bytes": file.stat().st_size, "score": scores[kind].value,
+            "interval": list(scores[kind].interval), "rows": len(answers), **found,
+        })  # fmt: skip
+        if kind == FEW_BITS:
+            each = next(each for each in answers if each["scores"]["first_line"] == 0)
+            wrong = f"{each['prompt']}\nanswer:   {each['reply'].strip()}\n"
+            wrong += f"expected: {each['expected']}"
+    lost = {
+        kind: paired_differences({"": (scores[kind], scores["bf16"])})[""]
+        for kind in scores
+        if kind != "bf16"
+    }
+    told = [
+        f"{kind} {0.0 - 100 * each.value:+.1f} \N{PLUS-MINUS SIGN} {100 * each.error:.1f} points"
+        for kind, each in lost.items()
+    ]
+    return {
+        "rows": first_rows(bench),
+        "wrong": wrong,
+        "forms": forms,
+        "headline": form_sentence(forms),
+        "compared": {
+            "contenders": [
+                {
+                    "name": each["name"], "score": each["score"], "interval": each["interval"],
+                    "technique": "16 bits" if each["name"] == "bf16" else "fine-tuning, fewer bits",
+                    "seconds": None, "model_bytes": each["bytes"],
+                }
+                for each in forms
+            ],
+            "rows": forms[0]["rows"],
+            "worth_it": None,
+            "verdict": f"Against 16 bits, by pairs of {forms[0]['rows']} messages: {', '.join(told)}. "
+            f"One message is {100 / forms[0]['rows']:.1f} points.",
+        },
+        "facts": " ".join(refused),
+    }  # fmt: skip
+
+
+def form_sentence(forms: Sequence[Found]) -> str:
+    """Return scores and sizes of the forms, the largest first."""
+    parts = [f"{e['name']} {percent(e['score'])} in {e['bytes'] / 1e6:,.0f} MB" for e in forms]
+    return f"Right labels on {forms[0]['rows']} unseen messages by weights: {', '.join(parts)}."
+
+
+def form_table(found: Found) -> str:
+    """Return size, score, speed and memory of each form."""
+    lines = [
+        [
+            each["name"], f"{each['bytes'] / 1e6:,.0f}", percent(each["score"]),
+            f"{100 * each['interval'][0]:.1f} to {100 * each['interval'][1]:.1f}",
+            f"{each['tokens_per_second']:,.0f}", f"{each['memory_bytes'] / 1e6:,.0f}",
+        ]
+        for each in found["forms"]
+    ]  # fmt: skip
+    heads = ["weights", "MB", "right labels", "95 % interval", "tokens a second", "memory, MB"]
+    return table(heads, lines)
+
+
+def paint_device(axes: Any, colours: Colours, found: Found) -> None:
+    """Draw the score of each form against the size of the file."""
+    for each in found["forms"]:
+        size, score = each["bytes"] / 1e6, 100 * each["score"]
+        low, high = (100 * end for end in each["interval"])
+        axes.plot([size, size], [low, high], color=colours["grid"], linewidth=3)
+        colour = colours["front" if each["name"].startswith("q4") else "point"]
+        axes.plot(size, score, "o", color=colour, markersize=11)
+        axes.text(size, high + 1.5, each["name"], color=colours["text"], ha="center")
+    axes.set(
+        xlabel="file, MB",
+        ylabel="right labels on unseen messages, %",
+        ylim=(30, 100),
+        xlim=(80, 290),
+    )
+
+
 ROWS = ("train.jsonl", "test.jsonl", "NOTICE.md")
 PACKED = ("train.jsonl.xz", "test.jsonl.xz", "NOTICE.md")
 MAILBOXES = ("invoice", "meeting", "spam", "support")
@@ -1147,6 +1280,17 @@ USES = {
             collect_sensors,
         ),
         Use(
+            "device",
+            "A small model for a device",
+            "messages",
+            "right labels",
+            "Rows: Fernspoke Cycles, written for luthier, Apache-2.0. The company is invented.",
+            tuple(f"demo/{name}" for name in ("validation.jsonl", "README.md", *ROWS[:2])),
+            "Right labels of a chat model against the size of its file, from 16 to 4 bits",
+            paint_device,
+            collect_device,
+        ),
+        Use(
             "recommendation",
             "Recommend the next purchase",
             "customers",
@@ -1166,13 +1310,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("name", choices=[*USES])
+    parser.add_argument("--tuned", type=Path, help="model of an earlier run of the same command")
     parser.add_argument("--write", action="store_true", help="write from the stored results")
     options = parser.parse_args()
     use = USES[options.name]
     stored = PAGES / f"{use.name}.json"
     if not options.write:
         write_index()  # `luthier examples` needs the name
-        found = run(use)
+        found = run(use, options.tuned)
         stored.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     write(use, json.loads(stored.read_text()))
     write_index()
