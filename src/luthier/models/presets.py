@@ -58,9 +58,9 @@ SHAPES: dict[Family, dict[Size, NetworkShape]] = {
     },
     "t5": {
         "tiny": NetworkShape(128, 2, 4, 512, 128, 4096),
-        "3m": NetworkShape(192, 3, 6, 768, 256, 4096),
-        "10m": NetworkShape(320, 4, 5, 1280, 512, 8192),
-        "30m": NetworkShape(512, 4, 8, 2048, 512, 16384),
+        "3m": NetworkShape(192, 2, 6, 768, 256, 4096),
+        "10m": NetworkShape(320, 3, 5, 1280, 512, 8192),
+        "30m": NetworkShape(512, 3, 8, 2048, 512, 16384),
         "135m": NetworkShape(768, 7, 12, 3072, 512, 49152),
     },
     "palm": {
