@@ -23,7 +23,7 @@ from luthier.cli.documents import (
 from luthier.cli.inference.generate import chat
 from luthier.data.conversations.citations import DECLINED
 from luthier.documents.index import DocumentIndex
-from luthier.documents.retriever import Reranker
+from luthier.documents.retriever import PassageReranker
 from luthier.engine.metrics import Reporter
 from luthier.errors import RefusedInput
 from luthier.library.models import find
@@ -110,7 +110,9 @@ def test_reranker_orders_passages_and_declines(
         asked = set(question.lower().split())
         return [float(len(asked & set(text.lower().split()))) for text in texts]
 
-    monkeypatch.setattr("luthier.documents.retriever.Reranker", lambda *_: Reranker("words", rank))
+    monkeypatch.setattr(
+        "luthier.documents.retriever.PassageReranker", lambda *_: PassageReranker("words", rank)
+    )
     monkeypatch.setattr(documents, "check_ranks", lambda stored: stored)
     with DocumentIndex.open(indexed) as index:
         cosine = index.threshold()
