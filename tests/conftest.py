@@ -21,11 +21,15 @@ import pytest
 import torch
 import typer.testing
 from forked_commands import fork_modules, forker
+from hypothesis import HealthCheck, settings
 from remembered_probes import FOLDER, remember_probes
 
 gc.disable()  # until the end of the collection: imports make a million lasting objects
 pytest_plugins = ["job_queue", "openai_endpoint", "postgres", "principals_of", "ray_cluster"]
 
+# On a busy machine, drawing three examples may take longer than the second that hypothesis allows.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 torch.set_num_threads(1)
 fork_modules()
 remember_probes()
