@@ -16,6 +16,7 @@ from openai_endpoint import Endpoint
 from typer.testing import CliRunner
 
 import luthier
+from luthier.chat_models.base import ChatModel, Done, Reply
 from luthier.cli.app import app
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.data.shapes.texts import LabelledText
@@ -30,7 +31,7 @@ from luthier.workflows.compare import HeadToHead, check_leakage, check_measures,
 from luthier.workflows.contenders import Contender, Contest, equal_pairs
 from luthier.workflows.estimate.budget import Prices, TokenPrices
 from luthier.workflows.evaluate import open_graders
-from luthier.workflows.prompting import Technique, questions_of
+from luthier.workflows.prompting import PromptVariant, Technique, questions_of
 
 ANIMALS = ("fox", "dog", "cat", "cow", "hen", "pig")
 
@@ -325,6 +326,30 @@ def test_lead_has_the_length_that_fits_the_training_rows() -> None:
     assert not Contest({"exact": Exact()}).lead(rows[:2], rows[2:], questions, learned)
 
 
+class HalfLost(ChatModel):
+    """A model that loses every second reply."""
+
+    name = "lossy"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"model": "lossy"}
+
+    def ask(self, questions: Any, sampling: Any, done: Done, note: Any) -> None:
+        for index in range(0, len(questions), 2):
+            done(index, Reply("yes", "stop"))
+
+
+def test_lost_replies_are_no_equal_replies_to_paraphrases() -> None:
+    rows = [PromptCompletion("t", n, f"Is it {n}?", "yes") for n in range(1, 7)]
+    contest = Contest({"exact": Exact()}, groups=[[0, 2], [1, 3], [4, 5]])
+    variant = PromptVariant("zero-shot", "zero-shot", [])
+    (found,) = contest.ask(HalfLost(), rows, questions_of(rows), [variant], lambda texts: 1.0)
+    assert found.score.value == 0.5 and contest.remarks
+    share = found.paraphrase_consistency
+    assert share is not None and share.parts_R.tolist() == [1]  # the first pair alone is whole
+
+
 def test_different_measures_are_refused() -> None:
     check_measures({"a": "accuracy", "b": "accuracy"})
     with pytest.raises(RecipeError):
@@ -384,12 +409,16 @@ def test_own_prompts_and_an_endpoint_and_shown_replies(
     sampled = {each.name: each.consistency for each in found.contenders if each.consistency}
     assert len(sampled) == 2 and tuned in sampled
     assert all({*np.round(3 * each.parts_R)} <= {0.0, 1.0, 3.0} for each in sampled.values())
-    alike = {each.name: each.paraphrases for each in found.contenders if each.paraphrases}
+    alike = {
+        each.name: share for each in found.contenders if (share := each.paraphrase_consistency)
+    }
     assert {tuned, *(each.name for each in big)} <= alike.keys()
     assert all(alike[each.name].value == 0 for each in big)
     assert equal_pairs([["a", "a ", "b"], ["c", "c"]]).parts_R.tolist() == [1 / 3, 1]
+    requests = len(endpoint.bodies)
     with pytest.raises(RecipeError):
         luthier.compare(held, [tuned], rival=[rival], max_tokens=3, paraphrases="prompt")
+    assert len(endpoint.bodies) == requests  # a wrong column is found before the first request
     first, second = found.shown
     assert (first.prompt, first.expected) == ("Say fox 12", "fox")
     assert [name for name in first.replies if name.startswith("big")] and tuned in second.replies

@@ -189,7 +189,7 @@ def show_comparison(found: HeadToHead) -> None:
     for each in found.contenders:
         shares = {
             "sampled replies": each.consistency,
-            "replies to paraphrases": each.paraphrases,
+            "replies to paraphrases": each.paraphrase_consistency,
         }
         for what, share in shares.items():
             if share is not None:

@@ -33,7 +33,6 @@ from luthier.workflows.contenders import (
     Contender,
     Contest,
     count_tokens,
-    equal_pairs,
     graders_for,
 )
 from luthier.workflows.estimate.budget import BreakEven
@@ -274,7 +273,7 @@ class HeadToHead(Tabular):
             }  # fmt: skip
             if each.prompt_tokens is not None:
                 line["prompt_tokens"] = each.prompt_tokens
-            for name in ("consistency", "paraphrases"):
+            for name in ("consistency", "paraphrase_consistency"):
                 if (share := getattr(each, name)) is not None:
                     line[name] = {"value": share.value, "interval": list(share.interval)}
             if each.preparation_seconds:
@@ -356,6 +355,8 @@ def compare(
     remarks = check_leakage(rows, train)
     if repeats:
         remarks.append(f"{len(repeats):,} duplicate rows omitted")
+    # Before the first contender, because a wrong column must not cost a comparison.
+    groups = _groups(rows, records or {}, paraphrases) if paraphrases is not None else []
     labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
     generative = [base] if base and base.writes else []
     if judge is not None and (labelled or not generative):
@@ -376,7 +377,10 @@ def compare(
             *prompt_variants(row_questions, train_questions, documents, embed, search_index),
             *own,
         ]
-    unused = {"documents": documents, "index": search_index, "graders": graders, "prompts": prompts}
+    unused = {
+        "documents": documents, "index": search_index, "graders": graders, "prompts": prompts,
+        "seeds": seeds, "paraphrases": paraphrases,
+    }  # fmt: skip
     for option, value in unused.items():
         if value and not writes:
             remarks.append(f"{option} ignored: no model generates text")
@@ -397,6 +401,7 @@ def compare(
         on_progress,
         len(rows) * (len(readers) + generated),
         remarks,
+        groups,
     )
     contenders: list[Contender] = []
     names = [*(each.id for each in generators), *(each.name for each in rivals)]
@@ -430,14 +435,6 @@ def compare(
         remarks.append(
             f"nearly all replies score 0 by {measure}. If replies are right, use a different grader"
         )
-    if paraphrases is not None:
-        groups = _groups(rows, records or {}, paraphrases)
-        contenders = [
-            replace(each, paraphrases=equal_pairs([[each.replies[n] for n in g] for g in groups]))
-            if len(each.replies) == len(rows)
-            else each
-            for each in contenders
-        ]
     shown = _rows_to_show(rows[:show], contenders)
     return HeadToHead(measure, len(rows), contenders, remarks, prices, shown, per_month)
 

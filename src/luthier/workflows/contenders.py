@@ -100,7 +100,7 @@ class Contender:
     """Replies to the rows, of a generative model."""
     consistency: RowScores | None = None
     """Share of pairs of sampled replies to a row that are equal."""
-    paraphrases: RowScores | None = None
+    paraphrase_consistency: RowScores | None = None
     """Share of pairs of replies to paraphrases of a question that are equal."""
 
     @property
@@ -121,6 +121,8 @@ class Contest:
     total: int = 0
     """Expected number of answers."""
     remarks: list[str] = field(default_factory=list)
+    groups: Sequence[Sequence[int]] = ()
+    """Numbers of the rows with paraphrases of a question, by question."""
     finished: int = 0
 
     def predict(
@@ -208,11 +210,12 @@ class Contest:
                 known=dict.fromkeys(variant.declined, DECLINED),
             )  # fmt: skip
             self.finished += len(rows)
+            replies = [each["reply"] for each in graded.records]
             contenders.append(
                 Contender(
                     name, technique, first_score(graded), graded.scores,
                     graded.reply_seconds / len(rows), tokens, memory_bytes=peak_memory(),
-                    replies=[each["reply"] for each in graded.records],
+                    replies=replies, paraphrase_consistency=self._paraphrase_consistency(replies),
                     consistency=self._consistency(generator, prompts) if technique in SHOWN else None,
                 )
             )  # fmt: skip
@@ -228,6 +231,14 @@ class Contest:
         ]
         replies = zip(*(generator.replies(prompts, each) for each in draws), strict=True)
         return equal_pairs([*replies])
+
+    def _paraphrase_consistency(self, outcomes: Sequence[str | Failure]) -> RowScores | None:
+        """Return the share of equal pairs of replies in :attr:`groups`, without lost replies."""
+        replies = [
+            [reply for n in group if isinstance(reply := outcomes[n], str)] for group in self.groups
+        ]
+        pairs = [each for each in replies if len(each) > 1]
+        return equal_pairs(pairs) if pairs else None
 
     def ask(
         self,
@@ -267,6 +278,7 @@ class Contest:
                     name, variant.technique, first_score(graded), graded.scores, seconds,
                     count([_prompt_text(row) for row in prompt_rows]), count(replies),
                     str(model.identity["model"]), replies=replies,
+                    paraphrase_consistency=self._paraphrase_consistency(outcomes),
                 )
             )  # fmt: skip
         return contenders
