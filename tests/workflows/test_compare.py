@@ -115,6 +115,23 @@ def test_prices_and_the_page() -> None:
     assert "EUR/1,000" in html
 
 
+def test_notes_explain_the_columns_alone() -> None:
+    tuned = contender("tuned", "fine-tuning", 150)
+    classified = head_to_head(contender("words", "simple baselines", 100), tuned)
+    assert "tokens" not in classified.notes(page=False) and "cost" not in classified.notes(
+        page=True
+    )
+    assert "preparation" in classified.notes(page=True).replace(classified.notes(page=False), "")
+    share = RowScores.of([1, 0])
+    written = head_to_head(
+        contender("base", "zero-shot", 100, prompt_tokens=9.0),
+        replace(tuned, consistency=share, paraphrase_consistency=share),
+        prices=Prices(per_hour=3.6),
+    )
+    assert written.notes(page=False).count(";") == classified.notes(page=False).count(";") + 4
+    assert comparison_page(written, "rows.jsonl").count(f"{share.value:.1%} {share.error:.1%}") == 2
+
+
 def test_monthly_costs_and_the_month_that_repays_the_training() -> None:
     tokens = TokenPrices(per_million_input=1, per_million_output=4)
     hosted: dict[str, Any] = {"endpoint": "big", "prompt_tokens": 100.0, "reply_tokens": 25.0}

@@ -157,7 +157,10 @@ def compare(
             names = shlex.join(map(str, documents))
             command = (
                 f"luthier index add {names} --name documents && luthier chat {model} --index "
-                "documents (this search also uses embeddings; `compare --index` measures it)"
+                "documents"
+            )
+            found.remarks.append(
+                "The search of an index also uses embeddings; `compare --index` measures the search"
             )
         found.remarks.append(f"Use the best contender: {command}")
     if attach:
@@ -180,24 +183,10 @@ def compare(
 
 def show_comparison(found: HeadToHead) -> None:
     """Print a line for each contender, best first, and the verdict."""
-    from luthier.workflows.compare import NOTES
-
     print_tables(found.tables())
-    print_text(NOTES)
+    print_text(found.notes(page=False))
     for remark in found.remarks:
         print_text(remark)
-    for each in found.contenders:
-        shares = {
-            "sampled replies": each.consistency,
-            "replies to paraphrases": each.paraphrase_consistency,
-        }
-        for what, share in shares.items():
-            if share is not None:
-                low, high = share.interval
-                print_text(
-                    f"{each.name}: {share.value:.1%} of the pairs of {what} are equal "
-                    f"({low:.1%} to {high:.1%})"
-                )
     for number, row in enumerate(found.shown, 1):
         print_text(f"row {number}: {row.prompt}")
         print_text(f"  expected: {row.expected}")

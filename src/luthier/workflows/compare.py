@@ -56,6 +56,20 @@ EQUAL_TIME_RATIO = 1.5
 LOW_SCORE = 0.1
 """Best score up to which the grader or the model may be unsuitable."""
 
+SAMPLED, PARAPHRASED = "samples equal ±", "paraphrases equal ±"
+MEANINGS = {
+    "score ±": "± one standard error",
+    "vs. best ±": "* not significant, corrected for all comparisons (Holm)",
+    "tokens": "tokens per prompt",
+    "ms": "milliseconds per answer",
+    "MB": "peak memory with weights, without Python and the libraries",
+    "/1,000": "cost of 1,000 answers",
+    SAMPLED: "equal pairs of sampled replies to a row",
+    PARAPHRASED: "equal pairs of replies to paraphrases",
+    "preparation, s": "preparation is the time of tuning",
+}
+"""Meaning of the columns of a comparison; the name of a currency is omitted."""
+
 
 @dataclass(frozen=True)
 class ShownRow:
@@ -65,13 +79,6 @@ class ShownRow:
     expected: str
     replies: Mapping[str, str]
     """Replies of the base model and of tuned models, by name."""
-
-
-NOTES = (
-    "± one standard error; prompt tokens and milliseconds per reply; peak memory; costs per 1,000 "
-    "replies; * not significant"
-)
-"""Meaning of the columns of a comparison. Significance is corrected for all comparisons (Holm)."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,13 +113,18 @@ class HeadToHead(Tabular):
         generates = any(each.prompt_tokens is not None for each in self.contenders)
         further = [name for name in self.best.scores if name != self.measure and generates]
         columns = {"": "name", "technique": "detail", "score ±": "number", "95 %": "detail"}
-        numbers = ["vs. best ±", *further, "tokens", "ms", "MB"]
+        numbers = ["vs. best ±", *further, *["tokens"] * generates, "ms", "MB"]
         if prices is not None:
             numbers.append(f"{prices.currency}/1,000")
             numbers += [f"{prices.currency}/month", "repaid"] if self.per_month else []
-        columns |= dict.fromkeys(numbers, "number") | {"preparation, s": "detail"}
+        shares = {
+            SAMPLED: [each.consistency for each in self.contenders],
+            PARAPHRASED: [each.paraphrase_consistency for each in self.contenders],
+        }
+        shares = {name: column for name, column in shares.items() if any(column)}
+        columns |= dict.fromkeys([*numbers, *shares], "number") | {"preparation, s": "detail"}
         rows = []
-        for each in self.contenders:
+        for number, each in enumerate(self.contenders):
             cost, apart = self.cost_per_thousand(each), behind.get(each.name)
             low, high = map(self._text, each.score.interval)
             rows.append(
@@ -123,17 +135,26 @@ class HeadToHead(Tabular):
                     "" if apart is None else f"{self._text(apart.value, signed=True)} "
                     f"{self._text(apart.error)}{'' if apart.significant else ' *'}",
                     *(f"{each.scores[name]:.3f}" if name in each.scores else "" for name in further),
-                    "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
+                    *["" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}"] * generates,
                     f"{1000 * each.seconds:,.1f}",
                     f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
                     *([] if prices is None else ["" if cost is None else f"{cost:.3g}"]),
                     *self._monthly_cells(each, months),
+                    *(_share_text(column[number]) for column in shares.values()),
                     f"{each.preparation_seconds:,.0f}" if each.preparation_seconds else "",
                 ]
             )  # fmt: skip
         strong = [each.name for each in self.contenders if each.is_tuned]
         caption = f"{self.measure.replace('_', ' ')} on {self.rows:,} rows"
         return [Table.of(caption, columns, rows, strong=strong)]
+
+    def notes(self, page: bool) -> str:
+        """Return the meaning of the columns of a page, or of a terminal, which has fewer."""
+        (table,) = self.tables()
+        currency = "" if self.prices is None else self.prices.currency
+        shown = [name for name, kind in table.columns if page or kind != "detail"]
+        meanings = (MEANINGS.get(name.removeprefix(currency)) for name in shown)
+        return "; ".join(filter(None, meanings))
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Return name, score and cost of each contender."""
@@ -535,9 +556,13 @@ def _judge(
     return judged
 
 
+def _share_text(share: RowScores | None) -> str:
+    return "" if share is None else f"{share.value:.1%} {share.error:.1%}"
+
+
 def comparison_page(comparison: HeadToHead, data: str, layout: str = PAGE) -> str:
     """Return the HTML page of a comparison on the rows of ``data``, whole or as a fragment."""
     return summary_page(
         f"Comparison on {data}", [comparison.verdict(), *comparison.remarks], layout,
-        tables=comparison.tables(), notes=[NOTES],
+        tables=comparison.tables(), notes=[comparison.notes(page=True)],
     )  # fmt: skip
