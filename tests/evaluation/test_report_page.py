@@ -8,7 +8,7 @@ from dataclasses import replace
 from luthier.data.shapes.texts import LabelledText, RatedText
 from luthier.evaluation.breakdown import Calibration, slice_scores
 from luthier.evaluation.evaluate import Evaluation
-from luthier.evaluation.report_page import MOST_CELLS, page
+from luthier.evaluation.report_page import MOST_CELLS, page, part_tables
 from luthier.tasks import CLASSIFICATION, RATING
 
 EVIL = '<script>alert("x")</script>'
@@ -50,6 +50,14 @@ def test_all_is_there_and_escaped() -> None:
     assert "f.jsonl:" in html and "d/f.jsonl:" in html
     accuracy = found.scores["accuracy"]
     assert f"{accuracy:.4f}" in html and html.rstrip().endswith("</html>")
+
+
+def test_a_column_named_like_a_heading_keeps_its_values() -> None:
+    found = evaluated(["yes", "no"])
+    parts = [replace(each, by="rows") for each in found.slices]
+    (table,) = part_tables(replace(found, slices=parts))
+    first = [value for value, _ in table.rows[0]]
+    assert first[:2] == [parts[0].value, f"{parts[0].rows}"] and len(first) == len(table.columns)
 
 
 def test_many_labels_have_no_matrix_but_their_mistakes() -> None:

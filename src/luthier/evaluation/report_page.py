@@ -89,21 +89,22 @@ def _slice_tables(evaluation: Evaluation) -> Iterator[Table]:
     style = ".1%" if is_share else ".3f"
     for by in dict.fromkeys(each.by for each in evaluation.slices):
         own = [each for each in evaluation.slices if each.by == by]
-        columns = {by: "name", "rows": "number", _words(first): "number", "95 %": "number"}
-        columns |= {"other rows": "text"} if any(each.stands_out for each in own) else {}
-        columns |= {"": "bar"} if is_share else {}
+        marked = any(each.stands_out for each in own)
+        # Pairs, because the column of the slices may have the name of another column.
+        columns = [(by, "name"), ("rows", "number"), (_words(first), "number"), ("95 %", "number")]
+        columns += [("other rows", "text")] * marked + [("", "bar")] * is_share
         rows = [
-            {
-                by: each.value,
-                "rows": f"{each.rows:,}",
-                _words(first): f"{each.scores[first]:{style}}",
-                "95 %": f"{each.interval[0]:{style}} to {each.interval[1]:{style}}",
-                "other rows": "significantly different" if each.stands_out else "",
-                "": f"{100 * each.scores[first]:.1f}",
-            }
+            [
+                each.value,
+                f"{each.rows:,}",
+                f"{each.scores[first]:{style}}",
+                f"{each.interval[0]:{style}} to {each.interval[1]:{style}}",
+                *["significantly different" if each.stands_out else ""] * marked,
+                *[f"{100 * each.scores[first]:.1f}"] * is_share,
+            ]
             for each in own
         ]
-        yield Table.of(f"By {by}", columns, [[row[name] for name in columns] for row in rows])
+        yield Table.of(f"By {by}", columns, rows)
 
 
 def _label_table(counts: LabelCounts) -> Table:

@@ -42,20 +42,21 @@ class Table:
     def of(
         cls,
         caption: str,
-        columns: Mapping[str, str],
+        columns: Mapping[str, str] | Sequence[tuple[str, str]],
         rows: Sequence[Sequence[Any]],
         further: int = 0,
         strong: Collection[str] = (),
     ) -> Table:
-        """Create a table from plain values; ``columns`` maps headings to kinds of cells, and
+        """Create a table from plain values; ``columns`` are headings with the kinds of cells, and
         ``strong`` are the names that stand out."""
-        kinds = columns.values()
+        headings = [*columns.items()] if isinstance(columns, Mapping) else columns
+        kinds = [kind for _, kind in headings]
         drawn = [
             [(each, "strong" if kind == "name" and each in strong else kind)
              for each, kind in zip(row, kinds, strict=True)]
             for row in rows
         ]  # fmt: skip
-        return cls(caption, list(columns.items()), drawn, further)
+        return cls(caption, headings, drawn, further)
 
 
 def interval_text(interval: tuple[float, float]) -> str:

@@ -240,10 +240,11 @@ def test_table_is_not_wrapped_in_file(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "40")
-    table = console.new_table("name", "about")
+    table = console.new_table("name[/]\n[b]", "about")
     table.add_row("a", "long " * 100)
     console.print_table(table)
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    heading, _ = capsys.readouterr().out.splitlines()
+    assert r"name[/]\n[b]" in heading
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -136,10 +136,13 @@ def _console_class() -> type[Console]:
 def new_table(*names: str, numbers: Collection[str] = ()) -> Table:
     """Return a table without borders, with right-aligned columns ``numbers``."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in names:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if name in numbers else "left"
+        # A name from the data is text, not markup of rich.
+        table.add_column(Text(one_line(name)), justify=side, overflow="fold")
     return table
 
 
