@@ -73,6 +73,20 @@ def test_rag_is_advised_if_training_adds_nothing() -> None:
     assert COMMAND in found.cautions[0]
 
 
+def test_a_prompt_that_leaves_nothing_to_gain_fits() -> None:
+    ways = evidence(
+        tried("zero-shot", "zero-shot", 0.2),
+        tried("prompt engineering", "4 examples", 0.97, 400),
+        tried("fine-tuning", "after 80 steps", 0.96),
+    )
+    found = given(evidence=ways)
+    assert found.judgements[0].technique == "prompt engineering"
+    assert found.judgements[0].fit == "yes"
+    *_, techniques = found.tables()
+    strong = [row[0][0] for row in techniques.rows if row[0][1] == "strong"]
+    assert strong == [*found.recommendation.techniques] == ["prompt engineering"]
+
+
 @pytest.mark.parametrize(("score", "sure"), [(0.9, True), (0.55, False)])
 def test_helpful_training_is_advised_with_certainty(score: float, sure: bool) -> None:
     ways = evidence(

@@ -54,6 +54,11 @@ def _corpus(facts: AdviceFacts) -> int:
     return facts.document_tokens + (facts.learned_tokens if facts.shape == "text" else 0)
 
 
+def _wins(facts: AdviceFacts, *techniques: Technique) -> bool:
+    best = facts.evidence.best(*techniques) if facts.evidence else None
+    return best is not None and best.score.value >= SURE
+
+
 def _too_large_or_slow(facts: AdviceFacts) -> bool:
     tuned = facts.evidence.best("fine-tuning") if facts.evidence else None
     seconds, megabytes = facts.wishes.max_seconds, facts.wishes.max_megabytes
@@ -64,6 +69,8 @@ def _too_large_or_slow(facts: AdviceFacts) -> bool:
 # fmt: off
 RULES: tuple[tuple[str, Callable[[AdviceFacts], bool], Fit, str], ...] = (
     ("prompt engineering", lambda f: not f.writes, "no", "a head predicts, and reads no prompt"),
+    ("prompt engineering", lambda f: _wins(f, "zero-shot", "prompt engineering"), "yes",
+     "the measured result leaves nothing to gain"),
     ("prompt engineering", lambda f: True, "perhaps", "no training, but examples in every prompt"),
     ("simple baselines", lambda f: not f.writes and f.shape == "question", "no",
      "no simple baseline finds an answer in a context"),
@@ -142,7 +149,7 @@ def forgetting(facts: AdviceFacts) -> Risk:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Recommended techniques with reasons."""
+    """Advice on techniques, with reasons."""
 
     techniques: tuple[str, ...]
     """Techniques in order of application; empty if the data needs a fix first."""
@@ -185,9 +192,11 @@ class Advice(Displayed):
             caption = f"Trials on {evidence.held} held-out rows"
             tables.append(Table.of(caption, {"": "name"} | columns, rows))
         rows = [[each.technique, each.fit, each.reason] for each in self.judgements]
-        fitting = [each.technique for each in self.judgements if each.fit == "yes"]
         columns = {"": "name", "fits": "text", "reason": "text"}
-        return [*tables, Table.of("Techniques", columns, rows, strong=fitting)]
+        return [
+            *tables,
+            Table.of("Techniques", columns, rows, strong=self.recommendation.techniques),
+        ]
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values."""
