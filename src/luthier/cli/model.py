@@ -305,7 +305,7 @@ class Model:
         answers = self.predict(texts)
         scores = [each.get("predicted", each)["scores"] for each in answers]
         found = np.array([[each[name] for name in classes] for each in scores], dtype=np.float64)
-        # No text gives `[0, L]` instead of `[0]`.
+        # Without texts, the shape is `[0, L]`.
         return found.reshape(-1, len(classes))
 
     def embed_documents(self, texts: Sequence[str]) -> list[list[float]]:

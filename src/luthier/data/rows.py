@@ -110,7 +110,7 @@ class Checker(FieldChecker):
         """Return the row; None only when a problem was reported."""
         self.line = line
         keys = tuple(record)
-        # Telling the shape takes several times as long as parsing a short row.
+        # Detecting the shape takes several times as long as parsing a short row.
         known = self.known.get(keys)
         if known is not None:
             self.record = record

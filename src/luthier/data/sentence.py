@@ -301,8 +301,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         return {}
     fields: dict[str, Any] = read_json(path)
     for name, value in fields.items():
-        # An unknown setting may change embeddings, which nobody would see. So what is not known is
-        # refused.
+        # Unknown settings are rejected, because they may change embeddings unnoticed.
         if name in _SETTINGS_READ or not value or value in _DEFAULT_SETTINGS.get(name, ()):
             continue
         if name == "modality_config" and "message" in value:

@@ -251,7 +251,7 @@ def citation_scores(rows: Sequence[CitedAnswer], replies: Sequence[str]) -> dict
 
     - ``citation_precision``: share of the citations that name a passage with the answer.
     - ``citation_recall``: share of the passages with the answer that are cited.
-    - ``supported``: share of the answers with most words in a cited passage.
+    - ``supported``: share of the answers with 75 % of their words or more in the cited passages.
     - ``declined``: share of the questions without an answer that are declined.
     - ``declined_wrongly``: share of the questions with an answer that are declined.
     """

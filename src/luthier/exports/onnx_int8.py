@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 QUANTIZED = ("MatMul", "Gather")
 """Operators with weights in 8 bits. ONNX Runtime has no fast convolution in 8 bits on a CPU."""
-SMALLEST_GAIN = 0.9
+LARGEST_SHARE = 0.9
 """Largest size of the file as a share of the size in float32."""
 
 
@@ -57,7 +57,7 @@ def quantize(file: Path, name: str) -> None:
         root.setLevel(level)
     share = file.stat().st_size / whole.stat().st_size
     whole.unlink()
-    if share > SMALLEST_GAIN:
+    if share > LARGEST_SHARE:
         raise RecipeError(
             f"{name} has few matrix products, and int8 would save {1 - share:.0%} of the file. "
             "Export without `quantization`",

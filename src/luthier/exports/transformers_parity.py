@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import RecipeError
 from luthier.models.config_errors import reject_configuration
 from luthier.models.networks.heads import HeadKind, auto_class, head_kind
-from luthier.models.networks.probe import computed_in_float32, first_output, relative_error
+from luthier.models.networks.probe import compute_in_float32, first_output, relative_error
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def expected_output(model: Any) -> Tensor | None:
     """
     if head_kind(model) in _GENERATORS:
         return None
-    with computed_in_float32(model):
+    with compute_in_float32(model):
         return first_output(model).cpu()
 
 
@@ -62,7 +62,7 @@ def check_loads(
             str(folder), dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     network = found.to(device)
-    with computed_in_float32(network):
+    with compute_in_float32(network):
         error = relative_error(first_output(network).cpu(), expected)
     if error < LARGEST_ERROR:  # false for nan
         return

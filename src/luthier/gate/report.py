@@ -267,7 +267,7 @@ def _training(report: Report) -> tuple[str, str]:
     typed = shlex.join(words)
     found = report.findings
     errors = {rule.id for rule in found.rules() if found.severity(rule) == "error"}
-    # The one error that a setting of the training cures.
+    # The one error that a setting of the training fixes.
     if errors == {TOO_LONG.id}:
         return "Shorten the long rows, or drop the long rows:", f"{typed} --set data.long_rows=drop"
     if errors:

@@ -208,8 +208,7 @@ def open_graders(
 
     Raises:
         UnknownModel, RecipeError: for a missing or unsuitable model, a rejected key, or a grader
-            with
-            the name of an error metric.
+            with the name of an error metric.
         LuthierError: if an endpoint does not answer.
     """
     if errors := sorted(graders.keys() & LESS_IS_BETTER):

@@ -268,7 +268,7 @@ def _check_run_ended(model: str) -> None:
     if run.is_unfinished():
         started = f"the run of {run.started_at():%Y-%m-%d %H:%M} UTC"
         remove = f"`luthier models remove {model}` deletes the run"
-        # A diverged run diverges again, so `--resume` is no advice.
+        # A diverged run diverges again, so `--resume` would not help.
         if reason := run.failure():
             raise UnknownModel(f"no model {model} exists: {started} diverged ({reason}). {remove}")
         raise UnknownModel(

@@ -249,7 +249,9 @@ def feedback_add(
 def feedback_import(
     file: Path, *, account: Account = FIRST_ACCOUNT, database: ServiceDatabase = None
 ) -> Record:
-    """Import feedback from a file: all rows, or none.
+    """Import feedback from a file.
+
+    Checks all rows first; a repeated import adds nothing twice.
 
     Args:
         file: JSON Lines or CSV with a column request.
@@ -262,8 +264,6 @@ def feedback_import(
         store_feedback,
     )
 
-    # The whole file is checked before the first write, because half of an import cannot be
-    # repeated: feedback is only added.
     rows = [*read_statements(file)]
     added, problems = 0, []
     with open_database(database) as service:

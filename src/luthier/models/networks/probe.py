@@ -284,7 +284,7 @@ class Probe:
 
     @torch.no_grad()
     def uncached_logits(self, expected: Sequence[Tensor]) -> list[Tensor]:
-        """Return the logits that :meth:`cached` should return, from the network's own forward pass."""
+        """Return the logits that :meth:`cached_logits` should return, by the network's own forward."""
         if not self.beside:
             return [
                 expected[row][at + step - 1]
@@ -340,7 +340,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         return network
     decodes = probe.kind == "causal_lm"
     # References come first: Network() and fuse() replace parts of the model.
-    with computed_in_float32(model):
+    with compute_in_float32(model):
         expected = probe.plain()
         if probe.is_random(expected):
             raise refusal(model, "outputs for equal rows are random")
@@ -352,7 +352,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
     fuse(model)
     with torch.no_grad(), reject_crash(model, "run in luthier's layout"):
         check_finite(probe.ours(network)[0])
-        with computed_in_float32(model):
+        with compute_in_float32(model):
             ours, rows = probe.ours(network, dense=device.type != "cpu")
     want = torch.cat([expected[row] for row in rows])
     places = [f"row {row}, token {at}" for row in rows for at in range(len(expected[row]))]
@@ -360,7 +360,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
     if network.tokens_before:  # transformers' forward pass would not include the prefix
         return network
     if decodes:
-        with reject_crash(model, "generate text"), computed_in_float32(model):
+        with reject_crash(model, "generate text"), compute_in_float32(model):
             found = probe.cached_logits(network)
         _compare_steps(model, "generation with a cache", found, wanted)
         if (
@@ -374,7 +374,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
 
 
 @contextmanager
-def computed_in_float32(model: Any) -> Iterator[None]:
+def compute_in_float32(model: Any) -> Iterator[None]:
     """Compute everything in float32, on any device.
 
     Experts run one at a time on accelerators, whose grouped kernel requires bfloat16.

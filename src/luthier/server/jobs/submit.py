@@ -142,7 +142,7 @@ def submit(
         RecipeError: for wrong settings.
     """
     limits = limits or AccountQuotas()
-    # SQLite has one writer, so that the lock is for PostgreSQL.
+    # Only PostgreSQL needs the lock: SQLite has one writer.
     # Without the lock, concurrent submissions of an account could pass the quotas together.
     lock_by_name(session, f"submit {submission.account}")
     _check_free(session, Job, submission.account, submission.job_name)

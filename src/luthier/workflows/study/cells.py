@@ -291,7 +291,7 @@ def _train(folder: Path, reporter: Reporter) -> None:
         if request["before"]:
             recipe = after_text(recipe, request["before"], reporter)
         store_trial(recipe, folder, reporter)
-    # Also after a kill by a signal, so that the time of all attempts counts.
+    # Also after an error or an interrupt, so that the time of failed attempts counts.
     finally:
         spent = earlier + time.process_time() - began
         write_json(path, {"processor_seconds": spent, "recipe": portable(recipe)})

@@ -89,7 +89,7 @@ class LSTMModel(LSTMPreTrainedModel):
     """The network without a head."""
 
     selects_rows: ClassVar[bool] = True
-    """Prompts of several lengths can be filled up in front, and rows be taken out of the cache."""
+    """Prompts of several lengths can be padded on the left, and rows can leave the cache."""
 
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__(config)
@@ -110,7 +110,7 @@ class LSTMModel(LSTMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Return states ``[B, T, H]`` of ids ``[B, T]``, or of their embeddings.
 
-        Rows may be filled up before or behind, where ``attention_mask`` is 0.
+        Rows may be padded on the left or right, where ``attention_mask`` is 0.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
