@@ -109,6 +109,15 @@ def test_replies_are_shown_and_leave_the_weights_unchanged(recipe: Callable[...,
         assert reply["wanted"] == reply["prompt"].removeprefix("say ").upper()
 
 
+def test_prompt_without_room_for_a_reply_is_not_shown(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.engine.steps.REPLY_TOKENS", 1_000_000)
+    follower = Follower()
+    assert train.train(recipe({"max_steps": 1}), reporter=follower).steps == 1
+    assert not follower.shown
+
+
 @pytest.mark.slow
 def test_the_objective_follows_from_the_rows(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"

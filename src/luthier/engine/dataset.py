@@ -359,18 +359,16 @@ def _encode_rows(
         compared=compared,
         held_out=parts.held_out,
         learned=learned,
-        shown=[*islice((row for row in parts.held if _can_show(row, chat)), SHOWN_ROWS)],
+        shown=[*islice(filter(_can_show, parts.held), SHOWN_ROWS)],
     )
 
 
-def _can_show(row: Row, chat: ChatFormat) -> bool:
-    """Return true for a row with a reply to a short prompt of text."""
+def _can_show(row: Row) -> bool:
+    """Return true for a row with a reply to a short prompt of text, without tools."""
     turns = row.prompt_turns()
-    if not turns or row.images or row.expected_reply() is None:
+    if not turns or row.images or row.tools or row.expected_reply() is None:
         return False
-    is_chat = chat.decoder is None and chat.template.kind == "chat"
-    short = sum(len(turn.content) for turn in turns) <= SHOWN_CHARACTERS
-    return short and (is_chat or len(turns) == 1)
+    return sum(len(turn.content) for turn in turns) <= SHOWN_CHARACTERS
 
 
 def _sequences(objective: Objective, examples: Iterable[Example]) -> Iterator[Example]:

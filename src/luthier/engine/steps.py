@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from luthier.chat_models.base import SamplingSpec
 from luthier.data.inputs import PLURAL
 from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.job import TrainingJob, prepare_refit
@@ -34,6 +35,7 @@ from luthier.models.networks.layers import layer_names
 from luthier.models.networks.layouts import MediaLayout
 from luthier.objectives.base import PreparedRows, RunStart
 from luthier.objectives.preferences.references import ReferenceObjective, with_reference_logps
+from luthier.objectives.reinforcement.scoring import write_replies
 from luthier.plugins import PluginTable
 
 if TYPE_CHECKING:
@@ -503,27 +505,24 @@ class ShownReplies(TrainingStep):
 
     def after_evaluation(self, trainer: Trainer, step: int) -> None:
         """Report the most likely replies. The random state of the training stays as it was."""
-        from luthier.models.decoding.sampler import sample
-        from luthier.models.decoding.sampling import Sampling
-
-        network, chat, rows = trainer.network, trainer.job.chat, trainer.job.data.shown
+        network, rows = trainer.network, trainer.job.data.shown
         # A single process cannot run the shards of a network.
         if not trainer.reporter.shows_replies or network.is_sharded:
             return
-        prompts = [chat.encode_prompt(row.prompt_turns(), row.tools) for row in rows]
-        sampling = Sampling(max_tokens=REPLY_TOKENS, temperature=0)
-        written = sample(
-            network, prompts, 1, sampling, stop_ids=chat.stop_ids, seeds=[0] * len(rows)
-        )
+        sampling = SamplingSpec(max_tokens=REPLY_TOKENS, temperature=0)
+        written = write_replies(network, sampling, len(rows), [row.prompt_turns() for row in rows])
+        # A prompt without room for a reply in the context is left out.
         replies = [
             ShownReply(
                 prompt=row.prompt_turns()[-1].content,
                 wanted=row.expected_reply() or "",
-                reply=chat.replies.decode_reply(prompt_T, completion.text_ids).text,
+                reply=reply,
             )
-            for row, prompt_T, (completion,) in zip(rows, prompts, written, strict=True)
+            for row, reply in zip(rows, written, strict=True)
+            if isinstance(reply, str)
         ]
-        trainer.reporter.replies(step, replies)
+        if replies:
+            trainer.reporter.replies(step, replies)
 
 
 class FinalVerdict(TrainingStep):

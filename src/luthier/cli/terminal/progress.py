@@ -60,8 +60,8 @@ class ProgressLines:
         return True
 
 
-SHOWN = 40
-"""Last characters of a prompt that are printed before the reply."""
+SHOWN, INDENT = 40, " " * len("  step 00000  ")
+"""Last characters of a prompt that are printed before the reply, below the measurement."""
 
 
 class LiveReporter(Reporter):
@@ -161,12 +161,13 @@ class LiveReporter(Reporter):
             self._move(line["step"], steps, f"{text}  {line['memory_bytes'] / 1e9:.1f} GB", "step")
 
     def replies(self, step: int, replies: Sequence[ShownReply]) -> None:
-        """Print the first reply in one line."""
+        """Print each reply in one line."""
         from rich.text import Text
 
-        prompt, reply = replies[0]["prompt"], replies[0]["reply"]
-        text = f"              {one_line(prompt)[-SHOWN:]} \N{RIGHTWARDS ARROW} {one_line(reply)}"
-        self.console.print(Text(printable(text), "dim"), no_wrap=True, overflow="ellipsis")
+        for each in replies:
+            prompt, reply = one_line(each["prompt"])[-SHOWN:], one_line(each["reply"])
+            text = Text(f"{INDENT}{prompt} \N{RIGHTWARDS ARROW} {reply}", "dim")
+            self.console.print(text, no_wrap=True, overflow="ellipsis")
 
     def close(self) -> None:
         """Remove the bar. Without a bar, print the last measurement if not printed yet."""
