@@ -235,7 +235,7 @@ class Row:
     def texts(self) -> Iterator[Text]:
         """Yield all texts of the row in the order of the model's input.
 
-        A field of :attr:`parts` is a text, a tuple of words, or turns. Assistant turns have the
+        A field of :attr:`parts` is a text, a tuple of texts, or turns. Assistant turns have the
         field's role; other turns are inputs.
         """
         for name, part in self.parts.items():
@@ -292,8 +292,9 @@ class Row:
         turns = self.turns()
         return turns[-1].reply_text if turns and turns[-1].role == "assistant" else None
 
-    def further_replies(self) -> tuple[str, ...]:
-        """Return other correct replies: a grader keeps the best score."""
+    @property
+    def other_replies(self) -> tuple[str, ...]:
+        """Other correct replies: a grader keeps the best score."""
         return ()
 
     @property

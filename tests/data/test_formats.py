@@ -204,7 +204,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (
         '{"prompt", "completion"}',
         {"prompt": "q", "completion": ["a", "b", " "]},
-        {"prompt": "q", "completion": "a", "further": ("b",)},
+        {"prompt": "q", "completion": "a", "other_replies": ("b",)},
     ),
     # OpenAI's parts and its newer name of the system role need no form of their own.
     (

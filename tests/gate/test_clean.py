@@ -243,6 +243,13 @@ def test_choices_are_redacted_too(tmp_path: Path) -> None:
     ]
 
 
+def test_other_replies_are_redacted_too(tmp_path: Path) -> None:
+    row = {"prompt": "Whom to write to?", "completion": ["Eve", "eve@gmail.com", "bob@gmail.com"]}
+    target = tmp_path / "b.jsonl"
+    cleaned(written(tmp_path / "a.jsonl", row | {"id": 7}), target, redact=["email"])
+    assert read(target) == [row | {"completion": ["Eve", "[EMAIL_1]", "[EMAIL_2]"], "id": 7}]
+
+
 def test_answer_spans_move_with_redacted_context(tmp_path: Path) -> None:
     context = "Mail an\u200bna@postmail.net or bob@postmail.net. The hub stands in old Ghe\u0301nt."
     spans = ["old Ghe\u0301nt", "Ghe\u0301nt", "bob@postmail.net", "bob", "in old"]

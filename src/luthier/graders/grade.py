@@ -74,8 +74,8 @@ def grade_answers(
 
 def _with_references(grader: Grader, answer: Answer) -> list[Answer]:
     """Return an answer for each correct reply of the row, if ``grader`` compares with the reply."""
-    further = answer.row.further_replies() if grader.needs_expected else ()
-    return [answer, *(replace(answer, expected=text) for text in further)]
+    replies = answer.row.other_replies if grader.needs_expected else ()
+    return [answer, *(replace(answer, expected=text) for text in replies)]
 
 
 def _best(

@@ -40,21 +40,25 @@ class PromptCompletion(Shape):
     other_tasks: ClassVar[Mapping[str, str]] = {**_REJECTED, **_PASSAGE}
     keys: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "completion")),)
-    parts: ClassVar[Mapping[str, Part]] = {"prompt": "input", "completion": "target"}
+    parts: ClassVar[Mapping[str, Part]] = {
+        "prompt": "input",
+        "completion": "target",
+        "other_replies": "other",
+    }
 
     prompt: str
     completion: str
-    further: tuple[str, ...] = ()
+    other_replies: tuple[str, ...] = ()
     """Other correct replies, as of a translation."""
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         prompt = fields.text(record, "prompt")
         reply = record.get("completion")
-        further = tuple[str, ...]()
+        other_replies = tuple[str, ...]()
         if isinstance(reply, list) and reply and {*map(type, reply)} <= {str, int, float}:
             reply, *others = map(str, reply)
-            further = tuple(each for each in others if each.strip())
+            other_replies = tuple(each for each in others if each.strip())
         if type(reply) in (int, float):
             reply = str(reply)
         if isinstance(reply, str):
@@ -62,17 +66,13 @@ class PromptCompletion(Shape):
         completion = fields.text(record, "completion", target=True)
         if prompt is None or completion is None:
             return None
-        return cls(fields.file, fields.line, prompt, completion, further)
+        return cls(fields.file, fields.line, prompt, completion, other_replies)
 
     def inputs(self) -> tuple[str, ...]:
         return (self.prompt,)
 
     def targets(self) -> tuple[str, ...]:
-        return (self.completion, *self.further)
-
-    def further_replies(self) -> tuple[str, ...]:
-        """Return the other correct replies."""
-        return self.further
+        return (self.completion, *self.other_replies)
 
     def turns(self) -> Turns:
         return (Message("user", self.prompt), Message("assistant", self.completion))
@@ -82,7 +82,7 @@ class PromptCompletion(Shape):
         return (self.completion,) if len(self.completion) <= LONGEST_CLASS else ()
 
     def record(self) -> Record:
-        both = [self.completion, *self.further] if self.further else self.completion
+        both = [self.completion, *self.other_replies] if self.other_replies else self.completion
         return {"prompt": self.prompt, "completion": both}
 
     def input_record(self) -> Record:
