@@ -64,6 +64,16 @@ def test_several_completions_are_a_note() -> None:
     assert lines(report({"text": "a"}, {"text": "a"})) == {}
 
 
+def test_rows_with_a_common_reply_agree() -> None:
+    found = report(
+        {"prompt": "hello", "completion": ["hi", "good day"]},
+        {"prompt": "hello", "completion": "good day"},
+        {"prompt": "bye", "completion": ["bye", "see you"]},
+        {"prompt": "bye", "completion": "farewell"},
+    )
+    assert lines(found) == {"answer.several": [[3, 4]]}
+
+
 def test_opposite_preferences_are_contradictions() -> None:
     found = report(
         {"prompt": "p", "chosen": "a", "rejected": "b"},

@@ -7,6 +7,7 @@ ignores letter case, punctuation and white space.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -81,12 +82,19 @@ class Contradictions(Check):
             if row is not None
             for text in row.negatives
         ]
+        replies = [
+            (index, hash_texts(text))
+            for index, row in enumerate(batch.rows)
+            for text in row.other_replies
+        ]
         return {
             "positive": key_column(
                 (_passage_key(row, row.positive) if row else 0 for row in pairs), count
             ),
             "negative": key_column((key for _, key in negatives), len(negatives)),
             "negative_row": np.array([index for index, _ in negatives], np.int64),
+            "reply": key_column((key for _, key in replies), len(replies)),
+            "reply_row": np.array([index for index, _ in replies], np.int64),
             "kind": np.fromiter((kind for kind, _, _ in parts), np.uint8, count),
             "asked": key_column((asked for _, asked, _ in parts), count),
             "taught": key_column((taught for _, _, taught in parts), count),
@@ -95,16 +103,22 @@ class Contradictions(Check):
     def collect(self, where: BatchLines, measured: Mapping[str, Any], findings: Findings) -> None:
         """Store the keys until all rows are known."""
         for name, column in measured.items():
-            self._table.append(name, column + where.first if name == "negative_row" else column)
+            self._table.append(name, column + where.first if name.endswith("_row") else column)
 
     def finish(self, places: Places, findings: Findings) -> None:
         """Report inputs with different targets."""
         if not places.total:
             return
         asked_N, taught_N, kind_N = map(self._table.read, ("asked", "taught", "kind"))
+        replies: defaultdict[int, set[int]] = defaultdict(set)
+        for row, reply in zip(*map(self._table.read, ("reply_row", "reply")), strict=True):
+            replies[int(row)].add(int(reply))
         for group in rows_by_value(asked_N):
             different, kind = len(np.unique(taught_N[group])), int(kind_N[group[0]])
             if different > 1 and kind < len(_KINDS):
+                sets = [{int(taught_N[row])} | replies.get(row, set()) for row in group.tolist()]
+                if set.intersection(*sets):
+                    continue  # A reply that is correct in all rows.
                 self._add(_KINDS[kind], different, group, places, findings)
         positive_N, negative_M, rows_M = map(
             self._table.read, ("positive", "negative", "negative_row")
@@ -164,4 +178,5 @@ def _parts(row: Row) -> tuple[int, int, int]:
         return 0, hash_texts("named", *asks), hash_texts(*says)
     if not says or isinstance(row, MediaRow):  # many images share a caption
         return len(_KINDS), hash_texts("bare", *asks), 0
-    return 2, hash_texts("written", *asks), hash_texts(*says)
+    first = says[: len(says) - len(row.other_replies)]
+    return 2, hash_texts("written", *asks), hash_texts(*first)
