@@ -30,6 +30,7 @@ from luthier.engine.memory import (
 from luthier.engine.metrics import Reporter
 from luthier.errors import RecipeError
 from luthier.files import need_disk
+from luthier.gate.checks.conversations import SEVERAL_REPLIES
 from luthier.gate.inspect import default_base
 from luthier.gate.report import warnings
 from luthier.gate.rules import MOSTLY_TRUNCATED, mostly_truncated
@@ -311,8 +312,11 @@ def prepare_job(
             if what == "truncated" and mostly_truncated(count, rows):
                 text = f"warning: {text}, of {rows:,}. {MOSTLY_TRUNCATED.fix}"
             reporter.note(text)
-    for line in warnings(data.report) if data.report else ():
-        reporter.note(line)
+    if data.report is not None:
+        for line in warnings(data.report):
+            reporter.note(line)
+        if count := data.report.findings.counts[SEVERAL_REPLIES.id]:
+            reporter.note(f"{count:,} rows have several replies; the first is learned")
     if learned_rows := rows_learned_by(base, data):
         reporter.note(
             f"warning: {base.id} was trained on {learned_rows:,} of {len(data.validation):,} held-out "

@@ -8,7 +8,7 @@ import pytest
 
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.data.shapes.texts import RawText
-from luthier.gate.checks.conversations import IN_TEXT, UNDECLARED, Conversations
+from luthier.gate.checks.conversations import IN_TEXT, SEVERAL_REPLIES, UNDECLARED, Conversations
 from luthier.gate.scan import inspect_rows
 from luthier.types import Message, Row, Tool, ToolCall
 
@@ -42,6 +42,11 @@ def test_a_conversation_inside_a_text(text: str, fix: str) -> None:
 )
 def test_text_without_conversation_has_no_finding(text: str) -> None:
     assert found(RawText("rows", 1, text)) == []
+
+
+def test_several_replies_are_a_note() -> None:
+    row = PromptCompletion("rows", 1, "q", "a", ("b",))
+    assert [rule for rule, _ in found(row)] == [SEVERAL_REPLIES.id]
 
 
 def test_calls_of_undeclared_functions_are_found() -> None:

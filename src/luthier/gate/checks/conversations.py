@@ -45,6 +45,13 @@ TRANSCRIPT = Rule(
     'Write the turns as `messages`: the customer as {"role": "user", "content": "..."}, the agent as '
     '{"role": "assistant", "content": "..."}.',
 )
+SEVERAL_REPLIES = Rule(
+    "answer.first_learned",
+    "note",
+    "A row has several correct replies, and the first is learned.",
+    "The other replies only count in graders, which keep the best score.",
+    "To learn all replies, write one row for each reply.",
+)
 _SPEAKER = re.compile(
     r"(?:^|[\n.?!…])[\s*_>\-\[(]*((?:agent|advisor|assistant|bot|ai|caller|client|customer|doctor|"
     r"human|operator|patient|rep|representative|student|support|teacher|tutor|user|speaker)"
@@ -66,7 +73,13 @@ class Conversations(SpotCheck):
 
     name: ClassVar[str] = "conversations"
     of_texts: ClassVar[bool] = True
-    rules: ClassVar[tuple[Rule, ...]] = (IN_TEXT, TRANSCRIPT, UNDECLARED, ARGUMENTS)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        IN_TEXT,
+        TRANSCRIPT,
+        UNDECLARED,
+        ARGUMENTS,
+        SEVERAL_REPLIES,
+    )
 
     def measure(self, batch: RowBatch) -> Spots:
         """Find the rows of a batch that break a rule."""
@@ -80,6 +93,9 @@ class Conversations(SpotCheck):
                     message = f"{text.field} contains a conversation in JSON."
                     spots.append(Spot(index, IN_TEXT.id, message, shown, fix))
                     break
+            if row.other_replies:
+                message = f"the row has {len(row.other_replies) + 1} correct replies."
+                spots.append(Spot(index, SEVERAL_REPLIES.id, message, excerpt_of(row)))
             if isinstance(row, RawText) and (speakers := _speakers(row.text)):
                 message = f"the text has turns of {' and '.join(speakers)}."
                 spots.append(Spot(index, TRANSCRIPT.id, message, excerpt_of(row)))
