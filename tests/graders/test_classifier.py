@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,19 +19,42 @@ from luthier.library.models import find
 from luthier.workflows.evaluate import open_graders
 
 
-def test_probability_of_the_label_matches_predict(
-    family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    data = tmp_path / "texts.jsonl"
-    rows = [{"text": f"{word} {n}", "label": word} for word in ("snow", "sand") for n in range(8)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = luthier.tune(
-        data,
+def tuned(family_folder: Callable[[str], Path], path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return luthier.tune(
+        path,
         base=str(family_folder("bert")),
         name="x",
         training__max_steps=2,
         data__validation_share=0,
     ).model_id
+
+
+def test_probabilities_of_several_labels_match_predict(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    labels = [["snow"], ["sand"], ["snow", "sand"], []]
+    rows = [{"text": f"a {n}", "label": labels[n % 4]} for n in range(16)]
+    model = tuned(family_folder, tmp_path / "texts.jsonl", rows)
+    grader = open_graders({"mine": Classifier(model=model, label="snow")}, 2, print)["mine"]
+    (wanted,) = Predictor.open(find(model)).answers([RawText("f", 1, "snow")])
+    (found,) = grade_answers(grader, [Answer((), "snow", None, PromptOnly("f", 1, "?"))]).scores
+    assert found == pytest.approx(wanted["scores"]["snow"], abs=1e-4)
+
+
+def test_model_of_ratings_is_refused(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    rows = [{"text": f"a {n}", "rating": n} for n in range(16)]
+    model = tuned(family_folder, tmp_path / "texts.jsonl", rows)
+    with pytest.raises(RecipeError) as refused:
+        open_graders({"mine": Classifier(model=model, label="snow")}, 2, print)
+    assert refused.value.rule == "scorer.task"
+
+
+def test_probability_of_the_label_matches_predict(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = [{"text": f"{word} {n}", "label": word} for word in ("snow", "sand") for n in range(8)]
+    model = tuned(family_folder, tmp_path / "texts.jsonl", rows)
     grader = open_graders({"mine": Classifier(model=model, label="snow")}, 2, print)["mine"]
     texts = ["snow again", "sand " * 400]
     answers = [Answer((), text, None, PromptOnly("f", 1, "?")) for text in texts]

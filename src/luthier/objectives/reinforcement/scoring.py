@@ -29,6 +29,7 @@ from luthier.objectives.base import Objective, chat_of
 from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.preferences.reward_model import RewardModel
+from luthier.tasks import RATING, RERANKING
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class LocalModels:
 
     def classifier(self, model: str) -> LabelReader:
         """Return the classifier with the id ``model``."""
+        check_classifier(model, self.networks[model])
         return partial(probabilities, self.networks[model])
 
     def writer(
@@ -151,6 +153,22 @@ def check_grader_model(name: str, head: HeadKind, learned: Objective) -> None:
             f"{name} was trained for {learned.method} and cannot generate text. Use grader "
             "`reward` for reward models"
         )
+    if head == "sequence_classification" and learned.task in (RATING, RERANKING):
+        raise RecipeError(
+            f"{name} was trained for {learned.method}, and has neither labels nor rewards. Name a "
+            "model of `objective.method=classification` or `objective.method=reward_model`",
+            rule="scorer.task",
+        )
+
+
+def check_classifier(name: str, network: Network) -> None:
+    """Reject a model that returns a number instead of labels."""
+    if network.model.config.problem_type == "regression":
+        raise RecipeError(
+            f"{name} returns a number, not labels. Use grader `reward` for reward models, or train a "
+            "classifier with `objective.method=classification`",
+            rule="scorer.task",
+        )
 
 
 def check_reward_model(name: str, network: Network) -> None:
@@ -188,7 +206,8 @@ def probabilities(network: Network, texts: Sequence[str]) -> list[dict[str, floa
 
     config, chat = network.model.config, chat_of(network)
     labels = tuple(str(config.id2label[number]) for number in range(config.num_labels))
-    objective = Classification(labels=labels, multi_label=False)
+    multi_label = config.problem_type == "multi_label_classification"
+    objective = Classification(labels=labels, multi_label=multi_label)
     examples = [
         objective.truncate(
             objective.encode(RawText("text", number, text), number, chat), network.context
