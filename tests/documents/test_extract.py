@@ -190,6 +190,9 @@ def test_languages_of_documents(tmp_path: Path) -> None:
         )
     (tmp_path / "c.md").write_text("The shop opens at eight in the morning every day. " * 5)
     assert frequent_languages(document_files([tmp_path])) == ["vi", "en"]
+    for name in ("d.md", "e.md", "f.md"):
+        shutil.copy(tmp_path / "a.md", tmp_path / name)
+    assert frequent_languages(document_files([tmp_path])) == ["vi"]
 
 
 def test_texts_come_from_documents_and_rows(tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ MOST_BYTES = 512 << 20
 """Largest document."""
 LANGUAGE_DOCUMENTS, LANGUAGE_CHARACTERS = 10, 5_000
 """Number of documents, and of characters of each, from which languages are detected."""
-LANGUAGE_SHARE = 0.1
-"""Minimum share of the documents in a language that the choice of a model considers."""
+LANGUAGE_SHARE = 0.2
+"""Minimum share of the sample for a language that the choice of a model considers: of more than 5
+documents, two documents."""
 ENCODINGS = {
     "cp1252": ("de", "en", "fr", "es", "it", "pt", "nl", "sv", "da", "no", "nb", "nn", "fi", "ca"),
     "cp1258": ("vi",),
