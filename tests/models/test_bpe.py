@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from luthier.models.bpe import END_OF_TEXT, SMALLEST, encode, train_bpe
+from luthier.models.bpe import (
+    DECODER,
+    ENCODER,
+    ENCODER_DECODER,
+    END_OF_TEXT,
+    SpecialTokens,
+    encode,
+    train_bpe,
+)
 
 TEXTS = ["low lower lowest, new newer newest\n"] * 5 + ["widest wide width"] * 3
 
@@ -17,19 +25,26 @@ def test_any_text_comes_back_byte_for_byte() -> None:
 
 def test_merges_follow_the_counts() -> None:
     """Sennrich et al. 2016, algorithm 1, computed by hand."""
-    tokenizer = train_bpe(["ab ab ab ac"], SMALLEST + 1)
-    assert tokenizer.convert_ids_to_tokens(SMALLEST) == "ab"
+    tokenizer = train_bpe(["ab ab ab ac"], DECODER.smallest + 1)
+    assert tokenizer.convert_ids_to_tokens(DECODER.smallest) == "ab"
 
 
 def test_vocabulary_has_requested_size_and_end_token() -> None:
     tokenizer = train_bpe(TEXTS, 270)
     assert len(tokenizer) == 270
     assert tokenizer.eos_token == END_OF_TEXT and tokenizer.eos_token_id == 0
-    assert len(train_bpe(["a"], 5000)) == SMALLEST
+
+
+@pytest.mark.parametrize(
+    ("special", "size"), [(DECODER, 257), (ENCODER, 260), (ENCODER_DECODER, 358)]
+)
+def test_smallest_vocabulary_is_bytes_and_special_tokens(special: SpecialTokens, size: int) -> None:
+    assert special.smallest == len(train_bpe(["a"], special.smallest, special)) == size
+    assert len(train_bpe(["a"], 5000, special)) == size
 
 
 def test_encoder_tokenizer_puts_texts_between_special_tokens() -> None:
-    tokenizer = train_bpe(TEXTS, 300, "masked_lm")
+    tokenizer = train_bpe(TEXTS, 300, ENCODER)
     assert tokenizer.decode(tokenizer("lower").input_ids) == "<s>lower</s>"
     assert tokenizer.decode(tokenizer("low", "wide").input_ids) == "<s>low</s>wide</s>"
     assert tokenizer.mask_token_id is not None and tokenizer.pad_token_id is not None

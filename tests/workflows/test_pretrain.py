@@ -496,7 +496,8 @@ def test_refused_text_leaves_no_files(
 @pytest.mark.parametrize(
     "change",
     [
-        {"tokenizer": {"vocabulary": 256}},
+        {"network": {}, "tokenizer": {"vocabulary": 256}},
+        {"network": {"family": "t5"}, "tokenizer": {"vocabulary": 357}},
         {"name": "all-minilm-l6-v2"},
         {"name": "Not/good"},
         {"data": {"train": []}},

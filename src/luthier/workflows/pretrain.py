@@ -340,7 +340,7 @@ def _start(
             reporter.note(
                 f"the tokenizer learns from {size:,} of {statistics.characters:,} characters"
             )
-        tokenizer = bpe.train_bpe(texts, vocabulary, recipe.method)
+        tokenizer = bpe.train_bpe(texts, vocabulary, recipe.special_tokens)
         if len(tokenizer) < vocabulary:
             reporter.note(
                 f"the text has only {len(tokenizer):,} different tokens, the size of the vocabulary"
@@ -375,9 +375,10 @@ def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:
             f"{network.config} has no `vocab_size`. Add `vocab_size`, or set `--vocabulary`.",
             setting="tokenizer.vocabulary",
         )
-    if not isinstance(vocabulary, int) or vocabulary < bpe.SMALLEST:
+    smallest = recipe.special_tokens.smallest
+    if not isinstance(vocabulary, int) or vocabulary < smallest:
         raise RecipeError(
-            f"The vocabulary of {vocabulary} is below the minimum of {bpe.SMALLEST}: 256 bytes and the "
+            f"The vocabulary of {vocabulary} is below the minimum of {smallest}: 256 bytes and the "
             f"end-of-text token. Change `vocab_size` in {network.config}, or set `--vocabulary`.",
             setting="tokenizer.vocabulary",
         )

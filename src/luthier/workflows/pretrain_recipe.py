@@ -13,7 +13,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 
 from luthier.adaptations import Adaptation, Full
 from luthier.errors import RecipeError
-from luthier.models.bpe import SMALLEST
+from luthier.models.bpe import DECODER, ENCODER, ENCODER_DECODER, SpecialTokens
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import Family, Size
 from luthier.objectives import OBJECTIVES, Objective
@@ -57,8 +57,9 @@ class NewNetwork(StrictModel):
 class NewTokenizer(StrictModel):
     """The tokenizer to train."""
 
-    vocabulary: int | None = Field(default=None, ge=SMALLEST)
-    """Tokens at most; 256 bytes and the end-of-text token are the least."""
+    vocabulary: int | None = Field(default=None, ge=1)
+    """Tokens at most; at least 256 bytes and the special tokens: 257, 260 for ``bert`` and 358 for
+    ``t5``."""
     sample: int = Field(default=50_000_000, ge=1)
     """Most characters to train the tokenizer on, spread over the text."""
 
@@ -131,6 +132,14 @@ class PretrainRecipe(StrictModel):
                 f"`adaptation` {recipe.adaptation.method} needs a trained base model. Set "
                 "`network.base`, or remove `adaptation`."
             )
+        vocabulary, special = recipe.tokenizer.vocabulary, recipe.special_tokens
+        if vocabulary is not None and vocabulary < special.smallest:
+            raise RecipeError(
+                f"`tokenizer.vocabulary` is {vocabulary}, and the minimum for "
+                f"{recipe.network.family} is {special.smallest}: 256 bytes and "
+                f"{len(special.tokens)} special tokens. Increase the value.",
+                setting="tokenizer.vocabulary",
+            )
         return recipe
 
     def plain(self) -> dict[str, Any]:
@@ -142,6 +151,12 @@ class PretrainRecipe(StrictModel):
         """Method of the training objective."""
         family = self.network.family if self.network.base is None else None
         return {"bert": "masked_lm", "t5": "span_corruption"}.get(str(family), "causal_lm")
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """Special tokens of a new tokenizer."""
+        special = {"masked_lm": ENCODER, "span_corruption": ENCODER_DECODER}
+        return special.get(self.method, DECODER)
 
     def objective(self, chat: ChatFormat, context: int) -> Objective:
         """Return the training objective, in sequences of ``context`` tokens."""
