@@ -14,7 +14,12 @@ import pytest
 from numpy.typing import NDArray
 
 from luthier.data.conversations.citations import INSTRUCTIONS, add_passages
-from luthier.documents.answers import DocumentAnswer, search_text, without_unknown_citations
+from luthier.documents.answers import (
+    DocumentAnswer,
+    search_text,
+    submit_passages,
+    without_unknown_citations,
+)
 from luthier.documents.index import DocumentIndex, FoundPassage, open_file
 from luthier.documents.passages import Passage
 from luthier.documents.readers import document_files
@@ -285,3 +290,24 @@ def test_citations_name_passages_of_the_prompt() -> None:
     _, earlier, user = add_passages(asked, ["a", "b"])
     assert earlier.content == "a."  # another passage
     assert user.content == f"{INSTRUCTIONS}\n\n[1] a\n\n[2] b\n\nQuestion: q?"
+
+
+@pytest.mark.parametrize(("limit", "count"), [(3, 3), (2, 2), (1, 1), (0, 0)])
+def test_last_passages_are_dropped_until_the_prompt_fits(limit: int, count: int) -> None:
+    def submit(turns: Sequence[Message]) -> str:
+        if turns[-1].content.count("fact") > limit:
+            raise RecipeError("too long")
+        return turns[-1].content
+
+    def run() -> tuple[str, int]:
+        facts = ["fact 1", "fact 2", "fact 3"]
+        return submit_passages(
+            [Message("user", "q?")], facts, submit, lambda error: isinstance(error, RecipeError)
+        )
+
+    if not count:
+        with pytest.raises(RecipeError):
+            run()
+        return
+    prompt, kept = run()
+    assert kept == prompt.count("fact") == count

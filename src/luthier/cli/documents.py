@@ -199,7 +199,8 @@ def _update_index(
     with DocumentIndex.open(name) if name in DocumentIndex.names() else nullcontext() as before:
         languages = frequent_languages(files) if before is None else [before.language]
         # The search for words of a language without spaces also finds words between spaces.
-        language = next((code for code in languages if code in UNSPACED), "".join(languages[:1]))
+        unspaced = (code for code in languages if code in UNSPACED)
+        language = next(unspaced, languages[0] if languages else "")
         if model is None and before is not None:
             model = before.model
         if model is None:
@@ -390,18 +391,18 @@ def fit_passages(
     Raises:
         RecipeError: if no passage fits.
     """
-    from luthier.data.conversations.citations import add_passages
+    from luthier.documents.answers import submit_passages
 
-    refusal = None
+    def check(asked: list[Message]) -> list[Message]:
+        if refusal := generator.refusal(asked, sampling):
+            raise RecipeError(f"No passage fits in the prompt of the model: {refusal}")
+        return asked
+
     contents = [each.passage.content for each in passages]
-    # The last passage is the least similar. The template decides the length, so the number is found
-    # by trial.
-    for count in range(len(passages), 0, -1):
-        asked = add_passages(turns, contents[:count])
-        refusal = generator.refusal(asked, sampling)
-        if not refusal:
-            return asked, tuple(passages[:count])
-    raise RecipeError(f"No passage fits in the prompt of the model: {refusal}")
+    asked, count = submit_passages(
+        turns, contents, check, lambda error: isinstance(error, RecipeError)
+    )
+    return asked, tuple(passages[:count])
 
 
 def _read_answer(reader: Any, question: str, passages: tuple[FoundPassage, ...]) -> DocumentAnswer:

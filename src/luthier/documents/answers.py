@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from luthier.data.conversations.citations import CITATION, cited_numbers
+from luthier.data.conversations.citations import CITATION, add_passages, cited_numbers
 from luthier.documents.index import FoundPassage
 from luthier.documents.passages import count_words
 from luthier.pages import Displayed
 from luthier.types import Message
+
+Result = TypeVar("Result")
 
 PASSAGES = 4
 """Number of passages in a prompt."""
@@ -105,3 +108,27 @@ class Citations:
 def without_unknown_citations(text: str, passages: int) -> str:
     """Return ``text`` without citations of passages outside the prompt."""
     return Citations(passages).add(text, last=True)[0]
+
+
+def submit_passages(
+    turns: Sequence[Message],
+    passages: Sequence[str],
+    submit: Callable[[list[Message]], Result],
+    is_too_long: Callable[[Exception], bool],
+) -> tuple[Result, int]:
+    """Return the result of ``submit`` for the first ``passages`` that fit in the context, and their
+    number.
+
+    Raises:
+        Exception: any exception of ``submit`` for the first passage alone.
+    """
+    count = len(passages)
+    while True:
+        try:
+            return submit(add_passages(turns, passages[:count])), count
+        except Exception as error:
+            # The template decides the length of the prompt, so the number of passages is found by
+            # trial. The last passage is the least similar.
+            if count < 2 or not is_too_long(error):
+                raise
+        count -= 1

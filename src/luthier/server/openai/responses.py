@@ -21,9 +21,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier.data.conversations.citations import DECLINED, add_passages
+from luthier.data.conversations.citations import DECLINED
 from luthier.data.inputs import Media
-from luthier.documents.answers import PASSAGES, Citations, search_text
+from luthier.documents.answers import PASSAGES, Citations, search_text, submit_passages
 from luthier.inference.inference import (
     TURNS,
     Chat,
@@ -378,16 +378,13 @@ def _begin(
             return submit(), _Search(query, [])
         if body.is_plain:
             return _decline(), _Search(query, [])
-    while True:
-        try:
-            passages = [each.found.passage.content for each in found]
-            return submit(add_passages(turns, passages)), _Search(query, found)
-        except Fault as fault:
-            # The template decides how long the prompt is, so the number of passages that fit is
-            # found by trial. The last passage is the least similar.
-            if fault.details.get("reason") != "context_length_exceeded" or len(found) < 2:
-                raise
-        found = found[:-1]
+    passages = [each.found.passage.content for each in found]
+    stream, count = submit_passages(turns, passages, submit, _is_too_long)
+    return stream, _Search(query, found[:count])
+
+
+def _is_too_long(error: Exception) -> bool:
+    return isinstance(error, Fault) and error.details.get("reason") == "context_length_exceeded"
 
 
 def _decline() -> Stream:
