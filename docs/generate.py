@@ -36,7 +36,7 @@ from luthier.limits import ServerLimits
 from luthier.models.catalog import CATALOG
 from luthier.models.formats.gguf import PRE_TOKENIZERS
 from luthier.models.formats.gguf_networks import NETWORKS
-from luthier.models.presets import SHAPES
+from luthier.models.network_shapes import SHAPES
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import DataSpec, MixSpec, Recipe, Training
 from luthier.validation import field_docstrings

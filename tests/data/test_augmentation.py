@@ -34,7 +34,7 @@ def change(chat: ChatFormat, seed: int = 0, **settings: float) -> tuple[Example,
 
 def words_of(chat: ChatFormat, example: Example) -> list[str]:
     # The small WordPiece tokenizer has no decoder.
-    return chat.text_encoder.decode(example.ids_T.tolist()).replace(" ##", "").split()
+    return chat.text_tokenizer.decode(example.ids_T.tolist()).replace(" ##", "").split()
 
 
 def test_swapped_words_are_the_same_words_in_another_order(chat: ChatFormat) -> None:

@@ -318,7 +318,7 @@ def test_tool_prompt_matches_training_prompt(generator: Generator) -> None:
 def test_completion_of_raw_prompt_keeps_first_space(prepend: str) -> None:
     tokenizer = sentencepiece(prepend, None)
     chat = ChatFormat.of(tokenizer)
-    prompt_T, reply_T = chat.text_encoder.continued_tokens("the door", " is open 日")
+    prompt_T, reply_T = chat.text_tokenizer.continued_tokens("the door", " is open 日")
     ids = reply_T.tolist()
     written = [*ids, tokenizer.eos_token_id, *ids]
     streamed, whole = (ScriptedGenerator(Scripted(written, len(tokenizer)), chat) for _ in range(2))

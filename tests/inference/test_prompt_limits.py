@@ -106,7 +106,7 @@ def texts(seed: int) -> list[str]:
 
 
 def limit_of(chat: ChatFormat, context: int, **limits: Any) -> PromptLimit:
-    return PromptLimit(chat.text_encoder, context, ModelLimits(**limits))
+    return PromptLimit(chat.text_tokenizer, context, ModelLimits(**limits))
 
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
@@ -118,11 +118,11 @@ def test_fitting_text_is_accepted_in_pieces_of_hardly_more_tokens(
 ) -> None:
     limit = limit_of(chat, 10)
     for text in texts(seed):
-        whole = len(chat.text_encoder.tokens(text, first=False))
+        whole = len(chat.text_tokenizer.tokens(text, first=False))
         limit_of(chat, max(1, whole)).check_text(text)
         pieces = list(limit._pieces(text))
         assert "".join(pieces) == text
-        apart = sum(len(chat.text_encoder.tokens(piece, first=False)) for piece in pieces)
+        apart = sum(len(chat.text_tokenizer.tokens(piece, first=False)) for piece in pieces)
         assert apart <= 1.1 * whole + prompts.CUT * len(pieces)
 
 
@@ -132,9 +132,9 @@ def test_longest_token_bounds_bytes_per_token(chat: ChatFormat) -> None:
     for text in texts(7):
         if text.isspace() or any(each in text for each in "🎻世"):
             continue  # some tokenizers drop the text or use an unknown token
-        size, whole = len(text.encode()), len(chat.text_encoder.tokens(text, first=False))
-        if chat.tokenizer.unk_token_id not in chat.text_encoder.tokens(text, first=False):
-            assert size <= (whole + 1) * chat.text_encoder.longest_token
+        size, whole = len(text.encode()), len(chat.text_tokenizer.tokens(text, first=False))
+        if chat.tokenizer.unk_token_id not in chat.text_tokenizer.tokens(text, first=False):
+            assert size <= (whole + 1) * chat.text_tokenizer.longest_token
 
 
 class Counted:
@@ -151,7 +151,7 @@ class Counted:
 
 @pytest.mark.parametrize("unit", ["0123456789", "word ", "世界", "🎻", "a b "])
 def test_tokenizing_cost_of_long_text_is_bounded(tokenizer: Any, unit: str) -> None:
-    counted: Any = Counted(ChatFormat.of(tokenizer, "plain").text_encoder)
+    counted: Any = Counted(ChatFormat.of(tokenizer, "plain").text_tokenizer)
     limit = PromptLimit(counted, 100, ModelLimits())
     with pytest.raises(TooLong):
         limit.check_text(unit * (200_000 // len(unit)))
@@ -210,7 +210,7 @@ class TestConversations:
         text = " ".join(SENTENCES * 12)
         assert len(text) > PIECE
         assert 200 < len(opened.encode(text)) <= opened.context
-        expected = opened.chat.text_encoder.tokens(text, first=True)
+        expected = opened.chat.text_tokenizer.tokens(text, first=True)
         np.testing.assert_array_equal(opened.encode(text), expected)
 
     def test_long_call_history_renders_in_linear_time(self, opened: Decoder) -> None:

@@ -54,10 +54,10 @@ def test_tuned_model_generates_reasoning_before_text(thinker: Decoder) -> None:
     for question, said in SAID.items():
         found = answer(thinker, asked(chat(question)))
         assert (found.reasoning, found.text, found.reason) == (THOUGHT, said, "stop")
-        written = len(thinker.chat.text_encoder.tokens(THOUGHT, first=False))
+        written = len(thinker.chat.text_tokenizer.tokens(THOUGHT, first=False))
         assert written < found.reasoning_tokens
         assert found.tokens == found.reasoning_tokens + len(
-            thinker.chat.text_encoder.tokens(said, first=False)
+            thinker.chat.text_tokenizer.tokens(said, first=False)
         )
 
 

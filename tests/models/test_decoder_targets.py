@@ -199,7 +199,7 @@ def test_unknown_language_is_refused(family: str, new_folder: Callable[..., Path
         with pytest.raises(RecipeError) as refused:
             call()
         assert refused.value.rule == "tokenizer.language"
-    assert len(chat.text_encoder.encode_whole(PROMPT))  # an encoder alone needs no target
+    assert len(chat.text_tokenizer.encode_whole(PROMPT))  # an encoder alone needs no target
 
 
 def test_unknown_source_language_is_refused(new_folder: Callable[..., Path]) -> None:

@@ -109,7 +109,7 @@ def test_stored_tokenizer_matches_transformers(folder: Path) -> None:
     names = [
         [known.decode_bytes([index]) for index in range(len(own))]
         for known in (
-            ChatFormat.of(each).text_encoder.grammar_tokens(len(own)) for each in (first, own)
+            ChatFormat.of(each).text_tokenizer.grammar_tokens(len(own)) for each in (first, own)
         )
     ]
     assert names[0] == names[1] and b"e" in names[0]
@@ -229,8 +229,8 @@ def test_tokens_need_no_torch(folder: Path) -> None:
         "from luthier.models.tokenizer import load_chat_format\n"
         "from luthier.types import Message\n"
         f"chat = load_chat_format(Path({str(folder)!r}))\n"
-        "chat.text_encoder.encode_whole('Hello'), chat.replies.decode([5])\n"
-        "chat.text_encoder.grammar_tokens(len(chat.tokenizer))\n"
+        "chat.text_tokenizer.encode_whole('Hello'), chat.replies.decode([5])\n"
+        "chat.text_tokenizer.grammar_tokens(len(chat.tokenizer))\n"
         "print('transformers' in sys.modules)\n"
         "chat.encode_prompt([Message('user', 'Hello')])\n"
         "print('torch' in sys.modules)"

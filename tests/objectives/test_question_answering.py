@@ -268,7 +268,7 @@ def test_answers_do_not_begin_with_a_blank() -> None:
     row = AnsweredQuestion("f", 1, "where?", "in  Ghent \n.", (), ())
     offsets = [(0, 2), (2, 9), (9, 11), (11, 12)]
     encoder = SimpleNamespace(encode_pair=lambda *texts: SimpleNamespace(offsets=offsets))
-    chat: Any = SimpleNamespace(text_encoder=encoder)
+    chat: Any = SimpleNamespace(text_tokenizer=encoder)
     example: Any = SimpleNamespace(source_row=row)
     for first, last in ((1, 1), (1, 2)):
         found = _answer(example, AnswerSpan(1.0, first, last), 0.5, chat)

@@ -118,7 +118,7 @@ class WordChange:
     @staticmethod
     def of(settings: Augmentation, chat: ChatFormat) -> WordChange:
         """Return the change for the tokens of ``chat``."""
-        starts_V = chat.text_encoder.word_starts
+        starts_V = chat.text_tokenizer.word_starts
         special_V = np.zeros_like(starts_V)
         special_V[chat.tokenizer.all_special_ids] = True
         return WordChange(settings, starts_V & ~special_V, special_V)

@@ -240,7 +240,7 @@ def prepare_job(
     base.network.check()
     kwargs, chat = recipe.data.chat_template_kwargs or {}, recipe.data.format(base.chat)
     if recipe.data.chat_template is not None:
-        end = ", ".join(chat.text_encoder.stop_names)
+        end = ", ".join(chat.text_tokenizer.stop_names)
         own = (
             "in place of the base's own"
             if base.chat.template.kind == "chat"

@@ -48,10 +48,10 @@ def encode_choices(row: MultipleChoice, chat: ChatFormat) -> list[Example]:
         rest = (prompt[len(stem) :] or " ") + choice
         source_T = None
         if chat.decoder is None:
-            before_T, choice_T = chat.text_encoder.continued_tokens(stem, rest)
+            before_T, choice_T = chat.text_tokenizer.continued_tokens(stem, rest)
         else:
-            source_T = chat.text_encoder.encode_whole(stem)
-            before_T, choice_T = chat.decoder.opening, chat.text_encoder.target_tokens(rest)
+            source_T = chat.text_tokenizer.encode_whole(stem)
+            before_T, choice_T = chat.decoder.opening, chat.text_tokenizer.target_tokens(rest)
         if not len(choice_T):
             raise RowRefused(
                 "choices.type",

@@ -273,7 +273,7 @@ class Constraints:
         if self._tokenizer is None:
             try:
                 with tokenizer_errors():
-                    self._tokenizer = self._chat.text_encoder.grammar_tokens(self._vocabulary)
+                    self._tokenizer = self._chat.text_tokenizer.grammar_tokens(self._vocabulary)
             except (ValueError, RecipeError) as error:
                 raise InferenceRefused(
                     f"This model does not support constrained decoding: {error}", "schema"

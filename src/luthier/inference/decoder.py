@@ -105,7 +105,7 @@ class Decoder:
         self.constraints = Constraints(chat, self.vocabulary, limits.schema_characters)
         most = min(limits.answers, self._backend.sequences)
         self.limits = limits.model_copy(update={"answers": most})
-        self._limit = PromptLimit(chat.text_encoder, self.context, self.limits)
+        self._limit = PromptLimit(chat.text_tokenizer, self.context, self.limits)
         backend = opened.backend
         self._rows = 1 if deterministic else backend.rows
         """Maximum number of sequences in a step."""
@@ -554,7 +554,7 @@ class Decoder:
         if len(writing) > self._rows:
             # Clients that are behind go first: one row must not wait for all rows of a client.
             seconds_of = {job.client: self._scheduler.seconds(job.client) for job in jobs}
-            writing.sort(key=lambda answer: (seconds_of[answer.job.client], answer.last_step))
+            writing.sort(key=lambda answer: (seconds_of[answer.running.client], answer.last_step))
             del writing[self._rows :]
         self._steps += 1
         for answer in writing:
@@ -565,14 +565,14 @@ class Decoder:
         for answer, logits_V, token in zip(writing, logits_RV, best, strict=True):
             self._advance(answer, logits_V, token)
         seconds = time.perf_counter() - began
-        for client, count in Counter(answer.job.client for answer in writing).items():
+        for client, count in Counter(answer.running.client for answer in writing).items():
             self._scheduler.charge(client, seconds * count / len(writing))
         for job in jobs:
             self._settle(job)
         return True
 
     def _advance(self, answer: RunningAnswer, logits_V: Tensor, best: int | None) -> None:
-        if answer.job.cancelled:  # checked for each answer: one may take long
+        if answer.running.cancelled:  # checked for each answer: one may take long
             return
         count = answer.count
         try:
@@ -581,22 +581,22 @@ class Decoder:
             # Fails this answer only: its settings, its grammar, or the decoding of its tokens.
             if not isinstance(error, RecipeError | InferenceFailed):
                 _log.exception("an answer failed")
-            answer.job.events.put(_failure_of(error))
-            answer.job.cancelled = answer.done = True
+            answer.running.events.put(_failure_of(error))
+            answer.running.cancelled = answer.done = True
         if answer.count > count:  # a stop token does not count
             self._measure(answer)
         if answer.done:
             self._end_state(answer)
 
     def _measure(self, answer: RunningAnswer) -> None:
-        moment, latency = time.perf_counter(), answer.job.model.latency
+        moment, latency = time.perf_counter(), answer.running.model.latency
         if latency is None:
             return
         if answer.last_token_at is not None:
             latency.between_tokens.observe(moment - answer.last_token_at)
         elif answer.index == 0:
             # One sample per request, because all replies share the prompt.
-            latency.first_token.observe(moment - answer.job.arrived)
+            latency.first_token.observe(moment - answer.running.arrived)
         answer.last_token_at = moment
 
     def _end_state(self, answer: RunningAnswer) -> None:
@@ -605,7 +605,7 @@ class Decoder:
         if state is None:
             return
         if self._speculates is not None:
-            speculation, model = self._speculates.speculation(state), answer.job.model
+            speculation, model = self._speculates.speculation(state), answer.running.model
             model.speculation += speculation
             if model.latency is not None:
                 model.latency.add_speculation(speculation)

@@ -84,7 +84,7 @@ def _explain_tokens(
 
     network = predictor.network
     embedding = network.model.get_input_embeddings()
-    if embedding is None or not predictor.chat.text_encoder.is_fast:
+    if embedding is None or not predictor.chat.text_tokenizer.is_fast:
         raise RecipeError(
             "`explain` needs an embedding for each token. Use a model on an encoder or a decoder, such "
             "as all-minilm-l6-v2."
@@ -134,7 +134,7 @@ def _sum_words(
     predictor: Predictor, text: str, values: Contributions
 ) -> tuple[list[dict[str, Any]], float]:
     """Return the contribution of each word of ``text``, and of tokens that belong to no word."""
-    offsets = predictor.chat.text_encoder.tokenizer(text, return_offsets_mapping=True)
+    offsets = predictor.chat.text_tokenizer.tokenizer(text, return_offsets_mapping=True)
     words = [*re.finditer(r"\S+", text)]
     word_of = {place: n for n, word in enumerate(words) for place in range(*word.span())}
     sums = np.zeros(len(words) + 1)

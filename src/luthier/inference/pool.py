@@ -434,7 +434,7 @@ class ModelPool:
                         self._deterministic,
                     )
                     # Removes the truncation of a tokenizer's file; no two threads may do so at once.
-                    entry.model.chat.text_encoder.encode_whole("")
+                    entry.model.chat.text_tokenizer.encode_whole("")
                 else:
                     entry.model = SerialModel.open(
                         stored, self.limits, self._scheduler, self.memory, self._deterministic

@@ -73,7 +73,7 @@ class RunningAnswer:
 
     def __init__(
         self,
-        job: RunningRequest,
+        running: RunningRequest,
         chat: ChatFormat,
         token_bytes: TokenBytes,
         seed: int,
@@ -81,7 +81,7 @@ class RunningAnswer:
         matcher: Matcher | None,
         reasoning: ReasoningFormat | None,
     ) -> None:
-        request, self.job, self.index = job.request, job, index
+        request, self.running, self.index = running.request, running, index
         self.state: Any = None
         self.last, self.count, self.done = 0, 0, False
         self.last_step = 0
@@ -89,11 +89,11 @@ class RunningAnswer:
         self.last_token_at: float | None = None
         """Time of the last token, or of the end of a pause; None before the first token."""
         self._token_bytes = token_bytes
-        self._sampler = TokenSampler(request, seed, index, job.ids_T, matcher, chat.stop_ids)
+        self._sampler = TokenSampler(request, seed, index, running.ids_T, matcher, chat.stop_ids)
         self._matcher = matcher
         prompt = request.prompt
         form = chat if isinstance(prompt, Chat) else chat.with_template("plain")
-        before = form.replies.decoding_context(job.ids_T[-job.prompt_tokens :])
+        before = form.replies.decoding_context(running.ids_T[-running.prompt_tokens :])
         self._text = AnswerText(chat.replies.decode, request, reasoning, before)
         self._splitter: CallSplitter | None = None
         if isinstance(prompt, Chat) and prompt.tools and prompt.tool_choice != "none":
@@ -120,14 +120,14 @@ class RunningAnswer:
             return self._end("stop_sequence")
         if matcher is not None and matcher.is_finished:
             return self._end("stop")
-        if self.count == self.job.request.max_tokens:
+        if self.count == self.running.request.max_tokens:
             return self._end("length")
-        if self.count == self.job.room:
+        if self.count == self.running.room:
             return self._end("context")
         return None
 
     def _score(self, logits_V: Tensor) -> Score | None:
-        count = self.job.request.top_logprobs
+        count = self.running.request.top_logprobs
         if count is None:
             return None
         logp_V = torch.log_softmax(logits_V.float(), -1)
@@ -141,13 +141,13 @@ class RunningAnswer:
     def _show(self, delta: AnswerDelta) -> None:
         if delta.reasoning or delta.reasoning_scores:
             scores = tuple(delta.reasoning_scores)
-            self.job.events.put(ReasoningChunk(self.index, delta.reasoning, scores))
+            self.running.events.put(ReasoningChunk(self.index, delta.reasoning, scores))
         text = delta.text
         self._scores += delta.scores
         if self._splitter is not None:
             text = self._splitter.feed(text)
         if text or (self._scores and self._splitter is None):
-            self.job.events.put(TokenChunk(self.index, text, tuple(self._scores)))
+            self.running.events.put(TokenChunk(self.index, text, tuple(self._scores)))
             self._scores = []
 
     def _end(self, reason: Reason) -> None:
@@ -159,13 +159,13 @@ class RunningAnswer:
         if self._splitter is not None:
             left, calls = self._splitter.end(cut=reason in ("length", "context"))
             if left:
-                self.job.events.put(TokenChunk(self.index, left, tuple(self._scores)))
+                self.running.events.put(TokenChunk(self.index, left, tuple(self._scores)))
             for call in calls:
-                self.job.events.put(ToolCallEvent(self.index, call))
+                self.running.events.put(ToolCallEvent(self.index, call))
             # A reply that ended within a later call keeps its reason, so that clients see the loss.
             if calls and not self._splitter.incomplete:
                 reason = "tool_calls"
         text = self._text
-        self.job.events.put(
+        self.running.events.put(
             FinishEvent(self.index, reason, text.tokens, text.stop, text.reasoning_tokens)
         )

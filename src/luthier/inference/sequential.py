@@ -95,11 +95,11 @@ class SerialModel:
         self._prompt_limit: PromptLimit | None = None
         if predictor is not None and not isinstance(opened.chat.tokenizer, NoTokenizer):
             self._prompt_limit = PromptLimit(
-                predictor.chat.text_encoder, predictor.context, self._limits, "input"
+                predictor.chat.text_tokenizer, predictor.context, self._limits, "input"
             )
             # The first call removes the truncation of a tokenizer's file from the shared tokenizer,
             # which is not safe in two threads.
-            predictor.chat.text_encoder.encode_whole("")
+            predictor.chat.text_tokenizer.encode_whole("")
         self._lock, self._closed = threading.Lock(), False
         self._open = ExitStack()
         if predictor is not None:

@@ -286,10 +286,10 @@ def check_decoder_input(network: Network) -> None:
     if chat is None or chat.decoder is None or not writes:
         return
     chat.decoder.check()
-    ids_1T = torch.from_numpy(chat.decoder.ids("a reply", chat.text_encoder))[None].to(
+    ids_1T = torch.from_numpy(chat.decoder.ids("a reply", chat.text_tokenizer))[None].to(
         network.device
     )
-    source_1S = torch.from_numpy(chat.text_encoder.encode_whole("a prompt"))[None].to(
+    source_1S = torch.from_numpy(chat.text_tokenizer.encode_whole("a prompt"))[None].to(
         network.device
     )
     kind = model.config.model_type

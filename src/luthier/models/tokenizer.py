@@ -289,7 +289,7 @@ def _full_frame(
     text = "a"
     switches = hasattr(chat.tokenizer, "_switch_to_target_mode")
     encoded = chat.tokenizer(text_target=text) if switches else chat.tokenizer(text)
-    whole, inner = [*encoded["input_ids"]], chat.text_encoder.target_tokens(text).tolist()
+    whole, inner = [*encoded["input_ids"]], chat.text_tokenizer.target_tokens(text).tolist()
     starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
     if not inner or not starts:
         problem = f"{folder}: the tokenizer adds unknown special tokens to target texts."

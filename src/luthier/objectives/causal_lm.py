@@ -52,7 +52,7 @@ class CausalLM(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the document with the end-of-text token. All tokens but the first have weight 1."""
-        ids_T = chat.text_encoder.encode_text(row.plain_text())
+        ids_T = chat.text_tokenizer.encode_text(row.plain_text())
         return Example(ids_T, _all_but_first(len(ids_T)), index)
 
     def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:

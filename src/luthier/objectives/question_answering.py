@@ -117,7 +117,7 @@ class QuestionAnswering(Objective):
                 "the row has no question with a context.",
                 'Write {"question": …, "context": …} in a file of rows.',
             )
-        pair = chat.text_encoder.encode_pair(row.question, row.context)
+        pair = chat.text_tokenizer.encode_pair(row.question, row.context)
         ids_T, begin, end = pair.ids_T, pair.second.start, pair.second.stop
         if begin == end:
             raise RowRefused("row.empty", "the context has no tokens.", "Remove the row.")
@@ -293,7 +293,7 @@ def _answer(row: Example, span: AnswerSpan, score: float, chat: ChatFormat) -> d
     asked = row.source_row
     if span.end == 0 or not isinstance(asked, AnsweredQuestion):
         return {"answer": "", "start": 0, "end": 0, "score": score}
-    offsets = chat.text_encoder.encode_pair(asked.question, asked.context).offsets
+    offsets = chat.text_tokenizer.encode_pair(asked.question, asked.context).offsets
     start, end = offsets[span.start][0], offsets[span.end][1]
     text = asked.context[start:end]
     # Tokens of byte-level tokenizers include the blank before a word.

@@ -115,7 +115,7 @@ class Reranker(Objective):
                 'Write {"query": "...", "document": "..."}.',
             )
         if chat.tokenizer.num_special_tokens_to_add(True) > 1:
-            pair = chat.text_encoder.encode_pair(row.text, row.document)
+            pair = chat.text_tokenizer.encode_pair(row.text, row.document)
             weight_T = weight_at_end(len(pair.ids_T))
             example = Example(pair.ids_T, weight_T, index, segment_T=pair.segment_T)
         else:  # decoders have no separator: an empty line

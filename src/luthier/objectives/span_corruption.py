@@ -75,13 +75,13 @@ class SpanCorruption(Objective):
         settings = {
             "sentinels": self.sentinels or _sentinels(chat),
             "start_id": chat.decoder.start_id,
-            "end_id": chat.text_encoder.end_id,
+            "end_id": chat.text_tokenizer.end_id,
         }
         return self.model_copy(update=settings)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the document with the end-of-text token."""
-        ids_T = chat.text_encoder.encode_text(row.plain_text())
+        ids_T = chat.text_tokenizer.encode_text(row.plain_text())
         if len(ids_T) < 2:
             raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
         return Example(ids_T, np.ones(len(ids_T), dtype=np.float32), index)

@@ -11,7 +11,7 @@ from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.library import models
 from luthier.limits import AccountQuotas
 from luthier.server.identifiers import find_endpoint, find_model, model_name, stored_id_of
-from luthier.server.live.canary import ANSWERS, comparisons
+from luthier.server.live.canary import ANSWERS, harm_tests
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import count_rows, new_id, now
@@ -198,13 +198,13 @@ def describe(session: Session, endpoint: Endpoint) -> dict[str, Any]:
     }
     change = open_change(session, endpoint.id)
     if change is not None and change.state == CANARY:
-        answers, compared = comparisons(session, endpoint.account, change)
+        answers, tests = harm_tests(session, endpoint.account, change)
         found["canary"] = {
             "model": model_name(session, change.model),
             "share": change.share,
             "answers": answers,
             "promoted_at": change.answers,
-            "comparisons": [each.plain() for each in compared],
+            "comparisons": [each.plain() for each in tests],
         }
     return found
 

@@ -64,8 +64,8 @@ from luthier.library import models as store
 from luthier.models import bpe
 from luthier.models.build import build, read_configuration
 from luthier.models.manifest import Manifest
+from luthier.models.network_shapes import SHAPES, configuration
 from luthier.models.networks.heads import Head
-from luthier.models.presets import SHAPES, configuration
 from luthier.models.process_group import ProcessGroup
 from luthier.objectives.base import RunModels
 from luthier.objectives.causal_lm import CausalLM
@@ -275,7 +275,7 @@ def _dataset(
     kind: type[TokenFile] = TokenFile
     if isinstance(objective, MaskedLM):
         size, kind = context - 2, EncoderTokenFile
-        others = chat.tokenizer.cls_token_id, chat.text_encoder.end_id
+        others = chat.tokenizer.cls_token_id, chat.text_tokenizer.end_id
     elif isinstance(objective, SpanCorruption):
         size, kind, others = context - 2, PieceFile, (objective.piece,)
         objective.check_sentinels(size)
@@ -426,7 +426,7 @@ def _encode(
         encoded = bpe.encode(chat.tokenizer, [piece.text for piece, _ in batch])
         for (piece, is_validation), ids in zip(batch, encoded, strict=True):
             (validation if is_validation else train).append(
-                [*ids, chat.text_encoder.end_id] if piece.ends else ids
+                [*ids, chat.text_tokenizer.end_id] if piece.ends else ids
             )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from luthier.data.files.corpus import Survey
 from luthier.engine.defaults import Choice
-from luthier.models.presets import SHAPES, Size
+from luthier.models.network_shapes import SHAPES, Size
 from luthier.recipe import Training
 from luthier.workflows.pretrain_recipe import PretrainRecipe
 

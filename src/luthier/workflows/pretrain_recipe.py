@@ -15,7 +15,7 @@ from luthier.adaptations import Adaptation, Full
 from luthier.errors import RecipeError
 from luthier.models.bpe import DECODER, ENCODER, ENCODER_DECODER, SpecialTokens
 from luthier.models.catalog import CATALOG
-from luthier.models.presets import Family, Size
+from luthier.models.network_shapes import Family, Size
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.recipe import ModelName, Training, adaptation_of, parse
 from luthier.validation import StrictModel

@@ -164,9 +164,9 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(new_tokenizer: Callable[.
     tokenizer.eos_token = None
     chat = ChatFormat.of(tokenizer, "plain")
     assert chat.stop_ids == ()
-    assert len(chat.text_encoder.encode_whole("yes"))  # encoders need none
+    assert len(chat.text_tokenizer.encode_whole("yes"))  # encoders need none
     with pytest.raises(RecipeError) as refused:
-        chat.text_encoder.encode_text("yes")
+        chat.text_tokenizer.encode_text("yes")
     assert refused.value.rule == "tokenizer.no_end_of_text"
     with pytest.raises(RecipeError) as refused:
         chat.replies.encode_last(conversation("Q", "A"))
@@ -369,7 +369,7 @@ def test_parameters_of_apply_chat_template_are_reserved() -> None:
 
 
 def test_raw_text_is_closed_once(tokenizer: Any) -> None:
-    ids = ChatFormat.of(tokenizer).text_encoder.encode_text("The dog.")
+    ids = ChatFormat.of(tokenizer).text_tokenizer.encode_text("The dog.")
     assert tokenizer.decode(ids) == "The dog.<|im_end|>"
 
 
@@ -385,7 +385,7 @@ def test_prompt_leaves_out_end_token_of_post_processor(
     chat = ChatFormat.of(tokenizer)
     assert tokenizer.decode(tokenizer.encode("Dog")) == "<|im_start|>Dog<|im_end|>"
     assert tokenizer.decode(chat.encode_prompt(conversation("Dog"))) == "<|im_start|>Dog"
-    assert tokenizer.decode(chat.text_encoder.encode_text("Dog")) == "<|im_start|>Dog<|im_end|>"
+    assert tokenizer.decode(chat.text_tokenizer.encode_text("Dog")) == "<|im_start|>Dog<|im_end|>"
     encoded = chat.replies.encode_last(conversation("Dog", " bites"))
     assert shown(encoded, tokenizer) == "<|im_start|>Dog« bites<|im_end|>»"
 
@@ -395,7 +395,7 @@ def test_pieces_join_to_the_text(family: str, family_folder: Callable[[str], Any
     from luthier.models.tokenizer import load_chat_format
 
     chat = load_chat_format(family_folder(family))
-    ids = chat.text_encoder.encode_whole("the quick brown dog jumps")
+    ids = chat.text_tokenizer.encode_whole("the quick brown dog jumps")
     assert (
         "".join(chat.pieces(ids))
         .strip()
@@ -454,10 +454,10 @@ def test_tokenizer_panic_is_a_recipe_error(tokenizer: Any) -> None:
     chat = ChatFormat.of(hostile, "plain")
     text = "a" * 40 + "b"
     with pytest.raises(RecipeError) as refused:
-        chat.text_encoder.encode_text(text)
+        chat.text_tokenizer.encode_text(text)
     assert refused.value.rule == "tokenizer.failed"
     with pytest.raises(RecipeError) as refused:
-        chat.text_encoder.encode_whole(text)
+        chat.text_tokenizer.encode_whole(text)
     assert refused.value.rule == "tokenizer.failed"
 
 

@@ -129,7 +129,7 @@ def test_reasoning_mark_tokens_survive_decoding(
     )
     assert len(marks.special) == (2 if special else 0)
     text = "<think>\nhm 日本\n</think>\n\nblue"
-    ids = chat.text_encoder.tokens(text + "<|im_end|>", first=False).tolist()
+    ids = chat.text_tokenizer.tokens(text + "<|im_end|>", first=False).tolist()
     assert chat.replies.decode(ids) == text
     prompt_T = chat.encode_prompt(ASK)
     assert chat.replies.decode_reply(prompt_T, ids) == DecodedReply("hm 日本", "blue")

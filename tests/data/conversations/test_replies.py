@@ -294,7 +294,7 @@ def test_forced_replies_of_channels(thought: str, chats: dict[str, ChatFormat]) 
         (constraints.calls(TOOLS, form_of_calls(chat), reasoning), call),
         (constraints.matcher(schema, reasoning), "<|channel|>final<|message|>{}"),
     ):
-        ids = chat.text_encoder.tokens(thought + answer, first=False).tolist()
+        ids = chat.text_tokenizer.tokens(thought + answer, first=False).tolist()
         for token in ids:
             assert matcher.allowed_mask(size)[token], chat.tokenizer.decode(token)
             matcher.accept_token(token)
@@ -413,7 +413,7 @@ def test_channels_of_replies_are_not_in_their_text(chats: dict[str, ChatFormat])
             assert splitter.answer_start == len(text) - len("A dog .")
     thinking = with_kwargs(chats["Gemma 4"], {"enable_thinking": True})
     prompt_T = thinking.encode_prompt(turns("What?"))
-    ids = thinking.text_encoder.tokens(
+    ids = thinking.text_tokenizer.tokens(
         "<|channel>thought\nI see\n<channel|>Yes.<turn|>", first=False
     )
     assert thinking.replies.decode_reply(prompt_T, ids.tolist()) == DecodedReply("I see", "Yes.")

@@ -99,7 +99,7 @@ def encoded_in_parts(chat: ChatFormat, messages: Any) -> tuple[list[int], list[b
     ids: list[int] = []
     learned: list[bool] = []
     for text, learns in chat.replies.sequences(messages, 0, ())[0]:
-        part = chat.text_encoder.tokens(text, first=False).tolist()
+        part = chat.text_tokenizer.tokens(text, first=False).tolist()
         stop = max((n for n, token in enumerate(part) if token in chat.stop_ids), default=-1)
         ids += part
         learned += [learns and n <= stop for n in range(len(part))]
@@ -254,4 +254,4 @@ def test_raw_prompts_and_texts_are_literal(tokenizer: Any) -> None:
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     chat = ChatFormat.of(tokenizer, "plain")
     assert end in chat.encode_prompt(conversation("a<|im_end|>b"))
-    assert chat.text_encoder.encode_text("a<|im_end|>b").tolist().count(end) == 2
+    assert chat.text_tokenizer.encode_text("a<|im_end|>b").tolist().count(end) == 2

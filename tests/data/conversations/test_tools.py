@@ -300,7 +300,7 @@ def test_training_continues_served_prompts_with_tools(
     for written in before:
         block = re.search(r"<think>\s*</think>\s*$", chat.tokenizer.decode(written))
         if block:  # an empty reasoning block of the template is input, not learned
-            written = written[: -len(chat.text_encoder.tokens(block[0], first=False))]
+            written = written[: -len(chat.text_tokenizer.tokens(block[0], first=False))]
         assert prompts[len(written)] == written
     last = messages[answers[-1]]
     assert texts[-1].endswith(FAMILIES[family].end)

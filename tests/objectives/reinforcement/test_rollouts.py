@@ -175,7 +175,7 @@ def test_grader_sees_text_without_reasoning(thinking_folder: Callable[[str], Pat
     (rollout, other) = objective.roll_out(network, examples, 2, fixed_generator()).each
     assert (rollout.reply, rollout.score) == (DecodedReply(THOUGHT, "blue"), 1.0)
     assert (
-        len(rollout) > len(network.chat.text_encoder.tokens("blue", first=False))
+        len(rollout) > len(network.chat.text_tokenizer.tokens("blue", first=False))
         and other.score == 1.0
     )
     record = sample_record(row, rollout.reply, len(rollout), True)

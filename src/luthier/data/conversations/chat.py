@@ -109,9 +109,9 @@ class ChatFormat:
         return self.template.stop_ids
 
     @property
-    def text_encoder(self) -> TextTokenizer:
+    def text_tokenizer(self) -> TextTokenizer:
         """Conversion of text to tokens and back."""
-        return self.template.text_encoder
+        return self.template.text_tokenizer
 
     @cached_property
     def replies(self) -> ReplyTokens:
@@ -162,7 +162,7 @@ class ChatFormat:
             # One id per content, so equal media are one node of the token tree; int64 has 15 digits.
             ids_T = np.array([int(row.media.digest()[:15], 16)])
             return Example(ids_T, ONE_T, index, target=NO_TARGET, media=media)
-        ids_T = self.text_encoder.encode_whole(row.plain_text())
+        ids_T = self.text_tokenizer.encode_whole(row.plain_text())
         if not len(ids_T):
             raise RowRefused("row.empty", "the text has no tokens.", "Write some text.")
         return Example(ids_T, weight_at_end(len(ids_T)), index, target=NO_TARGET)
@@ -322,8 +322,8 @@ class ChatFormat:
     def prompt_tokens(self, text: str, images: Sequence[Media] = ()) -> IntArray:
         """Return the token ids of a text from :meth:`prompt_text` with ``images``."""
         if self.decoder is not None:
-            return self.text_encoder.encode_whole(text)
-        ids_T = self.text_encoder.tokens(text, first=self.template.kind == "plain")
+            return self.text_tokenizer.encode_whole(text)
+        ids_T = self.text_tokenizer.tokens(text, first=self.template.kind == "plain")
         placeholders = self.template.images
         return ids_T if placeholders is None else placeholders.place(ids_T, images, self.tokenizer)
 
@@ -348,4 +348,4 @@ class ChatFormat:
                     else self.pieces(run)
                 )
             ]
-        return self.text_encoder.pieces(ids)
+        return self.text_tokenizer.pieces(ids)

@@ -141,7 +141,7 @@ class ChatTemplate:
     """Function that raises :class:`RecipeError` until the template is approved."""
 
     @cached_property
-    def text_encoder(self) -> TextTokenizer:
+    def text_tokenizer(self) -> TextTokenizer:
         """Tokens of rendered conversations."""
         return TextTokenizer(self.tokenizer, self.stop_ids)
 
@@ -330,7 +330,7 @@ class ChatTemplate:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [{**turn, "content": self._content(turn)} for turn in turns],
-                tools=map_texts([*tools], self.text_encoder.break_marks) or None,
+                tools=map_texts([*tools], self.text_tokenizer.break_marks) or None,
                 tokenize=False,
                 add_generation_prompt=reply,
                 **names,
@@ -357,7 +357,7 @@ class ChatTemplate:
         content = turn["content"]
         if turn["role"] != "assistant":
             parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-            literal = self.text_encoder.break_marks
+            literal = self.text_tokenizer.break_marks
             parts = [{**p, "text": literal(p["text"])} if "text" in p else p for p in parts]
             content = parts if isinstance(content, list) else parts[0]["text"]
         if isinstance(content, str) and self._takes_parts:

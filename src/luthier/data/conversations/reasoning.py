@@ -126,7 +126,7 @@ def _channel_marks(template: ChatTemplate) -> ReasoningMarks | None:
 def _known_marks(
     template: ChatTemplate, opening: str, close: str, answer: tuple[str, ...] = ()
 ) -> ReasoningMarks:
-    encoder = template.text_encoder
+    encoder = template.text_tokenizer
     # A mark of several tokens is found in text only; a single token also in ids.
     ids = {mark: encoder.ids(mark) for mark in (opening, close, *answer)}
     single = {mark: tokens[0] for mark, tokens in ids.items() if len(tokens) == 1}

@@ -167,7 +167,7 @@ class ReplyTokens:
         """
         self.template.check_images(messages)
         # An encoder reads the prompt apart from the reply, so no template joins both.
-        encoder = self.template.text_encoder
+        encoder = self.template.text_tokenizer
         if self.decoder is not None:
             prompt, reply = _single_turn(calls_as_text(messages, tools))
             self.decoder.check()
@@ -205,9 +205,9 @@ class ReplyTokens:
         # Tokens after the last learned part have no loss, so the text ends there.
         start, end = parts[-1]
         text = text[:end]
-        if not any(name in text[start:] for name in self.template.text_encoder.stop_names):
+        if not any(name in text[start:] for name in self.template.text_tokenizer.stop_names):
             text += self.turn_end.added
-        ids, places, agrees = self.template.text_encoder.divide(text, parts)
+        ids, places, agrees = self.template.text_tokenizer.divide(text, parts)
         # One tree with a border that a server tokenizes in another way would train other prompts.
         if not agrees:
             return [each for part in parts for each in self._encode_parts(text, [part])]
@@ -229,7 +229,7 @@ class ReplyTokens:
                 return index + 1
         if last < len(ids) and ids[last] in self.template.stop_ids:
             return last + 1
-        names = ", ".join(self.template.text_encoder.stop_names) or "none"
+        names = ", ".join(self.template.text_tokenizer.stop_names) or "none"
         raise RecipeError(
             f"the chat template ends an assistant turn without a stop token ({names}), so the model "
             "would not learn to stop. Add the end-of-turn token to `eos_token_id` in "
@@ -267,7 +267,7 @@ class ReplyTokens:
         # Ids of images are hashes, beyond every vocabulary.
         if self.template.images is not None:
             ids = [token for token in ids if token < FIRST_IMAGE_ID]
-        return self.template.text_encoder.decode(ids)
+        return self.template.text_tokenizer.decode(ids)
 
     def decode_reply(self, prompt_T: IntArray, ids: Sequence[int]) -> DecodedReply:
         """Return reasoning and answer of a reply to the prompt ``prompt_T``."""
@@ -292,7 +292,7 @@ class ReplyTokens:
             return None
         # Decoding the whole prompt for its last mark would cost as much as reading it.
         tail = [token for token in prompt_T[-TAIL:].tolist() if token < FIRST_IMAGE_ID]
-        end = "".join(self.template.text_encoder.pieces(tail)).rstrip()
+        end = "".join(self.template.text_tokenizer.pieces(tail)).rstrip()
         if end.endswith(marks.close):
             return None
         return ReasoningFormat(marks, end.endswith(marks.open))
@@ -319,7 +319,7 @@ class ReplyTokens:
             )
         except RecipeError:  # the template accepts other conversations only
             return TurnEnd()
-        stops = self.template.text_encoder.stop_names
+        stops = self.template.text_tokenizer.stop_names
         # The last occurrence, because a template may quote the conversation.
         start = own.rfind(REPLY) + len(REPLY)
         behind = own[start:]
@@ -356,7 +356,7 @@ class ReplyTokens:
             RowRefused: if the template drops a part of a learned turn.
         """
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        stops = self.template.text_encoder.stop_names
+        stops = self.template.text_tokenizer.stop_names
         sequences: list[list[Segment]] = []
         done, has_stop = "", False
         for index in answers:
@@ -438,7 +438,7 @@ class ReplyTokens:
                 "tokens are ambiguous. Use single-turn rows or template=plain.",
                 rule="template.rewrites",
             )
-        stops = self.template.text_encoder.stop_names
+        stops = self.template.text_tokenizer.stop_names
         if (
             message.calls
             and self.turn_end.added

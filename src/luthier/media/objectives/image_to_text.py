@@ -92,7 +92,7 @@ class ImageToText(Objective):
         if self.max_tokens is not None:
             return self
         texts = (row.caption for row in rows if isinstance(row, CaptionedImage))
-        longest = max(len(chat.text_encoder.tokens(text, first=False)) for text in texts)
+        longest = max(len(chat.text_tokenizer.tokens(text, first=False)) for text in texts)
         return self.model_copy(update={"max_tokens": int(LENGTH_MARGIN * longest) + 1})
 
     def attach(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -115,7 +115,7 @@ class ImageToText(Objective):
         media = chat.media_input(row)
         ids_T = chat.decoder.opening
         if isinstance(row, CaptionedImage):
-            ids_T = chat.decoder.ids(row.caption, chat.text_encoder)
+            ids_T = chat.decoder.ids(row.caption, chat.text_tokenizer)
         weight_T = (np.arange(len(ids_T)) > 0).astype(np.float32)
         return Example(ids_T, weight_T, index, media=media)
 

@@ -467,7 +467,7 @@ def _space_prefix(chat: ChatFormat, spec: Mapping[str, Any]) -> bool | None:
 
 def adds_bos(chat: ChatFormat) -> bool:
     """Return True if the tokenizer prepends the start token."""
-    ids_T = chat.text_encoder.tokens("a", first=True)
+    ids_T = chat.text_tokenizer.tokens("a", first=True)
     return len(ids_T) > 0 and int(ids_T[0]) == chat.tokenizer.bos_token_id
 
 

@@ -368,7 +368,7 @@ def _adapter_format(folder: Path, base: StoredModel) -> ChatFormat:
 
 def _test_format(chat: ChatFormat, trusted: bool) -> bool:
     """Encode a first text, and render an approved template; return whether the template is approved."""
-    chat.text_encoder.encode_whole("Hello.")
+    chat.text_tokenizer.encode_whole("Hello.")
     approved = trusted or not chat.template.sha256 or chat.template.sha256 in KNOWN_TEMPLATES
     if approved and chat.template.kind == "chat":
         fix = "Save the tokenizer with the chat template that the model was trained with, or with none."

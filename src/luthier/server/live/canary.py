@@ -138,7 +138,7 @@ class Canaries:
             if canary == change.model:  # not an answer of an earlier canary
                 session.add(CanaryAnswer(change=change.seq, **answer))
         session.flush()
-        count, found = comparisons(session, endpoint.account, change)
+        count, found = harm_tests(session, endpoint.account, change)
         worse = next((each for each in found if each.evidence >= each.needed), None)
         if worse is not None:
             text = (
@@ -155,10 +155,10 @@ class Canaries:
             endpoint.switch(session, text, USER)
 
 
-def comparisons(
+def harm_tests(
     session: Session, account: str, change: DeploymentChange
 ) -> tuple[int, list[HarmTest]]:
-    """Return the number of counted answers of the canary, and the comparisons."""
+    """Return the number of counted answers of the canary, and the tests for harm."""
     answers = answers_of(session, change.seq)
     first = {each.unit: each for each in reversed(answers)}
     ordered = sorted(first.values(), key=lambda each: each.seq)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from luthier.errors import RecipeError
 from luthier.models.build import build, read_configuration
 from luthier.models.load import sketch
+from luthier.models.network_shapes import SHAPES, configuration
 from luthier.models.networks import classic as nets
 from luthier.models.networks.heads import Head
 from luthier.models.networks.modalities import context_length
-from luthier.models.presets import SHAPES, configuration
 
 SMALL: dict[str, Any] = {
     "model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_layer": 8, "n_head": 4,
