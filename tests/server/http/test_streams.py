@@ -34,7 +34,7 @@ def test_disconnect_after_full_response_is_not_an_error(length: int | None) -> N
 
     headers = {} if length is None else {"Content-Length": str(length)}
     record = SimpleNamespace(error="")
-    state = {"stream_turn": contextlib.AsyncExitStack, "record": record}
+    state = {"stream_slot": contextlib.AsyncExitStack, "record": record}
     asyncio.run(StreamedResponse(pieces(), headers)({"state": state}, receive, send))
     assert record.error == ("" if length == 10 else DISCONNECTED)
     assert b"".join(sent) == b"1234567890"

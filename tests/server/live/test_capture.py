@@ -20,7 +20,7 @@ from luthier.errors import ObjectRefused
 from luthier.inference.inference import InferenceFailed, Stream, TokenChunk
 from luthier.media.image_grid import encode_png
 from luthier.server.bedrock.runtime import runtime_handlers
-from luthier.server.http.routes import MODEL_TURN, NOT_CAPTURED
+from luthier.server.http.routes import MODEL_SLOT, NOT_CAPTURED
 from luthier.server.live import capture as captures
 from luthier.server.live import settings
 from luthier.server.live.capture import remove_records
@@ -80,7 +80,7 @@ def text_routes() -> Iterator[str]:
     """Yield the operations of all routes that use a model and have a body."""
     routers = [*ROUTERS, inference.router]
     for route in (each for router in routers for each in router.routes):
-        if MODEL_TURN in getattr(route, "dependencies", ()) and route.operation not in NOT_CAPTURED:
+        if MODEL_SLOT in getattr(route, "dependencies", ()) and route.operation not in NOT_CAPTURED:
             yield route.operation
     nothing: Any = None
     yield from runtime_handlers(nothing, nothing).keys() - NOT_CAPTURED

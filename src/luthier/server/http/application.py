@@ -69,8 +69,8 @@ class Api:
 
     The ASGI application finds in ``scope["state"]``: ``api``; ``caller`` and ``signed``;
     ``record``, for the name of the ``operation``; ``body``, with a ``limit`` that routes may
-    change; ``observed``, for requests to models; and the context managers ``model_turn``,
-    ``grading_turn`` and ``stream_turn``. The scope contains the raw path, because an ARN in a path
+    change; ``observed``, for requests to models; and the context managers ``model_slot``,
+    ``grading_slot`` and ``stream_slot``. The scope contains the raw path, because an ARN in a path
     has encoded slashes.
     """
 
@@ -240,9 +240,9 @@ class Application:
                     "record": record,
                     "body": body,
                     "observed": observed,
-                    "model_turn": partial(self._turn, self._model_slots, record, receive),
-                    "grading_turn": partial(self._turn, self._grading_slots, record, receive),
-                    "stream_turn": partial(self._streams.turn, record.account, 0),
+                    "model_slot": partial(self._slot, self._model_slots, record, receive),
+                    "grading_slot": partial(self._slot, self._grading_slots, record, receive),
+                    "stream_slot": partial(self._streams.turn, record.account, 0),
                 }
                 # Routers match the raw path, where the slashes of an ARN are still encoded.
                 inner = {**scope, "app": api.app, "path": head.path, "state": state}
@@ -288,7 +288,7 @@ class Application:
         return signed
 
     @asynccontextmanager
-    async def _turn(
+    async def _slot(
         self, slots: Slots, record: RequestRecord, receive: Receive
     ) -> AsyncIterator[None]:
         """Occupy a slot, and cancel the work of the block when the client disconnects.

@@ -183,32 +183,32 @@ def api_application(routes: Sequence[BaseRoute], context: Any, **options: Any) -
     return app
 
 
-async def _model_turn(request: Request) -> AsyncIterator[None]:
+async def _model_slot(request: Request) -> AsyncIterator[None]:
     state = request.state
     body = getattr(state, "json", None)
     captured = state.record.operation not in NOT_CAPTURED
     if state.observed and body is not None and captured:
         state.observed.begin(state.caller, body, unquote(request.path_params.get("model", "")))
-    async with state.model_turn():
+    async with state.model_slot():
         yield
 
 
-async def _grading_turn(request: Request) -> AsyncIterator[None]:
-    async with request.state.grading_turn():
+async def _grading_slot(request: Request) -> AsyncIterator[None]:
+    async with request.state.grading_slot():
         yield
 
 
-async def _stream_turn(request: Request) -> AsyncIterator[None]:
-    async with request.state.stream_turn():
+async def _stream_slot(request: Request) -> AsyncIterator[None]:
+    async with request.state.stream_slot():
         yield
 
 
 # The scope `function` frees the slot before the response is sent, possibly to a slow client.
-MODEL_TURN = Depends(_model_turn, scope="function")
+MODEL_SLOT = Depends(_model_slot, scope="function")
 """Dependency for a slot of requests to models."""
-GRADING_TURN = Depends(_grading_turn, scope="function")
+GRADING_SLOT = Depends(_grading_slot, scope="function")
 """Dependency for a slot of requests with a grader."""
-STREAM_TURN = Depends(_stream_turn)
+STREAM_SLOT = Depends(_stream_slot)
 """Dependency that occupies a slot for a stream until the response is sent."""
 
 
@@ -259,7 +259,7 @@ def handler_endpoint(
         if state.observed and name not in NOT_CAPTURED:
             metadata = call.headers.get("x-amzn-bedrock-request-metadata", "")
             state.observed.begin(call.caller, call.body, call.params.get("modelId", ""), metadata)
-        async with state.model_turn():
+        async with state.model_slot():
             answer = await run_in_threadpool(handler, call)
         return to_starlette(answer)
 

@@ -172,7 +172,7 @@ class StreamedResponse(StreamingResponse):
             ClientDisconnect: If the client disconnects before the first piece.
         """
         try:
-            async with scope["state"]["stream_turn"]():
+            async with scope["state"]["stream_slot"]():
                 if isinstance(self._pieces, GeneratedPieces):
                     await self._wait_for_first(self._pieces, receive)
                 status, headers = self.status_code, self.raw_headers

@@ -14,7 +14,7 @@ from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, Media
 from luthier.inference.inference import ImageRequest
 from luthier.server.http.media import read_media
 from luthier.server.http.messages import inference_faults
-from luthier.server.http.routes import MODEL_TURN, Name
+from luthier.server.http.routes import MODEL_SLOT, Name
 from luthier.server.native.operations import (
     Call,
     Input,
@@ -153,7 +153,7 @@ class ReconstructionsView(View):
 
 @router.post(
     "/models/{model}/predictions",
-    dependencies=[MODEL_TURN],
+    dependencies=[MODEL_SLOT],
     openapi_extra=uploads("image", "audio"),
 )
 def predict(call: NativeCall, model: Name, body: PredictionRequest) -> PredictionsView:
@@ -177,7 +177,7 @@ def predict(call: NativeCall, model: Name, body: PredictionRequest) -> Predictio
 
 @router.post(
     "/models/{model}/images",
-    dependencies=[MODEL_TURN],
+    dependencies=[MODEL_SLOT],
     response_model=SamplesView,
     responses=PICTURES,
 )
@@ -207,7 +207,7 @@ def sample_images(
 
 @router.post(
     "/models/{model}/reconstructions",
-    dependencies=[MODEL_TURN],
+    dependencies=[MODEL_SLOT],
     response_model=ReconstructionsView,
     responses=PICTURES,
     openapi_extra=uploads("image"),

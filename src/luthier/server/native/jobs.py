@@ -17,7 +17,7 @@ from luthier.engine.runs import LABEL_ISSUES, run_of
 from luthier.formatting import map_code
 from luthier.graders import parse_graders
 from luthier.server.http.messages import Fault, parse_digits
-from luthier.server.http.routes import STREAM_TURN, Name
+from luthier.server.http.routes import STREAM_SLOT, Name
 from luthier.server.jobs import deletion
 from luthier.server.jobs.data import check_first_rows
 from luthier.server.jobs.folders import JobFolders
@@ -291,7 +291,7 @@ def _read_job(call: NativeCall, job: Name) -> Job:
     return _find(call, job)
 
 
-@router.get("/jobs/{job}/events", response_class=EventSourceResponse, dependencies=[STREAM_TURN])
+@router.get("/jobs/{job}/events", response_class=EventSourceResponse, dependencies=[STREAM_SLOT])
 async def job_events(
     call: NativeCall,
     job: Annotated[Job, Depends(_read_job)],

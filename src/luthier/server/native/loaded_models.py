@@ -8,7 +8,7 @@ from sqlalchemy import select
 
 from luthier.inference.pool import LoadedModel
 from luthier.server.http.messages import Fault, inference_faults
-from luthier.server.http.routes import MODEL_TURN, Name
+from luthier.server.http.routes import MODEL_SLOT, Name
 from luthier.server.identifiers import find_foundation
 from luthier.server.native.operations import (
     Call,
@@ -66,7 +66,7 @@ def list_loaded_models(call: NativeCall) -> LoadedModelsView:
     )
 
 
-@router.post("/models/{model}/load", dependencies=[MODEL_TURN])
+@router.post("/models/{model}/load", dependencies=[MODEL_SLOT])
 def load_model(call: NativeCall, model: Name) -> LoadedModelView:
     """Load a custom model into memory."""
     row, stored_id = _find(call, model)

@@ -25,7 +25,7 @@ from luthier.inference.inference import (
 )
 from luthier.models.decoding.sampling import MOST_TOKENS, Constraint
 from luthier.server.http.media import read_image_url
-from luthier.server.http.routes import MODEL_TURN
+from luthier.server.http.routes import MODEL_SLOT
 from luthier.server.http.streams import StreamedResponse
 from luthier.server.live.streams import joined_chunks
 from luthier.server.openai.generation import (
@@ -271,7 +271,7 @@ def join_parts(
 @router.post(
     "/chat/completions",
     name="chat.completions.create",
-    dependencies=[MODEL_TURN],
+    dependencies=[MODEL_SLOT],
     response_model=JsonObject,
 )
 def create(call: OpenAICall, body: ChatRequest) -> JsonObject | StreamedResponse:

@@ -17,7 +17,7 @@ from luthier.inference.inference import (
     TokenChunk,
 )
 from luthier.models.decoding.sampling import MOST_TOKENS
-from luthier.server.http.routes import MODEL_TURN
+from luthier.server.http.routes import MODEL_SLOT
 from luthier.server.http.streams import StreamedResponse
 from luthier.server.openai.generation import (
     FINISH,
@@ -83,7 +83,7 @@ class CompletionRequest(SamplingFields):
 @router.post(
     "/completions",
     name="completions.create",
-    dependencies=[MODEL_TURN],
+    dependencies=[MODEL_SLOT],
     response_model=JsonObject,
 )
 def create(call: OpenAICall, body: CompletionRequest) -> JsonObject | StreamedResponse:

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.models.decoding.sampling import MOST_TOKENS
-from luthier.server.http.routes import MODEL_TURN
+from luthier.server.http.routes import MODEL_SLOT
 from luthier.server.openai.generation import Inference, refusals, split_inputs
 from luthier.server.openai.operations import OpenAICall, openai_router
 from luthier.server.openai.protocol import JsonObject, StrictBody, invalid
@@ -42,7 +42,7 @@ class EmbeddingRequest(StrictBody):
             raise invalid(f"A request has at most {MOST_INPUTS} inputs.", "input")
 
 
-@router.post("/embeddings", name="embeddings.create", dependencies=[MODEL_TURN])
+@router.post("/embeddings", name="embeddings.create", dependencies=[MODEL_SLOT])
 def create(call: OpenAICall, body: EmbeddingRequest) -> JsonObject:
     """Return an embedding for each input."""
     return complete(call.context.inference, call.account, body)

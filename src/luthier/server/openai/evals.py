@@ -15,7 +15,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from luthier.errors import RecipeError
 from luthier.graders import JsonSchema
 from luthier.server.background import caller_fields
-from luthier.server.http.routes import GRADING_TURN, Name
+from luthier.server.http.routes import GRADING_SLOT, Name
 from luthier.server.openai.eval_report import report_object
 from luthier.server.openai.eval_runs import (
     MOST_CRITERIA,
@@ -93,7 +93,7 @@ class CreateRun(Body):
     metadata: Metadata = None
 
 
-@graders.post("/evals", name="evals.create", status_code=201, dependencies=[GRADING_TURN])
+@graders.post("/evals", name="evals.create", status_code=201, dependencies=[GRADING_SLOT])
 def create(call: OpenAICall, body: CreateEval) -> JsonObject:
     """Create an eval: a row schema and grading criteria."""
     call.record("eval")

@@ -26,7 +26,7 @@ from luthier.graders.base import TOO_LONG, Embedder, LabelReader
 from luthier.graders.grade import attempt
 from luthier.inference.inference import Chat, GenerationRequest, InferenceRefused
 from luthier.inference.pool import ModelPool
-from luthier.server.http.routes import GRADING_TURN
+from luthier.server.http.routes import GRADING_SLOT
 from luthier.server.openai.generation import Judge
 from luthier.server.openai.operations import GraderRoute, OpenAICall, openai_router
 from luthier.server.openai.protocol import Body, JsonObject, invalid
@@ -75,7 +75,7 @@ class ValidateGrader(Body):
 @router.post(
     "/fine_tuning/alpha/graders/validate",
     name="fine_tuning.alpha.graders.validate",
-    dependencies=[GRADING_TURN],
+    dependencies=[GRADING_SLOT],
 )
 def validate(call: OpenAICall, body: ValidateGrader) -> JsonObject:
     """Check a grader and return the grader unchanged."""
@@ -86,7 +86,7 @@ def validate(call: OpenAICall, body: ValidateGrader) -> JsonObject:
 @router.post(
     "/fine_tuning/alpha/graders/run",
     name="fine_tuning.alpha.graders.run",
-    dependencies=[GRADING_TURN],
+    dependencies=[GRADING_SLOT],
 )
 def run(call: OpenAICall, body: RunGrader) -> JsonObject:
     """Grade a reply. If the grader fails, the response contains the error and the reward 0.

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from luthier.inference.inference import ImageRequest, InferenceRefused
-from luthier.server.http.routes import MODEL_TURN
+from luthier.server.http.routes import MODEL_SLOT
 from luthier.server.openai.generation import refusals
 from luthier.server.openai.operations import OpenAICall, openai_router
 from luthier.server.openai.protocol import JsonObject, StrictBody, invalid
@@ -53,7 +53,7 @@ class ImageGenerationRequest(StrictBody):
         return ImageRequest(self.n or 1, self.prompt, seed, size)
 
 
-@router.post("/images/generations", name="images.generate", dependencies=[MODEL_TURN])
+@router.post("/images/generations", name="images.generate", dependencies=[MODEL_SLOT])
 def generate(call: OpenAICall, body: ImageGenerationRequest) -> JsonObject:
     """Generate images, and return PNG files in base64."""
     from luthier.media.image_grid import encode_png

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from luthier.data.shapes.texts import QueryDocument
-from luthier.server.http.routes import MODEL_TURN
+from luthier.server.http.routes import MODEL_SLOT
 from luthier.server.openai.embeddings import MOST_INPUTS
 from luthier.server.openai.generation import refusals
 from luthier.server.openai.operations import OpenAICall, openai_router
@@ -34,7 +34,7 @@ class RerankRequest(StrictBody):
     return_documents: bool = False
 
 
-@router.post("/rerank", name="rerank.create", dependencies=[MODEL_TURN])
+@router.post("/rerank", name="rerank.create", dependencies=[MODEL_SLOT])
 def create(call: OpenAICall, body: RerankRequest) -> JsonObject:
     """Return the documents in the order of their relevance to the query."""
     inference = call.context.inference

@@ -36,7 +36,7 @@ from luthier.inference.inference import (
 )
 from luthier.models.decoding.sampling import MOST_TOKENS, Constraint
 from luthier.server.http.messages import Fault
-from luthier.server.http.routes import MODEL_TURN
+from luthier.server.http.routes import MODEL_SLOT
 from luthier.server.http.streams import GeneratedPieces, StreamedResponse
 from luthier.server.openai.chat import ContentPart, join_parts
 from luthier.server.openai.file_search import FileSearchTool, FoundInFile
@@ -287,7 +287,7 @@ def _text(
 
 
 @router.post(
-    "/responses", name="responses.create", dependencies=[MODEL_TURN], response_model=JsonObject
+    "/responses", name="responses.create", dependencies=[MODEL_SLOT], response_model=JsonObject
 )
 def create(call: OpenAICall, body: ResponseRequest) -> JsonObject | StreamedResponse:
     """Generate a response, as an object or a stream of events."""

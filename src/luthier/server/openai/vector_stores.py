@@ -11,7 +11,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from luthier.server.background import caller_fields
-from luthier.server.http.routes import MODEL_TURN, Name
+from luthier.server.http.routes import MODEL_SLOT, Name
 from luthier.server.openai.file_search import Scalar, SearchOptions, check_store
 from luthier.server.openai.operations import (
     Call,
@@ -250,7 +250,7 @@ def delete(call: OpenAICall, store: Name) -> JsonObject:
 
 
 @router.post(
-    "/vector_stores/{store}/search", name="vector_stores.search", dependencies=[MODEL_TURN]
+    "/vector_stores/{store}/search", name="vector_stores.search", dependencies=[MODEL_SLOT]
 )
 def search(call: OpenAICall, store: Name, body: SearchStore) -> JsonObject:
     """Return the passages of a store for a query."""
