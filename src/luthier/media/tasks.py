@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
+from luthier.data.inputs import MediaInput
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.media import BareWindow, CaptionedImage, LabelledWindow
 from luthier.errors import DataError, Problem
@@ -93,17 +94,13 @@ def _z_alarms(train: Sequence[BareWindow], held: Sequence[BareWindow]) -> Answer
     ordinary = [row for row in train if not (isinstance(row, LabelledWindow) and row.is_fault)]
     network = ZScoreModel(ZScoreConfig(**Z_SCORE_FIELDS))
 
-    def values(rows: Sequence[BareWindow]) -> torch.Tensor:
-        return torch.from_numpy(np.stack([Z_SCORE_READER.array(row.media) for row in rows]))
-
-    whole = [row for row in ordinary if Z_SCORE_READER.is_whole(row.media)] or ordinary
-    columns = max(row.media.columns for row in whole)
-    network.fit(values(whole).mean((2, 3)), columns)
+    network.fit([MediaInput(row.media, Z_SCORE_READER) for row in ordinary])
+    windows = [MediaInput(row.media, Z_SCORE_READER) for row in held]
     with torch.no_grad():
-        scores = network.scores(values(held)).tolist()
+        scores = network.scores(torch.from_numpy(np.stack([each.array() for each in windows])))
     return [
-        {"anomalous": score > Z_THRESHOLD if Z_SCORE_READER.is_whole(row.media) else None}
-        for score, row in zip(scores, held, strict=True)
+        {"anomalous": score > Z_THRESHOLD if each.is_whole else None}
+        for score, each in zip(scores.tolist(), windows, strict=True)
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import luthier
-from luthier.data.inputs import Media
+from luthier.data.inputs import Media, MediaInput
 from luthier.errors import DataError
 from luthier.media.networks.z_score import ZScoreConfig, ZScoreModel
 from luthier.media.processors import WindowProcessor
@@ -27,10 +27,15 @@ def write(path: Path, values_TC: np.ndarray, labels: list[str]) -> Path:
 def test_scores_equal_those_of_numpy_and_skip_unknown_columns() -> None:
     model = ZScoreModel(ZScoreConfig.from_dict({"num_channels": 3, "image_size": [1, 4]}))
     random = np.random.default_rng(0)
-    means_NC = random.normal([5, 200, 0], [1, 30, 0], (50, 3))
-    model.fit(torch.from_numpy(means_NC).float(), columns=2)
+    values_NLC = random.normal([5, 200], [1, 30], (50, 4, 2))
+    reader = WindowProcessor(4, 3, scaled=False)
+    media = [Media("window", "w", array=values_LC) for values_LC in values_NLC]
+    short = Media("window", "w", array=values_NLC[0, :2] + 1000)
+    fitted = model.fit([MediaInput(each, reader) for each in [*media, short]])
+    assert fitted == (50, 2)
+    means_NC = values_NLC.mean(1)
     window_RC1L = random.normal(size=(6, 3, 1, 4)).astype(np.float32)
-    z_RC = (window_RC1L.mean((2, 3)) - means_NC.mean(0))[:, :2] / means_NC.std(0)[:2]
+    z_RC = (window_RC1L.mean((2, 3))[:, :2] - means_NC.mean(0)) / means_NC.std(0)
     wanted = np.sqrt((z_RC**2).mean(1))
     found = model.scores(torch.from_numpy(window_RC1L))
     np.testing.assert_allclose(found.detach(), wanted, rtol=1e-4)

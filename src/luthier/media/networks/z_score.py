@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -19,6 +20,7 @@ from luthier.media.networks.image_stages import ImagePreTrainedConfig, ImagePreT
 from luthier.types import Example
 
 if TYPE_CHECKING:
+    from luthier.data.inputs import MediaInput
     from luthier.models.networks.network import Network, TreeBatch
 
 SMALLEST_DEVIATION = 1e-6
@@ -57,25 +59,30 @@ class ZScoreModel(ImagePreTrainedModel):
             init.zeros_(self.deviation)
 
     def fit_rows(self, network: Network, examples: Sequence[Example], budget: int) -> str:
-        """Fit mean and deviation to windows with enough values, and describe the fit."""
-        whole = [e for e in examples if e.media is None or e.media.is_whole] or examples
-        means = [_values(network, each).mean((2, 3)) for each in network.batches(whole, budget)]
-        columns = max(each.media.media.columns for each in whole if each.media is not None)
-        self.fit(torch.cat(means), columns)
-        return f"z-scores fitted to {len(whole):,} rows of {columns} columns"
+        """Fit mean and deviation to the windows of ``examples``, and describe the fit."""
+        rows, columns = self.fit([each.media for each in examples if each.media is not None])
+        return f"z-scores fitted to {rows:,} rows of {columns} columns"
 
     def anomaly_scores(self, network: Network, batch: TreeBatch) -> Tensor:
         """Return the scores ``[R]`` of the rows of ``batch``."""
         return self.scores(_values(network, batch))
 
     @torch.no_grad()
-    def fit(self, means_NC: Tensor, columns: int) -> None:
-        """Set mean and deviation of the first ``columns`` from means of latest values."""
+    def fit(self, windows: Sequence[MediaInput]) -> tuple[int, int]:
+        """Set mean and deviation from windows with enough values, or from all windows if none has.
+
+        Returns:
+            The number of windows and of columns.
+        """
+        whole = [each for each in windows if each.is_whole] or windows
+        columns = max(each.media.columns for each in whole)
+        means_NC = torch.from_numpy(np.stack([each.array().mean((1, 2)) for each in whole]))
         mean_C, deviation_C = means_NC.mean(0), means_NC.std(0, correction=0)
         deviation_C = deviation_C.maximum(SMALLEST_DEVIATION * mean_C.abs().clamp(min=1))
         self.mean.copy_(mean_C)
         self.deviation.copy_(deviation_C)
         self.deviation[columns:] = 0
+        return len(whole), columns
 
     def scores(self, values_RC1L: Tensor) -> Tensor:
         """Return the scores ``[R]`` of windows ``[R, C, 1, L]``."""
