@@ -233,7 +233,7 @@ def test_half_loaded_model_is_closed_after_failure(
         raise RuntimeError("no tokens")
 
     monkeypatch.setattr(Decoder, "open", keep)
-    monkeypatch.setattr("luthier.data.conversations.tokenization.TextEncoder.encode_whole", fail)
+    monkeypatch.setattr("luthier.data.conversations.tokenization.TextTokenizer.encode_whole", fail)
     with pytest.raises(InferenceFailed):
         pool.submit(folders[0], REQUEST)
     assert not opened[0]._thread.is_alive()

@@ -168,4 +168,4 @@ def test_the_command_prints_accuracies_by_task(base: str, tmp_path: Path) -> Non
     )
     assert answer.exit_code == 0, answer.output
     assert "accuracy: " in answer.output and "accuracy_norm: " in answer.output
-    assert "by task:" in answer.output and page.read_text().count("accuracy norm")
+    assert "By task" in answer.output and page.read_text().count("accuracy norm")

@@ -20,6 +20,7 @@ _STEPS = {
     "compare": "Compare with simpler methods on unseen rows",
     "evaluate": "Score on unseen rows",
     "predict": "Predict",
+    "nearest": "Search",
     "generate": "Generate a reply",
 }
 """Heading of a notebook's cell by command."""
@@ -33,7 +34,7 @@ def as_notebook(use: Mapping[str, Any]) -> dict[str, Any]:
     cells = [_cell("markdown", 0, f"# {use['title']}\n\n{result}\n\n{use['credit']}")]
     cells.append(_cell("code", len(cells), _IMPORTS))
     for command in use["commands"]:
-        heading = f"## {_STEPS[command.split()[1]]}"
+        heading = f"## {_STEPS[_name(command)]}"
         cells.append(_cell("markdown", len(cells), heading))
         cells.append(_cell("code", len(cells), as_python(command)))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -49,8 +50,9 @@ def as_python(command: str) -> str:
     """Return the code of a cell for a ``luthier`` command: a call, if Python has the function."""
     from luthier.cli.app import COMMANDS
 
-    _, name, *words = shlex.split(command)
-    if name not in dir(luthier):
+    name, (first, _, *words) = _name(command), shlex.split(command)
+    # A call has no environment of its own, so a command with a variable stays a command.
+    if name not in dir(luthier) or first != "luthier":
         return command.replace("luthier", "!{sys.executable} -m luthier", 1)
     parameters = inspect.signature(COMMANDS[name].function).parameters
     given = COMMANDS[name].parse(words)
@@ -65,6 +67,12 @@ def as_python(command: str) -> str:
         parts.append(shown if is_first else f"{key}={shown}")
     parts += [f"{key.replace('.', '__')}={value!r}" for key, value in settings.items()]
     return f"luthier.{name}({', '.join(parts)})".replace("PosixPath(", "Path(")
+
+
+def _name(command: str) -> str:
+    """Return the name of a ``luthier`` command, which may follow variables of the environment."""
+    words = command.split()
+    return words[words.index("luthier") + 1]
 
 
 def _cell(kind: str, number: int, text: str) -> dict[str, Any]:
