@@ -125,7 +125,9 @@ def test_notes_explain_the_columns_alone() -> None:
     share = RowScores.of([1, 0])
     written = head_to_head(
         contender("base", "zero-shot", 100, prompt_tokens=9.0),
-        replace(tuned, consistency=share, paraphrase_consistency=share),
+        replace(
+            tuned, consistency=share, paraphrase_consistency=share, scores={"exact": 1, "MB": 0}
+        ),
         prices=Prices(per_hour=3.6),
     )
     assert written.notes(page=False).count(";") == classified.notes(page=False).count(";") + 4

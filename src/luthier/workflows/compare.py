@@ -112,7 +112,8 @@ class HeadToHead(Tabular):
         prices, behind, months = self.prices, self.behind(), self.break_even()
         generates = any(each.prompt_tokens is not None for each in self.contenders)
         further = [name for name in self.best.scores if name != self.measure and generates]
-        columns = {"": "name", "technique": "detail", "score ±": "number", "95 %": "detail"}
+        # Pairs, because a grader may have the name of another column.
+        columns = [("", "name"), ("technique", "detail"), ("score ±", "number"), ("95 %", "detail")]
         numbers = ["vs. best ±", *further, *["tokens"] * generates, "ms", "MB"]
         if prices is not None:
             numbers.append(f"{prices.currency}/1,000")
@@ -122,7 +123,8 @@ class HeadToHead(Tabular):
             PARAPHRASED: [each.paraphrase_consistency for each in self.contenders],
         }
         shares = {name: column for name, column in shares.items() if any(column)}
-        columns |= dict.fromkeys([*numbers, *shares], "number") | {"preparation, s": "detail"}
+        columns += [(name, "number") for name in (*numbers, *shares)]
+        columns += [("preparation, s", "detail")]
         rows = []
         for number, each in enumerate(self.contenders):
             cost, apart = self.cost_per_thousand(each), behind.get(each.name)
@@ -154,7 +156,7 @@ class HeadToHead(Tabular):
         currency = "" if self.prices is None else self.prices.currency
         shown = [name for name, kind in table.columns if page or kind != "detail"]
         meanings = (MEANINGS.get(name.removeprefix(currency)) for name in shown)
-        return "; ".join(filter(None, meanings))
+        return "; ".join(dict.fromkeys(filter(None, meanings)))
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Return name, score and cost of each contender."""
