@@ -19,7 +19,9 @@ from luthier.library.models import find
 from luthier.workflows.evaluate import open_graders
 
 
-def tuned(family_folder: Callable[[str], Path], path: Path, rows: list[dict[str, Any]]) -> str:
+def tuned(
+    family_folder: Callable[[str], Path], path: Path, rows: list[dict[str, Any]], **more: Any
+) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return luthier.tune(
         path,
@@ -27,6 +29,7 @@ def tuned(family_folder: Callable[[str], Path], path: Path, rows: list[dict[str,
         name="x",
         training__max_steps=2,
         data__validation_share=0,
+        **more,
     ).model_id
 
 
@@ -42,9 +45,15 @@ def test_probabilities_of_several_labels_match_predict(
     assert found == pytest.approx(wanted["scores"]["snow"], abs=1e-4)
 
 
-def test_model_of_ratings_is_refused(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    rows = [{"text": f"a {n}", "rating": n} for n in range(16)]
-    model = tuned(family_folder, tmp_path / "texts.jsonl", rows)
+@pytest.mark.parametrize("method", ["regression", "reward_model"])
+def test_model_of_ratings_or_rewards_is_refused(
+    method: str, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {
+        "regression": [{"text": f"a {n}", "rating": n} for n in range(16)],
+        "reward_model": [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(16)],
+    }
+    model = tuned(family_folder, tmp_path / "texts.jsonl", rows[method], objective=method)
     with pytest.raises(RecipeError) as refused:
         open_graders({"mine": Classifier(model=model, label="snow")}, 2, print)
     assert refused.value.rule == "scorer.task"
