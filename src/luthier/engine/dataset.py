@@ -359,7 +359,10 @@ def _encode_rows(
         compared=compared,
         held_out=parts.held_out,
         learned=learned,
-        shown=[*islice(filter(_can_show, parts.held), SHOWN_ROWS)],
+        # Of other tasks, no row has a reply, and the search would read all held-out rows again.
+        shown=(
+            [*islice(filter(_can_show, parts.held), SHOWN_ROWS)] if objective.task.writes else ()
+        ),
     )
 
 

@@ -501,7 +501,7 @@ class ShownReplies(TrainingStep):
     @classmethod
     def applies(cls, job: TrainingJob) -> bool:
         """Return true if the network generates text and held-out rows have prompts."""
-        return job.data.objective.task.writes and bool(job.data.shown)
+        return bool(job.data.shown)
 
     def after_evaluation(self, trainer: Trainer, step: int) -> None:
         """Report the most likely replies. The random state of the training stays as it was."""
