@@ -93,7 +93,6 @@ def _z_alarms(train: Sequence[BareWindow], held: Sequence[BareWindow]) -> Answer
 
     ordinary = [row for row in train if not (isinstance(row, LabelledWindow) and row.is_fault)]
     network = ZScoreModel(ZScoreConfig(**Z_SCORE_FIELDS))
-
     network.fit([MediaInput(row.media, Z_SCORE_READER) for row in ordinary])
     windows = [MediaInput(row.media, Z_SCORE_READER) for row in held]
     with torch.no_grad():

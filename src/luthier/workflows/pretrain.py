@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 from luthier import __version__
@@ -67,7 +68,7 @@ from luthier.models.manifest import Manifest
 from luthier.models.network_shapes import SHAPES, configuration
 from luthier.models.networks.heads import Head
 from luthier.models.process_group import ProcessGroup
-from luthier.objectives.base import RunModels
+from luthier.objectives.base import Objective, RunModels
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.span_corruption import SpanCorruption
@@ -271,16 +272,8 @@ def _dataset(
 ) -> Dataset:
     folder, facts = run.folder / TOKENS, _tokens(recipe, run, statistics, chat, reporter)
     objective = recipe.objective(chat, context)
-    size, others = context, tuple[Any, ...]()
-    kind: type[TokenFile] = TokenFile
-    if isinstance(objective, MaskedLM):
-        size, kind = context - 2, EncoderTokenFile
-        others = chat.tokenizer.cls_token_id, chat.text_tokenizer.end_id
-    elif isinstance(objective, SpanCorruption):
-        size, kind, others = context - 2, PieceFile, (objective.piece,)
-        objective.check_sentinels(size)
     train, validation = (
-        kind.open(folder / f"{name}.bin", facts[name], size, *others)
+        _open_tokens(folder / f"{name}.bin", facts[name], objective, chat, context)
         for name in ("train", "validation")
     )
     learned = train.tokens - len(train)
@@ -309,6 +302,21 @@ def _dataset(
             "examples": len(train),
         },
     )
+
+
+def _open_tokens(
+    path: Path, facts: dict[str, Any], objective: Objective, chat: ChatFormat, context: int
+) -> TokenFile:
+    """Open a file of tokens as sequences for ``objective``."""
+    # The inputs of encoders have special tokens, too.
+    size = context - 2
+    if isinstance(objective, MaskedLM):
+        ends = chat.tokenizer.cls_token_id, chat.text_tokenizer.end_id
+        return EncoderTokenFile.open(path, facts, size, *ends)
+    if isinstance(objective, SpanCorruption):
+        objective.check_sentinels(size)
+        return PieceFile.open(path, facts, size, objective.piece)
+    return TokenFile.open(path, facts, context)
 
 
 def _survey(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> Survey:
