@@ -111,9 +111,7 @@ def test_record_of_refit_has_no_learned_row_as_held_out(
     # Further tuning on the same rows warns that held-out rows were learned.
     notes = Notes()
     train(recipe("y", base=result.model_id, max_steps=1, refit=False), reporter=notes)
-    assert any(
-        f"held-out rows are rows that {result.model_id} learned from" in n for n in notes.notes
-    )
+    assert any(result.model_id in note and "held-out" in note for note in notes.notes)
     train(recipe("z"))
     assert not (folder.parent / "z" / HELD_OUT).exists()
 

@@ -377,7 +377,7 @@ def test_custom_model_is_tuned_further_and_records_parent(
     ]  # fmt: skip
     assert four.network_folder == find("tiny-llama:three").folder
     assert len(luthier.load("tiny-llama:four").generate(["say fox"], max_tokens=4)) == 1
-    with pytest.raises(RecipeError, match="tiny-llama:two was made from tiny-llama:one"):
+    with pytest.raises(RecipeError, match="tiny-llama:one is in use by tiny-llama:two"):
         remove_model("tiny-llama:one")
     shutil.rmtree(find("tiny-llama:one").folder)
     # A whole network needs no ancestors, an adapter does.
