@@ -26,7 +26,7 @@ from luthier.server.tables.jobs import COMPLETED, QUEUED
 from luthier.server.tables.measurements import MeasuredModel
 from luthier.server.tables.studies import Study
 from luthier.workflows.study import study as module
-from luthier.workflows.study.cells import Cell, Outcome
+from luthier.workflows.study.cells import Cell, CellResult
 
 ACCOUNT, ROWS = "000000000000", "s3://bucket/rows.jsonl"
 
@@ -78,9 +78,9 @@ def row(database: Database) -> Study:
         return session.query(Study).options(undefer("*")).one()
 
 
-def measured(recipe: Recipe) -> Outcome:
+def measured(recipe: Recipe) -> CellResult:
     rate = recipe.training.learning_rate or 0.0
-    return Outcome(
+    return CellResult(
         measure="accuracy", value=1 - rate, error=0.1, start=0.3, processor_seconds=rate, seconds=9,
         saved_bytes=10**6, steps=4, recipe=portable(recipe),
     )  # fmt: skip
@@ -92,7 +92,7 @@ def test_study_continues_after_a_released_worker(
 ) -> None:
     homes = set()
 
-    def run_cells(cells: Sequence[Cell], reporter: Reporter, runner: Any) -> list[Outcome]:
+    def run_cells(cells: Sequence[Cell], reporter: Reporter, runner: Any) -> list[CellResult]:
         homes.update(cell.folder.parent for cell in cells)
         if len(homes) == 1 and not (luthier_home / "again").exists():
             (luthier_home / "again").touch()

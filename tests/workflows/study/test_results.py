@@ -15,7 +15,7 @@ import pytest
 from luthier.engine.metrics import THEMES
 from luthier.evaluation.significance import RowScores
 from luthier.workflows.figures import draw_bars
-from luthier.workflows.study.cells import Outcome
+from luthier.workflows.study.cells import CellResult
 from luthier.workflows.study.figures import draw_study
 from luthier.workflows.study.grid import Configuration, Dimension
 from luthier.workflows.study.results import Study, StudyRow, columns_of
@@ -23,10 +23,12 @@ from luthier.workflows.study.results import Study, StudyRow, columns_of
 HELD_OUT = 400
 
 
-def outcome(right: int, seconds: float = 10.0, start: float | None = 0.5, **fields: Any) -> Outcome:
+def outcome(
+    right: int, seconds: float = 10.0, start: float | None = 0.5, **fields: Any
+) -> CellResult:
     """An outcome with the first ``right`` of 400 rows right."""
     scores = RowScores.of(np.arange(HELD_OUT) < right)
-    return Outcome(
+    return CellResult(
         measure="accuracy", value=scores.value, error=scores.error, rows=scores.plain(),
         start=start, seconds=seconds, processor_seconds=seconds, peak_memory_bytes=10**9,
         trained_weights=1000, saved_bytes=2 * 10**6, training_rows=100, steps=10,
@@ -35,7 +37,7 @@ def outcome(right: int, seconds: float = 10.0, start: float | None = 0.5, **fiel
 
 
 def study_of(
-    rows: Mapping[Any, Sequence[Outcome]], key: str = "adaptation.method", **fields: Any
+    rows: Mapping[Any, Sequence[CellResult]], key: str = "adaptation.method", **fields: Any
 ) -> Study:
     studied = [
         StudyRow(Configuration({key: name}), each, next((o.reason for o in each if o.reason), ""))
@@ -44,7 +46,7 @@ def study_of(
     return Study("s", "folder", studied, [Dimension(key, tuple(rows))], HELD_OUT, **fields)
 
 
-def chosen_name(rows: Mapping[Any, Sequence[Outcome]], **limits: float) -> str | None:
+def chosen_name(rows: Mapping[Any, Sequence[CellResult]], **limits: float) -> str | None:
     chosen = study_of(rows, limits=limits).chosen
     return None if chosen is None else chosen.name
 
@@ -105,7 +107,7 @@ def test_equal_configurations_differ_significantly_in_one_study_of_twenty() -> N
                 scores = RowScores.of(draw.random(HELD_OUT) < share)
                 plain = scores.plain()
                 outcomes.append(
-                    Outcome(measure="accuracy", value=scores.value, rows=plain, order="x")
+                    CellResult(measure="accuracy", value=scores.value, rows=plain, order="x")
                 )
             rows[name] = outcomes
         count += any(each.significant for each in study_of(rows).apart.values())
@@ -124,7 +126,7 @@ def test_limit_excludes_a_configuration_without_the_figure() -> None:
 
 
 def test_lower_loss_is_better_and_a_gain() -> None:
-    rows = {name: [Outcome(value=value, start=2.0)] for name, value in (("a", 1.5), ("b", 1.0))}
+    rows = {name: [CellResult(value=value, start=2.0)] for name, value in (("a", 1.5), ("b", 1.0))}
     found = study_of(rows)
     # A difference without a known error is not significant.
     assert found.is_within_chance(found.measured[1])
@@ -135,14 +137,14 @@ def test_lower_loss_is_better_and_a_gain() -> None:
 
 
 def test_failed_row_keeps_its_reason() -> None:
-    found = study_of({"a": [outcome(380)], "b": [outcome(370), Outcome(reason="diverged")]})
+    found = study_of({"a": [outcome(380)], "b": [outcome(370), CellResult(reason="diverged")]})
     assert [row["name"] for row in found.plain()["rows"] if "reason" in row] == ["b"]
     assert found.chosen is found.best
     assert json.loads(json.dumps(found.plain()))["chosen"] == "a"
 
 
 def test_columns_without_a_figure_are_left_out() -> None:
-    found = study_of({"a": [outcome(380, start=None)], "b": [Outcome(reason="diverged")]})
+    found = study_of({"a": [outcome(380, start=None)], "b": [CellResult(reason="diverged")]})
     columns = columns_of(found)
     assert "gain" not in columns and "drift" not in columns
     assert columns["MB"] == ["2.0", ""]
@@ -174,7 +176,7 @@ def test_bars_reach_the_score_and_intervals_surround_it(tmp_path: Path) -> None:
 
 
 def test_nothing_measured_has_a_verdict_and_no_choice() -> None:
-    found = study_of({"a": [Outcome(reason="x")], "b": [Outcome(reason="y")]})
+    found = study_of({"a": [CellResult(reason="x")], "b": [CellResult(reason="y")]})
     assert found.verdict()
     assert found.measured == []
     assert found.smallest_difference is None
@@ -192,7 +194,7 @@ def test_four_numbers_of_rows_predict_the_effect_of_more() -> None:
     assert found.more_rows.gain > 0
     assert study_of(rows, key="training.epochs").more_rows is None
     losses = {
-        share: [Outcome(value=1 + 0.5 * share**-0.5, training_rows=round(800 * share))]
+        share: [CellResult(value=1 + 0.5 * share**-0.5, training_rows=round(800 * share))]
         for share in rights
     }
     falling = study_of(losses, key="data.train_share").more_rows
@@ -218,5 +220,5 @@ def test_difference_between_rows_that_are_not_the_best() -> None:
 
 
 def test_columns_without_a_measured_row() -> None:
-    found = study_of({"a": [Outcome(reason="over the limit")]})
+    found = study_of({"a": [CellResult(reason="over the limit")]})
     assert columns_of(found) == {"score ±": [""]}

@@ -8,7 +8,7 @@ import pytest
 
 from luthier.errors import RecipeError
 from luthier.recipe import Recipe
-from luthier.workflows.study.cells import Outcome
+from luthier.workflows.study.cells import CellResult
 from luthier.workflows.study.grid import (
     Configuration,
     Dimension,
@@ -45,7 +45,7 @@ def searched(*texts: str, trials: int, size: int = 1, limit: float | None = None
 def measured(configuration: Configuration) -> StudyRow:
     rate = configuration.settings.get("training.learning_rate", 1e-3)
     loss = 1 + abs(rate - 3e-3)
-    return StudyRow(configuration, [Outcome(value=loss, seconds=6e4 * rate)])
+    return StudyRow(configuration, [CellResult(value=loss, seconds=6e4 * rate)])
 
 
 def settings(rows: Sequence[StudyRow]) -> list[dict[str, object]]:

@@ -21,7 +21,7 @@ from luthier.library.models import custom_models
 from luthier.recipe import Recipe
 from luthier.workflows.estimate.estimate import PredictionInterval
 from luthier.workflows.study import study as module
-from luthier.workflows.study.cells import Cell, Outcome
+from luthier.workflows.study.cells import Cell, CellResult
 from luthier.workflows.study.grid import Configuration, Dimension, grid_of, parse_dimensions
 from luthier.workflows.study.presets import grid_from
 from luthier.workflows.study.results import Study
@@ -102,9 +102,9 @@ def test_preset_leaves_out_what_network_and_rows_lack(
 ) -> None:
     ran = list[str]()
 
-    def run_cells(cells: Sequence[Cell], *_: object) -> list[Outcome]:
+    def run_cells(cells: Sequence[Cell], *_: object) -> list[CellResult]:
         ran.extend(each.recipe.adaptation.method for each in cells)
-        return [Outcome(value=1.0, seconds=1.0) for _ in cells]
+        return [CellResult(value=1.0, seconds=1.0) for _ in cells]
 
     monkeypatch.setattr(module, "run_cells", run_cells)
     monkeypatch.setattr(module._Work, "_estimate", lambda *_: 1.0)
@@ -127,7 +127,7 @@ def test_name_taken_during_the_check_of_the_data_is_not_used(
         return prepare_job(*arguments)
 
     monkeypatch.setattr(module, "prepare_job", prepare)
-    measured = [Outcome(value=1.0, seconds=1.0)]
+    measured = [CellResult(value=1.0, seconds=1.0)]
     monkeypatch.setattr(module, "run_cells", lambda *_: measured)
     monkeypatch.setattr(module._Work, "_estimate", lambda *_: 1.0)
     assert run(rows, "training.learning_rate=0.02,0.05").name == "rows-2"
@@ -150,7 +150,7 @@ def pairs_recipe(folder: Path, base: Path) -> Recipe:
 
 
 def test_several_prompts_become_rows_of_one_training() -> None:
-    trained = Outcome(value=1.0, seconds=9.0, contenders={
+    trained = CellResult(value=1.0, seconds=9.0, contenders={
         "tuned": {"value": 0.9}, "base with a.txt": {"value": 0.4, "seconds": 0},
     })  # fmt: skip
     rows = module._rows(Configuration({"prompts": "a.txt"}, "tuned"), [trained, trained])

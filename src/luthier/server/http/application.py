@@ -29,7 +29,7 @@ from luthier.processes import cancelled_by
 from luthier.server.actions import record_actions
 from luthier.server.audit import FAILURES, AuditTrail
 from luthier.server.authentication import Authenticator
-from luthier.server.http.exchanges import Observation, Recorder
+from luthier.server.http.exchanges import Recorder, RequestObservation
 from luthier.server.http.limits import Slots
 from luthier.server.http.messages import (
     Caller,
@@ -201,7 +201,9 @@ class Application:
         record.api, record.of_console = api.name, _reads_for_console(head)
         record.routing.session = dict(head.headers).get(SESSION_HEADER, "")
         body = RequestBody(head, receive, BODY_BYTES)
-        observed = self._recorder and Observation(self._recorder, record, time.perf_counter())
+        observed = self._recorder and RequestObservation(
+            self._recorder, record, time.perf_counter()
+        )
 
         async def send_audited(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -72,7 +72,7 @@ class Recorder(Protocol):
         ...
 
 
-class Observation:
+class RequestObservation:
     """Observation of a request by the application. Routes of models call :meth:`begin`."""
 
     def __init__(self, recorder: Recorder, record: RequestRecord, began: float) -> None:

@@ -96,7 +96,7 @@ class RowsRequest(Input):
     """Only answers with this mean rating, such as ``>=4``."""
 
 
-class RowsView(View):
+class RatedRowsView(View):
     """Training rows as a file of the account."""
 
     address: str
@@ -186,7 +186,7 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
 
 
 @router.post("/review/rows", status_code=201)
-def create_rows(call: NativeCall, body: RowsRequest) -> RowsView:
+def create_rows(call: NativeCall, body: RowsRequest) -> RatedRowsView:
     """Store rated answers as training rows in a file of the account."""
     call.record("file")
     capture = call.context.capture
@@ -203,7 +203,7 @@ def create_rows(call: NativeCall, body: RowsRequest) -> RowsView:
         call.account, [json_lines(found).encode()], f"review-{body.to}.jsonl", "fine-tune"
     )
     call.record_created(f"file/{file.id}")
-    return RowsView(address=file_address(file.id), rows=len(found), answers=len(answers))
+    return RatedRowsView(address=file_address(file.id), rows=len(found), answers=len(answers))
 
 
 def _settings_view(row: CaptureSettings | None) -> CaptureView:

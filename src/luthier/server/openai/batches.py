@@ -16,7 +16,7 @@ from luthier.errors import QuotaExceeded
 from luthier.files import numbered_lines
 from luthier.limits import BODY_BYTES
 from luthier.server.background import BackgroundRunner, caller_fields
-from luthier.server.http.exchanges import Observation, Recorder
+from luthier.server.http.exchanges import Recorder, RequestObservation
 from luthier.server.http.messages import Fault, parse_json
 from luthier.server.http.metrics import RequestRecord
 from luthier.server.http.routes import Name
@@ -166,7 +166,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         endpoint, status = self.endpoints[batch.endpoint], 200
         operation = f"openai.{batch.endpoint.removeprefix('/v1/').replace('/', '.')}.create"
         record = RequestRecord(secrets.token_hex(12), "POST", "", operation=operation)
-        observed = self.recorder and Observation(self.recorder, record, time.perf_counter())
+        observed = self.recorder and RequestObservation(self.recorder, record, time.perf_counter())
 
         def count(model: str, read: int, written: int) -> None:
             self.count_tokens(batch.account, model, read, written)

@@ -10,7 +10,7 @@ from luthier.server.http.messages import Fault, Response, timestamp
 from luthier.server.s3 import documents
 from luthier.server.s3.documents import Element, xml_response
 from luthier.server.s3.request import S3Request, Stores
-from luthier.server.stores.listing import Page, after, beyond, page, rolled_up
+from luthier.server.stores.listing import KeyPage, after, beyond, page, rolled_up
 from luthier.server.tables.objects import StoredObject
 from luthier.server.tables.text import decode_storable
 
@@ -146,11 +146,11 @@ def _start(request: S3Request, marker: str) -> str:
     return after(marker)
 
 
-def _page(stores: Stores, request: S3Request, start: str, limit: int) -> Page:
+def _page(stores: Stores, request: S3Request, start: str, limit: int) -> KeyPage:
     # max-keys=0 lists no keys, but a missing bucket is still an error.
     if not limit:
         stores.objects.bucket(request.account, request.bucket)
-        return Page((), None)
+        return KeyPage((), None)
     return page(
         stores.objects.database,
         request.account,
@@ -163,7 +163,7 @@ def _page(stores: Stores, request: S3Request, start: str, limit: int) -> Page:
 
 
 def _entries(
-    listing: Page, encode: Callable[[str], str], owner_element: Element | None
+    listing: KeyPage, encode: Callable[[str], str], owner_element: Element | None
 ) -> list[Element]:
     entries: list[Element] = [
         (

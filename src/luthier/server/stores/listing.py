@@ -15,7 +15,7 @@ _BATCH = 1000
 
 
 @dataclass(frozen=True)
-class Page:
+class KeyPage:
     """Page of keys, in order."""
 
     entries: tuple[StoredObject | str, ...]
@@ -43,7 +43,7 @@ def page(
     delimiter: str = "",
     start: str = "",
     limit: int = 1000,
-) -> Page:
+) -> KeyPage:
     """Return at most ``limit`` keys and common prefixes of a bucket.
 
     Args:
@@ -63,9 +63,9 @@ def page(
         entries: list[StoredObject | str] = []
         for entry, at in _walk(session, seq, prefix, delimiter, max(start, prefix), limit):
             if len(entries) == limit:
-                return Page(tuple(entries), at)
+                return KeyPage(tuple(entries), at)
             entries.append(entry)
-        return Page(tuple(entries), None)
+        return KeyPage(tuple(entries), None)
 
 
 def after(key: str) -> str:

@@ -69,7 +69,7 @@ class Forecast(Record):
     high: float | None = None
 
 
-class StoredReport(Record):
+class ReportRecord(Record):
     """A report stored with the model."""
 
     file: str
@@ -122,7 +122,7 @@ class Certificate(Record):
     forecast: list[Forecast]
     """Actual and estimated quantities of the run."""
     compute: Compute
-    reports: list[StoredReport]
+    reports: list[ReportRecord]
     """Evaluations, comparisons and further reports, oldest first."""
     missing: list[str] = Field(default_factory=list)
     """Unknown facts, in sentences."""
@@ -188,7 +188,7 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
     seconds = actual.get("seconds") or (manifest.metrics or {}).get("seconds")
     machine = actual.get("machine")
     reports = [
-        StoredReport(file=r.name, sha256=r.sha256, report=r.report) for r in reports_of(model)
+        ReportRecord(file=r.name, sha256=r.sha256, report=r.report) for r in reports_of(model)
     ]
     curves = _curves(MetricsFile(run.folder / METRICS).read())
     forecast = _forecast(actual)
@@ -302,7 +302,7 @@ def _missing(
     manifest: Manifest,
     forecast: Sequence[Forecast],
     curves: dict[str, Any],
-    reports: Sequence[StoredReport],
+    reports: Sequence[ReportRecord],
 ) -> list[str]:
     missing = []
     if manifest.data is None:

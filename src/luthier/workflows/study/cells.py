@@ -126,7 +126,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellResult:
     """Measurements of a cell."""
 
     measure: str = "loss"
@@ -190,14 +190,14 @@ class CellRunner(ProcessRunner):
         return Resources()
 
 
-def measured_outcome(cell: Cell) -> Outcome | None:
+def measured_result(cell: Cell) -> CellResult | None:
     """Return the measurements of an earlier study; ``None`` for a missing or failed cell."""
     path = cell.folder / OUTCOME
-    found = Outcome(**read_json(path)) if path.is_file() else None
+    found = CellResult(**read_json(path)) if path.is_file() else None
     return None if found is None or found.reason else found
 
 
-def run_cells(cells: Sequence[Cell], reporter: Reporter, runner: CellRunner) -> list[Outcome]:
+def run_cells(cells: Sequence[Cell], reporter: Reporter, runner: CellRunner) -> list[CellResult]:
     """Train ``cells`` at the same time, measure one after the other, and return the outcomes.
 
     Raises:
@@ -209,7 +209,7 @@ def run_cells(cells: Sequence[Cell], reporter: Reporter, runner: CellRunner) -> 
         for folder in sorted(by_folder):
             locks.enter_context(lock(folder / ".lock", wait=True))
         # A study at the same time may have measured some.
-        missing = {f: c for f, c in by_folder.items() if measured_outcome(c) is None}
+        missing = {f: c for f, c in by_folder.items() if measured_result(c) is None}
         for folder, cell in missing.items():
             # A process of a killed study is about to stop.
             with lock(folder / _PROCESS_LOCK, wait=True):
@@ -220,12 +220,12 @@ def run_cells(cells: Sequence[Cell], reporter: Reporter, runner: CellRunner) -> 
             if not (folder / OUTCOME).is_file():  # the training may have failed
                 _run_stage({folder: cell}, "measure", reporter, runner)
             _clean(folder)
-    return [Outcome(**read_json(cell.folder / OUTCOME)) for cell in cells]
+    return [CellResult(**read_json(cell.folder / OUTCOME)) for cell in cells]
 
 
 def _clean(folder: Path) -> None:
     """Remove model and checkpoints, unless only the measurement failed."""
-    outcome = Outcome(**read_json(folder / OUTCOME))
+    outcome = CellResult(**read_json(folder / OUTCOME))
     if not outcome.reason or not (folder / RUN_RESULT).is_file():
         Run("", folder.name, rehearsal=folder).drop_working_files()
         shutil.rmtree(folder / "model", ignore_errors=True)
@@ -271,7 +271,7 @@ def _run_stage(
         raise Interrupted(text) from None
     for process, code in zip(processes, codes, strict=True):
         if code:
-            write_json(process.work / OUTCOME, asdict(Outcome(reason=process.reason(code))))
+            write_json(process.work / OUTCOME, asdict(CellResult(reason=process.reason(code))))
 
 
 def _validation_lines(folder: Path) -> list[dict[str, Any]]:
@@ -346,7 +346,7 @@ def _measure(folder: Path, reporter: Reporter) -> None:
     # The metrics file has minus the reward, because the engine minimizes.
     sign = -1.0 if measure == "reward" else 1.0
     field = "loss" if measure == "reward" else measure
-    outcome = Outcome(
+    outcome = CellResult(
         measure=measure,
         value=sign * best[field],
         error=best.get(f"{measure}_error", 0.0) if rows is None else RowScores.read(rows).error,
@@ -436,7 +436,7 @@ def main(folder: Path, stage: str) -> None:
         with lock(folder / _PROCESS_LOCK, wait=True):
             _STAGES[stage](folder, ReportFile(folder / REPORTS))
     except (RefusedInput, Diverged) as error:
-        write_json(folder / OUTCOME, asdict(Outcome(reason=str(error))))
+        write_json(folder / OUTCOME, asdict(CellResult(reason=str(error))))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from luthier.engine.job import TrainingJob
     from luthier.engine.metrics import Reporter
     from luthier.library.models import StoredModel
-    from luthier.workflows.study.cells import Outcome
+    from luthier.workflows.study.cells import CellResult
 
 _OF_TRAINING = (
     "seconds", "processor_seconds", "peak_memory_bytes", "trained_weights", "saved_bytes",
@@ -44,13 +44,13 @@ def check_prompts(job: TrainingJob, file: str) -> None:
 
 
 def with_prompts(
-    outcome: Outcome,
+    outcome: CellResult,
     job: TrainingJob,
     tuned: StoredModel,
     base: StoredModel,
     file: str,
     reporter: Reporter,
-) -> Outcome:
+) -> CellResult:
     """Return ``outcome`` with the scores of the replies, for each prompt and both models."""
     train, held = _rows(job)
     encode = job.chat.tokenizer.encode

@@ -21,7 +21,7 @@ from luthier.evaluation.significance import (
     welch_p_value,
 )
 from luthier.pages import PAGE, Table, Tabular, summary_page, svg_address
-from luthier.workflows.study.cells import Outcome
+from luthier.workflows.study.cells import CellResult
 from luthier.workflows.study.extrapolation import MIN_POINTS, CurvePoint, MoreRows
 from luthier.workflows.study.grid import FIGURES, TEACHER, Configuration, Dimension
 
@@ -36,7 +36,7 @@ class StudyRow:
     """Measurements of a configuration with each seed."""
 
     configuration: Configuration
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[CellResult]
     """Measured outcomes, one per seed."""
     reason: str = ""
     """Reason of a failure, or of a missing training."""
@@ -133,7 +133,7 @@ class StudyRow:
         return self.gain / abs(start) if self.gain is not None and start else None
 
     def figure(self, name: str) -> float | None:
-        """Return the mean over seeds of a field of :class:`Outcome`."""
+        """Return the mean over seeds of a field of :class:`CellResult`."""
         values = [getattr(each, name) for each in self.outcomes]
         return None if any(value is None for value in values) or not values else mean(values)
 

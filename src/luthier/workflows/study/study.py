@@ -21,7 +21,7 @@ from luthier.formatting import format_duration
 from luthier.library.models import find
 from luthier.recipe import Recipe, Training, portable, to_toml
 from luthier.workflows.estimate.estimate import estimate
-from luthier.workflows.study.cells import Cell, CellRunner, Outcome, measured_outcome, run_cells
+from luthier.workflows.study.cells import Cell, CellResult, CellRunner, measured_result, run_cells
 from luthier.workflows.study.figures import draw_study
 from luthier.workflows.study.grid import (
     NONE,
@@ -310,7 +310,7 @@ class _Work:
         """
         names = [each.name for each in grid for _ in range(self.seeds)]
         cells = [cell for each in grid for cell in self.cells(each)]
-        outcomes = [measured_outcome(cell) for cell in cells]
+        outcomes = [measured_result(cell) for cell in cells]
         missing = [number for number, outcome in enumerate(outcomes) if outcome is None]
         if reused := len(cells) - len(missing):
             self.reporter.note(f"{reused} of {len(cells)} trainings are measured already")
@@ -325,7 +325,7 @@ class _Work:
             if self.max_minutes is not None and over > 60 * self.max_minutes:
                 reason = f"not started: over the limit of {self.max_minutes:g} minutes"
                 for number in part:
-                    outcomes[number] = Outcome(reason=reason)
+                    outcomes[number] = CellResult(reason=reason)
                 continue
             text = f", about {format_duration(needed * left / self.parallel)} left"
             for number in part:
@@ -376,7 +376,7 @@ class _Work:
         return seconds
 
 
-def _rows(configuration: Configuration, outcomes: Sequence[Outcome]) -> list[StudyRow]:
+def _rows(configuration: Configuration, outcomes: Sequence[CellResult]) -> list[StudyRow]:
     """Return the row of a configuration, or with several prompts a row for each prompt."""
     if reason := next((each.reason for each in outcomes if each.reason), ""):
         return [StudyRow(configuration, outcomes, reason)]
