@@ -284,9 +284,7 @@ def curve_pictures(lines: Sequence[Mapping[str, Any]], title: str) -> list[tuple
             if figure is None:
                 continue
             colour_figure(figure, colours)
-            picture = io.BytesIO()
-            figure.savefig(picture, format="svg")
-            addresses.append(svg_address(picture.getvalue()))
+            addresses.append(svg_address(_picture(figure, "svg")))
         themes.append(addresses)
     light, dark = themes
     return [*zip(light, dark, strict=True)]
@@ -420,9 +418,18 @@ def _draw_validation(
 def save_figure(figure: Any, *paths: Path) -> None:
     """Write the figure to each path, in the format of the extension."""
     for path in paths:
-        picture = io.BytesIO()
-        figure.savefig(picture, format=path.suffix[1:], dpi=130)
-        write_bytes(path, picture.getvalue())
+        write_bytes(path, _picture(figure, path.suffix[1:]))
+
+
+def _picture(figure: Any, kind: str) -> bytes:
+    """Return the figure as a file. The same figure always gives the same bytes."""
+    import matplotlib
+
+    picture = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {}
+    with matplotlib.rc_context({"svg.hashsalt": "luthier"}):
+        figure.savefig(picture, format=kind, dpi=130, metadata=metadata)
+    return picture.getvalue()
 
 
 def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
