@@ -16,7 +16,7 @@ from email.message import EmailMessage
 from email.utils import format_datetime
 from pathlib import Path
 
-from use_cases import PACKAGE
+from pages.bench import PACKAGE
 
 MESSAGES, TEST_SENDERS = 4, 7
 """Messages of each sender, and test senders of each mailbox."""
