@@ -238,6 +238,46 @@ def prepare_job(
     fixed_values = fixed_values or {}
     reporter.stage("Checking the data")
     base.network.check()
+    original = recipe
+    recipe, chat = _with_template(recipe, base, fixed_values, reporter)
+    recipe = with_base_defaults(recipe, base, chat, reporter)
+    check_vocabulary(chat, base.network.fields, base.id)
+    context, source = base.network.context_and_reason
+    if source:
+        reporter.note(f"context: {context:,} tokens, {source}")
+    room = base.room - recipe.adaptation.added_tokens
+    if room < 1:
+        raise RecipeError(
+            f"{context - room} added tokens leave no room in the model's context of {context}. "
+            "Use fewer tokens"
+        )
+    objective = bind_models(recipe.objective, chat, reporter.stage)
+    data = _read_data(recipe, objective, base, chat, room, reporter, refit, opened)
+    reporter.note(f"data: {data.recognized}")
+    if recipe.forgetting is not None and not data.objective.task.writes:
+        raise RecipeError(
+            "`forgetting` requires an objective for text generation, and objective "
+            f"{data.objective.method} is not. Evaluate rows of the earlier task with `luthier "
+            "evaluate`"
+        )
+    _note_rows(data, base, context, reporter)
+    job = resolve_job(
+        recipe, base, chat, data, machine, reporter, fixed_values, processes, stored_bytes
+    )
+    job = replace(job, original_recipe=original)
+    origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
+    origin |= store.tokenizer_origin(base)
+    if "template_approved" in origin and recipe.data.chat_template is not None:
+        origin["template_approved"] = True  # the user's own template
+    if job.others:
+        origin["others"] = {name: other.id for name, other in job.others.items()}
+    return replace(job, origin=origin)
+
+
+def _with_template(
+    recipe: Recipe, base: store.StoredModel, fixed_values: Mapping[str, Any], reporter: Reporter
+) -> tuple[Recipe, ChatFormat]:
+    """Return recipe and format with the template, date and media settings of the run."""
     kwargs, chat = recipe.data.chat_template_kwargs or {}, recipe.data.format(base.chat)
     if recipe.data.chat_template is not None:
         end = ", ".join(chat.text_tokenizer.stop_names)
@@ -248,7 +288,6 @@ def prepare_job(
         )
         reason = f"{own}; replies end with {end}"
         reporter.settings([("data.chat_template", recipe.data.chat_template, reason)])
-    original = recipe
     if chat.template.prints_date and chat.template.date is None:
         # Training rows, the parity check and a resumed run must have the same tokens on every day.
         printed = fixed_values.get("template_date")
@@ -264,19 +303,20 @@ def prepare_job(
         sampling_rate=recipe.data.sampling_rate,
         max_seconds=recipe.data.max_seconds,
     )
-    recipe = with_base_defaults(recipe, base, chat, reporter)
-    check_vocabulary(chat, base.network.fields, base.id)
-    context, source = base.network.context_and_reason
-    if source:
-        reporter.note(f"context: {context:,} tokens, {source}")
-    room = base.room - recipe.adaptation.added_tokens
-    if room < 1:
-        raise RecipeError(
-            f"{context - room} added tokens leave no room in the model's context of {context}. "
-            "Use fewer tokens"
-        )
-    objective = bind_models(recipe.objective, chat, reporter.stage)
+    return recipe, chat
 
+
+def _read_data(
+    recipe: Recipe,
+    objective: Objective | None,
+    base: store.StoredModel,
+    chat: ChatFormat,
+    room: int,
+    reporter: Reporter,
+    refit: bool,
+    opened: OpenedData | None,
+) -> Dataset:
+    """Read and check the rows, with progress for large files and many rows."""
     media = chat.media
 
     def on_progress(done: int, size: int) -> None:
@@ -293,16 +333,13 @@ def prepare_job(
     fields = base.network.fields
     # Words of fastText and ELMo have ids of their own behind the characters.
     size = None if fields.get("model_type") in NETS else text_fields(fields).get("vocab_size")
-    data = prepare(
+    return prepare(
         recipe.data, objective, chat, room, seed, on_progress, refit, on_row, opened, size
     )
-    reporter.note(f"data: {data.recognized}")
-    if recipe.forgetting is not None and not data.objective.task.writes:
-        raise RecipeError(
-            "`forgetting` requires an objective for text generation, and objective "
-            f"{data.objective.method} is not. Evaluate rows of the earlier task with `luthier "
-            "evaluate`"
-        )
+
+
+def _note_rows(data: Dataset, base: store.StoredModel, context: int, reporter: Reporter) -> None:
+    """Report ignored columns, shortened rows, findings, and held-out rows that the base knows."""
     if data.recognized and data.recognized.unread:
         reporter.note(f"ignored columns: {', '.join(data.recognized.unread)}")
     rows = data.counts["rows"] + data.counts["validation_rows"]
@@ -323,17 +360,6 @@ def prepare_job(
             "rows, so measurements are too good. Give new rows as `data.validation=FILE`, or use the "
             "`training.seed` of the base to hold out the same rows"
         )
-    job = resolve_job(
-        recipe, base, chat, data, machine, reporter, fixed_values, processes, stored_bytes
-    )
-    job = replace(job, original_recipe=original)
-    origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
-    origin |= store.tokenizer_origin(base)
-    if "template_approved" in origin and recipe.data.chat_template is not None:
-        origin["template_approved"] = True  # the user's own template
-    if job.others:
-        origin["others"] = {name: other.id for name, other in job.others.items()}
-    return replace(job, origin=origin)
 
 
 def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) -> None:
