@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,20 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
             "rejected": (Message("assistant", "b"),),
         },
     ),
+    (
+        "thread of a forum",
+        {"question": "q", "answers": [{"text": "no", "votes": 9}, {"text": "a", "accepted": True}]},
+        {"prompt": "q", "completion": "a"},
+    ),
+    (
+        "thread of a forum",
+        {
+            "title": "q",
+            "body": "i",
+            "answers": [{"body": "a", "score": 2}, {"body": "b", "score": 1}],
+        },
+        {"prompt": "q\n\ni", "completion": "a"},
+    ),
     *(
         (
             "xLAM",
@@ -299,6 +314,7 @@ HISTORY_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("items of a user", {"user": 7, "items": [3, 1, 2]}, _HISTORY),
     ("history and target", {"user": 7, "history": [3, 1], "target": 2}, _HISTORY),
 ]
+WRONG_VALUES: list[Any] = [[], "", None, 5, {}, [5], ["a"], [{}], {"a": 1}, [[]]]
 MEDIA_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (
         "Bedrock image and caption",
@@ -364,6 +380,17 @@ MEDIA_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize(("form", "record", "fields"), CASES + HISTORY_CASES)
+def test_wrong_value_in_a_later_row_is_reported_or_read(
+    tmp_path: Path, form: str, record: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    wrong = [{**record, key: value} for key in record for value in WRONG_VALUES]
+    reader = RowReader(write(tmp_path, record, *wrong))
+    with suppress(DataError):
+        reader.read_all()
+    assert reader.recognition.form == form
+
+
 @pytest.mark.parametrize(("form", "record", "own"), MEDIA_CASES)
 def test_form_of_images(
     tmp_path: Path, form: str, record: dict[str, Any], own: dict[str, Any]
@@ -403,7 +430,8 @@ def test_every_form_is_tried_and_the_table_is_sound() -> None:
         record: dict[str, Any] = dict.fromkeys(form.keys, "x.png")
         choices = {"choices": ["x"], "answer": 0} if "choices" in form.keys else {}
         items = {"items": ["x"]} if "items" in form.keys else {}
-        assert forms_of(record | choices | items) == [form]
+        thread = {"answers": [{"text": "x", "votes": 1}]} if form.name.startswith("thread") else {}
+        assert forms_of(record | choices | items | thread) == [form]
 
 
 def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rule_examples import EXAMPLES, WHOLE_FILE
 from written_rows import problems_of, write
 
 from luthier.data import field_checks as fields
-from luthier.data import prompts, rows, shapes, unread
+from luthier.data import formats, prompts, rows, shapes, unread
 from luthier.data.conversations import content_parts, tool_forms
 from luthier.data.files import (
     containers,
@@ -59,6 +59,7 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         content_parts,
         json_files,
         fields,
+        formats,
         line_forms,
         media_files,
         nested,

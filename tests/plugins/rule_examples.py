@@ -21,6 +21,7 @@ EXAMPLES: list[tuple[str, list[object], int]] = [
         [{"question": "a", "answer": "b"}, {"instruction": "a", "output": "b"}],
         2,
     ),
+    ("field.list", [{"user": 7, "items": [1, 2]}, {"user": 8, "items": []}], 2),
     ("field.empty", [{"instruction": "a", "output": ""}], 1),
     ("field.missing", [{"instruction": "a", "output": "b"}, {"instruction": "a"}], 2),
     (

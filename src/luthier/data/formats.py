@@ -22,6 +22,7 @@ from typing import Any
 
 from luthier.data.conversations.row_context import TOOL_KEYS, context_keys, is_blank
 from luthier.data.conversations.tool_forms import take_hermes_tools
+from luthier.data.conversations.turn_marks import truth_of
 from luthier.data.field_checks import ROLE_RENAMES, Names, Turns
 from luthier.data.files.parsing import Record, parse_embedded
 from luthier.data.inputs import media_kind
@@ -222,6 +223,50 @@ def _has_choices(record: Record) -> bool:
     return isinstance(record.get("choices"), list) and type(record.get("answer")) is int
 
 
+_ANSWER_KEYS = ("text", "body", "content", "answer")
+_ACCEPTED_KEYS = ("accepted", "is_accepted", "selected")
+_VOTE_KEYS = ("votes", "score", "upvotes", "pm_score")
+
+
+def _thread(question: str, *context: str) -> Form:
+    """Return the form of a forum's question with its answers. The accepted answer becomes the
+    reply, or else the answer with the most votes."""
+
+    def convert(record: Record) -> Converted:
+        if not _is_thread(record):  # a later row of the file
+            raise RowRefused(
+                "field.list",
+                '"answers" has no answer with votes or the mark "accepted".',
+                "Remove the row, or add its answers.",
+            )
+        below = [record[key] for key in context if not is_blank(record.get(key))]
+        answers: Any = record["answers"]
+        best = max(answers, key=_standing)
+        key = next(key for key in _ANSWER_KEYS if key in best)
+        converted = {"prompt": _above(record[question], below), "completion": best[key]}
+        return _with_further_keys(record, converted), {"prompt": question, "completion": "answers"}
+
+    keys = frozenset((question, "answers"))
+    return Form("thread of a forum", keys, convert, used=frozenset(context), applies=_is_thread)
+
+
+def _is_thread(record: Record) -> bool:
+    answers = record["answers"]
+    return isinstance(answers, list) and bool(answers) and all(map(_is_judged, answers))
+
+
+def _is_judged(answer: object) -> bool:
+    if not isinstance(answer, dict) or not answer.keys() & {*_ANSWER_KEYS}:
+        return False
+    return bool(answer.keys() & {*_ACCEPTED_KEYS, *_VOTE_KEYS})
+
+
+def _standing(answer: Record) -> tuple[bool, float]:
+    accepted = any(truth_of(answer.get(key)) is True for key in _ACCEPTED_KEYS)
+    votes: Any = next((answer[key] for key in _VOTE_KEYS if key in answer), 0)
+    return accepted, votes if isinstance(votes, int | float) else 0
+
+
 def _options(record: Record) -> Converted:
     """Convert WinoGrande: a continuation for several beginnings, as in the published scoring."""
     options = record["options"]
@@ -259,6 +304,9 @@ def _classified_pair(record: Record, first: str, second: str) -> Converted:
 
 def _item_list(record: Record) -> Converted:
     """Convert the items of a user: the last item is the one to predict."""
+    if not _is_item_list(record):  # a later row of the file
+        fix = "Remove the row, or add its items."
+        raise RowRefused("field.list", '"items" must be an array of names or numbers.', fix)
     items: Any = record["items"]
     converted = {"history": items[:-1], "item": items[-1]}
     return _with_further_keys(record, converted), {"history": "items"}
@@ -313,6 +361,8 @@ FORMS: tuple[Form, ...] = (
         applies=_has_choices,
     ),
     _form("options with a continuation", "options continuation answer", _options),
+    _thread("question"),
+    _thread("title", "body", "selftext"),
     _question_answer(
         "question and answer",
         *("question", "answer", "context"),

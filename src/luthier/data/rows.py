@@ -202,7 +202,11 @@ class Checker(FieldChecker):
             return None
         if form is None:
             return mapped
-        converted, column_names = form.convert(mapped)
+        try:
+            converted, column_names = form.convert(mapped)
+        except RowRefused as bad:
+            self.report(bad.rule, bad.problem.message, bad.problem.advice)
+            return None
         self.names = self._names_of(column_names)
         return converted
 

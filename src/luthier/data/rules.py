@@ -34,6 +34,7 @@ RULES: Mapping[str, str] = {
     "row.mixed_shapes": "A row has another shape or form than the first row.",
     "field.missing": "A field that the shape needs is not there.",
     "field.type": "A field that must be a string is something else.",
+    "field.list": "A list that the format needs is empty or has other values.",
     "field.empty": "A text field is empty or holds only white space.",
     "media.type": "What should name an image or a sound is no path, bytes or data: address.",
     "media.missing": "The file that a row names is not there.",
