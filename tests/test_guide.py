@@ -224,7 +224,7 @@ def test_code_blocks_of_page_run(page: Path, tmp_path: Path) -> None:
     folder, home = tmp_path / "work", tmp_path / "home"
     folder.mkdir()
     make_files(folder)
-    shutil.copytree(bases, home / "models" / "base", copy_function=os.symlink)
+    shutil.copytree(bases, home / "models" / "base", copy_function=os.link)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     bodies = "\n".join(body for _, body in todo)
     if "my-first-model" in bodies and "--name my-first-model" not in bodies:

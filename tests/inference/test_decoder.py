@@ -198,7 +198,7 @@ def test_more_answers_than_step_together_take_turns(
     def briefly() -> list[Any]:
         return [a for job in opened._writing if job.client == "short" for a in job.answers]
 
-    monkeypatch.setattr(opened._backend, "rows", 1)
+    monkeypatch.setattr(opened, "_rows", 1)
     monkeypatch.setattr(opened._backend, "step", counted)
     busy = submit(opened, "many", many)
     deadline = time.monotonic() + 60

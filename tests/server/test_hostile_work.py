@@ -133,18 +133,18 @@ def nested(levels: int) -> dict[str, Any]:
 
 
 SCHEMAS: dict[str, tuple[Any, str]] = {
-    "itself": ({"$ref": "#"}, "nothing can match it"),
+    "itself": ({"$ref": "#"}, "no text can match"),
     "a circle": (
         {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
-        "nothing can match it",
+        "no text can match",
     ),
     "deep": (nested(150), "nested deeper than 100 levels"),
     "deeper": (nested(90), "" ),
     "long": ({"enum": [f"word-{n}" for n in range(30_000)]}, "more than 200,000 characters"),
-    "slow": ({"type": "integer", "multipleOf": 999_983}, "least common multiple of its `multipleOf`"),
+    "slow": ({"type": "integer", "multipleOf": 999_983}, "least common multiple of all `multipleOf`"),
     "intersections": (
         {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]},
-        "joins more than 8 patterns",
+        "join more than 8 patterns",
     ),
     "brackets": ({"type": "string", "pattern": "(" * 100_000}, "regular expression"),
     "open": ({"type": "string", "pattern": "(" * 10_000 + ")" * 10_000}, "regular expression"),
@@ -236,7 +236,7 @@ def test_deeply_nested_bodies_are_rejected(server: Served) -> None:
     inside: Any = json.loads(deep)
     grader = {**similarity(), "further": inside}
     validate = "/v1/fine_tuning/alpha/graders/validate"
-    assert "nested deeper" in refusal(server.ask("POST", validate, {"grader": grader}))
+    assert "200 levels" in refusal(server.ask("POST", validate, {"grader": grader}))
     turns = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "tool_calls": [

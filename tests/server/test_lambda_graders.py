@@ -40,8 +40,8 @@ def lambda_handler(event, context):
     return [{"id": each["id"], "aggregate_reward_score": "very good"} for each in event]
 """
 FAILURES = {
-    "raises": ("r.jsonl:6:", "grader `raises` raised ValueError: five is odd", "Mend the function"),
-    "hangs": ("r.jsonl:1:", "grader `hangs` did not end within 0.5 s", "raise `seconds`"),
+    "raises": ("r.jsonl:6:", "grader `raises` raised ValueError: five is odd", "Fix the function"),
+    "hangs": ("r.jsonl:1:", "grader `hangs` did not end within 0.5 s", "raise its `seconds`"),
     "nonsense": ("r.jsonl:1:", "grader `nonsense` raised ValueError", "aggregate_reward_score"),
 }
 

@@ -60,6 +60,7 @@ from luthier.models.formats.save import (
     read_adapter,
     save_format,
     save_network,
+    set_padding_token,
     whole_model,
 )
 from luthier.models.formats.tensors import cast_stored
@@ -134,6 +135,7 @@ def export(
             model: Any = load_merged(stored, wide, device, on_progress)
             whole = whole_model(model)
             cast_stored(whole, dtype)
+            set_padding_token(whole, stored.chat)
             expected, kind = expected_output(whole), head_kind(model)
             if stored.parent is None and precision is None:
                 with _report_written(folder_size(stored.folder), on_progress):

@@ -365,7 +365,7 @@ def test_remove_deletes_model_and_run(own_home: Path, data: Path) -> None:
         "id": MODEL, "removed": True
     }  # fmt: skip
     assert not files_in(own_home)
-    assert [path.name for path in other.parent.iterdir()] == [other.name]
+    assert [path.name for path in other.parent.glob("[!.]*")] == [other.name]
     Answer("models", "remove", MODEL).refused()
 
 

@@ -170,7 +170,7 @@ def test_texts_find_images_and_images_find_texts(
     found = luthier.evaluate(tuned.model_id, test)
     assert found.scores["text_to_image_recall_at_1"] > 0.7 > before["text_to_image_recall_at_1"]
     assert found.scores["image_to_text_recall_at_1"] > 0.7 > before["image_to_text_recall_at_1"]
-    assert "16 images is looked up among 8 texts" in " ".join(found.remarks)
+    assert "16 images searches 8 texts" in " ".join(found.remarks)
     model = luthier.load(tuned.model_id)
     near = model.nearest("half blue", test, count=2)
     assert {Path(each.name).name for each in near} == {"5.png", "13.png"}

@@ -29,6 +29,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import GRPO, PPO, logprobs
+from luthier.objectives.reinforcement import rollout_checks
 from luthier.objectives.reinforcement.rollout_checks import advice, precheck
 from luthier.objectives.reinforcement.rollouts import Reinforcement, fixed_generator, sample_record
 from luthier.objectives.reinforcement.scoring import write_replies
@@ -322,7 +323,7 @@ def test_a_note_about_a_plateau_comes_once(
     tiny_model_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes = Notes()
-    monkeypatch.setattr(GRPO, "advise", lambda self, lines: "flat" if len(lines) >= 20 else "")
+    monkeypatch.setattr(rollout_checks, "advice", lambda lines: "flat" * (len(lines) >= 20))
     fields = {"method": "grpo", "num_generations": 2, "max_completion_tokens": 1, "force": True}
     train(recipe_of(tiny_model_folder, rows_file, fields, max_steps=40), reporter=notes)
     assert notes.notes.count("flat") == 1

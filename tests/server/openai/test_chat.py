@@ -322,7 +322,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [*ASKED, {"role": "tool", "content": "a"}]}, "messages[1].tool_call_id"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages[0].content[0].type",
+        "messages[0].content[0].image_url.url",
     ),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": "8"}, "max_tokens"),

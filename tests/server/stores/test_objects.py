@@ -76,9 +76,8 @@ def test_sweep_removes_files_without_rows(data: Objects) -> None:
 KILLED = """
 import os, signal, sys
 from luthier.server.tables.database import Database
+from luthier.server.stores.objects import Objects
 from luthier.server.tables.objects import ObjectMetadata
-from luthier.server.stores.locations import Locations
-from luthier.server.tables.objects import Content, Objects
 
 
 objects = Objects(Database(sys.argv[2]))

@@ -144,6 +144,14 @@ def _fits(weight: Tensor, saved: Tensor | None) -> bool:
     return saved is not None and saved.shape == weight.shape
 
 
+def set_padding_token(model: Any, chat: ChatFormat) -> None:
+    """Set the padding token of a network without one, with which transformers finds the last token
+    of each row.
+    """
+    if chat.stop_ids and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = next(iter(chat.stop_ids))
+
+
 def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
     """Save a Hugging Face folder: weights, configuration, tokenizer, stop tokens.
 
@@ -159,9 +167,7 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
             # generate() can force a single token after the start token.
             if len(chat.decoder.opening_ids) == 1:
                 model.generation_config.forced_bos_token_id = chat.decoder.opening_ids[0]
-    if stops and getattr(model.config, "pad_token_id", None) is None:
-        # transformers uses the padding token to find the last token of each row.
-        model.config.pad_token_id = stops[0]
+    set_padding_token(model, chat)
     whole_model(model).save_pretrained(folder)
     if head_kind(model) == "embedding":
         from luthier.models.networks.sentence_head import save_sentence_head  # imports torch

@@ -532,6 +532,10 @@ def first_output(model: Any) -> Tensor:
             inputs["decoder_input_ids"] = ids_2T
         if "pixel_values" not in inputs or decoder_of(network) is None:
             inputs["input_ids"] = ids_2T
+        is_classifier = type(network).__name__.endswith("ForSequenceClassification")
+        if is_classifier and getattr(texts, "pad_token_id", None) is None:
+            # transformers finds the ends of several rows by their padding token.
+            inputs = {name: each[:1] for name, each in inputs.items()}
     device = next(network.parameters()).device
     inputs = {name: each.to(device) for name, each in inputs.items()}
     with torch.no_grad():

@@ -118,7 +118,7 @@ def test_a_classifier_of_texts_is_trained_and_stored(
         Classification().bind(RunModels(load_chat_format(folder), ModelFolder(folder))).pooling
         == "mean"
     )
-    with pytest.raises(RecipeError, match="was trained to be read by the mean"):
+    with pytest.raises(RecipeError, match="mean pooling"):
         Classification(pooling="first").bind(
             RunModels(load_chat_format(folder), ModelFolder(folder))
         )
