@@ -200,6 +200,7 @@ IMAGES = {
     "vae": "vae",
     "gan": "dcgan",
     "diffusion": "unet",
+    "restoration": "unet",
     "contrastive": "small_cnn",
     "image_to_text": "trocr",
 }
@@ -241,6 +242,7 @@ REFUSED = {
     **{("vae", f): "network.head" for f in FAMILIES},
     **{("gan", f): "network.head" for f in FAMILIES},
     **{("diffusion", f): "network.head" for f in FAMILIES},
+    **{("restoration", f): "network.head" for f in FAMILIES},
     **{("image_to_text", f): "objective.network" for f in FAMILIES},
     **{("bilm", f): "objective.tokenizer" for f in FAMILIES if f != "elmo"},
     **{("span_corruption", f): "objective.network" for f in FAMILIES if f != "t5"},

@@ -71,6 +71,7 @@ CASES = {
     "layers that are left out": ("wav2vec2", "classification", "full", {}),
     "features of sounds": ("wav2vec2", "classification", "feature_extraction", {}),
     "a scale that is learned": ("clip", "contrastive", "full", {}),
+    "degraded images": ("unet", "restoration", "full", {}),
     "noise of every step": ("unet", "diffusion", "full", {"condition_dropout": 0.3}),
     "latents and captions": ("stable_diffusion", "diffusion", "lora", {"condition_dropout": 0.3}),
     "letters of columns": ("trocr", "image_to_text", "full", {"ctc_weight": 0.5}),
@@ -117,7 +118,7 @@ def rows_for(objective: str, path: Path, family: str = "") -> Path:
         ]
     if objective in ("sft", "sdft", "logit_distillation", "on_policy_distillation", *WRITES):
         rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
-    if objective in ("vae", "gan", "diffusion", "contrastive") or family == "vgg":
+    if objective in ("vae", "gan", "diffusion", "restoration", "contrastive") or family == "vgg":
         images = np.random.default_rng(0).integers(0, 256, (len(TEXTS), 9, 7), dtype=np.uint8)
         np.savez(path.with_suffix(".npz"), images=images, labels=np.arange(len(TEXTS)) % 2)
         return path.with_suffix(".npz")

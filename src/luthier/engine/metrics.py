@@ -23,9 +23,10 @@ SCORES: Mapping[str, str] = {
     "span_f1": "F1 of the answer's tokens",
     "exact_match": "exact match",
     "cer": "character error rate",
+    "psnr": "PSNR in dB",
 }
 """Display names of additional scores of objectives."""
-SHARES = SCORES.keys() - {"cosine", "absolute_error"}
+SHARES = SCORES.keys() - {"cosine", "absolute_error", "psnr"}
 """Scores displayed in percent."""
 OPTIMIZER = "optimizer.svg"
 """File with the curves of learning rates and gradient norms."""

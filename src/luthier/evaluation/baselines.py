@@ -229,6 +229,8 @@ class FittedBaselines:
 
 def render(measure: str, score: float) -> str:
     """Format a score with the name of the measure."""
+    if measure == "psnr":
+        return f"PSNR {score:.2f} dB"
     name = measure.replace("_", " ")
     return f"{name} {score:.3g}" if measure in LESS_IS_BETTER else f"{name} {score:.1%}"
 

@@ -14,7 +14,7 @@ from luthier.data.shapes.media import MediaRow
 from luthier.data.shapes.texts import QueryDocument, RawText
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.objectives.base import predicts
+from luthier.objectives.base import has_codes, predicts
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Predictor:
                 answers = self.read(
                     examples[start : start + BLOCK_ROWS],
                     block_done,
-                    self.objective.task.reconstructs,
+                    has_codes(self.objective),
                 )
             # To float32 per block, because Python numbers take eight times the memory.
             arrays.append(np.array([answer["embedding"] for answer in answers], dtype=np.float32))

@@ -130,7 +130,8 @@ class SerialModel:
             return SerialModel(None, generator, limits, scheduler)
         predictor = Predictor.open(stored)
         generator = None
-        if objective.task.draws and predictor.chat.reads == "image":
+        makes_images = objective.task.draws or objective.task.reconstructs
+        if makes_images and predictor.chat.reads == "image":
             generator = images.load()(
                 predictor.network, predictor.objective, predictor.chat, THIS_MODEL
             )
@@ -153,7 +154,7 @@ class SerialModel:
     @property
     def makes_images(self) -> bool:
         """True if the model generates images."""
-        return self._generator is not None
+        return self._generator is not None and self._generator.objective.task.draws
 
     @property
     def reads(self) -> str:
@@ -230,10 +231,10 @@ class SerialModel:
         return answers
 
     def reconstruct(self, images: Sequence[Media], work: Work) -> list[Reconstruction]:
-        """Return each image after a pass through the autoencoder.
+        """Return each image after a pass through the autoencoder, or restored.
 
         Raises:
-            InferenceRefused: for a model that is no autoencoder, or an undecodable image.
+            InferenceRefused: for a model that reconstructs no images, or an undecodable image.
             InferenceFailed: as :meth:`predict`.
         """
         generator = self._generator
@@ -266,7 +267,7 @@ class SerialModel:
             InferenceFailed: as :meth:`predict`.
         """
         generator = self._generator
-        if generator is None:
+        if generator is None or not self.makes_images:
             raise InferenceRefused(f"This model {self.purpose} and generates no images.", "model")
         try:
             return generator.generate(request, seed, done, lambda: self._turn(work))

@@ -9,11 +9,13 @@ ENTRY_POINTS = {
         "vae": "luthier.media.objectives.vae:VAE",
         "gan": "luthier.media.objectives.gan:GAN",
         "diffusion": "luthier.media.objectives.diffusion:Diffusion",
+        "restoration": "luthier.media.objectives.restoration:Restoration",
         "image_to_text": "luthier.media.objectives.image_to_text:ImageToText",
     },
     "luthier.training_steps": {
         "augmented_rows": "luthier.media.training_steps:AugmentedRows",
         "sample_pictures": "luthier.media.training_steps:SamplePictures",
+        "restored_pictures": "luthier.media.training_steps:RestoredPictures",
         "generative_verdict": "luthier.media.training_steps:GenerativeVerdict",
     },
     "luthier.base_models": {

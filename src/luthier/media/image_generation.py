@@ -1,4 +1,4 @@
-"""Image generation, reconstruction and interpolation with a stored model."""
+"""Image generation, reconstruction, restoration and interpolation with a stored model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from luthier.errors import RecipeError
 from luthier.formatting import list_some
 from luthier.media.objectives.diffusion import DenoisingSettings, Diffusion
 from luthier.media.objectives.generative import Generative, images_at_once
+from luthier.media.objectives.restoration import Restoration
 from luthier.media.objectives.vae import VAE, Compression
 from luthier.media.processors import ImageProcessor
 
@@ -48,19 +49,19 @@ class SampledImage:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """An image and its reconstruction."""
+    """An image and its reconstruction, or the restored image."""
 
     original: Pixels
     """The input image after the processor."""
     copy: Pixels
     error: float
     """Mean squared error of pixels from 0 to 1."""
-    compression: Compression
-    """Ratio between the sizes of the image and of the latents."""
+    compression: Compression | None
+    """Ratio between the sizes of the image and of the latents; ``None`` for restored images."""
 
 
 class ImageGenerator:
-    """A loaded model that generates images."""
+    """A loaded model that generates or restores images."""
 
     def __init__(self, network: Network, objective: Objective, chat: ChatFormat, name: str) -> None:
         if not isinstance(chat.media, ImageProcessor):
@@ -81,12 +82,12 @@ class ImageGenerator:
         model's id.
 
         Raises:
-            RecipeError: for a model that generates no images.
+            RecipeError: for a model that neither generates nor restores images.
         """
         from luthier.engine.machine import open_network
 
         objective = stored.objective
-        if not isinstance(objective, Generative):
+        if not isinstance(objective, Generative | Restoration):
             raise RecipeError(
                 f"{stored.id} cannot generate images. Train a model with `objective.method=vae`, "
                 "`objective.method=gan` or `objective.method=diffusion`"
@@ -197,21 +198,23 @@ class ImageGenerator:
 
     @property
     def can_reconstruct(self) -> bool:
-        """True if the model can reconstruct images."""
-        return isinstance(self.objective, VAE)
+        """True if the model can reconstruct or restore images."""
+        return isinstance(self.objective, VAE | Restoration)
 
     def reconstruct(
         self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
     ) -> list[Reconstruction]:
-        """Return each image with its reconstruction, in order.
+        """Return each image with its reconstruction, or the restored image, in order.
 
         Raises:
             RecipeError: for a model that cannot reconstruct images.
         """
         import torch
 
-        objective, finished = self._reconstructor(), 0
-        compression = objective.compression(self.network)
+        objective, finished, compression = self.objective, 0, None
+        if not isinstance(objective, Restoration):
+            objective = self._reconstructor()
+            compression = objective.compression(self.network)
         examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
 
         def reconstruct_batch(batch: TreeBatch) -> list[Reconstruction]:

@@ -1,4 +1,5 @@
-"""Tasks of the objectives in this package: generation of images, and transcription."""
+"""Tasks of the objectives in this package: generation and restoration of images, and
+transcription."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from luthier.data.inputs import MediaInput
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.media import BareWindow, CaptionedImage, LabelledWindow
 from luthier.errors import DataError, Problem
-from luthier.evaluation.baselines import Z_SCORES, Method
+from luthier.evaluation.baselines import Z_SCORES, Method, States
 from luthier.evaluation.significance import RowScores
 from luthier.evaluation.transcription import transcription_remarks, transcription_scores
 from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task
-from luthier.types import Row
+from luthier.types import Example, Row
 
 if TYPE_CHECKING:
     from luthier.data.conversations.chat import ChatFormat
@@ -115,6 +116,47 @@ class DenoisingTask(ImageGenerationTask):
     head: ClassVar[HeadKind] = "denoising"
 
 
+class RestorationTask(Task):
+    """Images without their noise, or of twice the resolution."""
+
+    head: ClassVar[HeadKind] = "denoising"
+    reconstructs: ClassVar[bool] = True
+    two_sided: ClassVar[bool] = False
+
+    def is_comparable(self, row: Row, example: Example) -> bool:
+        """Return True: all rows have a clean image."""
+        return True
+
+    def baselines(self, train: Sequence[Row], held: Sequence[Row]) -> Iterator[Method]:
+        """Yield the degraded image, and the classic filter that is best on the training rows."""
+
+        def by_filter(states: States) -> Answers:
+            best = int(states.train_NH[:, 1:].mean(0).argmax()) + 1
+            return [{"psnr": ratio} for ratio in states.held_QH[:, best].tolist()]
+
+        def as_it_is(states: States) -> Answers:
+            return [{"psnr": ratio} for ratio in states.held_QH[:, 0].tolist()]
+
+        yield Method("degraded image (half size: bicubic enlargement)", as_it_is, reads_states=True)
+        yield Method("best filter: blur, median or sharpening", by_filter, reads_states=True)
+
+    def scores(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Mapping[str, Score]:
+        """Return the mean peak signal-to-noise ratio of the restored images, and of the degraded
+        images if known."""
+        known = [name for name in ("psnr", "degraded_psnr") if name in answers[0]]
+        return {
+            name: RowScores.of([each[name] for each in answers], is_share=False) for name in known
+        }
+
+    def show(self, answer: Answer, threshold: float | None, top: int) -> str:
+        """Return both ratios."""
+        return f"{answer['psnr']:.2f} dB restored, {answer['degraded_psnr']:.2f} dB degraded"
+
+    def command(self, model_id: str, chat: ChatFormat) -> str:
+        """Restore images."""
+        return f"sample {model_id} --reconstruct images/ --output restored/"
+
+
 class TranscriptionTask(Task):
     """Text in an image, or a caption."""
 
@@ -135,4 +177,4 @@ class TranscriptionTask(Task):
 
 
 AUTOENCODING, ADVERSARIAL, DENOISING = AutoencodingTask(), AdversarialTask(), DenoisingTask()
-TRANSCRIPTION = TranscriptionTask()
+RESTORATION, TRANSCRIPTION = RestorationTask(), TranscriptionTask()

@@ -10,11 +10,12 @@ import torch
 
 from luthier.data.inputs import PLURAL
 from luthier.engine import defaults
-from luthier.engine.runs import AUGMENTED
+from luthier.engine.runs import AUGMENTED, GRIDS
 from luthier.engine.steps import TrainingStep
 from luthier.files import write_bytes
 from luthier.media.image_grid import encode_png, grid
 from luthier.media.objectives.generative import MOST_COMPARED, Generative
+from luthier.media.objectives.restoration import Restoration
 from luthier.media.processors import ImageProcessor
 from luthier.media.sample_grids import SampleGrids
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 AUGMENTED_ROWS, DRAWS = 6, 4
 """Rows of the picture of augmented rows, and the changes of each row."""
+RESTORED_ROWS, RESTORED_COLUMNS = 12, 3
+"""Rows of a picture of restored rows, and rows on one line."""
 FRAME = 400
 """Samples of a frame in the picture of a waveform."""
 
@@ -98,6 +101,37 @@ class SamplePictures(TrainingStep):
         """Write the grid of a step."""
         if self.grids is not None:
             self.grids.draw(step)
+
+
+class RestoredPictures(TrainingStep):
+    """Pictures of held-out images during training: clean, degraded and restored."""
+
+    first_process_only = True
+    in_trials = False
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return whether the objective restores images."""
+        return isinstance(job.data.objective, Restoration)
+
+    @torch.no_grad()
+    def after_evaluation(self, trainer: Trainer, step: int) -> None:
+        """Write the picture of a step."""
+        data, network, media = trainer.job.data, trainer.network, trainer.job.chat.media
+        objective = data.objective
+        assert isinstance(objective, Restoration) and isinstance(media, ImageProcessor)
+        network.model.eval()
+        pictures: list[Pixels] = []
+        rows = [*(data.validation or data.train)[:RESTORED_ROWS]]
+        for batch in network.batches(rows, trainer.reading_budget):
+            drawn = objective.degrade(network, batch)
+            restored = objective.restore(network, drawn.degraded).clamp(0, 1)
+            for row in torch.stack([drawn.clean, drawn.degraded, restored], 1):
+                pictures += [*(row * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+        run = trainer.run_folder.folder
+        made = encode_png(grid(pictures, 3 * RESTORED_COLUMNS), f"{run.parent.name}:{run.name}")
+        (run / GRIDS).mkdir(exist_ok=True)
+        write_bytes(run / GRIDS / f"{step:06}.png", made)
 
 
 class GenerativeVerdict(TrainingStep):

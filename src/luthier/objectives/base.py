@@ -460,7 +460,7 @@ class Objective(StrictModel):
         raise NotImplementedError
 
     def codes(self, network: Network, batch: TreeBatch) -> list[list[float]]:
-        """Return the latents of each row, in tree order; for tasks that reconstruct."""
+        """Return the latents of each row, in tree order; for models with latents."""
         raise NotImplementedError
 
 
@@ -535,6 +535,11 @@ def add_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]
 def predicts(objective: Objective | None) -> bool:
     """Return true if models of ``objective`` predict labels, numbers or embeddings."""
     return objective is not None and type(objective).predict is not Objective.predict
+
+
+def has_codes(objective: Objective) -> bool:
+    """Return true if models of ``objective`` have latents."""
+    return type(objective).codes is not Objective.codes
 
 
 def check_base(objective: Objective, chat: ChatFormat) -> None:

@@ -64,7 +64,7 @@ class Task:
     draws: ClassVar[bool] = False
     """True if models generate images (:mod:`luthier.media.image_generation`)."""
     reconstructs: ClassVar[bool] = False
-    """True if models reconstruct images."""
+    """True if models reconstruct or restore images."""
     base_noun: ClassVar[str] = "encoder"
     """Usual base models of the catalogue, for advice."""
     learns_words: ClassVar[bool] = False

@@ -79,10 +79,11 @@ def embed(
         )
         from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find
+        from luthier.objectives.base import has_codes
         from luthier.workflows.inference_tasks import NUMBERS, EmbedTask
 
     def has_vectors(objective: Objective) -> bool:
-        return gives_embeddings(objective) or objective.task.reconstructs
+        return gives_embeddings(objective) or has_codes(objective)
 
     reporter = reporter or Reporter()
     form = embedding_format(output)
@@ -91,7 +92,7 @@ def embed(
     check_output(output, data, overwrite=overwrite)
     rows = [] if is_shared else load_inputs(data, columns, EMBEDDING)
     stored = check_active(find(model, is_able=has_vectors))
-    if not stored.objective.task.reconstructs:
+    if not has_codes(stored.objective):
         check_embeds(stored, stored.objective)
     for text in embedding_notes(stored):
         reporter.note(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def sample(
     latents: bool = False,
     reporter: Reporter | None = None,
 ) -> SampledImages | Reconstructions:
-    """Generate images, or reconstruct images.
+    """Generate images, reconstruct images, or restore images.
 
     A model with classes generates the same number of images of each class. The metadata of each
     PNG file have the model and the word "synthetic".
@@ -62,7 +63,7 @@ def sample(
     Args:
         model: Id of a model that generates images.
         output: PNG file with all images, or new folder of PNG files.
-        count: Number of images; 64 by default, 32 to reconstruct.
+        count: Number of images; 64 by default, 32 for --reconstruct.
         label: Class of the images; all classes by default.
         prompt: Description of the images.
         negative_prompt: Description of unwanted content (diffusion).
@@ -70,7 +71,7 @@ def sample(
         steps: Denoising steps (diffusion).
         guidance_scale: Strength of class or prompt (diffusion).
         eta: Noise of each step; 0 is DDIM, 1 DDPM (diffusion).
-        reconstruct: Images to reconstruct: folder, archive, .npz or one file.
+        reconstruct: Images to copy or restore: folder, archive or file.
         between: Number of steps between two of these images.
         columns: Column of a key of these images; repeatable.
         codes: Codes of a VAE to decode: .npy or .jsonl of embed.
@@ -129,7 +130,7 @@ def show_images(found: SampledImages | Reconstructions) -> None:
     """Print the number of images and their file or folder, and the error of reconstructions."""
     if isinstance(found, Reconstructions):
         if found.compression is not None:
-            error = sum(found.errors) / len(found.errors)
+            error = math.fsum(found.errors) / len(found.errors)
             print_text(f"mean squared error {error:.5f}, of pixels from 0 to 1")
             print_text(f"each image: {found.compression}")
         if found.images < found.of:
@@ -139,11 +140,11 @@ def show_images(found: SampledImages | Reconstructions) -> None:
     print_written(found.images, "images", found.output)
 
 
-def _check_samples(output: Path) -> None:
-    """Reject an unwritable output before sampling."""
+def _check_samples(output: Path, source: str | None = None) -> None:
+    """Reject an unwritable output, or an output that replaces ``source``, before sampling."""
     ending = output.suffix.lower()
     if ending == ".png":
-        check_output(output)
+        check_output(output, source)
     elif not output.exists():
         # A number after the last dot, as in `run-1.2`, is part of a folder name.
         if ending[1:].isalnum() and not ending[1:2].isdigit():
@@ -220,7 +221,7 @@ def _read_codes(path: Path) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Images with their reconstructions, or interpolated images."""
+    """Images with their reconstructions, restored images, or interpolated images."""
 
     model: str
     images: int
@@ -228,7 +229,7 @@ class Reconstructions:
     """Number of images in the source."""
     output: Path
     errors: list[float]
-    """Mean squared error of each image; empty for interpolations."""
+    """Mean squared error of each image; empty for restored and interpolated images."""
     compression: Compression | None
 
     def plain(self) -> dict[str, Any]:
@@ -256,18 +257,19 @@ def _reconstruct(
 ) -> Reconstructions:
     """Write the first ``count`` images of ``source`` next to their reconstructions.
 
-    With ``between``, write interpolated images instead: steps between each two images.
+    A folder has the reconstructions alone. With ``between``, write interpolated images instead: steps
+    between each two images.
     """
-    if output.suffix.lower() != ".png":
+    if between is not None and output.suffix.lower() != ".png":
         raise RecipeError(f"the output is a PNG file. Name {output.with_suffix('.png')}")
-    check_output(output, source)
+    _check_samples(output, source)
     with heavy_imports():
         from luthier.data.inputs import is_media
         from luthier.data.prompts import input_row, load_inputs
         from luthier.engine.metrics import Reporter
         from luthier.files import write_bytes
         from luthier.library.models import check_active, find
-        from luthier.media.image_generation import ImageGenerator
+        from luthier.media.image_generation import ImageGenerator, SampledImage
         from luthier.media.image_grid import encode_png, grid
 
     reporter = reporter or Reporter()
@@ -286,7 +288,13 @@ def _reconstruct(
     made = generator.reconstruct(
         rows, lambda done: reporter.progress(done, len(rows), "reconstruct")
     )
-    pairs = [pixels for each in made for pixels in (each.original, each.copy)]
-    write_bytes(output, encode_png(grid(pairs, 2 * max(1, round((len(made) / 2) ** 0.5))), model))
-    errors = [each.error for each in made]
-    return Reconstructions(model, len(rows), len(found), output, errors, made[0].compression)
+    if output.suffix.lower() == ".png":
+        pairs = [pixels for each in made for pixels in (each.original, each.copy)]
+        across = 2 * max(1, round((len(made) / 2) ** 0.5))
+        write_bytes(output, encode_png(grid(pairs, across), model))
+    else:
+        _write_folder([SampledImage(each.copy) for each in made], output, model)
+    compression = made[0].compression
+    # The difference between a degraded and a restored image is no error.
+    errors = [] if compression is None else [each.error for each in made]
+    return Reconstructions(model, len(rows), len(found), output, errors, compression)

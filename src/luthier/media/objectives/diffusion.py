@@ -40,7 +40,7 @@ from luthier.media.objectives.class_conditions import (
     words_of,
     words_target,
 )
-from luthier.media.objectives.generative import Generative, draw_noise
+from luthier.media.objectives.generative import Generative, check_pixel_range, draw_noise
 from luthier.media.objectives.noise_schedule import (
     BetaSchedule,
     LossWeighting,
@@ -49,7 +49,6 @@ from luthier.media.objectives.noise_schedule import (
     TimestepSpacing,
     alphas_cumprod,
 )
-from luthier.media.processors import ImageProcessor
 from luthier.media.tasks import DENOISING
 from luthier.models.formats.pipelines import noise_settings
 from luthier.models.networks.heads import Head
@@ -249,14 +248,8 @@ class Diffusion(Generative):
 
     def bind(self, models: RunModels) -> Self:
         """Check the range of pixels, and adopt the noise settings of a pipeline."""
-        reads, bound = models.chat.media, super().bind(models)
-        # Noise of deviation 1 is added to the pixels.
-        if isinstance(reads, ImageProcessor) and {*reads.mean, *reads.std} != {0.5}:
-            raise RecipeError(
-                "diffusion needs pixels from -1 to 1. Set image_mean and image_std to 0.5 in the base "
-                "model's preprocessor_config.json",
-                rule="image.range",
-            )
+        bound = super().bind(models)
+        check_pixel_range(models.chat, self.method)  # noise of deviation 1 is added to the pixels
         folder = models.network
         if folder is None or not folder.is_pipeline:
             return bound

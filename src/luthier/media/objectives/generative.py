@@ -192,6 +192,21 @@ def draw_noise(generators: Sequence[np.random.Generator], size: int) -> Tensor:
     return torch.from_numpy(np.stack([g.standard_normal(size, np.float32) for g in generators]))
 
 
+def check_pixel_range(chat: ChatFormat, method: str) -> None:
+    """Reject a base model whose pixels are not from -1 to 1.
+
+    Raises:
+        RecipeError: with the fields to change.
+    """
+    reads = chat.media
+    if isinstance(reads, ImageProcessor) and {*reads.mean, *reads.std} != {0.5}:
+        raise RecipeError(
+            f"{method} needs pixels from -1 to 1. Set image_mean and image_std to 0.5 in the base "
+            "model's preprocessor_config.json",
+            rule="image.range",
+        )
+
+
 def images_at_once(processor: ImageProcessor) -> int:
     """Return the batch size for images of the size of ``processor``."""
     return max(1, min(AT_ONCE, PIXELS_AT_ONCE // (processor.height * processor.width)))

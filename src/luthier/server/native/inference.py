@@ -134,12 +134,12 @@ class ReconstructionRequest(Input):
 
 
 class ReconstructionView(View):
-    """Reconstruction of an image."""
+    """Reconstruction of an image, or the restored image."""
 
     png: str
     """PNG file in base64."""
     error: float
-    """Mean squared error of the reconstruction, for pixel values from 0 to 1."""
+    """Mean squared difference from the given image, for pixel values from 0 to 1."""
 
 
 class ReconstructionsView(View):
@@ -147,8 +147,8 @@ class ReconstructionsView(View):
 
     model: str
     images: list[ReconstructionView]
-    compression_ratio: float
-    """Size of an image divided by the size of the latent code, in numbers."""
+    compression_ratio: float | None
+    """Size of an image divided by the size of the latent code, in numbers; null if restored."""
 
 
 @router.post(
@@ -215,7 +215,7 @@ def sample_images(
 def reconstruct_images(
     call: NativeCall, model: Name, body: ReconstructionRequest, accept: Accept = ""
 ) -> ReconstructionsView | Response:
-    """Encode and decode images with an autoencoder."""
+    """Encode and decode images with an autoencoder, or restore images."""
     from luthier.media.image_grid import encode_png
 
     stored_id = _stored_id(call, model)
@@ -230,7 +230,8 @@ def reconstruct_images(
         ReconstructionView(png=_base64(encode_png(each.copy, model)), error=each.error)
         for each in copies
     ]
-    ratio = copies[0].compression.ratio
+    compression = copies[0].compression
+    ratio = None if compression is None else compression.ratio
     return ReconstructionsView(model=model, images=views, compression_ratio=ratio)
 
 

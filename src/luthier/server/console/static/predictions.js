@@ -232,20 +232,21 @@ export function Samples({ model }) {
   `;
 }
 
-/** The form of an autoencoder. */
+/** The form of an autoencoder, or of a model that restores images. */
 export function Reconstruction({ model }) {
   const ask = async ({ image }, signal) => {
     const file = image.files[0];
     const body = { images: [await base64Of(file, "an image")] };
     const found = await call("POST", `/api/v1/models/${encodeURIComponent(model.id)}/reconstructions`, { body, signal });
+    const restored = found.compression_ratio === null;
     return html`
       <section>
-        <h2>Original and reconstruction</h2>
+        <h2>Original and ${restored ? "restored image" : "reconstruction"}</h2>
         <div class="pictures">
           <figure><${FileImage} file=${file} /><figcaption>original</figcaption></figure>
-          ${found.images.map((each, index) => html`<${Picture} png=${each.png} caption=${`error ${number(each.error)}`} index=${index} />`)}
+          ${found.images.map((each, index) => html`<${Picture} png=${each.png} caption=${restored ? "restored" : `error ${number(each.error)}`} index=${index} />`)}
         </div>
-        <p class="soft">Compression ratio: ${number(found.compression_ratio)}.</p>
+        ${!restored && html`<p class="soft">Compression ratio: ${number(found.compression_ratio)}.</p>`}
       </section>
     `;
   };
