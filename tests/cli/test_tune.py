@@ -126,7 +126,9 @@ def test_printed_loss_curve_file_exists(tiny_model_folder: Path, tmp_path: Path)
     )  # fmt: skip
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    named = next(line.split("curve")[1].strip() for line in out.splitlines() if " curve " in line)
+    named = next(
+        line.split("curve", 1)[1].strip() for line in out.splitlines() if " curve " in line
+    )
     assert Path(named).is_file()
 
 

@@ -92,18 +92,16 @@ def command(*arguments: object, code: int = 0) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
-def test_prompt_tokens_count_towards_context_limit(
+def test_long_text_is_cut_to_context_without_prompt_tokens(
     adaptation: str, tuned: Callable[..., tuple[str, Path]]
 ) -> None:
     model_id, _ = tuned(LABELLED, "roberta", adaptation=adaptation)
     model = luthier.load(model_id)
     config = model.opened.network.model.config  # type: ignore[union-attr]
     most = config.max_position_embeddings - config.pad_token_id - 1 - 20
-    assert len(model.predict(["fox " * (most - 2)])) == 1
-    long = "fox " * (most - 1)
-    with pytest.raises(DataError) as refused:
-        model.predict([long, "fox", long])
-    assert [problem.line for problem in refused.value.problems] == [1, 3]
+    whole, cut, short = model.predict(["fox " * (most - 2), "fox " * (most + 9), "fox"])
+    assert cut["scores"] == pytest.approx(whole["scores"], abs=1e-5)
+    assert cut["scores"] != pytest.approx(short["scores"], abs=1e-5)
 
 
 EVERY_TIME = {("bert", "full"), ("llama", "lora")}

@@ -26,6 +26,7 @@ from luthier.library import models as store
 from luthier.media import processors
 from luthier.media.networks import small_cnn as net
 from luthier.media.processors import ImageProcessor
+from luthier.media.training_steps import AugmentedRows
 from luthier.models.manifest import Manifest
 from luthier.models.networks import layouts
 from luthier.models.networks.layouts import MediaReader
@@ -264,6 +265,8 @@ def test_read_ahead_changes_no_weights(
 
     monkeypatch.setattr(MediaInput, "array", counted)
     monkeypatch.setattr(MediaReader, "arrays", noted)
+    # The picture of augmented rows reads rows, too.
+    monkeypatch.setattr(AugmentedRows, "applies", classmethod(lambda cls, job: False))
 
     def weights(name: str) -> bytes:
         result = luthier.tune(

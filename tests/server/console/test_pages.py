@@ -237,9 +237,8 @@ def test_model_pages_in_browser(url: str, root_key: str, tmp_path: Path) -> None
         page.until_text("Usage – luthier", "#status")
         assert page.script("return document.activeElement.textContent") == "Usage"
         page.fill("#from", "")
-        page.script("document.querySelector('#from').dispatchEvent(new Event('change'))")
-        page.until_text("Requests by day", "figcaption")
-        assert "NaN" not in page.script("return document.querySelector('figure.chart').outerHTML")
+        # Without jobs, no worker writes usage.
+        page.until_text("No usage on these days", "main")
         for place, heading in {"models": "Models", "models/writer": "writer"}.items():
             show(place, heading, "h1")
             page.until("document.activeElement.tagName === 'H1'")

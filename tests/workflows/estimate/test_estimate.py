@@ -123,7 +123,8 @@ def test_estimate_approximates_training_and_stores_only_record(
     if method == "grpo":  # the number of generated tokens is unknown in advance
         assert found.tokens.low <= actual["tokens"] <= found.tokens.high
     else:
-        assert found.tokens.value == pytest.approx(actual["tokens"])
+        # Batches of contrastive rows have no row twice, and may leave out the last rows.
+        assert found.tokens.value == pytest.approx(actual["tokens"], rel=0.01)
     assert found.disk.low * 0.8 < actual["disk_bytes"] < found.disk.high * 1.2
     assert actual["parts"].keys() == PARTS.keys() and not actual["resumed"]
     # The parts add up to nearly the whole run.
