@@ -43,7 +43,7 @@ def fill(count: argparse.Namespace) -> str:
     from luthier.server.tables.jobs import Job
     from luthier.server.tables.live.captures import CapturedRequest
 
-    service = Service(Settings(work=False))
+    service = Service(Settings(run_jobs=False))
     account, base = "000000000000", "sentence-transformers.all-minilm-l6-v2"
     arn = f"arn:aws:bedrock:us-east-1::foundation-model/{base}"
     moment = now()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import Query
 from pydantic import Field
-from sqlalchemy import case, func, select
+from sqlalchemy import case, func, or_, select
 from sqlalchemy.orm import Session
 
 from luthier.errors import RefusedInput
@@ -136,32 +136,38 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
     everything = select(CapturedRequest).where(CapturedRequest.account == call.account)
     own = live_rows.requests_to(call.account, page.model) if page.model else everything
     own = own.where(CapturedRequest.error == "").order_by(None)
-    mine = Feedback.rater == call.caller.user, Feedback.name.in_(RATINGS)
-    positions = (
-        select(func.count(Feedback.position.distinct()))
-        .where(Feedback.request_seq == CapturedRequest.seq, *mine)
-        .scalar_subquery()
+    rated_by_me = Feedback.rater == call.caller.user
+    is_rating = Feedback.account == call.account, Feedback.name.in_(RATINGS)
+    # Counted from the ratings: most captured requests have none.
+    marks = (
+        select(
+            Feedback.request_seq,
+            func.count(case((rated_by_me, Feedback.position)).distinct()).label("positions"),
+            func.count(case((~rated_by_me, Feedback.rater)).distinct()).label("others"),
+        )
+        .where(*is_rating)
+        .group_by(Feedback.request_seq)
+        .subquery()
     )
-    waits = positions < func.coalesce(CapturedRequest.answers, 1)
-    done_by_me = ~waits
+    numbers = own.with_only_columns(CapturedRequest.seq)
+    marked = numbers.join(marks, marks.c.request_seq == CapturedRequest.seq)
+    done_by_me = marks.c.positions >= func.coalesce(CapturedRequest.answers, 1)
+    closed = marked.where(done_by_me)
     with database.read() as session:
+        rated = _count(session, closed)
         capturing = session.get(CaptureSettings, call.account)
         if capturing is not None and capturing.second_rater is not None:
-            others = select(func.count(Feedback.rater.distinct())).where(
-                Feedback.request_seq == CapturedRequest.seq,
-                Feedback.rater != call.caller.user,
-                Feedback.name.in_(RATINGS),
-            )
             # Multiplied, so that neighbours do not have the same number of raters.
             is_shared = (CapturedRequest.seq * 37) % 100 < 100 * capturing.second_rater
-            waits &= others.scalar_subquery() < case((is_shared, 2), else_=1)
-        waiting, rated = (_count(session, own.where(each)) for each in (waits, done_by_me))
+            enough = marks.c.others >= case((is_shared, 2), else_=1)
+            closed = marked.where(or_(done_by_me, enough))
+        waiting = _count(session, numbers) - _count(session, closed)
         names = (
             select(CapturedRequest.model).distinct().where(CapturedRequest.account == call.account)
         )
         models = sorted(session.scalars(names))
         # Sorting numbers takes a quarter of the time of sorting rows, with 100,000 requests.
-        numbers = own.with_only_columns(CapturedRequest.seq).where(waits)
+        numbers = numbers.where(CapturedRequest.seq.not_in(closed))
         if page.position is not None:
             numbers = numbers.where(CapturedRequest.seq < page.position)
         newest = numbers.order_by(CapturedRequest.seq.desc()).limit(page.limit * MOST_READ)
@@ -169,7 +175,10 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
         records = session.scalars(query.order_by(CapturedRequest.seq.desc())).all()
         seqs = Feedback.request_seq.in_([each.seq for each in records])
         columns = Feedback.request_seq, Feedback.position
-        done = {(seq, place) for seq, place in session.execute(select(*columns).where(seqs, *mine))}
+        done = {
+            (seq, place)
+            for seq, place in session.execute(select(*columns).where(seqs, rated_by_me, *is_rating))
+        }
     answers: list[ReviewedAnswer] = []
     last = None
     for record in records:

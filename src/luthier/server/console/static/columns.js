@@ -2,18 +2,15 @@
 
 import { call } from "./api.js";
 import { withNames } from "./files.js";
-import { ErrorBox, Table, html, options, useData, useEffect } from "./ui.js";
+import { ErrorBox, Table, html, options, useData } from "./ui.js";
 
 const IGNORE = "ignore:";
 
 /** A menu for each column; `columns` is a signal with columns by key, where an empty column ignores its key. */
 export function Columns({ address, columns, onchange }) {
-  useEffect(() => {
-    columns.value = {};
-  }, []);
   const shown = useData(
     (signal) => address && call("POST", "/api/v1/previews", { body: { training: address, columns: columns.value }, signal }),
-    [JSON.stringify(columns.value)],
+    [address, JSON.stringify(columns.value)],
   );
   if (!address) return null;
   if (!shown.data) return html`<${ErrorBox} error=${shown.error} again=${shown.read} />`;
@@ -30,7 +27,12 @@ export function Columns({ address, columns, onchange }) {
   return html`
     <details class="further columns" open=${Boolean(problem) || Object.keys(columns.value).length > 0}>
       <summary>Columns${form && !problem ? `: read as ${form}` : ""}</summary>
-      ${problem && html`<p class="problem" role="status">${withNames(problem)}</p>`}
+      ${problem && html`
+        <p class="problem" role="status">
+          ${withNames(problem)}
+          ${found.length > 0 && " Choose what each column is: “text” and “label” to classify, “prompt” and “completion” to generate answers."}
+        </p>
+      `}
       <${ErrorBox} error=${shown.error} />
       <${Table} caption="Columns of the training rows" columns=${[{ name: "Column", kind: "code" }, "First value", "Read as"]}
         rows=${found.map((each) => [html`<bdi>${each.name}</bdi>`, html`<bdi>${each.example}</bdi>`, menu(each)])}

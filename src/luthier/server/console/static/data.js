@@ -1,6 +1,7 @@
 // Data: the list of files, and one file with findings, fixes and rows.
 
 import { call, may } from "./api.js";
+import { Columns } from "./columns.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { addressOf, idOf, learnNames, remember, withNames } from "./files.js";
 import { bytes, number, shortName, time } from "./format.js";
@@ -71,10 +72,11 @@ export function Data({ params, query }) {
     await learnNames([address], signal);
     return shortName(withNames(address));
   }, [address]);
+  const columns = useSignal({});
   // Checks without a base model need seconds and no download.
   const report = useData(
-    (signal) => (may("develop") ? call("POST", "/api/v1/inspections", { body: { training: address, base: "none" }, signal }) : null),
-    [address],
+    (signal) => (may("develop") ? call("POST", "/api/v1/inspections", { body: { training: address, columns: columns.value, base: "none" }, signal }) : null),
+    [address, JSON.stringify(columns.value)],
   );
   const lines = useSignal({ rule: "", lines: query.get("lines") ?? "" });
   const showRows = (rule) => {
@@ -82,17 +84,19 @@ export function Data({ params, query }) {
     document.getElementById("rows").scrollIntoView();
   };
   if (!known.data) return html`<${Pending} title="Data" ...${known} />`;
+  const trainLink = `${link("new")}?${new URLSearchParams({ rows: address, columns: JSON.stringify(columns.value) })}`;
   return html`
     <p class="soft"><a href=${link("data")}>Data</a> /</p>
     <${Heading} title=${known.data} tab=${`Data: ${known.data}`}>
       ${idOf(address) && html`<${Download} id=${idOf(address)} name=${known.data} />`}
-      ${may("develop") && html`<a class="button primary" href=${`${link("new")}?rows=${encodeURIComponent(address)}`}>Train on these rows</a>`}
+      ${may("develop") && html`<a class="button primary" href=${trainLink}>Train on these rows</a>`}
     <//>
+    ${may("develop") && html`<${Columns} address=${address} columns=${columns} onchange=${() => {}} />`}
     ${report.error ? html`<section><h2>Inspection</h2><${ErrorBox} error=${report.error} again=${report.read} /></section>`
       : report.data ? html`
-        <${Inspection} ...${report.data} address=${address} showRows=${showRows} onfixed=${(made) => go("data", made.address)} />
+        <${Inspection} ...${report.data} address=${address} columns=${columns.value} showRows=${showRows} onfixed=${(made) => go("data", made.address)} />
       ` : may("develop") && html`<p class="soft" role="status">Checking all rows …</p>`}
-    <${Rows} key=${lines.value.lines} address=${address} lines=${lines} />
+    <${Rows} key=${lines.value.lines} address=${address} columns=${columns.value} lines=${lines} />
   `;
 }
 
@@ -105,7 +109,7 @@ function Download({ id, name }) {
   return html`<button type="button" disabled=${busy} onclick=${run}>Download</button><${ErrorBox} error=${error} />`;
 }
 
-function Rows({ address, lines }) {
+function Rows({ address, columns, lines }) {
   const [search, label, timer] = [useSignal(""), useSignal(""), useSignal(null)];
   const pages = usePages();
   const position = pages.value.at(-1);
@@ -140,7 +144,7 @@ function Rows({ address, lines }) {
         ${isFiltered ? `${number(data.found)} of ${number(data.total)} rows` : `${number(data.total)} rows`}${data.form ? `, ${data.form}` : ""}.
         ${!data.is_complete && " The file has more rows; a search covers these rows only."}
       </p>
-      ${data.rows.map((row) => html`<${RowCard} key=${row.line} row=${row} address=${address} />`)}
+      ${data.rows.map((row) => html`<${RowCard} key=${row.line} row=${row} address=${address} columns=${columns} />`)}
       ${!data.rows.length && html`<${Empty} text="No row matches." />`}
       <${PageButtons} pages=${pages} next=${data.next} noun="rows" labels=${["Previous", "Next"]} />
     </section>
@@ -148,10 +152,10 @@ function Rows({ address, lines }) {
 }
 
 /** A row as written, and after a click as the model learns it. */
-function RowCard({ row, address }) {
+function RowCard({ row, address, columns }) {
   const shown = useSignal(null);
   const { busy, error, run } = useAction(async () => {
-    const { report } = await call("POST", "/api/v1/inspections", { body: { training: address, line: row.line } });
+    const { report } = await call("POST", "/api/v1/inspections", { body: { training: address, columns, line: row.line } });
     shown.value = { base: report.base, row: report.summaries.learning?.splits?.train?.shown?.[0] };
   });
   const parts = Object.entries(row.record).map(([name, value]) => [name, shorten(textOf(value))]);

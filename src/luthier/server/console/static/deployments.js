@@ -28,8 +28,10 @@ export function Deployments({ query }) {
   const { data, error, read } = useData((signal) => call("GET", "/api/v1/deployments", { query: { limit: PAGE, position }, signal }), [position]);
   usePolling(SECONDS, read);
   if (!data) return html`<${Pending} title="Deployments" error=${error} read=${read} />`;
+  // The model that another page chose is proposed on the page of the deployment.
+  const chosen = query.has("model") ? `?${query}` : "";
   const rows = data.deployments.map((each) => [
-    html`<a href=${link("deployments", each.deployment)}><bdi>${each.deployment}</bdi></a>`,
+    html`<a href=${`${link("deployments", each.deployment)}${chosen}`}><bdi>${each.deployment}</bdi></a>`,
     html`<${Chip} kind=${STATES[each.status]}>${each.status}<//>${each.failure && html`<p class="soft">${each.failure}</p>`}`,
     html`<a href=${link("models", each.model)}><bdi>${each.model}</bdi></a>`,
     each.canary_share ? `${each.next_model}: ${percent(each.canary_share)}` : each.next_model ? `${each.next_model}: loading` : "–",
@@ -63,8 +65,8 @@ function NewDeployment({ chosen }) {
       <${ErrorBox} error=${models.error} again=${models.read} />
       <form onsubmit=${run}>
         <div class="fields">
-          <${Field} id="deployment-name" label="Name" help="Applications send this name as the model.">
-            <input id="deployment-name" name="name" required maxlength="63" autocomplete="off" spellcheck="false" />
+          <${Field} id="deployment-name" label="Name" help="Applications send this name as the model: letters, digits, - and _.">
+            <input id="deployment-name" name="name" required pattern="([0-9a-zA-Z][_\\-]?)+" title="letters, digits, - and _" maxlength="63" autocomplete="off" spellcheck="false" />
           <//>
           <${Field} id="deployment-model" label="Model">
             <select id="deployment-model" name="model" required>
@@ -80,7 +82,7 @@ function NewDeployment({ chosen }) {
 }
 
 /** One deployment. */
-export function Deployment({ params }) {
+export function Deployment({ params, query }) {
   const path = pathOf(params.name);
   const { data, error, read } = useData((signal) => call("GET", path, { signal }));
   const watch = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(params.name)}/health`, { query: { since: "7d" }, signal }));
@@ -113,7 +115,7 @@ export function Deployment({ params }) {
       <p class="soft">No request of the last 7 days is captured under this name. <a href=${link("review")}>Capture requests</a> to see figures.</p>
     `}
     ${canary && html`<${Canary} canary=${canary} />`}
-    ${may("develop") && html`<${Promotion} path=${path} deployment=${data} done=${read} />`}
+    ${may("develop") && html`<${Promotion} path=${path} deployment=${data} chosen=${query.get("model")} done=${read} />`}
     <${Section} title="History"><${History} history=${history} /><//>
   `;
 }
@@ -142,7 +144,7 @@ function Canary({ canary }) {
   `;
 }
 
-function Promotion({ path, deployment, done }) {
+function Promotion({ path, deployment, chosen, done }) {
   const models = useData(deployableModels);
   const share = useSignal("");
   const { busy, error, run } = useAction(async (event) => {
@@ -163,7 +165,9 @@ function Promotion({ path, deployment, done }) {
         <form onsubmit=${run}>
           <div class="fields">
             <${Field} id="promoted" label="Model">
-              <select id="promoted" name="model">${options(others.map((each) => [each.name, each.name]))}</select>
+              <select id="promoted" name="model">
+                ${others.map((each) => html`<option value=${each.name} selected=${each.id === chosen}>${each.name}</option>`)}
+              </select>
             <//>
             <${Field} id="share" label="Share" help="A canary that is worse is rolled back automatically.">
               <select id="share" ...${bound(share)}>${options(SHARES)}</select>

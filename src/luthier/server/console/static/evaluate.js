@@ -17,6 +17,8 @@ const SECONDS = 4;
 const PAGE = 25;
 const KINDS = { evaluations: "Evaluate a model", comparisons: "Compare with the base and simple methods" };
 const STATES = { Completed: "good", Failed: "error", Running: "note" };
+/** Rows of a comparison that are shown with the answers of all models. */
+const SHOWN = 3;
 /** Evaluations in the table of a model. */
 const MOST_SHOWN = 10;
 /** Measures with lower values being better, as the server lists them with each report. */
@@ -76,8 +78,10 @@ function NewMeasurement({ chosen, task }) {
     return [...found.filter((each) => each.kind === "custom").reverse(), ...found.filter((each) => each.kind !== "custom")];
   });
   const { busy, error, run } = useAction(async (event) => {
+    // The report names the model as the request does.
     const model = event.target.elements.model.value;
-    const body = { rows: rows.value.address, ...(kind.value === "evaluations" ? { model } : { models: [model] }) };
+    const compared = async () => ({ models: [model], show: SHOWN, ...(await trainingRows(models.data.find((each) => each.name === model))) });
+    const body = { rows: rows.value.address, ...(kind.value === "evaluations" ? { model } : await compared()) };
     const made = await call("POST", `/api/v1/${kind.value}`, { body });
     go(kind.value, made.id);
   });
@@ -89,7 +93,7 @@ function NewMeasurement({ chosen, task }) {
           <${Field} id="kind" label="Task"><select id="kind" ...${bound(kind)}>${options(Object.entries(KINDS))}</select><//>
           <${Field} id="measured" label="Model">
             <select id="measured" name="model" required>
-              ${shown.map((each) => html`<option value=${each.id} selected=${each.id === chosen}>${nameOf(each)}</option>`)}
+              ${shown.map((each) => html`<option value=${each.name} selected=${each.id === chosen}>${nameOf(each)}</option>`)}
             </select>
           <//>
         </div>
@@ -103,6 +107,12 @@ function NewMeasurement({ chosen, task }) {
       </form>
     </section>
   `;
+}
+
+/** Return the rows of a model's job as `training`, from which a comparison fits simple methods; rows of several files are left out. */
+async function trainingRows({ job }) {
+  const { details } = job ? await call("GET", `/api/v1/jobs/${encodeURIComponent(job)}`) : {};
+  return details?.sources?.length === 1 ? { training: details.sources[0] } : {};
 }
 
 /** The evaluations of a model as a table, newest first. */
@@ -194,12 +204,12 @@ function Download({ path, name }) {
 
 const isShare = (name, values) => !lower.includes(name) && values.every((value) => value >= 0 && value <= 1);
 
-/** Return bars for `ScoreBars` from scores `[name, value, interval]` of one measure. */
+/** Return bars for `ScoreBars` from scores `[name, value, interval, isTuned]` of one measure. */
 function barsOf(measure, scores) {
   const asShare = isShare(measure, scores.map(([, value]) => value));
   const show = (value) => (asShare ? percent(value) : number(value, 4));
-  const bars = scores.map(([name, value, interval], index) => ({
-    name, value, shown: show(value), low: interval?.[0] ?? null, high: interval?.[1] ?? null, kind: index ? "base" : "tuned",
+  const bars = scores.map(([name, value, interval, isTuned]) => ({
+    name, value, shown: show(value), low: interval?.[0] ?? null, high: interval?.[1] ?? null, kind: isTuned ? "tuned" : "base",
   }));
   return { bars, measure: words(measure), isLess: lower.includes(measure), show };
 }
@@ -233,7 +243,7 @@ function EvaluationReport({ report }) {
 
 function ComparisonReport({ report }) {
   const { measure, rows, contenders, verdict, remarks = [], shown = [] } = report;
-  const picture = barsOf(measure, contenders.map((each) => [each.name, each.score, each.interval]));
+  const picture = barsOf(measure, contenders.map((each) => [each.name, each.score, each.interval, each.technique.startsWith("fine-tuning")]));
   const figure = (name) => ({ name, kind: "number" });
   return html`
     <div class=${`box ${{ true: "good", false: "warning" }[report.worth_it] ?? "note"}`} id="summary">

@@ -11,6 +11,8 @@ const VERDICTS = {
 };
 const ORDER = ["error", "warning", "note"];
 const MOST_ROWS = 3;
+/** Different problems of a rule that are shown at once. */
+const MOST_PLACES = 5;
 /** Tokens of a long row that are shown at its start and at its end. */
 const HEAD = 120;
 const TAIL = 240;
@@ -79,6 +81,7 @@ function FixButton({ rules, source, onfixed }) {
 
 function Rule({ rule, children }) {
   const times = rule.count === 1 ? "once" : `${number(rule.count)} times`;
+  const groups = [...Map.groupBy(rule.places, (place) => [place.message, place.fix, place.excerpt].join("\n")).values()];
   return html`
     <details class="rule" open=${rule.severity === "error"}>
       <summary>
@@ -89,22 +92,30 @@ function Rule({ rule, children }) {
         ${rule.why && html`<p><strong>Why: </strong>${rule.why}</p>`}
         ${rule.fix && html`<p><strong>Fix: </strong>${rule.fix}</p>`}
         <div class="actions">${children}</div>
-        <ul class="places">
-          ${rule.places.map(
-            (place) => html`
-              <li>
-                <code>${placeOf(place)}</code> ${withNames(place.message ?? "")}
-                ${place.fix && place.fix !== rule.fix && html` <strong>Fix: </strong>${withNames(place.fix)}`}
-                ${place.excerpt && html`<pre class="row" tabindex="0">${place.excerpt}</pre>`}
-              </li>
-            `,
-          )}
-        </ul>
+        <${Places} rule=${rule} groups=${groups.slice(0, MOST_PLACES)} />
+        ${groups.length > MOST_PLACES && html`
+          <details><summary>${number(groups.length - MOST_PLACES)} more</summary><${Places} rule=${rule} groups=${groups.slice(MOST_PLACES)} /></details>
+        `}
         ${rule.places.length < rule.count && html`
           <p class="soft">Showing ${number(rule.places.length)} of ${number(rule.count)} locations.</p>
         `}
       </div>
     </details>
+  `;
+}
+
+/** Locations of a rule; locations with the same problem are one entry. */
+function Places({ rule, groups }) {
+  return html`
+    <ul class="places">
+      ${groups.map(([place, ...others]) => html`
+        <li>
+          <code>${placeOf(place)}</code>${others.length > 0 && ` and ${number(others.length)} more`} ${withNames(place.message ?? "")}
+          ${place.fix && place.fix !== rule.fix && html` <strong>Fix: </strong>${withNames(place.fix)}`}
+          ${place.excerpt && html`<pre class="row" tabindex="0">${place.excerpt}</pre>`}
+        </li>
+      `)}
+    </ul>
   `;
 }
 

@@ -253,6 +253,8 @@ function Completed({ job }) {
   const [shares, errors] = [new Set(found.data?.view.shares), new Set(found.data?.view.lower_is_better)];
   const verdict = verdictOf(metrics, record.data?.validation_rows, { shares, errors });
   const { rows, validation_rows: held, dropped, truncated, learned_tokens: learned } = record.data ?? {};
+  // A refit learns the held-out rows as well.
+  const refitted = held === 0 && metrics.comparison?.rows > 0;
   return html`
     <div class=${`box ${verdict?.kind ?? "note"}`} id="result">
       <p><strong>${verdict?.text ?? "The model is trained."}</strong></p>
@@ -285,7 +287,7 @@ function Completed({ job }) {
         <h2>Rows</h2>
         <${Facts} pairs=${[
           ["Learned", number(rows)],
-          ["Held out to measure", number(held)],
+          ["Held out to measure", refitted ? html`${number(metrics.comparison.rows)}<small>learned as well after the measurement</small>` : number(held)],
           ["Left out: longer than the context", number(dropped)],
           ["Cut to the context", number(truncated)],
           ["Learned tokens", number(learned)],

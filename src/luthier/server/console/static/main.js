@@ -61,8 +61,8 @@ const WIDE = window.matchMedia("(min-width: 60rem)");
 const FOLDED = "luthier.folded";
 const folded = signal(!WIDE.matches || sessionStorage.getItem(FOLDED) === "yes");
 const REFUSED = "The server rejects this key. Check that the key is complete and belongs to this server.";
-/** `who` is signed in; without `who`, the sign-in form shows `message`, or the page shows `error`. */
-const session = signal({ who: null, message: "", error: null });
+/** `who` is signed in; without `who`, the sign-in form shows `message`, or the page shows `error`. `isNew` until the stored key is tried. */
+const session = signal({ who: null, message: "", error: null, isNew: key() !== null });
 const address = signal(window.location.hash);
 let entering = false;
 
@@ -110,7 +110,7 @@ function leave() {
 }
 
 function App() {
-  const { who, message, error } = session.value;
+  const { who, message, error, isNew } = session.value;
   const main = useRef(null);
   const skip = (event) => {
     // The fragment of the address names the page.
@@ -136,6 +136,7 @@ function App() {
       <main id="main" tabindex="-1" ref=${main}>
         ${who ? html`<${Shown} hash=${address.value} />`
           : error ? html`<${Heading} title="luthier" /><${ErrorBox} error=${error} again=${start} />`
+          : isNew ? html`<p class="soft">Loading …</p>`
           : html`<${SignIn} key=${message} message=${message} />`}
       </main>
     </div>

@@ -49,12 +49,12 @@ export function NewJob({ query }) {
   return html`
     <${Heading} title="New job" />
     ${may("develop")
-      ? html`<${JobForm} models=${found.data.filter((each) => /^active$/i.test(each.status))} start=${query.get("base")} rows=${query.get("rows")} />`
+      ? html`<${JobForm} models=${found.data.filter((each) => /^active$/i.test(each.status))} start=${query.get("base")} rows=${query.get("rows")} read=${query.get("columns")} />`
       : html`<p class="box note">This key has no permission to create jobs. Sign in with a key of the role developer.</p>`}
   `;
 }
 
-function JobForm({ models, start, rows }) {
+function JobForm({ models, start, rows, read }) {
   const form = useRef(null);
   const opened = useRef(new Date()).current;
   const left = useLeaving();
@@ -62,7 +62,7 @@ function JobForm({ models, start, rows }) {
   const kind = useSignal("FINE_TUNING");
   const base = useSignal(models.find((each) => start && [each.id, each.name, each.arn].includes(start))?.name ?? "");
   const names = useSignal({});
-  const columns = useSignal({});
+  const columns = useSignal(JSON.parse(read ?? "{}"));
   const working = useSignal(null);
   const outcome = useSignal("");
   const [inspection, estimate, problem] = [useSignal(null), useSignal(null), useSignal(null)];
@@ -153,10 +153,14 @@ function JobForm({ models, start, rows }) {
   // New rows are inspected at once, without a model: a person sees what is in the file before
   // choosing settings, and nothing is downloaded yet.
   useEffect(() => {
-    if (hasRows && !isBusy(working.value)) startInspection(true);
-  }, [training.value.address]);
+    if (!hasRows) return;
+    // The page has the same rows after a reload.
+    history.replaceState(null, "", `${link("new")}?${new URLSearchParams({ rows: training.value.address, columns: JSON.stringify(columns.value) })}`);
+    if (!isBusy(working.value)) startInspection(true);
+  }, [training.value.address, JSON.stringify(columns.value)]);
   /** Continue with a cleaned file. */
   const useCleaned = ({ address, name }) => {
+    columns.value = {};
     training.value = { ...EMPTY, address, name, said: `Selected: ${name}.` };
     remember({ id: idOf(address), filename: name });
     forget();
@@ -201,7 +205,7 @@ function JobForm({ models, start, rows }) {
       <fieldset>
         <legend>Data</legend>
         <div class="fields">
-          <${DataField} id="training" label="Training rows" field=${training} onchange=${forget}
+          <${DataField} id="training" label="Training rows" field=${training} onchange=${() => ((columns.value = {}), forget())}
             help="JSON Lines, CSV, Parquet or text. An address that ends with a slash selects all files below." />
           <${DataField} id="validation" label="Validation rows (optional)" field=${validation} onchange=${forget}
             help="Rows to evaluate the model. The model is not trained on these rows." />

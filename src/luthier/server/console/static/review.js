@@ -153,6 +153,8 @@ function Rating({ model }) {
     left.addEventListener("abort", () => queue.current.send());
   }, []);
   // A label is corrected, a text is edited; a good label is a row with this label.
+  const hasLabels = useRef(false);
+  hasLabels.current ||= first?.prediction?.label !== undefined;
   const [field, given] = first?.prediction ? ["label", first.prediction.label] : ["corrected", first?.reply];
   const rate = (values) => {
     editing.value = null;
@@ -215,7 +217,7 @@ function Rating({ model }) {
     ${may("develop") && models.length > 0 && html`
       <details class="rule" open=${sent.value} ontoggle=${(event) => (sent.value = event.target.open)}>
         <summary>Make rows from these</summary>
-        <div class="inside"><${Rows} models=${models} nameOf=${nameOf} chosen=${model.value} before=${() => queue.current.send()} /></div>
+        <div class="inside"><${Rows} models=${models} nameOf=${nameOf} chosen=${model.value} kind=${hasLabels.current ? "classification" : "sft"} before=${() => queue.current.send()} /></div>
       </details>
     `}
   `;
@@ -247,7 +249,7 @@ function predictionText(prediction) {
   }).join("\n");
 }
 
-function Rows({ models, nameOf, chosen, before }) {
+function Rows({ models, nameOf, chosen, kind, before }) {
   const found = useSignal(null);
   const { busy, error, run } = useAction(async (event) => {
     const { model, to } = event.target.elements;
@@ -263,7 +265,9 @@ function Rows({ models, nameOf, chosen, before }) {
             ${models.map((each) => html`<option value=${each} selected=${each === chosen}>${nameOf(each)}</option>`)}
           </select>
         <//>
-        <${Field} id="rows-kind" label="Rows"><select id="rows-kind" name="to">${options(EXPORTS)}</select><//>
+        <${Field} id="rows-kind" label="Rows"><select id="rows-kind" name="to" defaultValue=${kind}>
+          ${EXPORTS.map(([value, label]) => html`<option value=${value} selected=${value === kind}>${label}</option>`)}
+        </select><//>
       </div>
       <${ErrorBox} error=${error} />
       <div class="actions"><button type="submit" class="primary" disabled=${busy}>Make rows</button></div>
