@@ -166,7 +166,13 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
             select(CapturedRequest.model).distinct().where(CapturedRequest.account == call.account)
         )
         models = sorted(session.scalars(names))
-        # Sorting numbers takes a quarter of the time of sorting rows, with 100,000 requests.
+        if not page.model:
+            # An expression, so that SQLite walks back from the newest request. The index of the
+            # account is in another order: all of its requests would be sorted.
+            account = CapturedRequest.account + ""
+            numbers = select(CapturedRequest.seq).where(
+                account == call.account, CapturedRequest.error == ""
+            )
         numbers = numbers.where(CapturedRequest.seq.not_in(closed))
         if page.position is not None:
             numbers = numbers.where(CapturedRequest.seq < page.position)
