@@ -353,8 +353,7 @@ def test_models_playground_evaluation_and_keys_in_browser(
         page.until_text("There are no evaluations yet", "main")
         page.write("#held-file", str(home / "labels.jsonl"))
         page.until_text("is uploaded", ".drop")
-        labeller = json.loads(get("models/labeller")[1])["id"]
-        page.script("document.querySelector('#measured').value = arguments[0]", labeller)
+        page.choose("#measured", "labeller")
         page.click("main form .primary")
         page.until_text("Waiting for a worker", "main")
         page.click(".heading .danger")
