@@ -50,7 +50,7 @@ OF_COMMANDS = {
     # The next command and the printed prediction of a task.
     "tasks/base.py": "--input series", "tasks/embedding.py": "--json prints all",
     "tasks/generation.py": "--image photo|DATA --base", "tasks/reading.py": "--input questions",
-    "tasks/reranking.py": "--input pairs", "media/tasks.py": "--output samples",
+    "tasks/reranking.py": "--input pairs", "media/tasks.py": "--(output samples|reconstruct images)",
     "media/image_generation.py": "--output codes",
     "server/retraining.py": "--base", "evaluation/baselines.py": "--(base|objective|set) ",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
