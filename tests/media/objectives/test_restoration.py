@@ -176,7 +176,7 @@ def test_trained_model_restores_files_and_is_measured(
     assert 0 < found.scores["degraded_psnr"] < 60 and found.row_scores["psnr"].interval[1] > 1
 
     made = sample(result.model_id, tmp_path / "restored", reconstruct=str(pictures))
-    with Image.open(tmp_path / "restored" / "00001.png") as restored:
+    with Image.open(tmp_path / "restored" / "00001-0.png") as restored:
         size = restored.size
         assert made.images == 3 and restored.info["Source"] == result.model_id
     with pytest.raises(RecipeError):

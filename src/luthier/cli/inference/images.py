@@ -269,7 +269,7 @@ def _reconstruct(
         from luthier.engine.metrics import Reporter
         from luthier.files import write_bytes
         from luthier.library.models import check_active, find
-        from luthier.media.image_generation import ImageGenerator, SampledImage
+        from luthier.media.image_generation import ImageGenerator
         from luthier.media.image_grid import encode_png, grid
 
     reporter = reporter or Reporter()
@@ -293,7 +293,11 @@ def _reconstruct(
         across = 2 * max(1, round((len(made) / 2) ** 0.5))
         write_bytes(output, encode_png(grid(pairs, across), model))
     else:
-        _write_folder([SampledImage(each.copy) for each in made], output, model)
+        output.mkdir(parents=True, exist_ok=True)
+        for number, (row, each) in enumerate(zip(rows, made, strict=True), 1):
+            # Numbered, because folders below the source can have equal names.
+            name = f"{number:05}-{Path(row.excerpt()).stem}.png"
+            write_bytes(output / name, encode_png(each.copy, model))
     compression = made[0].compression
     # The difference between a degraded and a restored image is no error.
     errors = [] if compression is None else [each.error for each in made]
