@@ -15,7 +15,7 @@ from luthier.server.jobs.study_worker import report_of
 from luthier.server.tables.database import Database
 from luthier.server.tables.measurements import MeasuredModel, create
 from luthier.server.tables.studies import Study as StudyTable
-from luthier.workflows.study.cells import Outcome
+from luthier.workflows.study.cells import CellResult
 from luthier.workflows.study.figures import draw_study
 from luthier.workflows.study.grid import Configuration
 from luthier.workflows.study.results import Study, StudyRow
@@ -264,7 +264,7 @@ def test_eval_report_opens_in_browser(server: Served, page: Browser) -> None:
 
 
 def measured(name: str, value: float) -> StudyRow:
-    outcome = Outcome(
+    outcome = CellResult(
         measure="accuracy", value=value, error=0.01, processor_seconds=9 * value, is_share=True
     )
     return StudyRow(Configuration({}, name), [outcome])
