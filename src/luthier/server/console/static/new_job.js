@@ -156,7 +156,10 @@ function JobForm({ models, start, rows, read }) {
     if (!hasRows) return;
     // The page has the same rows after a reload.
     history.replaceState(null, "", `${link("new")}?${new URLSearchParams({ rows: training.value.address, columns: JSON.stringify(columns.value) })}`);
-    if (!isBusy(working.value)) startInspection(true);
+    // The server ends each inspection that began, so several columns are chosen before the next one.
+    const delay = Object.keys(columns.value).length ? 1000 : 0;
+    const timer = setTimeout(() => isBusy(working.value) || startInspection(true), delay);
+    return () => clearTimeout(timer);
   }, [training.value.address, JSON.stringify(columns.value)]);
   /** Continue with a cleaned file. */
   const useCleaned = ({ address, name }) => {
