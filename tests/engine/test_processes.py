@@ -88,8 +88,8 @@ def test_two_sharded_processes_match_single_process(
     for mine, theirs in zip(metrics_of(one), metrics_of(two), strict=True):
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
     assert find(two.model_id).manifest.files
-    assert any("2 processes" in note for note in lines.notes)
-    assert any("fully_shard" in note for note in alone.notes)
+    assert any("sharded over 2 processes" in note for note in lines.notes)
+    assert any("no effect with one process" in note for note in alone.notes)
 
 
 @pytest.mark.gpu

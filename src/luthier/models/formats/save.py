@@ -149,7 +149,7 @@ def set_padding_token(model: Any, chat: ChatFormat) -> None:
     of each row.
     """
     if chat.stop_ids and getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = next(iter(chat.stop_ids))
+        model.config.pad_token_id = chat.stop_ids[0]
 
 
 def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
