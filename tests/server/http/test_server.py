@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from luthier.errors import RefusedInput
 from luthier.limits import ServerLimits
 from luthier.server.http.messages import address_of, head_of
-from luthier.server.http.server import Ports, server_config
+from luthier.server.http.server import Ports, listen, server_config
 
 FORWARDED = [(b"x-forwarded-proto", b"https"), (b"x-forwarded-for", b"198.51.100.7")]
 
@@ -61,3 +62,10 @@ def test_forwarded_headers_of_untrusted_peers_are_ignored(ports: Ports, peer: st
 def test_invalid_proxy_address(text: str) -> None:
     with pytest.raises(RefusedInput, match="--trusted-proxy"):
         Ports(trusted_proxies=(text,)).check()
+
+
+def test_accepted_connections_send_without_delay() -> None:
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
