@@ -269,7 +269,7 @@ def timed(triple: tuple[str, str, str]) -> Any:
     elif family in able:
         slow = rare or family != able[(turn + place) % len(able)]
     elif family not in FAMILIES:
-        slow = False
+        slow = rare and not refused(method, name, family)
     else:
         unable = [each for each in FAMILIES if each not in able]
         slow = family != unable[turn % len(unable)]

@@ -145,9 +145,8 @@ def write_sounds(folder: Path) -> Path:
 
 
 OFTEN = {
-    "masks are drawn anew", "dropout above a frozen bottom", "mixed rows", "layers that start later",
-    "a teacher's likeliest tokens", "pairs and a reference", "a value head", "two players",
-    "noise of every step", "letters of columns",
+    "masks are drawn anew", "mixed rows", "a teacher's likeliest tokens", "pairs and a reference",
+    "two players", "letters of columns",
 }  # fmt: skip
 """Methods that store most of the states: random draws, orders, caches, replies, two networks."""
 assert set(CASES) >= OFTEN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from luthier.cluster.ray_cluster import RayCluster
+from luthier.errors import LuthierError
 
 RAY = Path(sys.executable).with_name("ray")
 MEMORY = 2_000_000_000
@@ -77,7 +79,7 @@ class Cluster:
                     continue
             try:
                 found = RayCluster(self.address).nodes()
-            except Exception:  # the node is starting
+            except LuthierError:  # the node is starting
                 found = None
             if found is not None and len(found) == count:
                 return
@@ -105,7 +107,8 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Yield a head node and two nodes with one job slot each."""
+    """Yield a head node and two nodes with one job slot each, and a token as their key."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     # Its sockets lie below, and their names may have 107 characters: pytest's folders are too long.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     # Ray's workers listen from 10002 to 19999, and connections go out from 32768 on.

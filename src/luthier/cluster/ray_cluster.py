@@ -117,10 +117,15 @@ class RayCluster:
             from ray.autoscaler.v2.sdk import get_cluster_status
         except ModuleNotFoundError as error:
             raise RefusedInput("ray is not installed: pip install 'luthier[ray]'") from error
-        from ray.exceptions import RayError
+        from ray.exceptions import AuthenticationError, RayError
 
         try:
             status = get_cluster_status(self.address)
+        except AuthenticationError as error:
+            raise LuthierError(
+                f"the Ray cluster at {self.address} requires its token. Set RAY_AUTH_MODE=token for "
+                "this command, and RAY_AUTH_TOKEN if ~/.ray/auth_token is missing or of another cluster"
+            ) from error
         except RayError as error:
             raise LuthierError(
                 f"the Ray cluster at {self.address} does not respond: {error}"
