@@ -17,6 +17,8 @@ import { HeldOut, ScoreBars, shorten, verdictOf } from "./verdict.js";
 const REFRESH_SECONDS = 5;
 /** Messages that are shown at most: the newest. */
 const MOST_MESSAGES = 300;
+/** Points of a curve that are kept at most: of more points, every second one. */
+const MOST_POINTS = 2000;
 const DRAW_MILLISECONDS = 250;
 const PARTS = { validation: "Checking the data", data_processing: "Preparing the data", training: "Training" };
 const ACTIONS = {
@@ -172,7 +174,7 @@ function stepOf({ kind, data }, job) {
 }
 
 /** Messages, and metrics by step. Metrics of a step that is repeated after a crash replace each other. */
-class Course {
+export class Course {
   constructor() {
     this.last = 0;
     this.measure = "";
@@ -186,16 +188,19 @@ class Course {
       this.messages = [...this.messages.slice(1 - MOST_MESSAGES), { id, kind, data }];
       return;
     }
-    const { training, validation, trainingScore, validationScore } = this.series;
+    const put = (name, value) => {
+      const points = this.series[name].set(data.step, value);
+      if (points.size > MOST_POINTS) [...points.keys()].forEach((step, index) => index % 2 && points.delete(step));
+    };
     if (data.measure && data.measure !== "loss") this.measure = data.measure;
     // Events of a validation repeat the training loss for clients of OpenAI.
     if ("valid_loss" in data) {
-      validation.set(data.step, data.valid_loss);
+      put("validation", data.valid_loss);
       const score = data[`valid_${this.measure}`] ?? data[this.measure];
-      if (this.measure && typeof score === "number") validationScore.set(data.step, score);
+      if (this.measure && typeof score === "number") put("validationScore", score);
     } else if ("train_loss" in data) {
-      training.set(data.step, data.train_loss);
-      if (this.measure && typeof data[this.measure] === "number") trainingScore.set(data.step, data[this.measure]);
+      put("training", data.train_loss);
+      if (this.measure && typeof data[this.measure] === "number") put("trainingScore", data[this.measure]);
     }
   }
 

@@ -157,8 +157,9 @@ export function useAction(act) {
 /** Wait for at least 3 seconds, then until the tab is visible. Returns false once `left` is aborted. */
 export async function pause(seconds, left) {
   await new Promise((done) => {
-    const timer = setTimeout(done, 1000 * Math.max(3, seconds));
-    left.addEventListener("abort", () => (clearTimeout(timer), done()), { once: true });
+    const end = () => (clearTimeout(timer), left.removeEventListener("abort", end), done());
+    const timer = setTimeout(end, 1000 * Math.max(3, seconds));
+    left.addEventListener("abort", end);
   });
   while (document.hidden && !left.aborted)
     await new Promise((done) => {
