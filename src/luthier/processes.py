@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
+
+from luthier.errors import LuthierError
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
@@ -114,6 +117,53 @@ def cancellable(work: Work) -> Work:
     if (register := _register.get()) is not None:
         register(work)
     return work
+
+
+class Cancelled(LuthierError):
+    """Work whose client disconnected."""
+
+
+def run_cancellable(
+    command: Sequence[str], seconds: float, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a command like ``subprocess.run``. A cancellation or the time limit kills all processes.
+
+    Raises:
+        subprocess.TimeoutExpired: after ``seconds``.
+        Cancelled: after a cancellation.
+    """
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    cancelled = threading.Event()
+
+    def kill() -> None:
+        cancelled.set()
+        _kill_tree(process.pid)
+
+    work = cancellable(KillHandle(kill))
+    with process:
+        try:
+            output, errors = process.communicate(timeout=seconds)
+        except BaseException:
+            work.close()
+            raise
+        finally:
+            work.finish()
+    if cancelled.is_set():
+        raise Cancelled("The command was cancelled.")
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def _kill_tree(process_id: int) -> None:
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(process_id)
+        # Processes of a pool would wait for their killed parent forever.
+        for each in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def on_stdin_end(end: Callable[[], object]) -> None:

@@ -68,7 +68,9 @@ def test_default_base_depends_on_rows(
     row: dict[str, Any], objective: str | None, base: str, tmp_path: Path
 ) -> None:
     data = written(tmp_path / "rows.jsonl", row)
-    found, reason = gate.default_base(RowReader(str(data)), gate.parse_objective(objective))
+    found, reason = gate.default_base(
+        RowReader(str(data)).first(gate.LANGUAGE_ROWS), gate.parse_objective(objective)
+    )
     assert found == base
     assert ("encoder" in reason) is (base == TEXT_ENCODER)
     assert ("`--base bert-base-uncased`" in reason) is ("question" in row)
@@ -81,7 +83,7 @@ def test_default_base_for_language_without_encoder_is_fasttext(
         rows = [{"text": text, "label": name, **fields} for name in "ab" * 4]
         data = tmp_path / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return gate.default_base(RowReader(str(data)))
+        return gate.default_base(RowReader(str(data)).first(gate.LANGUAGE_ROWS))
 
     vietnamese = "Tôi muốn biết khi nào cửa hàng mở cửa vào ngày mai"
     found, reason = base_of(vietnamese)
@@ -98,7 +100,7 @@ def test_default_base_for_language_without_encoder_is_fasttext(
     assert chosen == known.name and "Vietnamese" in reason
     assert base_of(japanese)[0] == known.name
     pairs = written(tmp_path / "pairs.jsonl", *[{"query": vietnamese, "positive": vietnamese}] * 4)
-    assert gate.default_base(RowReader(str(pairs)))[0] == known.name
+    assert gate.default_base(RowReader(str(pairs)).first(gate.LANGUAGE_ROWS))[0] == known.name
 
 
 def test_rows_and_broken_rows_are_counted_per_split(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from luthier.engine.metrics import Reporter
 from luthier.errors import RecipeError
 from luthier.files import need_disk
 from luthier.gate.checks.conversations import SEVERAL_REPLIES
-from luthier.gate.inspect import default_base
+from luthier.gate.inspect import LANGUAGE_ROWS, default_base
 from luthier.gate.report import warnings
 from luthier.gate.rules import MOSTLY_TRUNCATED, mostly_truncated
 from luthier.library import models as store
@@ -168,7 +168,7 @@ def with_base(recipe: Recipe, reporter: Reporter, data: OpenedData | None = None
     if "base" in recipe.model_fields_set:
         return recipe
     data = data or OpenedData(recipe.data, recipe.objective)
-    base, reason = default_base(data.train, recipe.objective)
+    base, reason = default_base(data.train.first(LANGUAGE_ROWS), recipe.objective)
     reporter.settings([("base", base, reason)])
     return recipe.model_copy(update={"base": base})
 

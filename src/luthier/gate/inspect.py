@@ -54,8 +54,8 @@ MEDIA_BASES: Mapping[MediaKind, str] = {
 """Base models for images, audio and time series."""
 
 
-def default_base(reader: RowReader, objective: Objective | None = None) -> tuple[str, str]:
-    """Return the base model for the first rows of ``reader`` and the reason, if no base is named.
+def default_base(rows: Sequence[Row], objective: Objective | None = None) -> tuple[str, str]:
+    """Return the base model for the first rows of the data and the reason, if no base is named.
 
     On Banking77 with 5 rows per intent, a small encoder is right on 77 % of test rows after two
     minutes, and the default decoder on 65 % after fourteen (docs/log/defaults.md). Invalid rows are
@@ -65,7 +65,7 @@ def default_base(reader: RowReader, objective: Objective | None = None) -> tuple
     bases = objective.defaults.bases if objective is not None else {}
     if objective is not None and not bases and not predicts(objective):
         return plain
-    row = next(iter(reader.first(1)), None)
+    row = next(iter(rows), None)
     if objective is not None and bases:
         reads = _input_kind(row) if row is not None else ""
         return (
@@ -86,7 +86,7 @@ def default_base(reader: RowReader, objective: Objective | None = None) -> tuple
     reason = f"an encoder is best for texts with {what}"
     if isinstance(row, AnsweredQuestion):
         reason = f"the smallest encoder, which never learned to answer; {ANSWERING_BASES}"
-    return encoder_of_language(main_language(reader.first(LANGUAGE_ROWS)), reason, words)
+    return encoder_of_language(main_language(rows), reason, words)
 
 
 def _input_kind(row: Row) -> str:
@@ -178,7 +178,8 @@ def inspect(
         base = DEFAULT_BASE
         with suppress(RefusedInput):  # inspect_sources reports the reason
             reader = RowReader(request.data, request.columns)
-            base = default_base(reader, parse_objective(request.objective))[0]
+            rows = reader.first(LANGUAGE_ROWS)
+            base = default_base(rows, parse_objective(request.objective))[0]
     if base is not None:
         try:
             known = load_context(

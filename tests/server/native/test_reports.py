@@ -13,6 +13,9 @@ from both_databases import new_database
 from native_client import native_client, native_context
 from stored_objects import put_objects
 
+from luthier.server.jobs import data
+from luthier.server.native import reports
+
 ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 
 
@@ -35,12 +38,12 @@ def test_inspection_passes_base_if_given(
     (tmp_path / "rows.jsonl").write_text(ROW)
     commands: list[list[str]] = []
 
-    def answer(command: list[str], **options: Any) -> Any:
+    def answer(command: list[str], *options: Any) -> Any:
         commands.append(command)
         report = json.dumps({"verdict": "passed", "base": "a-base"})
         return subprocess.CompletedProcess(command, 0, report, "")
 
-    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setattr(reports, "run_cancellable", answer)
     answered = ask(tmp_path, "/api/v1/inspections", {"training": "s3://rows/rows.jsonl", **named})
     assert answered.json()["report"]["base"] == "a-base"
     assert ("--base" in commands[0]) is bool(named)
@@ -53,16 +56,39 @@ def test_columns_of_an_inspection_reach_the_checks(
     (tmp_path / "rows.csv").write_text("utterance,intent\na,b\n")
     commands: list[list[str]] = []
 
-    def answer(command: list[str], **options: Any) -> Any:
+    def answer(command: list[str], *options: Any) -> Any:
         commands.append(command)
         return subprocess.CompletedProcess(command, 0, json.dumps({"verdict": "passed"}), "")
 
-    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setattr(reports, "run_cancellable", answer)
     columns = {"text": "utterance", "label": "intent"}
     ask(tmp_path, "/api/v1/inspections", {"training": "s3://rows/rows.csv", "columns": columns})
     (command,) = commands
     options = [command[at + 1] for at, each in enumerate(command) if each == "--map"]
     assert options == ["text=utterance", "label=intent"]
+
+
+@pytest.mark.parametrize(("name", "line"), [("a.jsonl", ROW), ("a.csv", 'text,"two\nlines"\n')])
+def test_first_lines_of_a_large_file_are_whole(
+    luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, line: str
+) -> None:
+    luthier_home.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(line * 90)
+    monkeypatch.setattr(data, "FIRST_BYTES", 1000)
+    checked: list[str] = []
+
+    def answer(command: list[str], *options: Any) -> Any:
+        rows = next(each for each in command if each.endswith(name))
+        checked.append(Path(rows).read_text())
+        return subprocess.CompletedProcess(command, 0, json.dumps({"verdict": "passed"}), "")
+
+    monkeypatch.setattr(reports, "run_cancellable", answer)
+    body = {"training": f"s3://rows/{name}", "first_lines": True}
+    complete = [ask(tmp_path, "/api/v1/inspections", body).json()["complete"]]
+    (tmp_path / name).write_text(line * 9)
+    complete.append(ask(tmp_path, "/api/v1/inspections", body).json()["complete"])
+    assert checked == [line * (1000 // len(line)), line * 9]
+    assert complete == [False, True]
 
 
 def test_preview_of_columns(luthier_home: Path, tmp_path: Path) -> None:
@@ -88,7 +114,7 @@ def test_estimate_reads_all_validation_files_and_hides_paths(
     training, *validation = [f"s3://rows/{name}.jsonl" for name in names]
     seen: list[str] = []
 
-    def refuse(command: list[str], **options: Any) -> Any:
+    def refuse(command: list[str], *options: Any) -> Any:
         recipe = Path(next(each for each in command if each.endswith("recipe.toml")))
         held = Path(tomllib.loads(recipe.read_text())["data"]["validation"])
         files = sorted(held.rglob("*.jsonl"))
@@ -97,7 +123,7 @@ def test_estimate_reads_all_validation_files_and_hides_paths(
         answer = json.dumps({"error": {"message": result}})
         return subprocess.CompletedProcess(command, 2, answer, "what is on the terminal")
 
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(reports, "run_cancellable", refuse)
     body = {"training": training, "validation": validation}
     refused = ask(tmp_path, "/api/v1/estimates", body)
     assert sorted(seen) == ["also.jsonl", "held.jsonl"]

@@ -59,6 +59,8 @@ OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Paths that need no key: the responses contain no account data."""
 CONSOLE_HEADER = "x-luthier-console"
 """Header of the console's GET requests."""
+REPORTS = 2
+"""Maximum number of concurrent data reports and estimates; more requests wait."""
 
 _log = logging.getLogger("luthier.server")
 
@@ -70,8 +72,8 @@ class Api:
     The ASGI application finds in ``scope["state"]``: ``api``; ``caller`` and ``signed``;
     ``record``, for the name of the ``operation``; ``body``, with a ``limit`` that routes may
     change; ``observed``, for requests to models; and the context managers ``model_slot``,
-    ``grading_slot`` and ``stream_slot``. The scope contains the raw path, because an ARN in a path
-    has encoded slashes.
+    ``grading_slot``, ``report_slot`` and ``stream_slot``. The scope contains the raw path, because
+    an ARN in a path has encoded slashes.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Application:
 
         self._model_slots = slots(limits.model_requests, limits.share_of(limits.model_requests))
         self._grading_slots = slots(limits.grading_requests, max(1, limits.grading_requests // 4))
+        self._report_slots = slots(REPORTS, REPORTS)
         self._streams = slots(limits.streams, limits.share_of(limits.streams))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -244,6 +247,7 @@ class Application:
                     "observed": observed,
                     "model_slot": partial(self._slot, self._model_slots, record, receive),
                     "grading_slot": partial(self._slot, self._grading_slots, record, receive),
+                    "report_slot": partial(self._slot, self._report_slots, record, receive),
                     "stream_slot": partial(self._streams.turn, record.account, 0),
                 }
                 # Routers match the raw path, where the slashes of an ARN are still encoded.

@@ -198,6 +198,11 @@ async def _grading_slot(request: Request) -> AsyncIterator[None]:
         yield
 
 
+async def _report_slot(request: Request) -> AsyncIterator[None]:
+    async with request.state.report_slot():
+        yield
+
+
 async def _stream_slot(request: Request) -> AsyncIterator[None]:
     async with request.state.stream_slot():
         yield
@@ -208,6 +213,8 @@ MODEL_SLOT = Depends(_model_slot, scope="function")
 """Dependency for a slot of requests to models."""
 GRADING_SLOT = Depends(_grading_slot, scope="function")
 """Dependency for a slot of requests with a grader."""
+REPORT_SLOT = Depends(_report_slot, scope="function")
+"""Dependency for a slot of data reports and estimates."""
 STREAM_SLOT = Depends(_stream_slot)
 """Dependency that occupies a slot for a stream until the response is sent."""
 

@@ -48,8 +48,12 @@ PEEKED = 200
 """Number of rows that a new job's data is checked on."""
 PEEKED_BYTES = 4 << 20
 """Maximum size of these rows, in bytes."""
+FIRST_BYTES = 2 << 20
+"""Size of the first lines of a file that are checked before all lines, in bytes."""
 _COMPLETE = ("parquet", "zip", "npz")
 """Formats that a reader needs complete."""
+_LINES = ("jsonl", "csv", "tsv", "text")
+"""Formats whose first lines can be read alone."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +320,27 @@ def fetch_rows(locations: Locations, account: str, address: str, folder: Path, m
     ((table, file),) = files
     if media and file.is_file():
         fetch_references(locations, account, file, table)
+    return file
+
+
+def fetch_first_lines(
+    locations: Locations, account: str, address: str, folder: Path
+) -> Path | None:
+    """Fetch the first lines of a file; ``None`` if the file is smaller or has no lines."""
+    folder.mkdir(parents=True)
+    file = locations.peek(account, address, folder, FIRST_BYTES)[1]
+    container = find_container(file, [])
+    if container is None or container.packing or container.kind not in _LINES:
+        return None
+    content = file.read_bytes()
+    if len(content) < FIRST_BYTES:
+        return None
+    end = content.rfind(b"\n") + 1
+    if container.kind == "csv" and content.count(b'"', 0, end) % 2:
+        end = (
+            content.rfind(b"\n", 0, content.rfind(b'"', 0, end)) + 1
+        )  # the value has several lines
+    file.write_bytes(content[:end])
     return file
 
 

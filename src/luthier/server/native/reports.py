@@ -1,7 +1,7 @@
 """Data reports, cleanings and estimates, each computed by a CLI command in a child process.
 
 A report needs a tokenizer, an estimate needs real training steps: both would block the server's
-other requests. At most :data:`AT_ONCE` run at the same time, each with a time limit.
+other requests. Few run at the same time, each with a time limit, and end with the connection.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -22,9 +20,10 @@ from luthier.data.files.read import read_records
 from luthier.data.shapes import SHAPES
 from luthier.formatting import column_options, map_code, one_line
 from luthier.models import DEFAULT_BASE
-from luthier.processes import python_command
+from luthier.processes import Cancelled, python_command, run_cancellable
 from luthier.server.http.messages import Fault
-from luthier.server.jobs.data import base_reads_media, fetch_rows, peek_rows
+from luthier.server.http.routes import REPORT_SLOT
+from luthier.server.jobs.data import base_reads_media, fetch_first_lines, fetch_rows, peek_rows
 from luthier.server.jobs.processes import worker_environment
 from luthier.server.jobs.submit import Submission, check_client_grader, recipe_of
 from luthier.server.native.operations import (
@@ -32,7 +31,6 @@ from luthier.server.native.operations import (
     Input,
     NativeCall,
     View,
-    limit_concurrency,
     native_router,
     setting_name,
 )
@@ -40,14 +38,11 @@ from luthier.server.stores.uploaded_files import file_address
 from luthier.server.tables.custom_models import CustomModel
 from luthier.types import map_texts
 
-AT_ONCE = 2
-"""Maximum number of concurrent reports and estimates; more requests are throttled."""
 SECONDS = 600.0
 """Time limit of a report or estimate, in seconds."""
 EXAMPLE = 80
 """Maximum number of characters of an example value."""
 router = native_router()
-_free = threading.BoundedSemaphore(AT_ONCE)
 _log = logging.getLogger("luthier.server")
 
 
@@ -76,6 +71,9 @@ class PreviewView(View):
     """Keys that a column can be read as."""
     form: str | None
     """Form of the rows; missing if unknown."""
+    base: str | None
+    """Base model that fits the rows; missing if unknown."""
+    base_reason: str
     problem: str | None
     """The first problem of the rows."""
 
@@ -96,6 +94,8 @@ class Inspection(Input):
     """Training objective. The default follows from the rows."""
     line: int | None = Field(default=None, ge=1)
     """Line or row number of a single row to check and show."""
+    first_lines: bool = False
+    """Check only the first 2 MB of a large file."""
 
 
 class Cleaning(Input):
@@ -134,6 +134,8 @@ class ReportView(View):
 
     verdict: str
     """``passed``, ``warnings`` or ``refused``."""
+    complete: bool
+    """True if the report is about all rows."""
     report: dict[str, Any]
 
 
@@ -163,13 +165,16 @@ class EstimateView(View):
 
 @router.post("/previews")
 def preview_data(call: NativeCall, body: Preview) -> PreviewView:
-    """Show the columns of data, and whether the first rows can be read."""
+    """Show the columns of data, whether the first rows can be read, and the base model for them."""
+    from luthier.gate.inspect import default_base
+
     peeked = peek_rows(call.context.locations, call.account, body.training, body.columns)
     first: dict[str, Any] = {}
     for record in peeked.records:
         first |= {name: value for name, value in record.items() if name not in first}
     keys = [key for kind in SHAPES.values() for needed in kind.complete for key in sorted(needed)]
     problems = [map_code(each.message, setting_name) for each in peeked.problems]
+    base, reason = default_base(peeked.rows) if peeked.rows else (None, "")
     return PreviewView(
         columns=[
             ColumnView(name=name, example=one_line(str(value))[:EXAMPLE])
@@ -177,19 +182,25 @@ def preview_data(call: NativeCall, body: Preview) -> PreviewView:
         ],
         keys=[*dict.fromkeys(keys)],
         form=peeked.form,
+        base=base,
+        base_reason=reason,
         problem=next(iter(problems), None),
     )
 
 
-@router.post("/inspections")
+@router.post("/inspections", dependencies=[REPORT_SLOT])
 def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
     """Check data for training, and report problems of each row."""
     base = body.base
     if base is not None and base != "none":
         base = _stored_id(call, base)
-    with _report_folder() as folder:
+    with TemporaryDirectory(prefix="luthier-report-") as name:
+        folder = Path(name)
         media = base in (None, "none") or base_reads_media(base)
-        rows = _fetch(call, body.training, folder / "training", media)
+        first = body.first_lines and fetch_first_lines(
+            call.context.locations, call.account, body.training, folder / "first"
+        )
+        rows = first or _fetch(call, body.training, folder / "training", media)
         addresses = {str(rows): body.training}
         if body.line is not None:
             rows = _single_row(rows, body.line, folder / "row.jsonl")
@@ -203,10 +214,10 @@ def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
             command += ["--objective", body.objective]
         command += column_options(body.columns)
         report = _run_command(command, addresses, (0, 1, 2))
-    return ReportView(verdict=report["verdict"], report=report)
+    return ReportView(verdict=report["verdict"], complete=not first, report=report)
 
 
-@router.post("/cleanings", status_code=201)
+@router.post("/cleanings", status_code=201, dependencies=[REPORT_SLOT])
 def clean_data(call: NativeCall, body: Cleaning) -> CleaningView:
     """Fix data, and store the result as a new file of the account."""
     from luthier.gate.report import FIXES, cleaning_options, target_of
@@ -215,7 +226,8 @@ def clean_data(call: NativeCall, body: Cleaning) -> CleaningView:
     call.record("file")
     if unknown := [rule for rule in body.rules if rule not in FIXES]:
         raise Fault("Validation", f"No automatic fix for {', '.join(unknown)}.", parameter="rules")
-    with _report_folder() as folder:
+    with TemporaryDirectory(prefix="luthier-report-") as name:
+        folder = Path(name)
         rows = _fetch(call, body.training, folder / "training", media=False)
         if rows.is_dir():
             text = f"{body.training} has several files. Clean each file."
@@ -243,14 +255,15 @@ def clean_data(call: NativeCall, body: Cleaning) -> CleaningView:
     return CleaningView(address=file_address(file.id), name=file.name, **fields)
 
 
-@router.post("/estimates")
+@router.post("/estimates", dependencies=[REPORT_SLOT])
 def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
     """Estimate the cost of a job from a few training steps on the job's rows."""
     from luthier.recipe import to_toml
 
     grader = check_client_grader(body.grader) if body.grader else None
     base = call.context.base(call.account, body.base)
-    with _report_folder() as folder:
+    with TemporaryDirectory(prefix="luthier-report-") as name:
+        folder = Path(name)
         media = base_reads_media(_stored_id(call, body.base))
         rows = _fetch(call, body.training, folder / "training", media)
         addresses = {str(rows): body.training}
@@ -316,24 +329,13 @@ def _fetch(call: Call, address: str, folder: Path, media: bool) -> Path:
     return fetch_rows(call.context.locations, call.account, address, folder, media)
 
 
-@contextmanager
-def _report_folder() -> Iterator[Path]:
-    busy = f"The server already runs {AT_ONCE} reports or estimates. Try again in a few seconds."
-    with (
-        limit_concurrency(_free, busy, 5),
-        tempfile.TemporaryDirectory(prefix="luthier-report-") as folder,
-    ):
-        yield Path(folder)
-
-
 def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int, ...]) -> Any:
     """Return the JSON output of a command, with paths and settings renamed for the client."""
     arguments = python_command("luthier", *command, "--json")
     try:
-        process = subprocess.run(
-            arguments, capture_output=True, text=True, check=False, timeout=SECONDS,
-            env=worker_environment(),
-        )  # fmt: skip
+        process = run_cancellable(arguments, SECONDS, worker_environment())
+    except Cancelled as error:
+        raise Fault("ServiceUnavailable", str(error)) from error  # no client reads the response
     except subprocess.TimeoutExpired as error:
         text = f"The command takes more than {SECONDS:.0f} seconds. Use fewer rows."
         raise Fault("Validation", text) from error
