@@ -5,6 +5,8 @@ import { signal } from "./vendor/signals.js";
 const KEY = "luthier.key";
 /** Longest part of a stream, in characters. */
 const LONGEST_EVENT = 1 << 24;
+/** Longest wait before a throttled request is sent again, in seconds. */
+const LONGEST_WAIT = 30;
 /** Permissions of the key, as `GET /api/v1/whoami` names them. */
 export const rights = signal(new Set());
 
@@ -16,11 +18,11 @@ export class ApiError extends Error {
   }
 }
 
-/** Input that cannot be sent; `found` is the report of data checks that failed. */
+/** Input that cannot be sent. */
 export class InputError extends Error {
-  constructor(message, parameter = null, found = null) {
+  constructor(message, parameter = null) {
     super(message);
-    Object.assign(this, { name: "InputError", parameter, found });
+    Object.assign(this, { name: "InputError", parameter });
   }
 }
 
@@ -114,7 +116,7 @@ export function upload(file, { signal: left, onProgress }) {
   });
 }
 
-async function request(method, path, { body, query, signal: left, accept = "application/json" }) {
+async function request(method, path, { body, query, signal: left, accept = "application/json", tries = 3 }) {
   const used = key();
   const url = new URL(path, window.location.origin);
   for (const [name, value] of Object.entries(query ?? {})) if ((value ?? "") !== "") url.searchParams.set(name, value);
@@ -130,6 +132,14 @@ async function request(method, path, { body, query, signal: left, accept = "appl
     throw error.name === "AbortError" ? error : unreachable();
   }
   if (response.ok) return response;
+  const seconds = Number(response.headers.get("Retry-After"));
+  if (response.status === 429 && tries > 1 && seconds > 0 && seconds <= LONGEST_WAIT) {
+    await new Promise((done) => {
+      setTimeout(done, 1000 * seconds);
+      left?.addEventListener("abort", done, { once: true });
+    });
+    return request(method, path, { body, query, signal: left, accept, tries: tries - 1 });
+  }
   const answer = await response.json().catch(() => null);
   if (response.status === 401) expired(used);
   // A 403 means an unknown key or a missing permission; whoami distinguishes the two.

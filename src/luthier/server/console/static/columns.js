@@ -2,16 +2,25 @@
 
 import { call } from "./api.js";
 import { withNames } from "./files.js";
-import { ErrorBox, Table, html, options, useData } from "./ui.js";
+import { ErrorBox, Table, html, options, useData, useRef } from "./ui.js";
 
 const IGNORE = "ignore:";
 
-/** A menu for each column; `columns` is a signal with columns by key, where an empty column ignores its key. */
-export function Columns({ address, columns, onchange }) {
+/**
+ * A menu for each column; `columns` is a signal with columns by key, where an empty column ignores its key.
+ * `onpreview` gets the first rows as the server reads them.
+ */
+export function Columns({ address, columns, onchange, onpreview = () => {} }) {
   const shown = useData(
-    (signal) => address && call("POST", "/api/v1/previews", { body: { training: address, columns: columns.value }, signal }),
+    async (signal) => {
+      if (!address) return null;
+      const preview = await call("POST", "/api/v1/previews", { body: { training: address, columns: columns.value }, signal });
+      onpreview(preview);
+      return preview;
+    },
     [address, JSON.stringify(columns.value)],
   );
+  const isOpen = useRef(false);
   if (!address) return null;
   if (!shown.data) return html`<${ErrorBox} error=${shown.error} again=${shown.read} />`;
   const { columns: found, keys, form, problem } = shown.data;
@@ -19,13 +28,14 @@ export function Columns({ address, columns, onchange }) {
     columns.value = withColumn(columns.value, name, event.target.value);
     onchange();
   };
+  isOpen.current ||= Boolean(problem) || Object.keys(columns.value).length > 0;
   const menu = ({ name }) => html`
     <select aria-label=${`Read ${name} as`} value=${chosenFor(columns.value, name)} onchange=${choose(name)}>
       ${options([["", "Automatic"], [IGNORE, "Ignore"], ...keys.map((key) => [key, key])])}
     </select>
   `;
   return html`
-    <details class="further columns" open=${Boolean(problem) || Object.keys(columns.value).length > 0}>
+    <details class="further columns" open=${isOpen.current}>
       <summary>Columns${form && !problem ? `: read as ${form}` : ""}</summary>
       ${problem && html`
         <p class="problem" role="status">

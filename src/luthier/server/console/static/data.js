@@ -5,7 +5,7 @@ import { Columns } from "./columns.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { addressOf, idOf, learnNames, remember, withNames } from "./files.js";
 import { bytes, number, shortName, time } from "./format.js";
-import { Inspection, tokensView } from "./inspection.js";
+import { Inspection, Working, inspect, tokensView } from "./inspection.js";
 import {
   Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, bound, confirmed, go, html, link, options, toast,
   useAction, useData, usePages, useSignal,
@@ -73,11 +73,14 @@ export function Data({ params, query }) {
     return shortName(withNames(address));
   }, [address]);
   const columns = useSignal({});
-  // Checks without a base model need seconds and no download.
-  const report = useData(
-    (signal) => (may("develop") ? call("POST", "/api/v1/inspections", { body: { training: address, columns: columns.value, base: "none" }, signal }) : null),
-    [address, JSON.stringify(columns.value)],
-  );
+  const found = useSignal(null);
+  const state = JSON.stringify([address, columns.value]);
+  // Checks without a base model need no download.
+  const checks = useData(async (signal) => {
+    const body = { training: address, columns: columns.value, base: "none" };
+    if (may("develop")) await inspect(body, signal, (report) => (found.value = { ...report, state }));
+    return state;
+  }, [state]);
   const lines = useSignal({ rule: "", lines: query.get("lines") ?? "" });
   const showRows = (rule) => {
     lines.value = { rule: rule.rule, lines: [...new Set(rule.places.map((each) => each.line ?? each.row).filter(Boolean))].join(",") };
@@ -92,10 +95,13 @@ export function Data({ params, query }) {
       ${may("develop") && html`<a class="button primary" href=${trainLink}>Train on these rows</a>`}
     <//>
     ${may("develop") && html`<${Columns} address=${address} columns=${columns} onchange=${() => {}} />`}
-    ${report.error ? html`<section><h2>Inspection</h2><${ErrorBox} error=${report.error} again=${report.read} /></section>`
-      : report.data ? html`
-        <${Inspection} ...${report.data} address=${address} columns=${columns.value} showRows=${showRows} onfixed=${(made) => go("data", made.address)} />
-      ` : may("develop") && html`<p class="soft" role="status">Checking all rows …</p>`}
+    <${ErrorBox} error=${checks.error} again=${checks.read} />
+    ${!checks.error && checks.data !== state && may("develop") && html`
+      <${Working} key=${state} text=${found.value?.state === state ? "Checking all rows" : "Checking the first rows"} />
+    `}
+    ${found.value && html`
+      <${Inspection} ...${found.value} address=${address} columns=${columns.value} showRows=${showRows} onfixed=${(made) => go("data", made.address)} />
+    `}
     <${Rows} key=${lines.value.lines} address=${address} columns=${columns.value} lines=${lines} />
   `;
 }

@@ -44,3 +44,9 @@ export function placeOf({ file, line, row }) {
   const name = shortName(withNames(file ?? ""));
   return row ? `${name} row ${row}` : line ? `${name}:${line}` : name;
 }
+
+/** Return a message of the server as a complete sentence. */
+export function sentence(message) {
+  const text = withNames(message).trim();
+  return `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+}

@@ -3,7 +3,7 @@
 import { call, may } from "./api.js";
 import { placeOf, withNames } from "./files.js";
 import { bytes, duration, number, words } from "./format.js";
-import { Chip, ErrorBox, Facts, Table, html, toast, useAction } from "./ui.js";
+import { Chip, ErrorBox, Facts, Table, html, toast, useAction, useEffect, useSignal } from "./ui.js";
 
 const VERDICTS = {
   passed: "The data are ready for training.", warnings: "The data have warnings. Read the warnings before training.",
@@ -23,11 +23,33 @@ const PARTS = {
   checkpoints: "Checkpoints", store: "Storing the model",
 };
 
+/** Inspect rows: of a large file first the beginning, then all rows. `show` gets each report. */
+export async function inspect(body, signal, show) {
+  const first = await call("POST", "/api/v1/inspections", { body: { ...body, first_lines: true }, signal });
+  show(first);
+  if (!first.complete) show(await call("POST", "/api/v1/inspections", { body, signal }));
+}
+
+/** A text with the seconds of the work, and a button if the work can be cancelled. */
+export function Working({ text, cancel }) {
+  const seconds = useSignal(0);
+  useEffect(() => {
+    const timer = setInterval(() => (seconds.value += 1), 1000);
+    return () => clearInterval(timer);
+  }, []);
+  return html`
+    <p class="box note" role="status">
+      ${text} … ${seconds.value > 0 && html`<span aria-hidden="true">${seconds.value} s</span>`}
+      ${cancel && html` <button type="button" class="quiet" onclick=${cancel}>Cancel</button>`}
+    </p>
+  `;
+}
+
 /**
  * The verdict on the data, findings with locations, and rows as the model learns them. With `address` and `onfixed`, each
  * rule with an automatic fix has a button that writes a cleaned file; `showRows` filters the rows of the page by a rule.
  */
-export function Inspection({ verdict, report, address, columns, validation, onfixed, showRows }) {
+export function Inspection({ verdict, complete, report, address, columns, validation, onfixed, showRows }) {
   const splits = report.summaries?.learning?.splits ?? {};
   const rules = [...report.rules].sort((a, b) => ORDER.indexOf(a.severity) - ORDER.indexOf(b.severity));
   const count = (name) => rules.filter((rule) => rule.severity === name).reduce((sum, rule) => sum + rule.count, 0);
@@ -37,7 +59,9 @@ export function Inspection({ verdict, report, address, columns, validation, onfi
   return html`
     <section class="inspection">
       <h2>Inspection</h2>
-      <p class=${`box ${verdict}`}><strong>${words(verdict)}</strong>. ${VERDICTS[verdict]}</p>
+      <p class=${`box ${verdict}`}>
+        <strong>${words(verdict)}</strong>. ${complete ? VERDICTS[verdict] : `This is about the first ${number(report.rows.train)} rows.`}
+      </p>
       <${Facts} pairs=${[
         ["Training rows", number(report.rows.train)],
         ["Validation rows", report.rows.validation === undefined ? null : number(report.rows.validation)],
@@ -171,17 +195,19 @@ export function Estimate({ estimate }) {
         ["Memory", range(estimate.memory, bytes)],
         ["Disk", range(estimate.disk, bytes)],
         ["Cost", cost?.value === undefined ? null : range(cost, number)],
-        ["Steps", number(estimate.steps)],
-        ["Epochs", number(estimate.epochs)],
-        ["Rows", number(estimate.rows)],
-        ["Tokens", range(estimate.tokens, (value) => number(Math.round(value)))],
       ]} />
-      <p class="soft">
-        Objective ${estimate.objective}, adaptation ${estimate.adaptation}, on ${estimate.machine}. The figures come from a
-        few training steps on these rows. Other work on the machine makes the job slower.
-      </p>
       <details>
-        <summary>Time by part</summary>
+        <summary>How these figures were estimated</summary>
+        <p class="soft">
+          Objective ${estimate.objective}, adaptation ${estimate.adaptation}, on ${estimate.machine}. The figures come from a
+          few training steps on these rows. Other work on the machine makes the job slower.
+        </p>
+        <${Facts} pairs=${[
+          ["Steps", number(estimate.steps)],
+          ["Epochs", number(estimate.epochs)],
+          ["Rows", number(estimate.rows)],
+          ["Tokens", range(estimate.tokens, (value) => number(Math.round(value)))],
+        ]} />
         <${Table} caption="Time by part"
           columns=${["Part", ...["Time", "Minimum", "Maximum"].map((name) => ({ name, kind: "number" }))]}
           rows=${parts.map(([name, { value, low, high }]) => [PARTS[name] ?? words(name), ...[value, low, high].map(duration)])} />

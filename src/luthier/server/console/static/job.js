@@ -3,7 +3,7 @@
 import { call, events, may } from "./api.js";
 import { baselines } from "./certificate.js";
 import { LineChart } from "./charts.js";
-import { learnNames, withNames } from "./files.js";
+import { learnNames, sentence, withNames } from "./files.js";
 import { dateOf, duration, number, shortName, time, words } from "./format.js";
 import { CompareWith } from "./job_differences.js";
 import { ModelName, Progress, StateChip, customizationOf, hasEnded, modelNames, queuePlace, timeTaken } from "./jobs.js";
@@ -348,10 +348,4 @@ function Messages({ messages }) {
       })}
     </ol>
   `;
-}
-
-/** Return a message of the server as a complete sentence. */
-function sentence(message) {
-  const text = withNames(message).trim();
-  return `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 }

@@ -121,7 +121,8 @@ function Base({ models }) {
 }
 
 const MOST_LANGUAGES = 4;
-const isHere = (model) => model.facts?.here !== false;
+/** Return whether the files of a model are on the server. */
+export const isHere = (model) => model.facts?.here !== false;
 
 /** Return the languages of a base model. */
 export function languagesOf({ facts }) {

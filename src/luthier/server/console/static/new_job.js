@@ -2,12 +2,12 @@
 
 import { InputError, call, may } from "./api.js";
 import { DataField, EMPTY } from "./data_field.js";
-import { idOf, learnNames, remember, withNames } from "./files.js";
+import { idOf, learnNames, remember, sentence, withNames } from "./files.js";
 import { Columns } from "./columns.js";
-import { shortName } from "./format.js";
-import { Estimate, Inspection } from "./inspection.js";
+import { bytes, shortName } from "./format.js";
+import { Estimate, Inspection, Working, inspect } from "./inspection.js";
 import { CUSTOMIZATIONS } from "./jobs.js";
-import { nameOf } from "./models.js";
+import { isHere, nameOf } from "./models.js";
 import {
   ErrorBox, Field, Heading, Pending, announce, go, html, link, options, useData, useEffect, useLeaving, useRef,
   useSignal,
@@ -36,7 +36,8 @@ const ADAPTATIONS = [
 ];
 const KINDS = Object.entries(CUSTOMIZATIONS).map(([value, { name, about }]) => [value, `${name}: ${about}`]);
 const LONGEST_NAME = 63;
-const THROTTLED = 429;
+/** Milliseconds from the last change to the estimate. */
+const PATIENCE = 800;
 
 /** The page. */
 export function NewJob({ query }) {
@@ -65,13 +66,23 @@ function JobForm({ models, start, rows, read }) {
   const columns = useSignal(JSON.parse(read ?? "{}"));
   const working = useSignal(null);
   const outcome = useSignal("");
-  const [inspection, estimate, problem] = [useSignal(null), useSignal(null), useSignal(null)];
+  const [inspection, problem, preview] = [useSignal(null), useSignal(null), useSignal(null)];
+  const [changes, download] = [useSignal(0), useSignal(false)];
+  // The body of the estimate as JSON: equal settings are estimated once.
+  const planned = useSignal(null);
+  const estimate = useData(
+    async (signal) => planned.value && { of: planned.value, ...(await call("POST", "/api/v1/estimates", { body: JSON.parse(planned.value), signal })) },
+    [planned.value],
+  );
 
   const isDistillation = kind.value === "DISTILLATION";
   const isReinforcement = kind.value === "REINFORCEMENT_FINE_TUNING";
   const ready =
     training.value.address !== null && !training.value.busy && !validation.value.busy && !isBusy(working.value);
   const hasRows = training.value.address !== null;
+  const named = base.value || preview.value?.base;
+  const chosen = models.find((each) => [nameOf(each), each.name, each.id].includes(named));
+  const canEstimate = !isDistillation && chosen && (isHere(chosen) || download.value);
   const proposed = proposeName(training.value.name, base.value, opened);
   const about = problem.value && fieldOf(problem.value.parameter);
   useEffect(() => {
@@ -81,12 +92,21 @@ function JobForm({ models, start, rows, read }) {
     (field ?? form.current.querySelector(".submit")).scrollIntoView({ block: "nearest" });
   }, [problem.value]);
 
-  // Results belong to the data, the base model and the method they were made for.
+  // Results belong to the base model and the method they were made for …
   const forget = () => {
     if (isBusy(working.value)) return;
-    working.value?.cancel();
-    working.value = outcome.value = inspection.value = estimate.value = null;
+    outcome.value = planned.value = null;
+    if (!inspection.value?.background) inspection.value = null;
+    changed();
   };
+  // … and to the rows.
+  const forgetRows = () => {
+    if (isBusy(working.value)) return;
+    working.value?.cancel();
+    working.value = inspection.value = preview.value = null;
+    forget();
+  };
+  const changed = () => (changes.value += 1);
   const valueOf = (id) => form.current.elements[id].value.trim();
   const inspected = () => ({
     training: training.value.address,
@@ -94,25 +114,18 @@ function JobForm({ models, start, rows, read }) {
     ...(validation.value.address && { validation: validation.value.address }),
     columns: columns.value,
   });
-  const inspect = (body, signal) => call("POST", "/api/v1/inspections", { body, signal });
-  /** Choose the base model by the rows if the user chose none. */
+  /** Choose the base model by the rows if neither the user nor the preview did: archives have no preview. */
   const chooseBase = async (signal) => {
-    if (valueOf("base")) return;
-    const { verdict, report } = await inspect(inspected(), signal);
-    if (verdict === "refused") throw new InputError("The data checks found errors. Fix the data.", "training", { verdict, report });
-    const field = form.current.elements.base;
-    const found = [...field.options].find((each) => each.textContent === report.base);
-    if (!found) throw new InputError(`Choose a base model: ${report.base} is not available on this server.`, "base");
-    field.value = found.value;
-    base.value = report.base;
+    if (valueOf("base") || preview.value?.base) return;
+    const { report } = await call("POST", "/api/v1/inspections", { body: { ...inspected(), first_lines: true }, signal });
+    preview.value = { ...preview.value, base: report.base };
   };
   /** Return the fields that jobs and estimates share. */
-  const common = async (signal) => {
+  const common = () => {
     const settings = readSettings(form.current.elements, validation.value.address !== null);
     if (Object.keys(columns.value).length) settings.data = { columns: columns.value, ...settings.data };
-    await chooseBase(signal);
     return {
-      base: valueOf("base"),
+      base: valueOf("base") || preview.value.base,
       customization_type: kind.value,
       validation: validation.value.address ? [validation.value.address] : [],
       settings,
@@ -134,9 +147,8 @@ function JobForm({ models, start, rows, read }) {
       if (error.name === "AbortError") {
         outcome.value = cancelled;
         announce("Cancelled.");
-      } else if (!background || error.status !== THROTTLED) {
+      } else {
         error.message = withNames(error.message);
-        if (error.found) inspection.value = error.found;
         for (const [id, field] of [["training", training], ["validation", validation]])
           if (fieldOf(error.parameter) === id) field.value = { ...field.value, problem: error.message };
         problem.value = error;
@@ -148,36 +160,45 @@ function JobForm({ models, start, rows, read }) {
   const startInspection = (background) =>
     run("Inspecting the data", async (signal) => {
       const body = background ? { ...inspected(), base: "none" } : inspected();
-      inspection.value = { ...(await inspect(body, signal)), background };
+      await inspect(body, signal, (found) => (inspection.value = { ...found, background }));
+      if (background && inspection.value.verdict !== "refused") await chooseBase(signal);
     }, { background });
-  // New rows are inspected at once, without a model: a person sees what is in the file before
-  // choosing settings, and nothing is downloaded yet.
+  // Training steps next to the checks would be measured too slow.
+  const isPlanned = ready && !working.value && preview.value && canEstimate && inspection.value?.verdict !== "refused";
+  useEffect(() => {
+    const timer = isPlanned && setTimeout(() => {
+      try {
+        planned.value = JSON.stringify({ ...common(), training: training.value.address });
+      } catch {
+        planned.value = null; // The start reports the faulty field.
+      }
+    }, PATIENCE);
+    return () => clearTimeout(timer);
+  }, [Boolean(isPlanned), changes.value, named]);
   useEffect(() => {
     if (!hasRows) return;
     // The page has the same rows after a reload.
     history.replaceState(null, "", `${link("new")}?${new URLSearchParams({ rows: training.value.address, columns: JSON.stringify(columns.value) })}`);
-    // The server ends each inspection that began, so several columns are chosen before the next one.
-    const delay = Object.keys(columns.value).length ? 1000 : 0;
-    const timer = setTimeout(() => isBusy(working.value) || startInspection(true), delay);
-    return () => clearTimeout(timer);
   }, [training.value.address, JSON.stringify(columns.value)]);
+  // New rows are inspected at once, without a model: a person sees what is in the file before
+  // choosing settings, and nothing is downloaded yet.
+  const previewed = (found) => {
+    preview.value = found;
+    if (!isBusy(working.value)) startInspection(true);
+  };
   /** Continue with a cleaned file. */
   const useCleaned = ({ address, name }) => {
     columns.value = {};
     training.value = { ...EMPTY, address, name, said: `Selected: ${name}.` };
     remember({ id: idOf(address), filename: name });
-    forget();
+    forgetRows();
   };
-  const startEstimate = () =>
-    run("Running a few training steps", async (signal) => {
-      const body = { ...(await common(signal)), training: training.value.address };
-      estimate.value = (await call("POST", "/api/v1/estimates", { body, signal })).estimate;
-    });
   const startJob = (event) => {
     event.preventDefault();
     const work = async (signal) => {
       const names = { name: valueOf("name"), model_name: valueOf("model_name") };
-      const body = { ...(await common(signal)), training: [training.value.address], ...names };
+      await chooseBase(signal);
+      const body = { ...common(), training: [training.value.address], ...names };
       if (isDistillation) body.teacher = valueOf("teacher");
       go("jobs", (await call("POST", "/api/v1/jobs", { body, signal })).name);
     };
@@ -202,34 +223,35 @@ function JobForm({ models, start, rows, read }) {
     base.value = target.value && target.selectedOptions[0].textContent;
     forget();
   };
-  const stale = () => (estimate.value = null);
   return html`
     <form class="new-job" onsubmit=${startJob} ref=${form}>
       <fieldset>
         <legend>Data</legend>
         <div class="fields">
-          <${DataField} id="training" label="Training rows" field=${training} onchange=${() => ((columns.value = {}), forget())}
+          <${DataField} id="training" label="Training rows" field=${training} onchange=${() => ((columns.value = {}), forgetRows())}
             help="JSON Lines, CSV, Parquet or text. An address that ends with a slash selects all files below." />
-          <${DataField} id="validation" label="Validation rows (optional)" field=${validation} onchange=${forget}
+          <${DataField} id="validation" label="Validation rows (optional)" field=${validation} onchange=${() => (forget(), hasRows && startInspection(true))}
             help="Rows to evaluate the model. The model is not trained on these rows." />
         </div>
-        <${Columns} key=${training.value.address} address=${training.value.address} columns=${columns} onchange=${forget} />
+        <${Columns} key=${training.value.address} address=${training.value.address} columns=${columns} onchange=${forgetRows}
+          onpreview=${previewed} />
       </fieldset>
       <fieldset hidden=${!hasRows}>
         <legend>Model</legend>
         <div class="fields">
           ${row("base", "Base model", html`
             <select ...${field("base")} onchange=${changeBase}>
-              <option value="">Automatic</option><${ModelOptions} models=${models} chosen=${base.peek()} />
+              <option value="">Automatic${preview.value?.base ? `: ${preview.value.base}` : ""}</option>
+              <${ModelOptions} models=${models} chosen=${base.peek()} />
             </select>
-          `)}
+          `, { help: !base.value && preview.value?.base_reason && sentence(preview.value.base_reason) })}
           ${row("customization_type", "Method", html`
             <select ...${field("customization_type")} value=${kind} onchange=${changeKind}>${options(KINDS)}</select>
           `)}
           ${row("teacher", "Teacher", html`<select ...${field("teacher")}><${ModelOptions} models=${models} /></select>`,
             { help: "The model that generates the training targets.", hidden: !isDistillation })}
           ${row("grader", "Grader", html`
-            <textarea ...${field("grader")} rows="4" spellcheck="false" class="code" onchange=${stale}>${'{"method": "exact"}'}</textarea>
+            <textarea ...${field("grader")} rows="4" spellcheck="false" class="code" onchange=${changed}>${'{"method": "exact"}'}</textarea>
           `, { help: "Grader of replies, as JSON.", hidden: !isReinforcement })}
         </div>
       </fieldset>
@@ -238,16 +260,16 @@ function JobForm({ models, start, rows, read }) {
         <p class="soft">Empty settings are chosen from the data and the model. The page of the job shows the reasons.</p>
         <div class="fields">
           ${SETTINGS.map(([id, label, { value, ...kept }]) => row(id, label, html`
-            <input ...${field(id)} type="number" placeholder="automatic" defaultValue=${value} ...${kept} onchange=${stale} />
+            <input ...${field(id)} type="number" placeholder="automatic" defaultValue=${value} ...${kept} onchange=${changed} />
           `, { hidden: id === SETTINGS[0][0] && validation.value.address !== null }))}
           ${row("adaptation.method", "Adaptation", html`
-            <select ...${field("adaptation.method")} onchange=${stale}>${options(ADAPTATIONS)}</select>
+            <select ...${field("adaptation.method")} onchange=${changed}>${options(ADAPTATIONS)}</select>
           `)}
         </div>
         <details class="further" open=${about === "settings"}>
           <summary>More settings</summary>
           ${row("settings", "Recipe settings, as JSON", html`
-            <textarea ...${field("settings")} rows="4" spellcheck="false" class="code" onchange=${stale}
+            <textarea ...${field("settings")} rows="4" spellcheck="false" class="code" onchange=${changed}
               placeholder='{"training": {"seed": 1}}'></textarea>
           `, { help: "Grouped as in a recipe. These settings override the fields above." })}
         </details>
@@ -259,11 +281,21 @@ function JobForm({ models, start, rows, read }) {
           ${row("model_name", "Model", nameField("model_name"), { help: "Letters, digits, - and _." })}
         </div>
       </fieldset>
+      ${planned.value && (
+        estimate.data?.of === planned.value ? html`<${Estimate} estimate=${estimate.data.estimate} />`
+        : estimate.error ? html`<${ErrorBox} error=${estimate.error} again=${estimate.read}>There is no estimate.<//>`
+        : html`<${Working} key=${planned.value} text="Estimating time and memory" />`
+      )}
+      ${hasRows && isDistillation && html`<p class="soft">Distillation has no estimate: the time depends on the teacher.</p>`}
+      ${hasRows && !isDistillation && chosen && !canEstimate && html`
+        <p class="soft">
+          The estimate of time and memory downloads the base model (${bytes(chosen.facts.download_bytes)}).
+          ${" "}<button type="button" class="quiet" onclick=${() => (download.value = true)}>Estimate</button>
+        </p>
+      `}
       <${ErrorBox} error=${problem.value} />
       <div class="actions submit" hidden=${!hasRows}>
         <button type="button" disabled=${!ready} onclick=${() => startInspection(false)}>Inspect the data</button>
-        <button type="button" disabled=${!ready || isDistillation} onclick=${startEstimate}
-          title=${isDistillation ? "Distillation has no estimate: the time depends on the teacher." : null}>Estimate</button>
         <button type="submit" class=${inspection.value?.verdict === "refused" ? null : "primary"} disabled=${!ready}
           title=${inspection.value?.verdict === "refused" ? "A job on data with errors fails, unless settings change the checks." : null}>
           Start
@@ -272,7 +304,6 @@ function JobForm({ models, start, rows, read }) {
       <div class="outcome">
         ${working.value ? html`<${Working} ...${working.value} />` : outcome.value && html`<p class="soft">${outcome.value}</p>`}
       </div>
-      <${Shown} content=${estimate.value}>${estimate.value && html`<${Estimate} estimate=${estimate.value} />`}<//>
       <${Shown} content=${!inspection.value?.background && inspection.value}>${inspection.value && html`
         <${Inspection} ...${inspection.value} address=${training.value.address} columns=${columns.value}
           validation=${validation.value.address} onfixed=${useCleaned} />
@@ -300,19 +331,6 @@ function Shown({ content, children }) {
     place.current.scrollIntoView({ block: "nearest" });
   }, [content]);
   return html`<div tabindex="-1" ref=${place}>${children}</div>`;
-}
-
-function Working({ text, cancel }) {
-  const seconds = useSignal(0);
-  useEffect(() => {
-    const timer = setInterval(() => (seconds.value += 1), 1000);
-    return () => clearInterval(timer);
-  }, []);
-  return html`
-    <p class="box note" role="status">
-      ${text} … ${seconds.value > 0 && `${seconds.value} s`} <button type="button" class="quiet" onclick=${cancel}>Cancel</button>
-    </p>
-  `;
 }
 
 function ModelOptions({ models, chosen }) {
