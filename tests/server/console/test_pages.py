@@ -27,6 +27,7 @@ from luthier.server.service import Service
 from luthier.server.settings import Settings
 from luthier.server.tables.custom_models import ACTIVE, CREATING, CustomModel
 from luthier.server.tables.database import new_id, now
+from luthier.server.tables.usage import Usage, add_usage
 from luthier.workflows.certificate.certificate import read_certificate
 
 ACCOUNT = "000000000000"
@@ -67,6 +68,8 @@ def home(
                     created=now(),
                 )  # fmt: skip
                 session.add(model)
+            used = {(now().date(), ACCOUNT, name): Usage(requests=7) for name in ("one", "two")}
+            add_usage(session, used)
         assert service.issued is not None
         (home / "keys.json").write_text(json.dumps(vars(service.issued)))
         (home / "stored.json").write_text(json.dumps(stored))
@@ -236,9 +239,12 @@ def test_model_pages_in_browser(url: str, root_key: str, tmp_path: Path) -> None
         show("usage", "Custom models")
         page.until_text("Usage – luthier", "#status")
         assert page.script("return document.activeElement.textContent") == "Usage"
-        page.fill("#from", "")
-        # Without jobs, no worker writes usage.
-        page.until_text("No usage on these days", "main")
+        page.until("document.querySelector('figure.chart canvas') !== null")
+        assert {"one", "two"} <= {*"\n".join(page.texts("figure.chart .u-label")).split("\n")}
+        # Each bar has its colour.
+        assert all(count > 0 for count in page.script(PIXELS, ["series-0", "series-1"]))
+        page.choose("#measure", "training_seconds")
+        page.until("document.querySelector('figure.chart') === null")
         for place, heading in {"models": "Models", "models/writer": "writer"}.items():
             show(place, heading, "h1")
             page.until("document.activeElement.tagName === 'H1'")
@@ -386,6 +392,20 @@ def test_models_playground_evaluation_and_keys_in_browser(
         page.until("document.querySelectorAll('section tbody tr').length === 1")
         assert page.script("return window.hit ?? null") is None
 
+
+PIXELS = """
+const canvas = document.querySelector("figure.chart canvas");
+const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+return arguments[0].map((name) => {
+  const style = getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const [red, green, blue] = style.match(/[0-9a-f]{2}/gi).map((each) => parseInt(each, 16));
+  let count = 0;
+  for (let at = 0; at < data.length; at += 4)
+    count += data[at] === red && data[at + 1] === green && data[at + 2] === blue;
+  return count;
+});
+"""
+"""Return the number of pixels of a chart in each of some colours."""
 
 STUBBED = """
 return (async () => {
