@@ -24,8 +24,8 @@ from typing import Any
 from sqlalchemy import insert
 
 PATHS = (
-    "whoami", "jobs?limit=5", "examples", "models", "jobs?limit=25", "deployments",
-    "evaluations?limit=25", "review?limit=10", "usage", "models/m7", "jobs/j4999",
+    "whoami", "jobs?limit=5", "examples", "models?limit=50", "models?limit=1000", "jobs?limit=25",
+    "deployments", "evaluations?limit=25", "review?limit=10", "usage", "models/m7", "jobs/j4999",
 )  # fmt: skip
 DETAILS: dict[str, Any] = {
     "sources": ["s3://data/rows.jsonl"],

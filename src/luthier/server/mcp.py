@@ -296,7 +296,7 @@ class _Tools:
             for each in found.get("jobs", found.get("measurements", [])):
                 jobs.append(f"{kind}/{each['id']}")
                 lines.append(f"{jobs[-1]}: {each['state']}")
-        models = (await self._send(context, "GET", "/api/v1/models"))["models"]
+        models = (await self._send(context, "GET", f"/api/v1/models?limit={_SHOWN}"))["models"]
         files = (await self._send(context, "GET", f"/v1/files?limit={_SHOWN}"))["data"]
         values = {
             "jobs": jobs,

@@ -128,6 +128,14 @@ def test_model_view_returns_abilities(get: Get) -> None:
     assert {each["name"]: each["base_kind"] for each in listed}["small-unet"] == "denoising"
 
 
+def test_model_list_has_pages_newest_first(get: Get) -> None:
+    first = json.loads(get("models?limit=3")[1])
+    rest = json.loads(get(f"models?limit=3&position={first['next']}")[1])
+    named = [[each["name"] for each in page["models"]] for page in (first, rest)]
+    assert named[0][-3:] == ["sorter", "labeller", "writer"]
+    assert named[1] == ["coming"] and "next" not in rest
+
+
 def test_model_list_marks_text_generators(get: Get) -> None:
     listed = json.loads(get("models")[1])["models"]
     told = {each["name"]: each["writes"] for each in listed}

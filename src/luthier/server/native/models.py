@@ -31,6 +31,7 @@ from luthier.server.native.model_operations import (
 from luthier.server.native.operations import (
     Input,
     NativeCall,
+    Page,
     View,
     limit_concurrency,
     native_router,
@@ -38,6 +39,7 @@ from luthier.server.native.operations import (
 from luthier.server.retraining import draft
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import RESERVED, CustomModel
+from luthier.server.tables.database import page_of
 from luthier.server.tables.foundation import FoundationModel, foundation_models, kind_of
 from luthier.server.watch import health_with_drift
 
@@ -97,9 +99,11 @@ class ModelView(View):
 
 
 class ModelsView(View):
-    """Foundation models, then the account's models in order of creation."""
+    """Foundation models on the first page, and the account's models, newest first."""
 
     models: list[ModelView]
+    next: int | None = None
+    """``position`` of the next page; missing on the last page."""
 
 
 class DeletedModelView(View):
@@ -142,16 +146,18 @@ class RetrainRequest(Input):
 
 
 @router.get("/models")
-def list_models(call: NativeCall) -> ModelsView:
-    """List foundation models and the account's own models."""
+def list_models(call: NativeCall, page: Annotated[Page, Query()]) -> ModelsView:
+    """List foundation models and the account's own models, of which ``limit`` are on a page."""
     own = select(CustomModel).where(
         CustomModel.account == call.account, CustomModel.status != RESERVED
     )
     with call.context.database.read() as session:
-        rows = list(session.scalars(own.order_by(CustomModel.seq)))
+        rows = page_of(session, own, CustomModel.seq, limit=page.limit + 1, position=page.position)
     arns = call.context.arns
-    views = [_foundation(arns, each) for each in foundation_models()]
-    return ModelsView(models=views + [_custom(arns, each) for each in rows])
+    first = foundation_models() if page.position is None else ()
+    views = [_foundation(arns, each) for each in first]
+    views += [_custom(arns, each) for each in rows[: page.limit]]
+    return ModelsView(models=views, next=page.next(rows))
 
 
 @router.get("/models/{model}")

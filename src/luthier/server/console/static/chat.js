@@ -3,7 +3,7 @@
 import { ENDINGS, StreamedAnswer, turnsOf } from "./answers.js";
 import { call, chat, may, messageOf } from "./api.js";
 import { duration, number } from "./format.js";
-import { writes } from "./models.js";
+import { allModels, writes } from "./models.js";
 import { Field, announce, bound, html, link, options, signal, toast, useAction, useData, useEffect, useLeaving, useRef, useSignal } from "./ui.js";
 
 /** The chat with `model`. */
@@ -146,9 +146,8 @@ async function storePreference(better, other) {
 
 /** Return the other models that chat, the base of the model first. */
 async function otherWriters(model, left) {
-  const { models } = await call("GET", "/api/v1/models", { signal: left });
   const rank = (each) => 2 * (each.arn === model.base) + (each.kind === "custom");
-  return models
+  return (await allModels(left))
     .filter((each) => each.id !== model.id && writes(each) && /^active$/i.test(each.status))
     .sort((a, b) => rank(b) - rank(a));
 }

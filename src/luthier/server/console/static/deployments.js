@@ -2,6 +2,7 @@
 
 import { call, may } from "./api.js";
 import { age, duration, number, percent, time, words } from "./format.js";
+import { allModels } from "./models.js";
 import {
   Chip, Empty, ErrorBox, Facts, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link,
   options, toast, useAction, useData, usePages, usePolling, useSignal,
@@ -17,8 +18,7 @@ const pathOf = (name) => `/api/v1/deployments/${encodeURIComponent(name)}`;
 
 /** Return the active custom models of the account, newest first. */
 async function deployableModels(signal) {
-  const { models } = await call("GET", "/api/v1/models", { signal });
-  return models.filter((each) => each.kind === "custom" && each.status === "Active").reverse();
+  return (await allModels(signal)).filter((each) => each.kind === "custom" && each.status === "Active");
 }
 
 /** The list of deployments. */

@@ -6,7 +6,7 @@ import { DataField, EMPTY } from "./data_field.js";
 import { learnNames, withNames } from "./files.js";
 import { age, bytes, duration, number, percent, time, words } from "./format.js";
 import { hasEnded, modelNames } from "./jobs.js";
-import { nameOf } from "./models.js";
+import { allModels, nameOf } from "./models.js";
 import {
   Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link, options,
   toast, useAction, useData, usePages, usePolling, useSignal,
@@ -74,8 +74,8 @@ function NewMeasurement({ chosen, task }) {
   const kind = useSignal(task in KINDS ? task : "evaluations");
   const rows = useSignal(EMPTY);
   const models = useData(async (signal) => {
-    const found = (await call("GET", "/api/v1/models", { signal })).models.filter((each) => /^active$/i.test(each.status));
-    return [...found.filter((each) => each.kind === "custom").reverse(), ...found.filter((each) => each.kind !== "custom")];
+    const found = (await allModels(signal)).filter((each) => /^active$/i.test(each.status));
+    return [...found.filter((each) => each.kind === "custom"), ...found.filter((each) => each.kind !== "custom")];
   });
   const { busy, error, run } = useAction(async (event) => {
     // The report names the model as the request does.

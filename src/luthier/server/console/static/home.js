@@ -9,6 +9,8 @@ import { ErrorBox, Heading, Section, Table, html, link, useAction, useData, useP
 
 const SECONDS = 5;
 const RECENT = 5;
+/** Newest models of the account among which text generators are shown. */
+const MODELS = 50;
 
 /** The page. */
 export function Home() {
@@ -58,15 +60,16 @@ function Samples() {
 }
 
 function Talk() {
-  const { data, error, read } = useData(async (signal) => (await call("GET", "/api/v1/models", { signal })).models);
-  const writers = (data ?? []).filter((each) => writes(each) && /^active$/i.test(each.status));
+  const { data, error, read } = useData(async (signal) => (await call("GET", "/api/v1/models", { query: { limit: MODELS }, signal })).models);
+  const isCustom = (each) => each.kind === "custom";
+  const writers = (data ?? []).filter((each) => writes(each) && /^active$/i.test(each.status)).sort((a, b) => isCustom(b) - isCustom(a));
   return html`
     <section class="box">
       <h2>Talk to a model</h2>
       <p>Your newest models first. A base model knows nothing about your work yet.</p>
       <${ErrorBox} error=${error} again=${read} />
       <ul class="samples">
-        ${writers.reverse().slice(0, RECENT).map((each) => html`<li><a href=${link("playground", each.id)}>${nameOf(each)}</a></li>`)}
+        ${writers.slice(0, RECENT).map((each) => html`<li><a href=${link("playground", each.id)}>${nameOf(each)}</a></li>`)}
       </ul>
       ${data && !writers.length && html`<p class="soft">No model generates text yet.</p>`}
     </section>

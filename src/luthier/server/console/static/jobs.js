@@ -2,7 +2,7 @@
 
 import { call, may } from "./api.js";
 import { age, dateOf, duration, number, shortName, time } from "./format.js";
-import { nameOf } from "./models.js";
+import { allModels, nameOf } from "./models.js";
 import { Chip, Empty, ErrorBox, Heading, PageButtons, Table, html, link, options, useData, usePages, usePolling } from "./ui.js";
 
 const PAGE = 25;
@@ -98,7 +98,7 @@ export function customizationOf(job) {
 export async function modelNames(signal) {
   const names = new Map();
   try {
-    for (const each of (await call("GET", "/api/v1/models", { signal })).models)
+    for (const each of await allModels(signal))
       for (const key of [each.arn, each.id]) names.set(key, nameOf(each));
   } catch (error) {
     // Keys that may not list models see the last part of the ARN.

@@ -5,7 +5,7 @@ import { Certificate, CertificateDownload } from "./certificate.js";
 import { ModelEvaluations } from "./evaluate.js";
 import { Exports } from "./exports.js";
 import { age, bytes, number, time } from "./format.js";
-import { BaseLink, MADE_FOR, StatusChip, languagesOf, loadedModels, nameOf, whereOf } from "./models.js";
+import { BaseLink, MADE_FOR, StatusChip, allModels, languagesOf, loadedModels, nameOf, whereOf } from "./models.js";
 import { snippets } from "./snippets.js";
 import {
   Chip, ErrorBox, Facts, Heading, Pending, announce, confirmed, go, html, link, toast, useAction, useData, usePolling, useSignal,
@@ -22,9 +22,9 @@ export function Model({ params }) {
   const path = `/api/v1/models/${encodeURIComponent(params.id)}`;
   const found = useData(async (signal) => {
     const model = await call("GET", path, { signal });
-    const [certified, { models }, loaded] = await Promise.all([
+    const [certified, models, loaded] = await Promise.all([
       readCertificate(path, model, signal),
-      call("GET", "/api/v1/models", { signal }),
+      allModels(signal),
       model.kind === "custom" ? loadedModels(signal) : null,
     ]);
     return { model, certified, models, loaded };

@@ -5,6 +5,8 @@ import { age, bytes, compact, shortName, time } from "./format.js";
 import { Chip, DataTable, Empty, ErrorBox, Heading, Pending, html, link, useData, usePolling, useRef } from "./ui.js";
 
 const SECONDS = 15;
+/** Models of the account in one response: the most that the server allows. */
+const PAGE = 1000;
 /** Models that are listed again in each round; a list twice as long is loaded half as often. */
 const EACH_TIME = 200;
 /** Rounds between two requests for the longest lists: five minutes. */
@@ -25,10 +27,21 @@ export const MADE_FOR = {
   image_to_text: "reading text in images",
 };
 
+/** Return all models: base models, then the account's models, newest first. */
+export async function allModels(signal) {
+  const found = [];
+  let page = {};
+  do {
+    page = await call("GET", "/api/v1/models", { query: { limit: PAGE, position: page.next }, signal });
+    found.push(...page.models);
+  } while (page.next !== undefined);
+  return found;
+}
+
 /** The page. */
 export function Models() {
   const round = useRef(0);
-  const models = useData(async (signal) => (await call("GET", "/api/v1/models", { signal })).models);
+  const models = useData(allModels);
   const loaded = useData(loadedModels);
   usePolling(SECONDS, async () => {
     round.current += 1;
@@ -37,7 +50,7 @@ export function Models() {
   });
   if (!models.data || !loaded.data)
     return html`<${Pending} title="Models" error=${models.error ?? loaded.error} read=${() => (models.read(), loaded.read())} />`;
-  const custom = models.data.filter((each) => each.kind === "custom").reverse();
+  const custom = models.data.filter((each) => each.kind === "custom");
   return html`
     <${Heading} title="Models" />
     <${ErrorBox} error=${models.error ?? loaded.error} />

@@ -7,7 +7,7 @@ import { Columns } from "./columns.js";
 import { bytes, shortName } from "./format.js";
 import { Estimate, Inspection, Working, inspect } from "./inspection.js";
 import { CUSTOMIZATIONS } from "./jobs.js";
-import { isHere, nameOf } from "./models.js";
+import { allModels, isHere, nameOf } from "./models.js";
 import {
   ErrorBox, Field, Heading, Pending, announce, go, html, link, options, useData, useEffect, useLeaving, useRef,
   useSignal,
@@ -44,7 +44,7 @@ export function NewJob({ query }) {
   const found = useData(async (signal) => {
     if (!may("develop")) return [];
     await learnNames([query.get("rows") ?? ""], signal);
-    return (await call("GET", "/api/v1/models", { signal })).models;
+    return allModels(signal);
   });
   if (!found.data) return html`<${Pending} title="New job" ...${found} />`;
   return html`

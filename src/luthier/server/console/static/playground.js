@@ -2,7 +2,7 @@
 
 import { call } from "./api.js";
 import { Chat } from "./chat.js";
-import { MADE_FOR, StatusChip, nameOf, writes } from "./models.js";
+import { MADE_FOR, StatusChip, allModels, nameOf, writes } from "./models.js";
 import { Prediction, Reconstruction, Samples, Similarity } from "./predictions.js";
 import { Chip, DataTable, Heading, Pending, html, link, useData, useSignal } from "./ui.js";
 
@@ -16,10 +16,10 @@ const TABS = {
 
 /** The page without a model: a list of models to choose from. */
 export function ChooseModel() {
-  const { data, error, read } = useData(async (signal) => (await call("GET", "/api/v1/models", { signal })).models);
+  const { data, error, read } = useData(allModels);
   if (!data) return html`<${Pending} title="Playground" error=${error} read=${read} />`;
   const active = data.filter((each) => /^active$/i.test(each.status));
-  const rows = [...active.filter((each) => each.kind === "custom").reverse(), ...active.filter((each) => each.kind !== "custom")];
+  const rows = [...active.filter((each) => each.kind === "custom"), ...active.filter((each) => each.kind !== "custom")];
   return html`
     <${Heading} title="Playground" />
     <p>Choose a model. A chat can be compared with a second model, also blind.</p>
