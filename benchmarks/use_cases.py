@@ -16,6 +16,7 @@ from pathlib import Path
 
 from children import table
 from pages import (
+    brand_copy,
     copied_questions,
     device,
     diseases,
@@ -57,6 +58,7 @@ PARTS = (
     sensors,
     device,
     recommendation,
+    brand_copy,
 )
 """The use cases in the order of the index page."""
 USES = {part.USE.name: part.USE for part in PARTS}

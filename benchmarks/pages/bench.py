@@ -167,7 +167,7 @@ def sentence(use: Use, found: Found) -> str:
     return f"**A cheap rival may be as good**: {own} against {other}, {where}."
 
 
-def result_table(use: Use, found: Found) -> str:
+def contender_table(found: Found) -> str:
     """Return the table of the contenders, with processor seconds and size of the tuned model."""
     tuning = [step for step in found["steps"] if " tune " in step["command"]]
     lines = []
@@ -182,9 +182,14 @@ def result_table(use: Use, found: Found) -> str:
             f"{each['model_bytes'] / 1e6:,.0f}" if each["model_bytes"] else "",
         ])  # fmt: skip
     heads = ["", "score", "95 % interval", "tuning, processor s", "ms an answer", "MB"]
+    return table(heads, lines)
+
+
+def result_table(use: Use, found: Found) -> str:
+    """Return the table of the page, with the versions and the processor seconds of all commands."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     total = sum(step["processor_seconds"] for step in found["steps"])
-    shown = use.table(found) if use.table else table(heads, lines)
+    shown = use.table(found) if use.table else contender_table(found)
     return (
         f"{shown}\n\nAll commands: {total:,.0f} processor seconds on "
         f"two shared cores, {found['date']}, with {versions}. [All numbers]({found['name']}.json)"
