@@ -13,7 +13,7 @@ from luthier_server import BASE, KEYS, ONE, Served, home_with_tiny
 PLACES = (
     "home", "data", "data/s3%3A%2F%2Frows%2Frows.jsonl", "jobs", "jobs/first", "jobs/second",
     "jobs/first/with/second", "new?rows=s3%3A%2F%2Frows%2Frows.jsonl", "models", f"models/{BASE}",
-    "playground", f"playground/{BASE}", "review", "evaluations", "deployments", "usage",
+    "playground", f"playground/{BASE}", "review", "evaluations", "studies", "deployments", "usage",
     "administration", "nothing",
 )  # fmt: skip
 CHECK = """

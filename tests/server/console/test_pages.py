@@ -486,6 +486,7 @@ await until(() => root.querySelector("#summary"));
 const evaluation = root.innerText;
 const contender = (name, score) => ({
   name, score, interval: [score - 0.05, score + 0.05], scores: {}, seconds: 0.01, memory_bytes: 1e6,
+  technique: name === "m" ? "fine-tuning" : "base model",
 });
 const contenders = [contender("m", 0.9), contender("base", 0.5)];
 const compared = { measure: "accuracy", rows: 80, worth_it: true, verdict: "Tuning pays.", contenders };

@@ -4,16 +4,12 @@ import { call, messageOf } from "./api.js";
 import { LineChart } from "./charts.js";
 import { bytes, duration, number, shortName, time, words } from "./format.js";
 import { Chip, Facts, Section, Table, html, link, useAction } from "./ui.js";
+import { verdictOf } from "./verdict.js";
 
 /** Rows of a table of a report that are shown. */
 const MOST_ROWS = 100;
 /** Characters from which a text of a report is a paragraph. */
 const LONG_TEXT = 60;
-/** Colours of the outcomes of luthier/engine/verdict.py. */
-const OUTCOMES = {
-  learned: "good", still_improving: "good", overfitted: "warning", declined: "warning", hardly_learned: "warning",
-  worse: "error", unmeasured: "note",
-};
 const GATES = { passed: "good", warnings: "warning", refused: "error" };
 
 /**
@@ -26,7 +22,7 @@ export function Certificate({ view, models, job = null }) {
   const metrics = record.metrics ?? {};
   return html`
     <${Section} title="Verdict">
-      ${verdict(record, metrics)} ${scores(metrics, new Set(shares))}
+      ${verdict(record, metrics, { shares: new Set(shares), errors: new Set(errors) })} ${scores(metrics, new Set(shares))}
       ${baselines(metrics.comparison, new Set(errors))} ${curves(certificate)}
     <//>
     <${Section} title="Checks">
@@ -64,8 +60,9 @@ function measureText(value, isShare) {
 
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
-function verdict(record, metrics) {
+function verdict(record, metrics, sets) {
   const found = metrics.verdict;
+  const brief = verdictOf(metrics, record.data?.validation_rows, sets);
   const limits = record.withheld
     ? html`<p class="box error">Withheld, do not use: ${record.withheld}.</p>`
     : record.accepted && html`<p class="box warning">Accepted outside its limits: ${record.accepted}.</p>`;
@@ -73,9 +70,9 @@ function verdict(record, metrics) {
   return [
     limits,
     html`
-      <div class=${`box ${OUTCOMES[found.outcome] ?? "note"}`}>
-        <p><strong>${capital(found.text)}</strong>.</p>
-        ${found.advice && html`<p>${found.advice.replace(/\.?$/, ".")}</p>`}
+      <div class=${`box ${brief?.kind ?? "note"}`}>
+        <p><strong>${brief?.text ?? `${capital(found.text)}.`}</strong></p>
+        ${brief && html`<details><summary>Reasons</summary><p>${capital(found.text)}. ${found.advice?.replace(/\.?$/, ".")}</p></details>`}
       </div>
     `,
   ];

@@ -38,7 +38,7 @@ export function HealthPage({ params }) {
   if (error?.status === 404)
     return html`
       <${Heading} title=${`Health of ${params.name}`} tab="Health">${range}<//>
-      <${Empty} text=${error.message}>${may("develop") && html`<${CaptureSwitch} />`}<//>
+      <${Empty} text="No request of this model is captured in this period.">${may("develop") && html`<${CaptureSwitch} />`}<//>
     `;
   if (!data || error) return html`<${Pending} title="Health" error=${error} read=${read} />`;
   const { periods } = data;

@@ -225,6 +225,7 @@ function decode(text) {
   }
 }
 
+WIDE.addEventListener("change", () => (folded.value = !WIDE.matches || sessionStorage.getItem(FOLDED) === "yes"));
 window.addEventListener("hashchange", () => {
   if (!session.value.who) return;
   const { hash } = window.location;

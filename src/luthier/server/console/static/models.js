@@ -99,7 +99,7 @@ function Custom({ models, all, loaded }) {
     { name: "Name", value: nameOf, show: nameLink },
     { name: "Status", value: (model) => model.status, show: (model) => html`<${StatusChip} status=${model.status} />` },
     { name: "Base", value: baseOf, show: (model) => html`<${BaseLink} arn=${model.base} models=${all} />` },
-    { name: "Created by", value: (model) => model.job ?? (model.source ? "import" : "–"), show: (model) => madeBy(model) },
+    { name: "Created by", value: originOf, show: madeBy },
     {
       name: "Age", kind: "nowrap", value: (model) => model.created,
       show: (model) => html`<span title=${time(model.created)}>${age(model.created)}</span>`,
@@ -115,9 +115,8 @@ function Custom({ models, all, loaded }) {
   return html`<${DataTable} caption="Custom models, the newest first" filter="name, base or status" columns=${columns} rows=${models} empty=${empty} />`;
 }
 
-function madeBy({ job, source }) {
-  return job ? html`<a href=${link("jobs", job)}>${job}</a>` : source ? "import" : "–";
-}
+const originOf = ({ job, source }) => (job ? "job" : source ? "import" : "–");
+const madeBy = (model) => (model.job ? html`<a href=${link("jobs", model.job)} aria-label=${`Job of ${nameOf(model)}`}>job</a>` : originOf(model));
 
 function Base({ models }) {
   const columns = [
@@ -126,7 +125,7 @@ function Base({ models }) {
     { name: "Parameters", kind: "number", value: (model) => model.facts?.parameters, show: (model) => compact(model.facts?.parameters) },
     { name: "Memory", kind: "number", value: (model) => model.facts?.memory_bytes, show: (model) => bytes(model.facts?.memory_bytes) },
     { name: "Languages", value: (model) => languagesOf(model) },
-    { name: "Licence", value: (model) => model.facts?.licence ?? "–" },
+    { name: "Licence", kind: "nowrap", value: (model) => model.facts?.licence ?? "–" },
     { name: "Files", value: (model) => (isHere(model) ? "here" : "download"), show: whereOf },
     { name: "Playground", hidden: true, show: tryLink },
   ];

@@ -34,7 +34,7 @@ const ADAPTATIONS = [
   ["prefix", "Prefix tuning"],
   ["sparse", "Sparse: weights with the largest gradients"],
 ];
-const KINDS = Object.entries(CUSTOMIZATIONS).map(([value, { name, about }]) => [value, `${name}: ${about}`]);
+const KINDS = Object.entries(CUSTOMIZATIONS).map(([value, { name }]) => [value, name]);
 const LONGEST_NAME = 63;
 /** Milliseconds from the last change to the estimate. */
 const PATIENCE = 800;
@@ -247,7 +247,7 @@ function JobForm({ models, start, rows, read }) {
           `, { help: !base.value && preview.value?.base_reason && sentence(preview.value.base_reason) })}
           ${row("customization_type", "Method", html`
             <select ...${field("customization_type")} value=${kind} onchange=${changeKind}>${options(KINDS)}</select>
-          `)}
+          `, { help: sentence(CUSTOMIZATIONS[kind.value].about) })}
           ${row("teacher", "Teacher", html`<select ...${field("teacher")}><${ModelOptions} models=${models} /></select>`,
             { help: "The model that generates the training targets.", hidden: !isDistillation })}
           ${row("grader", "Grader", html`

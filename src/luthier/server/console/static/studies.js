@@ -13,9 +13,9 @@ const SECONDS = 4;
 const PAGE = 25;
 const STATES = { Completed: "good", Failed: "error", Running: "note" };
 const QUESTIONS = [
-  ["methods", "Which method is best, and what does it cost?"], ["layers", "How many layers need training?"],
+  ["methods", "Which method is best?"], ["layers", "How many layers need training?"],
   ["rate", "Is the learning rate right?"], ["rows", "Would more rows help?"],
-  ["augmentation", "Do random changes of texts, images or audio help?"], ["bits", "What do fewer bits of the base cost?"],
+  ["augmentation", "Do random changes help?"], ["bits", "What do fewer bits cost?"],
   ["", "Other fields"],
 ];
 /** Groups and fields of a recipe that the study takes from a job. */
@@ -81,6 +81,12 @@ function NewStudy({ chosen }) {
     const made = await call("POST", "/api/v1/studies", { body });
     go("studies", made.id);
   });
+  if (jobs.data?.length === 0)
+    return html`
+      <${Empty} text="A study repeats a fine-tuning job with other settings. This account has no such job yet.">
+        <a class="button primary" href=${link("new")}>New job</a>
+      <//>
+    `;
   return html`
     <section class="box">
       <form onsubmit=${run}>
