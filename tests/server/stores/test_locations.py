@@ -65,6 +65,18 @@ def test_fetched_upload_keeps_original_file_name(objects: Objects, tmp_path: Pat
         assert peeked[1].read_bytes() == b"a,b"
 
 
+def test_prefix_selects_files_as_a_local_folder_does(data: Objects, tmp_path: Path) -> None:
+    for key in ("x/train.jsonl", "x/train.changes.jsonl", "x/.tmp/a.jsonl", "x/notes.txt"):
+        put(data, key, key.encode())
+    locations = Locations(data.database)
+    assert [uri for uri, _ in locations.fetch(ONE, "s3://data/x/", tmp_path / "in")] == [
+        "s3://data/x/train.jsonl"
+    ]
+    put(data, "x/test.jsonl", b"{}")
+    said = refusal(locations.check, ONE, "s3://data/x/")
+    assert "s3://data/x/" in said and "test.jsonl" in said and "train.jsonl" in said
+
+
 def test_keys_with_equal_suffix_have_separate_copies(data: Objects, tmp_path: Path) -> None:
     keys = ["x/a/3-c.jsonl", "x/b/c.jsonl", "x/d/c.jsonl"]  # the third copy would be 3-c.jsonl
     for key in keys:
@@ -77,7 +89,7 @@ def test_keys_are_no_paths(data: Objects, tmp_path: Path) -> None:
     for key in ("x/../../escape.jsonl", "x/..", "x/.jsonl", "x/a b?.jsonl"):
         put(data, key, key.encode())
     copies = Locations(data.database).fetch(ONE, "s3://data/x/", tmp_path / "in")
-    assert all(path.parent == tmp_path / "in" for _, path in copies) and len(copies) == 3
+    assert all(path.parent == tmp_path / "in" for _, path in copies) and len(copies) == 2
     ((_, path),) = Locations(data.database).fetch(ONE, "s3://data/x/..", tmp_path / "dots")
     assert path.parent == tmp_path / "dots" and path.is_file()
 

@@ -112,11 +112,8 @@ def _list_objects(obstore: Any, store: Any, key: str, address: str) -> list[dict
     start = len(prefix) + 1 if prefix else 0
     if any(is_media(each["path"]) for each in below):
         return below
-    chosen = choose_data_files(
-        [(each["path"][start:], Path(each["path"])) for each in below], address
-    )
-    paths = {str(path) for _, path in chosen}
-    return [each for each in below if each["path"] in paths]
+    candidates = [(str(each["path"])[start:], each) for each in below]
+    return [each for _, each in choose_data_files(candidates, address)]
 
 
 def _make_tree(

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from luthier.data.disk_sequence import spool
@@ -33,6 +34,7 @@ from luthier.files import names_below, sha256_of
 from luthier.formatting import list_some
 
 Source = str | Path
+Entry = TypeVar("Entry")
 
 _SHOWN = 8
 ARCHIVES = (".zip", ".npz")
@@ -164,8 +166,10 @@ def _folder(folder: Path) -> list[Path]:
     return [folder]
 
 
-def choose_data_files(candidates: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path]]:
-    """Return the data files of a folder or prefix, without clutter.
+def choose_data_files(
+    candidates: Iterable[tuple[str, Entry]], where: str
+) -> list[tuple[str, Entry]]:
+    """Return the data files of a folder or prefix, without clutter: relative names and entries.
 
     Raises:
         DataError: if no data file exists, or files of several kinds.

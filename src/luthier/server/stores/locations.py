@@ -15,9 +15,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from luthier.data.files.s3 import connection_settings, is_file_name, local_name, split_address
-from luthier.data.files.sources import is_clutter, other_files_problem
+from luthier.data.files.sources import choose_data_files, is_clutter, other_files_problem
 from luthier.data.inputs import MOST_MEDIA_BYTES, is_media
-from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
+from luthier.errors import (
+    CorruptFile,
+    DataError,
+    DownloadError,
+    LocationRefused,
+    ObjectRefused,
+    QuotaExceeded,
+)
 from luthier.files import new_file
 from luthier.limits import AccountQuotas
 from luthier.server.stores.listing import page
@@ -77,8 +84,9 @@ class Locations:
     def fetch(self, account: str, uri: str, folder: Path) -> list[tuple[str, Path]]:
         """Copy the objects of an address into ``folder``. Returns addresses and copies.
 
-        An address with a final ``/`` selects all ``.jsonl`` files below the address. A folder of
-        images or audio only is fetched as one folder. Objects of the built-in store are compared
+        An address with a final ``/`` selects all ``.jsonl`` files below the address, without
+        clutter; training next to test files are refused. A folder of images or audio only is
+        fetched as one folder. Objects of the built-in store are compared
         with their recorded hashes.
 
         Raises:
@@ -192,11 +200,15 @@ class Locations:
             (each, size) for each, size in found if each in names and not is_clutter(names[each])
         ]
         media = [(each, size) for each, size in files if is_media(each)]
-        rows = [each for each, _ in found if each.endswith(ROWS)]
+        rows = [(names[each], each) for each, _ in files if each.endswith(ROWS)]
         if rows or not media:
             [*_at_most(found, what)]
         if rows:
-            return rows
+            try:
+                return [each for _, each in choose_data_files(rows, f"s3://{bucket}/{key}")]
+            except DataError as bad:
+                text = f"s3://{bucket}/{key}: {bad.problem.message} {bad.problem.advice}"
+                raise LocationRefused(text) from None
         # A folder with some files that are no media is an error, because leaving out files without
         # a word spoils a model.
         if media and len(media) < len(files):
