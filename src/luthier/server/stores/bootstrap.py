@@ -21,7 +21,6 @@ from luthier.server.tables.principals import (
     AccessKey,
     ApiKey,
     User,
-    access_keys,
     api_keys,
     check_role,
     create_access_key,
@@ -160,18 +159,18 @@ def _set_api_key(session: Session, user: User, entry: Mapping[str, Any]) -> None
 
 
 def _remove_keys(session: Session, entries: list[Mapping[str, Any]]) -> None:
-    """Remove keys of the listed users that only an earlier file contains."""
-    kept: dict[tuple[str, str], set[str]] = {}
-    for entry in entries:
-        of_user = kept.setdefault((entry["account"], entry["user"]), set())
-        of_user |= {entry["access_key_id"], digest_of(entry.get("api_key") or "")}
-    for (account, name), of_user in kept.items():
-        user = find_user(session, account, name)
-        if user is None:
-            continue
-        given: dict[str, AccessKey | ApiKey] = {key.id: key for key in access_keys(session, user)}
-        given |= {key.digest: key for key in api_keys(session, user)}
-        for identifier, key in given.items():
-            if key.origin == BOOTSTRAP and identifier not in of_user:
-                remove_key(session, key)
+    """Remove keys of bootstrap files that ``entries`` do not name."""
+    kept = {
+        (entry["account"], entry["user"], name)
+        for entry in entries
+        for name in (entry["access_key_id"], digest_of(entry.get("api_key") or ""))
+    }
+    made: list[AccessKey | ApiKey] = [
+        *session.scalars(select(AccessKey).where(AccessKey.origin == BOOTSTRAP)),
+        *session.scalars(select(ApiKey).where(ApiKey.origin == BOOTSTRAP)),
+    ]
+    for key in made:
+        name = key.id if isinstance(key, AccessKey) else key.digest
+        if (key.account, session.get_one(User, key.user).name, name) not in kept:
+            remove_key(session, key)
     session.flush()
