@@ -10,6 +10,8 @@ from luthier.errors import RefusedInput
 from luthier.server.tables import accounts, principals
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database, now
+from luthier.server.tables.idempotency import Attempt, remember
+from luthier.server.tables.openai import batches
 from luthier.server.tables.secrets import Sealing
 
 
@@ -56,6 +58,27 @@ def test_account_with_resources_is_not_removed(database: Database) -> None:
         accounts.remove_account(session, FIRST)
     with database.read() as session:
         assert accounts.accounts(session) == []
+
+
+def test_ended_batches_and_answered_requests_are_removed_with_account(database: Database) -> None:
+    with database.write() as session:
+        accounts.create_account(session, FIRST)
+        remember(session, Attempt.of(FIRST, "CreateJob", "token", {}), {"id": "1"})
+        batch = batches.create(
+            session, FIRST, {"account": FIRST}, "/v1/embeddings", "24h", "file-1", {}
+        )
+        batch_id = batch.id
+    with pytest.raises(RefusedInput, match="1 in batches"), database.write() as session:
+        accounts.remove_account(session, FIRST)
+    with database.write() as session:
+        found = batches.get(session, FIRST, batch_id)
+        assert found is not None
+        batches.end(session, found, batches.COMPLETED)
+    with database.write() as session:
+        accounts.remove_account(session, FIRST)
+    with database.read() as session:
+        assert accounts.accounts(session) == []
+        assert batches.get(session, FIRST, batch_id) is None
 
 
 def test_account_quotas_are_set_and_reset(database: Database) -> None:

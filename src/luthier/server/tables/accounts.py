@@ -15,8 +15,10 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from luthier.errors import RefusedInput
 from luthier.limits import AccountQuotas
 from luthier.server.tables.database import Base, Database, new_id, now
+from luthier.server.tables.idempotency import AnsweredRequest
 from luthier.server.tables.live.alerts import Alert
 from luthier.server.tables.live.captures import CaptureSettings
+from luthier.server.tables.openai.batches import Batch
 from luthier.server.tables.storage import Storage
 
 FRESH_SECONDS = 1.0
@@ -157,11 +159,18 @@ def disable_account(session: Session, account: str, disabled: bool = True) -> Ac
 def remove_account(session: Session, account: str) -> None:
     """Remove an account without users and resources. The audit log stays.
 
+    Ended batches, ended exports and answered requests are removed with the account.
+
     Raises:
         RefusedInput: if the account has users or resources, which a later account of the same
             number would inherit.
     """
+    from luthier.server.tables.exports import ModelExport  # imports this module
+
     found = account_of(session, account)
+    session.execute(delete(AnsweredRequest).where(AnsweredRequest.account == account))
+    for kind in (Batch, ModelExport):  # clients cannot delete ended batches and exports
+        session.execute(delete(kind).where(kind.account == account, ~kind.is_unfinished()))
     owned = {name: number for name, number in _count_owned(session, account) if number}
     if owned:
         text = ", ".join(f"{number} in {name}" for name, number in owned.items())
