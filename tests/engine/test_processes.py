@@ -57,6 +57,7 @@ class Lines(Reporter):
             found[-1].send_signal(signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_processes")
 def test_two_processes_match_single_process(luthier_home: Path, recipe: Recipes) -> None:
     settings = {"training": {"micro_batch_tokens": 64, "refit": True}}

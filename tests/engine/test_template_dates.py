@@ -155,6 +155,7 @@ def test_a_model_of_yesterday_is_served_today(
         pool.close()
 
 
+@pytest.mark.slow
 def test_run_resumed_on_later_day_trains_same_tokens(
     daily_folder: Path,
     tmp_path: Path,

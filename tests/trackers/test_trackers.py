@@ -193,6 +193,7 @@ def test_tensorboard_records_losses_of_run(recipe: Callable[..., Recipe]) -> Non
     assert "recipe/text_summary" in events.Tags()["tensors"]
 
 
+@pytest.mark.slow
 def test_wandb_offline_run_records_losses(
     recipe: Callable[..., Recipe],
     monkeypatch: pytest.MonkeyPatch,

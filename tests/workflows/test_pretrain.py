@@ -184,6 +184,7 @@ def test_pretrained_encoder_fills_masks_and_is_tuned(text: Path, tmp_path: Path)
     assert tuned.model_id == "reads:when"
 
 
+@pytest.mark.slow
 def test_pretrained_encoder_decoder_fills_gaps_and_is_tuned(text: Path, tmp_path: Path) -> None:
     result = made({
         "name": "fills",
@@ -204,6 +205,7 @@ def test_pretrained_encoder_decoder_fills_gaps_and_is_tuned(text: Path, tmp_path
     assert tuned.model_id == "fills:when"
 
 
+@pytest.mark.slow
 def test_pretrained_lstm_generates(text: Path) -> None:
     result = made({
         "name": "recurs",
