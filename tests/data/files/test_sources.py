@@ -88,6 +88,8 @@ def test_pattern_lists_matches_in_order(tmp_path: Path) -> None:
         (["a.jsonl", "b.txt"], "file.directory"),
         (["train.jsonl", "test.jsonl"], "file.directory"),
         (["my-train-1.csv", "dev_x.csv"], "file.directory"),
+        (["train.jsonl", "testing.jsonl"], "file.directory"),
+        (["Training/a/1.png", "Testing/a/2.png"], "file.directory"),
     ],
 )
 def test_folder_with_unclear_content_is_refused(

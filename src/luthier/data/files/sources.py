@@ -41,7 +41,9 @@ ARCHIVES = (".zip", ".npz")
 """File endings of media next to rows; the rows name the media."""
 TABLE_ENDINGS = (*JSON_LINES, *TABLES, ".parquet")
 SPLIT_NAME = re.compile(
-    r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)(?:[^a-z]|$)", re.I
+    r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)"
+    r"(?:ing(?=[./]|$)|[^a-z]|$)",  # "training" is a split, "training_notes" is a topic
+    re.I,
 )
 """Split names in file and folder names."""
 _CLUTTER = re.compile(
