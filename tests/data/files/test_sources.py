@@ -89,6 +89,8 @@ def test_pattern_lists_matches_in_order(tmp_path: Path) -> None:
         (["train.jsonl", "test.jsonl"], "file.directory"),
         (["my-train-1.csv", "dev_x.csv"], "file.directory"),
         (["train.jsonl", "testing.jsonl"], "file.directory"),
+        (["data.jsonl", "test.jsonl"], "file.directory"),
+        (["training_notes.jsonl", "a/dev.jsonl"], "file.directory"),
         (["Training/a/1.png", "Testing/a/2.png"], "file.directory"),
     ],
 )
@@ -102,8 +104,9 @@ def test_folder_with_unclear_content_is_refused(
 def test_file_names_similar_to_splits_are_data(tmp_path: Path) -> None:
     make(tmp_path, "training_notes.jsonl", "latest.jsonl", "contest.jsonl", "evaluations.jsonl")
     assert len(files_of(tmp_path)) == 4
-    make(tmp_path / "x", "train-0.jsonl", "train-1.jsonl")
-    assert len(files_of(tmp_path / "x")) == 2
+    make(tmp_path / "x", "train-0.jsonl", "train-1.jsonl", "data.jsonl")
+    make(tmp_path / "y", "test-0.jsonl", "test-1.jsonl")
+    assert len(files_of(tmp_path / "x")) == 3 and len(files_of(tmp_path / "y")) == 2
 
 
 def test_patterns_and_urls_without_match_are_refused(tmp_path: Path) -> None:

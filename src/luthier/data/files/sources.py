@@ -197,21 +197,22 @@ def choose_data_files(
         message = f"The folder has rows and plain text ({list_some(texts, _SHOWN)})."
         rows = next(name for name, _ in data if not _is_text(name))
         raise source_error(where, "file.directory", message, _pattern(where, rows))
-    splits = {_split(name) for name, _ in data} - {""}
+    splits = {_split(name) for name, _ in data}
     if len(splits) > 1:
         names = list_some((name for name, _ in data), _SHOWN)
         message = f"The folder has the splits {' and '.join(sorted(splits))} ({names})."
-        fix = "Name one split to train on, and the other as validation data."
+        fix = (
+            "Name one split to train on, and the other as validation data, "
+            "or rename files that are no splits."
+        )
         raise source_error(where, "file.directory", message, fix)
     return data
 
 
 def _split(name: str) -> str:
-    """Return the split in a file name: train, validation, test or empty."""
+    """Return the split in a file name: train (also without a split word), validation or test."""
     match = SPLIT_NAME.search(name)
-    if match is None:
-        return ""
-    word = match[1].lower()
+    word = match[1].lower() if match else "train"
     return word if word in ("train", "test") else "validation"
 
 
