@@ -272,6 +272,12 @@ def test_sandbox_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(tmp_path.iterdir()) == []
 
 
+@isolated
+def test_limits_too_low_for_an_empty_program_are_rejected() -> None:
+    with pytest.raises(RecipeError, match="seconds"):
+        Code(allow_code=True, seconds=0.001).check()
+
+
 def test_missing_namespaces_are_refused_unless_waived(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

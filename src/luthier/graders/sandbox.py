@@ -62,14 +62,19 @@ class Limits:
 
 @lru_cache(maxsize=8)
 def check_sandbox(limits: Limits) -> None:
-    """Raise :class:`RecipeError` if the sandbox cannot be built on this machine."""
+    """Raise :class:`RecipeError` if an empty program fails in the sandbox on this machine."""
     try:
-        passes("", "pass", limits)
+        passed = passes("", "pass", limits)
     except SandboxError as error:
         raise RecipeError(
             f"this machine cannot isolate code ({error}). Allow user namespaces, or set "
             "`unisolated=true` in a virtual machine or container without valuable data"
         ) from error
+    if not passed:
+        raise RecipeError(
+            f"an empty program exceeds the limits `seconds={limits.seconds:g}` and "
+            f"`memory_mb={limits.memory_mb}`. Raise `seconds` or `memory_mb`"
+        )
 
 
 def passes(code: str, tests: str, limits: Limits) -> bool:
