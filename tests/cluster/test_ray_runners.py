@@ -15,8 +15,9 @@ from luthier.cluster.ray_commands import RayCellRunner, RayInferenceRunner
 from luthier.cluster.ray_jobs import RayRunner
 from luthier.errors import RefusedInput
 from luthier.recipe import Recipe
+from luthier.server.jobs import runners
 from luthier.server.jobs.kinds import TRAINING
-from luthier.server.jobs.runners import open_runner
+from luthier.server.jobs.runners import Runner, RunnerEntry, open_runner
 from luthier.server.tables import queue as leased_work
 from luthier.server.tables.foundation import foundation_model
 from luthier.server.tables.jobs import Job
@@ -91,9 +92,18 @@ def test_unreachable_ray_cluster_is_rejected(database: Any) -> None:
 
 
 def test_runner_rejects_options_of_different_runner() -> None:
-    for name, address in (("local", "127.0.0.1:1"), ("ray", None), ("nomad", "127.0.0.1:1")):
+    for name, address, gpus in (
+        ("local", "127.0.0.1:1", 0.0), ("local", None, 1.0), ("ray", None, 0.0), ("nomad", None, 0.0)
+    ):  # fmt: skip
         with pytest.raises(RefusedInput):
-            open_runner(name, address, 0.0)
+            open_runner(name, address, gpus)
+
+
+def test_runner_of_plugin_opens_without_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner()
+    entry = RunnerEntry("slurm", lambda address, gpus: runner)
+    monkeypatch.setattr(runners, "RUNNERS", {"slurm": entry})
+    assert open_runner("slurm", None, 0.0) is runner
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ class RayCluster:
         self.host, _, port = address.rpartition(":")
         if not self.host or not port.isdigit():
             raise RefusedInput(
-                f"--ray-address {address}: must be HOST:PORT, as printed by `ray start`"
+                f'--ray-address must be HOST:PORT, as printed by `ray start`, not "{address}"'
             )
         if not gpus >= 0:
             raise RefusedInput(f"--ray-gpus {gpus}: must be at least 0")

@@ -81,14 +81,12 @@ def open_runner(name: str, address: str | None, gpus: float) -> Runner:
     """Return the job runner called ``name``.
 
     Raises:
-        RefusedInput: for an unknown name, or an address that is missing or without effect.
+        RefusedInput: for an unknown name, or options that the runner rejects.
     """
     if name not in RUNNERS:
         raise RefusedInput(f"--runner {name} is unknown. Choose one of {', '.join(RUNNERS)}")
-    if (name == "local") != (address is None):
-        raise RefusedInput(
-            "--runner ray needs --ray-address HOST:PORT, and --ray-address needs --runner ray"
-        )
+    if name == "local" and (address is not None or gpus):
+        raise RefusedInput("--ray-address and --ray-gpus need a runner: add --runner ray")
     return RUNNERS[name].open(address or "", gpus)
 
 
