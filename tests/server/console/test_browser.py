@@ -320,7 +320,7 @@ def test_pages_and_buttons_follow_the_rights_of_the_key(server: Served, page: Br
     page.sign_in(new_key(server, "read-only"))
     page.until_text("What would you like", "h1")
     menu = ["Home", "Data", "Jobs", "Models", "Evaluate", "Studies", "Deployments", "Usage"]
-    assert shown("jobs", "There are no jobs yet") == menu
+    assert shown("jobs", "All states", "#state") == menu
     assert shown("models", "Base models") == menu
     assert shown("models/luthier.tiny", "Use the model") == [*menu, "Copy"]
     assert shown("new", "no permission") == menu

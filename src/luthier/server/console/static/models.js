@@ -116,7 +116,7 @@ function Custom({ models, all, loaded }) {
 }
 
 const originOf = ({ job, source }) => (job ? "job" : source ? "import" : "–");
-const madeBy = (model) => (model.job ? html`<a href=${link("jobs", model.job)} aria-label=${`Job of ${nameOf(model)}`}>job</a>` : originOf(model));
+const madeBy = (model) => (model.job ? html`<a href=${link("jobs", model.job)}>job<span class="visually-hidden"> of ${nameOf(model)}</span></a>` : originOf(model));
 
 function Base({ models }) {
   const columns = [
