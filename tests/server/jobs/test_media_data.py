@@ -24,7 +24,7 @@ from luthier.errors import DataError, LocationRefused
 from luthier.gate.report import list_places
 from luthier.gate.rules import Place
 from luthier.media.decoding import read_pixels
-from luthier.server.jobs.data import JobData, fetch_data, format_problems
+from luthier.server.jobs.data import JobData, fetch_data, fetch_rows, format_problems
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.submit import Submission, recipe_of
 from luthier.server.stores.locations import Locations
@@ -80,7 +80,11 @@ def bucket(luthier_home: Path, tmp_path: Path) -> Iterator[Bucket]:
 
 def labels(data: JobData) -> list[tuple[str, int]]:
     """Return label and colour of each row, read as in training."""
-    rows = load_rows(data.source)
+    return _colours(data.source)
+
+
+def _colours(source: str | Path, columns: dict[str, str] | None = None) -> list[tuple[str, int]]:
+    rows = load_rows(source, columns)
     assert all(isinstance(row, LabelledImage) for row in rows)
     return [(row.label, int(read_pixels(row.media)[0, 0, 0])) for row in rows]  # type: ignore
 
@@ -158,6 +162,18 @@ def test_rows_reference_images_by_path_and_address(bucket: Bucket) -> None:
     assert labels(_fresh(bucket).fetch("s3://data/set/")) == EXPECTED
     bucket.put("set/table.csv", b"image,label\nimg/a.png,cat\n")
     assert labels(_fresh(bucket).fetch("s3://data/set/table.csv", "native")) == [("cat", 10)]
+
+
+def test_rows_of_a_report_have_the_images_of_renamed_columns(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    columns = {"image": "photo"}
+    for number, (name, value) in enumerate(EXPECTED):
+        bucket.put(f"set/{number}/a.png", png(value))
+        bucket.rows(f"set/{number}/rows.jsonl", {"photo": "a.png", "label": name})
+    for uri, expected in (("s3://data/set/", EXPECTED), ("s3://data/set/0/", EXPECTED[:1])):
+        path = fetch_rows(bucket.locations, ONE, uri, tmp_path / "rows", True, columns)
+        assert _colours(path, columns) == expected
 
 
 def test_tables_below_prefix_are_shown_by_address(bucket: Bucket) -> None:

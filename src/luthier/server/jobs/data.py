@@ -305,22 +305,34 @@ def _suffix(path: Path) -> str:
     return ".jsonl" if kind == "json" else f".{kind}"
 
 
-def fetch_rows(locations: Locations, account: str, address: str, folder: Path, media: bool) -> Path:
+def fetch_rows(
+    locations: Locations,
+    account: str,
+    address: str,
+    folder: Path,
+    media: bool,
+    columns: Mapping[str, str] | None = None,
+) -> Path:
     """Fetch the rows at an address: return a file, or a folder with several files.
 
-    With ``media``, also fetch the files that the rows of a single file refer to. Files of a failed
-    try are removed.
+    With ``media``, also fetch the files that the rows refer to; ``columns`` has the meaning of
+    :func:`fetch_references`. Files of a failed try are removed.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     locations.check(account, address)
-    files = locations.fetch(account, address, folder)
-    if len(files) > 1:
-        return folder
-    ((table, file),) = files
-    if media and file.is_file():
-        fetch_references(locations, account, file, table)
-    return file
+    fetched = locations.fetch(account, address, folder)
+    files = list[Path]()
+    for number, (table, file) in enumerate(fetched, 1):
+        if media and file.is_file():
+            if len(fetched) > 1:
+                # One folder per file: rows name media relative to their own folder.
+                own = folder / f"{number:05d}"
+                own.mkdir()
+                file = Path(shutil.move(file, own))
+            fetch_references(locations, account, file, table, columns)
+        files.append(file)
+    return files[0] if len(files) == 1 else folder
 
 
 def fetch_first_lines(

@@ -54,11 +54,13 @@ class ReportWorker(ResultWorker[Report]):
         """See :meth:`ResultWorker.explain`."""
         return explain_error(error, self._names(row))
 
-    def fetch(self, row: Report, member: str) -> Path:
-        """Fetch the rows that a field of the request names."""
+    def fetch(self, row: Report, member: str, columns: Mapping[str, str] | None) -> Path:
+        """Fetch the rows that a field of the request names, with media of renamed ``columns``."""
         media = any(base_reads_media(each["stored_id"]) for each in row.models)
         folder, address = self.folders.data / member, row.request[member]
-        return self.retry(lambda: fetch_rows(self.locations, row.account, address, folder, media))
+        return self.retry(
+            lambda: fetch_rows(self.locations, row.account, address, folder, media, columns)
+        )
 
     def rename(
         self, row: Report, report: Mapping[str, Any], html: str
@@ -98,8 +100,8 @@ class MeasurementWorker(ReportWorker[Measurement]):
         largest = max(folder_size(each.network_folder) for each in models)
         self.reserve_memory(FIXED_BYTES + 2 * largest)
         request = row.request
-        rows = self.fetch(row, "rows")
         columns, max_tokens = request["columns"], request["max_tokens"]
+        rows = self.fetch(row, "rows", columns)
         graders = graders_of(request)
         if row.kind == EVALUATION:
             found = evaluate(
@@ -119,7 +121,7 @@ class MeasurementWorker(ReportWorker[Measurement]):
                     }  # fmt: skip
         else:
             *tuned, base = models
-            train = self.fetch(row, "training") if request.get("training") else None
+            train = self.fetch(row, "training", columns) if request.get("training") else None
             prompts = request["prompts"]
             compared = compare(
                 load_graded(rows, columns, (graders or {}).values()), base, tuned,

@@ -45,7 +45,8 @@ class StudyWorker(ReportWorker[Row]):
         grid, dimensions = configurations_of(request, row.models)
         plain = [each.recipe(Recipe.parse(row.recipe), 0, UNKNOWN_ROWS).plain() for each in grid]
         self.reserve_memory(FIXED_BYTES + max(memory_of("tune", each) for each in plain))
-        files = {name: self.fetch(row, name) for name in self.sources if request.get(name)}
+        columns = row.recipe["data"].get("columns")
+        files = {name: self.fetch(row, name, columns) for name in self.sources if request.get(name)}
         data = {**row.recipe["data"], "train": str(files["training"])}
         if "validation" in files:
             data["validation"] = str(files["validation"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -200,14 +200,14 @@ def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
         first = body.first_lines and fetch_first_lines(
             call.context.locations, call.account, body.training, folder / "first"
         )
-        rows = first or _fetch(call, body.training, folder / "training", media)
+        rows = first or _fetch(call, body.training, folder / "training", media, body.columns)
         addresses = {str(rows): body.training}
         if body.line is not None:
             rows = _single_row(rows, body.line, folder / "row.jsonl")
             addresses[str(rows)] = body.training
         command = ["inspect", str(rows)] + ([] if base is None else ["--base", base])
         if body.validation is not None:
-            validation = _fetch(call, body.validation, folder / "validation", media)
+            validation = _fetch(call, body.validation, folder / "validation", media, body.columns)
             command += ["--validation", str(validation)]
             addresses[str(validation)] = body.validation
         if body.objective is not None:
@@ -262,26 +262,30 @@ def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
 
     grader = check_client_grader(body.grader) if body.grader else None
     base = call.context.base(call.account, body.base)
+    submission = Submission(
+        account=call.account,
+        api="native",
+        job_name="estimate",
+        model_name="estimate",
+        customization_type=body.customization_type,
+        base=base,
+        training=[body.training],
+        validators=list(body.validation),
+        settings=body.settings,
+        grader=grader,
+        hold_out=call.context.hold_out,
+    )
+    fields = recipe_of(submission, "estimate").plain()
+    columns = fields["data"].get("columns")
     with TemporaryDirectory(prefix="luthier-report-") as name:
         folder = Path(name)
         media = base_reads_media(_stored_id(call, body.base))
-        rows = _fetch(call, body.training, folder / "training", media)
+        rows = _fetch(call, body.training, folder / "training", media, columns)
         addresses = {str(rows): body.training}
-        validation = _fetch_held_out(call, body.validation, folder / "held", addresses, media)
-        submission = Submission(
-            account=call.account,
-            api="native",
-            job_name="estimate",
-            model_name="estimate",
-            customization_type=body.customization_type,
-            base=base,
-            training=[str(rows)],
-            validators=list(body.validation),
-            settings=body.settings,
-            grader=grader,
-            hold_out=call.context.hold_out,
+        validation = _fetch_held_out(
+            call, body.validation, folder / "held", addresses, media, columns
         )
-        fields = recipe_of(submission, "estimate").plain()
+        fields["data"]["train"] = str(rows)
         if validation is not None:
             fields["data"]["validation"] = str(validation)
         recipe = folder / "recipe.toml"
@@ -301,6 +305,7 @@ def _fetch_held_out(
     folder: Path,
     addresses: dict[str, str],
     media: bool,
+    columns: Mapping[str, str] | None,
 ) -> Path | None:
     """Fetch validation data below ``folder``, and add the address of each file to ``addresses``."""
     if not sources:
@@ -308,7 +313,7 @@ def _fetch_held_out(
     folder.mkdir()
     files: list[Path] = []
     for number, address in enumerate(sources):
-        files.append(_fetch(call, address, folder / f"{number:02d}", media))
+        files.append(_fetch(call, address, folder / f"{number:02d}", media, columns))
         addresses[str(files[-1])] = address
     # After the files in the folder, because the replacement of paths follows this order.
     addresses[str(folder)] = ", ".join(sources)
@@ -325,8 +330,10 @@ def _single_row(file: Path, line: int, target: Path) -> Path:
     return target
 
 
-def _fetch(call: Call, address: str, folder: Path, media: bool) -> Path:
-    return fetch_rows(call.context.locations, call.account, address, folder, media)
+def _fetch(
+    call: Call, address: str, folder: Path, media: bool, columns: Mapping[str, str] | None = None
+) -> Path:
+    return fetch_rows(call.context.locations, call.account, address, folder, media, columns)
 
 
 def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int, ...]) -> Any:
