@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,6 +28,7 @@ from luthier.server.openai import file_search
 from luthier.server.openai.file_search import FileSearch
 from luthier.server.openai.generation import Inference
 from luthier.server.openai.ingestion import IngestionRunner
+from luthier.server.stores import store_indexes
 from luthier.server.stores.store_indexes import StoreIndexes
 from luthier.server.tables.accounts import set_quota
 from luthier.server.tables.database import now
@@ -497,6 +500,26 @@ def test_file_added_during_removal_stays_in_the_index(
     monkeypatch.setattr(DocumentIndex, "paths", add)
     first.indexes.prune("000000000000", store.id)
     assert len(client.vector_stores.search(store.id, query="parking").data) == 2
+
+
+def test_removed_store_that_is_searched_does_not_block_other_stores(
+    client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed, other = filled(client, service), filled(client, service)
+    indexes, waiting, close = service.openai.indexes, threading.Event(), store_indexes._close
+    monkeypatch.setattr(store_indexes, "_close", lambda each: (waiting.set(), close(each)))
+
+    def size(store_id: str) -> int:
+        with indexes.open("000000000000", store_id) as index:
+            return len(index.paths())
+
+    with ThreadPoolExecutor(2) as pool:
+        with indexes.open("000000000000", removed.id):
+            deleted = pool.submit(client.vector_stores.delete, removed.id)
+            assert waiting.wait(30)
+            assert pool.submit(size, other.id).result(10) == 2
+        assert deleted.result(30).deleted
+    assert not indexes.exists("000000000000", removed.id)
 
 
 def test_damaged_index_does_not_stop_the_sweep(client: openai.OpenAI, service: Any) -> None:

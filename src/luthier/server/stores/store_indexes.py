@@ -124,13 +124,15 @@ class StoreIndexes:
                 _close(self._opened.popitem()[1])
 
     def _remove(self, path: Path) -> None:
-        # A search must not open the file between the end of the connection and the removal.
-        with self._lock:
-            opened = self._opened.pop(path.stem, None)
-            if opened is not None:
-                _close(opened)
-            for each in path.parent.glob(f"{path.name}*"):  # the log of SQLite, too
-                each.unlink(missing_ok=True)
+        while True:
+            with self._lock:
+                opened = self._opened.pop(path.stem, None)
+                if opened is None:  # no search opens the file before the removal
+                    for each in path.parent.glob(f"{path.name}*"):  # the log of SQLite, too
+                        each.unlink(missing_ok=True)
+                    return
+            # Without the lock: the end of a search may take long, and other stores need the lock.
+            _close(opened)
 
     def _path(self, account: str, store_id: str) -> Path:
         return self.folder / account / f"{store_id}.sqlite"
