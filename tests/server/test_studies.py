@@ -109,6 +109,7 @@ def test_invalid_study_is_rejected_at_creation(server: Served, rows: str) -> Non
         ({"vary": [], "preset": "student"}, 400),
         ({"vary": [], "preset": "domain=/etc/passwd"}, 400),
         ({"at_most": {"price": 1}}, 400),
+        ({"at_most": {"ms": -1}}, 400),
         ({"seeds": 0}, 400),
         ({"settings": {"data": {"train": "/etc/passwd"}}}, 400),
     ):

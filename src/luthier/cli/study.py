@@ -117,16 +117,16 @@ def study(
     return found
 
 
-def _parse_limits(texts: Sequence[str]) -> Mapping[str, float]:
-    limits = {}
-    for text in texts:
-        name, _, value = text.partition("=")
+def _parse_limits(texts: str | Sequence[str]) -> Mapping[str, float]:
+    limits: dict[str, float] = {}
+    for text in [texts] if isinstance(texts, str) else texts:
+        name, _, value = (part.strip() for part in text.partition("="))
+        if name in limits:
+            raise RecipeError(f"`--at-most {name}` is given twice. Keep one.", setting="at_most")
         try:
-            limits[name.strip()] = limit = float(value)
-            if not limit > 0:
-                raise ValueError
+            limits[name] = float(value)
         except ValueError:
-            message = f"`--at-most` {text!r} is invalid. Write NAME=NUMBER above 0, such as ms=20."
+            message = f"`--at-most` {text!r} is invalid. Write NAME=NUMBER, such as ms=20."
             raise RecipeError(message, rule="option.form", value=text) from None
     return limits
 

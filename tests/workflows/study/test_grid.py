@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from luthier.cli.study import study
 from luthier.errors import RecipeError
 from luthier.recipe import Recipe
 from luthier.workflows.study.grid import (
     MAX_TRAININGS,
     Configuration,
     check_grid,
+    check_limits,
     grid_of,
     parse_dimensions,
     with_settings,
@@ -136,3 +138,20 @@ def test_with_settings_replaces_only_given_fields() -> None:
         "adaptation": {**before.plain()["adaptation"], "rank": 4},
         "training": {**before.plain()["training"], "learning_rate": 0.25},
     }
+
+
+def test_limit_of_zero_or_less_is_rejected() -> None:
+    check_limits({"ms": 0.5}, forgetting=False)
+    for limit in (0.0, -1.0, float("nan")):
+        with pytest.raises(RecipeError):
+            check_limits({"ms": limit}, forgetting=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [("ms=x", "'ms=x'"), (["ms=1", "ms=2"], "twice"), ("ms=-1", "above 0")]
+)
+def test_invalid_limit_of_command_is_rejected(given: Any, named: str, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a", "label": "b"}\n')
+    with pytest.raises(RecipeError, match=named):
+        study(str(rows), vary="training.epochs=1,2", at_most=given)

@@ -240,12 +240,19 @@ def check_limits(limits: Mapping[str, float], forgetting: bool) -> None:
     """Check the limits of the choice.
 
     Raises:
-        RecipeError: for an unknown figure, or a limit of the drift without its measurement.
+        RecipeError: for an unknown figure, a limit that is not above 0, or a limit of the drift
+            without its measurement.
     """
     if unknown := next((name for name in limits if name not in FIGURES), None):
         raise RecipeError(
             f"`at_most`: {unknown!r} is none of {', '.join(FIGURES)}.", setting="at_most"
         )
+    for name, limit in limits.items():
+        if not limit > 0:
+            raise RecipeError(
+                f"`at_most` {name}: {limit:g} is not above 0. Write a number such as 20.",
+                setting="at_most",
+            )
     if "drift" in limits and not forgetting:
         raise RecipeError("`at_most` drift needs `forgetting`.", setting="at_most")
 
