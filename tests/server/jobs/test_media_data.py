@@ -27,6 +27,7 @@ from luthier.media.decoding import read_pixels
 from luthier.server.jobs.data import JobData, fetch_data, fetch_rows, format_problems
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.submit import Submission, recipe_of
+from luthier.server.jobs.worker import rename
 from luthier.server.stores.locations import Locations
 from luthier.server.stores.objects import Objects
 from luthier.server.tables.database import Database
@@ -172,8 +173,16 @@ def test_rows_of_a_report_have_the_images_of_renamed_columns(
         bucket.put(f"set/{number}/a.png", png(value))
         bucket.rows(f"set/{number}/rows.jsonl", {"photo": "a.png", "label": name})
     for uri, expected in (("s3://data/set/", EXPECTED), ("s3://data/set/0/", EXPECTED[:1])):
-        path = fetch_rows(bucket.locations, ONE, uri, tmp_path / "rows", True, columns)
+        path, names = fetch_rows(bucket.locations, ONE, uri, tmp_path / "rows", True, columns)
         assert _colours(path, columns) == expected
+        rows = [each for each in names if each.endswith("rows.jsonl")]
+        images = [f"{Path(each).parent}/a.png" for each in rows]
+        assert [rename(each, names) for each in (*rows, *images)] == [
+            f"s3://data/set/{number}/{name}"
+            for name in ("rows.jsonl", "a.png")
+            for number in range(len(expected))
+        ]
+        assert rename(str(path), names) == (uri if len(rows) > 1 else "s3://data/set/0/rows.jsonl")
 
 
 def test_tables_below_prefix_are_shown_by_address(bucket: Bucket) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from luthier.server.tables.studies import Study
 from luthier.workflows.study import study as module
 from luthier.workflows.study.cells import Cell, CellResult
 
-ACCOUNT, ROWS = "000000000000", "s3://bucket/rows.jsonl"
+ACCOUNT, ROWS = "000000000000", "s3://bucket/rows/"
 
 
 @pytest.fixture
@@ -37,13 +37,16 @@ def database_url(luthier_home: Path) -> str:
     return f"sqlite:///{luthier_home / 'luthier.db'}"
 
 
-def submit(database: Database) -> str:
-    """Queue a study of two learning rates on 60 labelled rows."""
-    lines = [{"text": f"my {n % 3} number {n}", "label": f"kind {n % 3}"} for n in range(60)]
+LINES = [{"text": f"my {n % 3} number {n}", "label": f"kind {n % 3}"} for n in range(60)]
+
+
+def submit(database: Database, files: Mapping[str, list[dict[str, str]]] | None = None) -> str:
+    """Queue a study of two learning rates on labelled rows."""
     Objects(database).create_bucket(ACCOUNT, "bucket")
     locations = Locations(database)
-    body = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    locations.write(ACCOUNT, "s3://bucket/", "rows.jsonl", body)
+    for name, lines in (files or {"rows.jsonl": LINES}).items():
+        body = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        locations.write(ACCOUNT, "s3://bucket/rows/", name, body)
     base = foundation_model("fasttext")
     assert base is not None
     request: dict[str, Any] = {
@@ -117,3 +120,9 @@ def test_study_continues_after_a_released_worker(
     assert report["keep"]["settings"]["training"]["learning_rate"] == 0.01
     assert "<svg" in report["pictures"]["cost"]["dark"] and report["table"]["MB"] == ["1.0", "1.0"]
     assert str(luthier_home) not in json.dumps(report) + str(done.page)
+
+
+def test_error_in_one_of_several_files_names_the_file(database: Database) -> None:
+    submit(database, {"a.jsonl": [*LINES], "b.jsonl": [*LINES, {"text": "x", "lable": "y"}]})
+    assert worker(database).run() == 0
+    assert "s3://bucket/rows/b.jsonl:61" in str(row(database).failure)

@@ -312,17 +312,20 @@ def fetch_rows(
     folder: Path,
     media: bool,
     columns: Mapping[str, str] | None = None,
-) -> Path:
+) -> tuple[Path, dict[str, str]]:
     """Fetch the rows at an address: return a file, or a folder with several files.
 
     With ``media``, also fetch the files that the rows refer to; ``columns`` has the meaning of
     :func:`fetch_references`. Files of a failed try are removed.
+
+    The second value has the address of each path, files before their folder, so that replacements
+    in this order are exact.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     locations.check(account, address)
     fetched = locations.fetch(account, address, folder)
-    files = list[Path]()
+    files, folders = dict[str, str](), dict[str, str]()
     for number, (table, file) in enumerate(fetched, 1):
         if media and file.is_file():
             if len(fetched) > 1:
@@ -331,8 +334,11 @@ def fetch_rows(
                 own.mkdir()
                 file = Path(shutil.move(file, own))
             fetch_references(locations, account, file, table, columns)
-        files.append(file)
-    return files[0] if len(files) == 1 else folder
+        files[str(file)] = table.rstrip("/")
+        folders[str(file.parent)] = table.rstrip("/").rpartition("/")[0]
+    if len(fetched) == 1:
+        return file, {**files, **folders}
+    return folder, {**files, **folders, str(folder): address}
 
 
 def fetch_first_lines(

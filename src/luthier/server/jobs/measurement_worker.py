@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from sqlalchemy import select
@@ -40,6 +41,8 @@ class ReportWorker(ResultWorker[Report]):
 
     sources: ClassVar[Sequence[str]]
     """Fields of the request with addresses of rows."""
+    addresses: Mapping[str, str] = MappingProxyType({})
+    """Addresses of fetched files and folders by path."""
 
     def finish(self, session: Session, end: Any) -> None:
         """Store the report and the page, which count towards the account's storage."""
@@ -58,9 +61,11 @@ class ReportWorker(ResultWorker[Report]):
         """Fetch the rows that a field of the request names, with media of renamed ``columns``."""
         media = any(base_reads_media(each["stored_id"]) for each in row.models)
         folder, address = self.folders.data / member, row.request[member]
-        return self.retry(
+        path, addresses = self.retry(
             lambda: fetch_rows(self.locations, row.account, address, folder, media, columns)
         )
+        self.addresses = {**self.addresses, **addresses}
+        return path
 
     def rename(
         self, row: Report, report: Mapping[str, Any], html: str
@@ -76,10 +81,11 @@ class ReportWorker(ResultWorker[Report]):
     def _names(self, row: Report) -> dict[str, str]:
         """Return the client's names of models and rows by the names on this machine."""
         names = {each["stored_id"]: each["name"] for each in row.models if ":" in each["stored_id"]}
-        for member in self.sources:
-            folder = self.folders.data / member
-            names |= {str(path): row.request[member] for path in folder.glob("*")}
-            names[str(folder)] = str(row.request.get(member))
+        # Failed fetches have no addresses of files.
+        names |= {
+            str(self.folders.data / each): str(row.request.get(each)) for each in self.sources
+        }
+        names |= self.addresses
         # An id can be the start of another id.
         return dict(sorted(names.items(), key=lambda each: len(each[0]), reverse=True))
 

@@ -200,16 +200,19 @@ def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
         first = body.first_lines and fetch_first_lines(
             call.context.locations, call.account, body.training, folder / "first"
         )
-        rows = first or _fetch(call, body.training, folder / "training", media, body.columns)
-        addresses = {str(rows): body.training}
+        addresses = {str(first): body.training} if first else {}
+        rows = first or _fetch(
+            call, body.training, folder / "training", addresses, media, body.columns
+        )
         if body.line is not None:
             rows = _single_row(rows, body.line, folder / "row.jsonl")
             addresses[str(rows)] = body.training
         command = ["inspect", str(rows)] + ([] if base is None else ["--base", base])
         if body.validation is not None:
-            validation = _fetch(call, body.validation, folder / "validation", media, body.columns)
+            validation = _fetch(
+                call, body.validation, folder / "validation", addresses, media, body.columns
+            )
             command += ["--validation", str(validation)]
-            addresses[str(validation)] = body.validation
         if body.objective is not None:
             command += ["--objective", body.objective]
         command += column_options(body.columns)
@@ -228,13 +231,14 @@ def clean_data(call: NativeCall, body: Cleaning) -> CleaningView:
         raise Fault("Validation", f"No automatic fix for {', '.join(unknown)}.", parameter="rules")
     with TemporaryDirectory(prefix="luthier-report-") as name:
         folder = Path(name)
-        rows = _fetch(call, body.training, folder / "training", media=False)
+        addresses: dict[str, str] = {}
+        rows = _fetch(call, body.training, folder / "training", addresses)
         if rows.is_dir():
             text = f"{body.training} has several files. Clean each file."
             raise Fault("Validation", text, parameter="training")
         # A file that was cleaned before keeps its name.
         target = folder / Path(target_of(str(rows))).name.replace("-clean-clean.", "-clean.")
-        addresses = {str(rows): body.training, str(target): target.name}
+        addresses[str(target)] = target.name
         command = ["clean", str(rows), str(target), *column_options(body.columns)]
         for name, values in cleaning_options(body.rules).items():
             command += [word for each in values for word in (name, each) if word]
@@ -243,9 +247,8 @@ def clean_data(call: NativeCall, body: Cleaning) -> CleaningView:
             plan.write_text(to_toml({"relabel": body.labels}), encoding="utf-8")
             command += ["--plan", str(plan)]
         if body.validation is not None:
-            held = _fetch(call, body.validation, folder / "validation", media=False)
+            held = _fetch(call, body.validation, folder / "validation", addresses)
             command += ["--validation", str(held)]
-            addresses[str(held)] = body.validation
         summary = _run_command(command, addresses, (0,))
         file = call.context.locations.uploads.add(
             call.account, [target.read_bytes()], target.name, "fine-tune"
@@ -280,8 +283,8 @@ def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
     with TemporaryDirectory(prefix="luthier-report-") as name:
         folder = Path(name)
         media = base_reads_media(_stored_id(call, body.base))
-        rows = _fetch(call, body.training, folder / "training", media, columns)
-        addresses = {str(rows): body.training}
+        addresses: dict[str, str] = {}
+        rows = _fetch(call, body.training, folder / "training", addresses, media, columns)
         validation = _fetch_held_out(
             call, body.validation, folder / "held", addresses, media, columns
         )
@@ -307,14 +310,14 @@ def _fetch_held_out(
     media: bool,
     columns: Mapping[str, str] | None,
 ) -> Path | None:
-    """Fetch validation data below ``folder``, and add the address of each file to ``addresses``."""
+    """Fetch validation data below ``folder``, and add the address of each path to ``addresses``."""
     if not sources:
         return None
     folder.mkdir()
-    files: list[Path] = []
-    for number, address in enumerate(sources):
-        files.append(_fetch(call, address, folder / f"{number:02d}", media, columns))
-        addresses[str(files[-1])] = address
+    files = [
+        _fetch(call, address, folder / f"{number:02d}", addresses, media, columns)
+        for number, address in enumerate(sources)
+    ]
     # After the files in the folder, because the replacement of paths follows this order.
     addresses[str(folder)] = ", ".join(sources)
     return files[0] if len(files) == 1 else folder
@@ -331,9 +334,17 @@ def _single_row(file: Path, line: int, target: Path) -> Path:
 
 
 def _fetch(
-    call: Call, address: str, folder: Path, media: bool, columns: Mapping[str, str] | None = None
+    call: Call,
+    address: str,
+    folder: Path,
+    addresses: dict[str, str],
+    media: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Path:
-    return fetch_rows(call.context.locations, call.account, address, folder, media, columns)
+    """Fetch rows below ``folder``, and add the address of each path to ``addresses``."""
+    path, found = fetch_rows(call.context.locations, call.account, address, folder, media, columns)
+    addresses |= found
+    return path
 
 
 def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int, ...]) -> Any:
