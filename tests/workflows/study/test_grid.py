@@ -140,6 +140,13 @@ def test_with_settings_replaces_only_given_fields() -> None:
     }
 
 
+def test_each_value_of_a_large_search_is_checked() -> None:
+    ranks = ",".join(map(str, range(1, MAX_TRAININGS + 1)))
+    dimensions = parse_dimensions(["adaptation.method=lora,lorra", f"adaptation.rank={ranks}"])
+    with pytest.raises(RecipeError, match="lorra"):
+        check_grid(grid_of(dimensions, 5), dimensions, recipe(), 1, 5)
+
+
 def test_limit_of_zero_or_less_is_rejected() -> None:
     check_limits({"ms": 0.5}, forgetting=False)
     for limit in (0.0, -1.0, float("nan")):

@@ -171,7 +171,9 @@ def _is_range(values: str) -> bool:
 
 
 def grid_of(dimensions: Sequence[Dimension], trials: int | None = None) -> list[Configuration]:
-    """Return all combinations of values; in a search of ``trials``, some of them, with the ends of
+    """Return all combinations of values.
+
+    A search of ``trials`` in a larger space gets some combinations, with each value and the ends of
     ranges.
 
     Raises:
@@ -188,9 +190,15 @@ def grid_of(dimensions: Sequence[Dimension], trials: int | None = None) -> list[
             setting="vary",
         )
     keys = [each.key for each in dimensions]
-    combinations = itertools.islice(
-        itertools.product(*(each.values for each in dimensions)), MAX_TRAININGS
-    )
+    every = itertools.product(*(each.values for each in dimensions))
+    combinations = list(itertools.islice(every, MAX_TRAININGS))
+    if count > MAX_TRAININGS:  # the first combinations vary only the last fields
+        first = combinations[0]
+        combinations += [
+            (*first[:number], value, *first[number + 1 :])
+            for number, each in enumerate(dimensions)
+            for value in each.values
+        ]
     return [Configuration(dict(zip(keys, values, strict=True))) for values in combinations]
 
 
