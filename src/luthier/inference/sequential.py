@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from luthier.library.models import StoredModel
     from luthier.media.image_generation import ImageGenerator, Reconstruction, SampledImage
     from luthier.models.networks.network import Network
-    from luthier.types import Example
+    from luthier.types import Example, FloatArray
 
 RECONSTRUCTED_PER_TURN = 8
 """Images per turn of an autoencoder, because large images take long to decode."""
@@ -60,7 +60,24 @@ class Embedding:
     """The embedding of a text."""
 
     vector: tuple[float, ...]
+    """Values of a vector of length 1."""
     tokens: int
+
+    def shortened(self, dimensions: int | None, normalize: bool = True) -> FloatArray:
+        """Return the first ``dimensions`` values, by default normalized to length 1.
+
+        Raises:
+            InferenceRefused: the vector has fewer dimensions.
+        """
+        vector_D = np.asarray(self.vector, dtype=np.float32)
+        if dimensions is None or dimensions == len(vector_D):
+            return vector_D
+        if dimensions > len(vector_D):
+            text = f"The model's vectors have {len(vector_D)} dimensions."
+            raise InferenceRefused(text, "dimensions")
+        cut_D = vector_D[:dimensions]
+        norm = float(np.linalg.norm(cut_D)) if normalize else 0.0
+        return cut_D / np.float32(norm) if norm else cut_D
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from botocore.exceptions import ClientError
 from runtime_service import CALLER, MODEL, TOOL, said, text_of
 
 from luthier.inference.pool import ModelPool
+from luthier.inference.sequential import Embedding
 from luthier.server.bedrock.bodies import parse_native
-from luthier.server.bedrock.invoke import PromptBody, parse_form
-from luthier.server.bedrock.runtime import runtime_handlers
+from luthier.server.bedrock.invoke import EmbeddingBody, PromptBody, parse_form
+from luthier.server.bedrock.runtime import _Runtime, runtime_handlers
 from luthier.server.http.messages import Fault, Request
 from luthier.server.openai.chat import InvokedChat
 from luthier.server.tables.database import now
@@ -149,3 +151,20 @@ def test_chat_completion_returns_invoked_model_name(
 def test_image_embedding_request_is_rejected() -> None:
     with pytest.raises(Fault, match="inputImage"):
         parse_form(MODEL, {"inputImage": "aGk="}, None)
+
+
+def test_shortened_embedding_follows_normalize() -> None:
+    pool: Any = SimpleNamespace(embed=lambda stored_id, texts: [Embedding((0.6, 0.0, 0.8), 2)])
+    runtime = _Runtime(pool, lambda *_: "", lambda *_: "", None)
+
+    def vector(**members: Any) -> list[float]:
+        form = parse_form(MODEL, {"inputText": "fox", **members}, None)
+        assert isinstance(form, EmbeddingBody)
+        found: list[float] = runtime._embed("", form)[0]["embedding"]
+        return [round(each, 6) for each in found]
+
+    assert vector() == vector(dimensions=3) == [0.6, 0.0, 0.8]
+    assert vector(dimensions=1, normalize=False) == [0.6]
+    assert vector(dimensions=1) == vector(dimensions=1, normalize=True) == [1.0]
+    with pytest.raises(Fault):
+        vector(dimensions=4)

@@ -177,7 +177,8 @@ class EmbeddingBody(NativeBody):
 
     inputText: Annotated[str, Field(min_length=1)]
     dimensions: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
-    normalize: bool = False
+    normalize: bool = True
+    """Normalize a shortened vector to length 1; the whole vector has length 1."""
     embeddingTypes: list[Literal["float"]] | None = None
 
 

@@ -6,7 +6,6 @@ import base64
 import binascii
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ from luthier.inference.inference import (
 from luthier.inference.pool import ModelPool
 from luthier.server.actions import record_action
 from luthier.server.bedrock import converse, invoke
-from luthier.server.bedrock.bodies import json_object, malformed_input, native_object
+from luthier.server.bedrock.bodies import json_object, native_object
 from luthier.server.bedrock.eventstream import CONTENT_TYPE, exception
 from luthier.server.bedrock.invoke import (
     ChatForm,
@@ -187,16 +186,7 @@ class _Runtime:
     def _embed(self, stored_id: str, form: EmbeddingBody) -> tuple[dict[str, Any], int]:
         with inference_faults():
             (embedding,) = self.pool.embed(stored_id, [form.inputText])
-        vector = list(embedding.vector)
-        if form.dimensions is not None:
-            if form.dimensions > len(vector):
-                raise malformed_input(
-                    f"#/dimensions: {form.dimensions} is more than the model's {len(vector)}"
-                )
-            vector = vector[: form.dimensions]
-        if form.normalize or form.dimensions is not None:
-            norm = math.sqrt(sum(value * value for value in vector)) or 1.0
-            vector = [value / norm for value in vector]
+            vector = embedding.shortened(form.dimensions, form.normalize).tolist()
         return {"embedding": vector, "inputTextTokenCount": embedding.tokens}, embedding.tokens
 
     def _sample(self, stored_id: str, form: ImageBody, model: str) -> dict[str, Any]:

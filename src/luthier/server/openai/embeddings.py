@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import Field
 
 from luthier.models.decoding.sampling import MOST_TOKENS
@@ -54,17 +53,15 @@ def complete(inference: Inference, account: str, body: EmbeddingRequest) -> Json
     body.check()
     with refusals(body.model, "input"):
         embeddings = inference.pool.embed(target.stored_id, body.texts)
+        vectors = [each.shortened(body.dimensions) for each in embeddings]
     tokens = sum(embedding.tokens for embedding in embeddings)
     data = [
         {
             "object": "embedding",
             "index": index,
-            "embedding": _encode(
-                _shorten(np.asarray(embedding.vector, dtype="<f4"), body.dimensions),
-                body.encoding_format,
-            ),
+            "embedding": _encode(vector_D, body.encoding_format),
         }
-        for index, embedding in enumerate(embeddings)
+        for index, vector_D in enumerate(vectors)
     ]
     return {
         "object": "list",
@@ -74,22 +71,9 @@ def complete(inference: Inference, account: str, body: EmbeddingRequest) -> Json
     }
 
 
-def _shorten(vector_D: FloatArray, dimensions: int | None) -> FloatArray:
-    """Return the first ``dimensions`` values, normalized to length 1."""
-    if dimensions is None or dimensions == len(vector_D):
-        return vector_D
-    if dimensions > len(vector_D):
-        text = f"The model's vectors have {len(vector_D)} dimensions."
-        raise invalid(text, "dimensions", "invalid_value")
-    cut_D = vector_D[:dimensions]
-    norm = float(np.linalg.norm(cut_D))
-    shortened: FloatArray = (cut_D / norm if norm else cut_D).astype("<f4")
-    return shortened
-
-
 def _encode(vector_D: FloatArray, encoding: str | None) -> list[float] | str:
     """Return a list of numbers, or base64 of little-endian float32 values."""
     if encoding == "base64":
-        return base64.b64encode(vector_D.tobytes()).decode()
+        return base64.b64encode(vector_D.astype("<f4").tobytes()).decode()
     numbers: list[float] = vector_D.tolist()
     return numbers
