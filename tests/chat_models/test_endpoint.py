@@ -20,9 +20,10 @@ from openai_endpoint import Endpoint
 
 from luthier.chat_models.base import Failure, Reply, SamplingSpec
 from luthier.chat_models.endpoint import EndpointModel
+from luthier.data.inputs import Media
 from luthier.errors import LuthierError, RecipeError
 from luthier.limits import MIB
-from luthier.types import Message
+from luthier.types import Message, ToolCall
 from luthier.workflows.distil.recipe import TeacherSpec
 
 
@@ -69,6 +70,24 @@ def test_prompts_are_sent_once_with_key_and_settings(endpoint: Any, key: str) ->
             {"role": "system", "content": "Be brief."}, {"role": "user", "content": "question 0"},
         ],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        Message("user", "\ufffcWhat is it?", images=(Media("image", "a.png", "/a.png"),)),
+        Message("assistant", calls=(ToolCall("1", "clock", {}),)),
+        Message("tool", "noon", call_id="1"),
+    ],
+)
+def test_turns_with_more_than_text_are_refused_before_the_first_request(
+    endpoint: Any, turn: Message
+) -> None:
+    model = EndpointModel(TeacherSpec(url=endpoint.url, model="big"))
+    questions = [[Message("user", "a")], [turn]]
+    with pytest.raises(RecipeError):
+        model.ask(questions, SamplingSpec(), lambda index, outcome: None, print)
+    assert not endpoint.bodies
 
 
 def test_settings_rejected_by_endpoints_are_omitted(endpoint: Any) -> None:

@@ -437,7 +437,11 @@ def test_own_prompts_and_an_endpoint_and_shown_replies(
     requests = len(endpoint.bodies)
     with pytest.raises(RecipeError):
         luthier.compare(held, [tuned], rival=[rival], max_tokens=3, paraphrases="prompt")
-    assert len(endpoint.bodies) == requests  # a wrong column is found before the first request
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    with_tools = write(tmp_path / "tools.jsonl", [{**row, "tools": tools} for row in rows[12:]])
+    with pytest.raises(RecipeError):
+        luthier.compare(with_tools, [tuned], rival=[rival], max_tokens=3)
+    assert len(endpoint.bodies) == requests  # wrong rows and columns are found before requests
     first, second = found.shown
     assert (first.prompt, first.expected) == ("Say fox 12", "fox")
     assert [name for name in first.replies if name.startswith("big")] and tuned in second.replies

@@ -65,7 +65,17 @@ class EndpointModel(ChatModel):
         done: Done,
         note: Callable[[str], None],
     ) -> None:
-        """Query the model for all conversations; retry failed conversations at the end."""
+        """Query the model for all conversations; retry failed conversations at the end.
+
+        Raises:
+            RecipeError: for images, tool calls or their results, which requests do not contain.
+        """
+        turns = [turn for question in questions for turn in question]
+        if any(turn.images or turn.calls or turn.role == "tool" for turn in turns):
+            raise RecipeError(
+                f"{self.name} receives only text, and conversations have images or tool calls. "
+                "Remove the rows with images or tool calls"
+            )
         settings = _settings(self.spec, sampling)
         _run(_Session(self.spec, self._key, questions, settings, done, note).all())
 

@@ -367,12 +367,18 @@ def compare(
 
     Raises:
         DataError: if a tenth of ``rows`` are training rows.
-        RecipeError: if there is nothing to compare.
+        RecipeError: if there is nothing to compare, or for rivals and rows with tools or images.
     """
 
     if not rows:
         raise RecipeError("the comparison needs rows")
     check_models(base, tuned, bool(train), len(rivals))
+    if rivals and (row := next((row for row in rows if row.tools or row.images), None)):
+        raise RecipeError(
+            f"{row.location}: The row has tools or images, which rivals at endpoints do not receive. "
+            "Remove rows with tools or images, or compare without `rival`",
+            setting="rival",
+        )
     repeats = {*repeated_rows(rows)}
     rows = [row for number, row in enumerate(rows) if number not in repeats]
     remarks = check_leakage(rows, train)

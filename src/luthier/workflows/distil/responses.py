@@ -154,6 +154,11 @@ class _Responses:
                 f"{row.location} has tools, which teachers do not support. Remove rows with "
                 "tools, or tune on rows with tool calls."
             )
+        if self.recipe.teacher.url and (row := next((row for row in rows if row.images), None)):
+            raise RecipeError(
+                f"{row.location} has images, which teachers at endpoints do not receive. Remove rows "
+                "with images, or use a local teacher."
+            )
         check_grader(rows, spec)
         if len(rows) < spec.minimum:
             raise RecipeError(
