@@ -214,7 +214,9 @@ def test_server_stop_can_requeue_running_jobs(queue: Any) -> None:
     job_id = queue.submit(steps=300)
     scheduler: Scheduler = queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     queue.until(job_id, running(2))
+    assert scheduler.count_local_workers() == 1
     scheduler.stop(release_work=True)
+    assert scheduler.count_local_workers() == 0
     job = queue.job(job_id)
     assert (job.state, job.lease, job.crashes) == ("Queued", None, 0)
     assert job.details["progress"]["step"] >= 2

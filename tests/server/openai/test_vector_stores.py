@@ -99,9 +99,13 @@ def test_quick_start(client: openai.OpenAI, service: Any) -> None:
     store = client.vector_stores.create(name="knowledge_base")
     assert (store.status, store.file_counts.total) == ("completed", 0)
     added = client.vector_stores.files.upload_and_poll(
-        vector_store_id=store.id, file=("leave.md", io.BytesIO(LEAVE.encode())), poll_interval_ms=50
+        vector_store_id=store.id, file=("leave.md", io.BytesIO(LEAVE.encode()))
     )
     assert (added.status, added.last_error) == ("completed", None), added
+    polled = client.vector_stores.files.with_raw_response.retrieve(
+        added.id, vector_store_id=store.id
+    )
+    assert int(polled.headers["openai-poll-after-ms"]) < 1000
     found = client.vector_stores.search(store.id, query="days of leave")
     assert found.data[0].content[0].text == LEAVE.removeprefix("# ").replace("\n\n", "\n")
     assert (found.data[0].filename, found.data[0].file_id) == ("leave.md", added.id)

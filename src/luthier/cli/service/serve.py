@@ -143,6 +143,12 @@ def serve(
 
         try:
             server.run(service.application, ports, settings.limits, ready)
+            if not stop_workers and (count := service.scheduler.count_local_workers()):
+                typer.echo(
+                    f"Workers that continue without the server: {count}. The next server takes them "
+                    "over; with --stop-workers, a server ends them after a checkpoint",
+                    err=True,
+                )
         finally:
             service.close(stop_workers)
 

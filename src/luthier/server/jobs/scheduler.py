@@ -126,6 +126,12 @@ class Scheduler:
                 break
             time.sleep(0.05)
 
+    def count_local_workers(self) -> int:
+        """Return the number of workers on this machine, which continue after :meth:`stop`."""
+        with self.database.read() as session:
+            workers = [row.worker for row in self._leased_rows(session)]
+        return sum(worker is not None and processes.is_here(worker) for worker in workers)
+
     def queue_places(self, session: Session) -> dict[str, QueuePlace]:
         """Return positions and expected starts of waiting jobs, by id."""
         # Subclasses run jobs on other machines.

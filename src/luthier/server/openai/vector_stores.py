@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from fastapi import Query
+from fastapi import Query, Response
 from pydantic import AfterValidator, BaseModel, Field
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
@@ -43,6 +43,8 @@ from luthier.server.tables.openai.vector_stores import (
 )
 
 router = openai_router()
+POLL = {"openai-poll-after-ms": "200"}
+"""Header with the interval of the client's next poll; without it, the client waits a second."""
 MOST_FILES, MOST_OF_BATCH = 500, 2_000
 MOST_QUERIES = 32
 """Maximum number of queries of a search."""
@@ -296,8 +298,9 @@ def list_files(call: OpenAICall, store: Name, paging: Annotated[FilePaging, Quer
 
 
 @router.get("/vector_stores/{store}/files/{file}", name="vector_stores.files.retrieve")
-def retrieve_file(call: OpenAICall, store: Name, file: Name) -> JsonObject:
+def retrieve_file(call: OpenAICall, store: Name, file: Name, response: Response) -> JsonObject:
     """Return a file of a store."""
+    response.headers.update(POLL)
     with call.context.database.read() as session:
         return file_object(_find_file(call, session, store, file))
 
@@ -366,8 +369,9 @@ def create_batch(call: OpenAICall, store: Name, body: CreateFileBatch) -> JsonOb
 @router.get(
     "/vector_stores/{store}/file_batches/{batch}", name="vector_stores.file_batches.retrieve"
 )
-def retrieve_batch(call: OpenAICall, store: Name, batch: Name) -> JsonObject:
+def retrieve_batch(call: OpenAICall, store: Name, batch: Name, response: Response) -> JsonObject:
     """Return a batch."""
+    response.headers.update(POLL)
     with call.context.database.read() as session:
         return _batch_view(session, _find_batch(call, session, store, batch))
 
