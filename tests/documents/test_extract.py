@@ -107,14 +107,14 @@ def test_unreadable_document_is_refused_and_the_next_is_read(
 
 def test_zip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extract, "UNPACKED_BYTES", 1_000_000)
-    with zipfile.ZipFile(tmp_path / "bomb.docx", "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(tmp_path / "bomb.odt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("word/document.xml", bytes(2_000_000))
     with pytest.raises(extract.RefusedDocument, match="2,000,000"):
-        extract.extract(tmp_path / "bomb.docx")
+        extract.extract(tmp_path / "bomb.odt")
     monkeypatch.undo()
     monkeypatch.setattr(extract, "BOMB_BYTES", 1_000_000)
     with pytest.raises(extract.RefusedDocument, match="zip bomb"):
-        extract.extract(tmp_path / "bomb.docx")
+        extract.extract(tmp_path / "bomb.odt")
 
 
 def test_text_in_wide_characters_is_read_with_its_mark(tmp_path: Path) -> None:
