@@ -94,6 +94,10 @@ def test_every_operation_of_every_api_has_a_permission(server: Served) -> None:
     assert actions == {*PERMISSIONS}
 
 
+def test_each_role_of_users_has_permissions() -> None:
+    assert tuple(ROLES) == principals.ROLES
+
+
 @pytest.mark.parametrize("wanted", [1, pytest.param(len(ROLES), marks=pytest.mark.slow)])
 def test_operations_require_permission(server: Served, wanted: int) -> None:
     """Send every operation with ``wanted`` roles that may and that may not.

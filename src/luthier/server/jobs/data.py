@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -163,8 +164,9 @@ def check_first_rows(locations: Locations, submission: Submission) -> None:
             columns = recipe.data.columns
             peeked = peek_rows(locations, account, address, columns, checker, held, policy)
             found = peeked.problems
-            if not found and submission.api != "native" and peeked.container != Container("jsonl"):
-                found = [_format_problem(peeked.container, peeked.address)]
+            # Columns of a table that the API cannot read need no advice.
+            if submission.api != "native" and peeked.container not in (None, Container("jsonl")):
+                found = [_format_problem(peeked.container, peeked.address, peeked.name)]
             problems += [replace(each, setting=setting) for each in found]
     if problems:
         raise DataError(problems)
@@ -178,6 +180,8 @@ class PeekedRows:
     """Address of the file."""
     container: Container | None
     """Format of the file; ``None`` if unknown."""
+    name: str
+    """Name of the file that was uploaded or of the object."""
     records: Sequence[Record] = ()
     rows: Sequence[Row] = ()
     form: str | None = None
@@ -205,7 +209,7 @@ def peek_rows(
     with TemporaryDirectory(prefix="luthier-peek-") as folder:
         address, file = locations.peek(account, address, Path(folder), PEEKED_BYTES)
         if is_media(file.name):
-            return PeekedRows(address, None, problems=[_media_problem(address)])
+            return PeekedRows(address, None, file.name, problems=[_media_problem(address)])
         problems: list[Problem] = []
         container = find_container(file, problems)
         whole = file.stat().st_size < PEEKED_BYTES
@@ -229,7 +233,7 @@ def peek_rows(
         replace(each.at(address, each.line), message=each.message.replace(str(file), address))
         for each in problems
     ]
-    return PeekedRows(address, container, records, rows, form, named)
+    return PeekedRows(address, container, file.name, records, rows, form, named)
 
 
 def _media_problem(address: str) -> Problem:
@@ -247,12 +251,17 @@ def format_problems(file: Path, address: str) -> list[Problem]:
         found = container_of(file)
     except RowRefused as bad:
         return [bad.at(address, 0)]
-    return [] if found == Container("jsonl") else [_format_problem(found, address)]
+    if found == Container("jsonl"):
+        return []
+    return [_format_problem(found, address, PurePosixPath(address).name)]
 
 
-def _format_problem(found: Container | None, address: str) -> Problem:
+def _format_problem(found: Container | None, address: str, name: str) -> Problem:
     message = f"The file is {found}, not JSON Lines (one object per line)."
-    fix = "Convert the file to uncompressed JSON Lines."
+    target = f"{name.split('.')[0]}.jsonl"
+    if target == name:
+        target = f"lines-{name}"
+    fix = f"Convert the file with `luthier convert {quote(name)} {quote(target)}`."
     return Problem("file.form", message, fix, Location(address))
 
 
