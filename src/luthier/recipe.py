@@ -31,7 +31,7 @@ from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
 from luthier.data.conversations.chat_template import CHATML
 from luthier.data.conversations.template_kwargs import TemplateSettings
-from luthier.data.files.sources import absolute, files_of
+from luthier.data.files.sources import absolute, files_of, is_address
 from luthier.errors import Problem, RecipeError
 from luthier.files import read_toml
 from luthier.formatting import did_you_mean, nearest_name
@@ -157,7 +157,7 @@ class DataSpec(StrictModel):
 
 
 def _place(source: str) -> str:
-    return source if "://" in source else str(Path(source).resolve())
+    return source if is_address(source) else str(Path(source).resolve())
 
 
 class Training(StrictModel):
@@ -339,7 +339,9 @@ def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     Returns ``fields``.
     """
-    return map_sources(fields, lambda source: source if "://" in source else str(folder / source))
+    return map_sources(
+        fields, lambda source: source if is_address(source) else str(folder / source)
+    )
 
 
 def map_sources(fields: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

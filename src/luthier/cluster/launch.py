@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from luthier.data.files.sources import absolute
+from luthier.data.files.sources import absolute, is_address
 from luthier.errors import RecipeError
 from luthier.files import folder_size, luthier_home
 from luthier.formatting import format_duration, one_line
@@ -284,7 +284,7 @@ def _local_sources(recipe: Recipe) -> list[str]:
     paths: list[str] = []
 
     def add(source: str) -> str:
-        if "://" not in source:
+        if not is_address(source):
             path = Path(source)
             while has_magic(str(path)) and not path.exists():
                 path = path.parent

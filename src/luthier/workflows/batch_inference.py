@@ -26,6 +26,7 @@ from typing import BinaryIO
 
 import luthier
 from luthier.data.files.parsing import text_length
+from luthier.data.files.sources import is_address
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import MediaRow
 from luthier.engine.metrics import Reporter
@@ -328,7 +329,7 @@ def _answer_shards(
     }
     write_json(folder / _REQUEST, request)
     folders = dict.fromkeys(str(each) for model in models for each in _folders_of(model))
-    source = [] if "://" in task.source else [os.path.abspath(task.source)]
+    source = [] if is_address(task.source) else [os.path.abspath(task.source)]
     files = [path for path in source if os.path.exists(path)]  # it may be a pattern
     resources = Resources(threads, memory, (*files, *folders))
     workers = []

@@ -77,10 +77,13 @@ def parse_settings(texts: list[str]) -> dict[str, Any]:
 def existing_source(source: str) -> str:
     """Return a data source, and report a missing file before heavy imports."""
     path = Path(source)
-    if "://" in source or source.startswith(("s3:", "file:")) or has_magic(source) or path.exists():
+    if has_magic(source) or path.exists():
         return source
     from luthier.data.files.read import find_container
+    from luthier.data.files.sources import is_address
 
+    if is_address(source):
+        return source
     problems: list[Problem] = []
     find_container(path, problems)
     raise DataError(problems)

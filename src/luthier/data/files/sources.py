@@ -111,7 +111,13 @@ def stem_of(source: Source) -> str:
 
 def absolute(source: str) -> str:
     """Return the source as an absolute path; addresses stay unchanged."""
-    return source if "://" in source else str(Path(source).absolute())
+    return source if is_address(source) else str(Path(source).absolute())
+
+
+def is_address(source: str) -> bool:
+    """Return whether a source is an address instead of a path."""
+    # Path() turns s3:// into s3:/ .
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", source) is not None
 
 
 def is_data(name: str) -> bool:
