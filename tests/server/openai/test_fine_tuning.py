@@ -264,12 +264,23 @@ def test_advice_for_unknown_columns_changes_the_file(client: openai.OpenAI) -> N
     assert "data.columns" not in refused.value.message
 
 
-def test_csv_training_file_is_rejected(client: openai.OpenAI) -> None:
-    table = b"prompt,completion\n" + b"a,b\n" * 30
-    file = client.files.create(file=("rows.csv", table), purpose="fine-tune").id
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", b"prompt,completion\n" + b"a,b\n" * 30),
+        ("rows.csv", b"message,topic\n" + b"a,b\n" * 30),
+        ("rows.json", json.dumps([{"message": "a", "topic": "b"}] * 30).encode()),
+    ],
+)
+def test_file_of_another_format_is_rejected_with_the_command_that_converts(
+    client: openai.OpenAI, name: str, content: bytes
+) -> None:
+    file = client.files.create(file=(name, content), purpose="fine-tune").id
     with pytest.raises(openai.BadRequestError) as refused:
         created(client, training_file=file)
-    assert refused.value.code == "invalid_training_file" and "csv" in refused.value.message
+    assert refused.value.code == "invalid_training_file"
+    assert "[file.form]" in refused.value.message and "renamed" not in refused.value.message
+    assert f"`luthier convert {name} rows.jsonl`" in refused.value.message
 
 
 @pytest.mark.usefixtures("handlers")
