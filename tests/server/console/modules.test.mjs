@@ -286,6 +286,13 @@ test("a verdict is one sentence of at most twenty words", async () => {
   assert.deepEqual(judge({ outcome: "unmeasured" }).bars, []);
 });
 
+test("examples without text or messages are left out", async () => {
+  const { readable } = await import(`${folder}/verdict.js`);
+  const rows = [{ tokens: ["a"], wanted: ["O"] }, { image: "a.png", wanted: "b" }, { text: "", wanted: "a" }, { messages: [], wanted: "b" }];
+  assert.deepEqual(readable(rows), rows.slice(2));
+  assert.deepEqual(readable(undefined), []);
+});
+
 test("two jobs show the values that differ, with settings by dotted name", () => {
   const first = flattened({ training: { epochs: 2, seed: null }, data: { train: ["a"] }, base: "x" });
   assert.deepEqual(first, { "training.epochs": "2", "data.train": '["a"]', base: "x" });

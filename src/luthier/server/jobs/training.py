@@ -347,6 +347,9 @@ def _held_out_examples(model: StoredModel, data: JobData) -> list[dict[str, Any]
             wanted = row.expected_reply() or row.target()
             turns = [{"role": each.role, "content": each.reply_text} for each in row.prompt_turns()]
             example = {"messages": turns} if turns else row.input_record()
+            # The console shows text only; the input of a media row is a path of the server.
+            if not example.keys() & {"messages", "text"}:
+                continue
             text = json.dumps({**example, "wanted": wanted}, ensure_ascii=False)
             if wanted is not None and len(text) <= LONGEST_EXAMPLE:
                 found.setdefault(str(wanted), json.loads(text))

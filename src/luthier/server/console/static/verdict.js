@@ -92,8 +92,12 @@ export function ScoreBars({ verdict }) {
   `;
 }
 
+/** Return the rows with a text or a conversation: jobs of earlier versions have other rows, such as words with tags. */
+export const readable = (rows) => (rows ?? []).filter((row) => typeof row.text === "string" || Array.isArray(row.messages));
+
 /** Rows that the model has not learned, with the answers of the base and of the model after a click. */
-export function HeldOut({ job, rows, base }) {
+export function HeldOut({ job, rows: all, base }) {
+  const rows = readable(all);
   const answers = useSignal(null);
   const { busy, error, run } = useAction(async () => {
     announce("Both models answer …");
@@ -103,13 +107,13 @@ export function HeldOut({ job, rows, base }) {
     })));
     announce("The answers are complete.");
   });
-  if (!rows?.length)
+  if (!rows.length)
     return html`
-      <${Empty} text="No held-out row is short enough to show, or the model was trained on all rows. Try your own text.">
+      <${Empty} text="The job has no held-out row with a short text. Try your own text.">
         <a class="button" href=${link("playground", job.model_name)}>Open the playground</a>
       <//>
     `;
-  const before = (index) => answers.value?.[index].before ?? (base?.writes ? "…" : "The base model has no labels.");
+  const before = (index) => answers.value?.[index].before ?? (!base?.writes ? "The base model has no labels." : answers.value ? "–" : "…");
   const same = (text, row) => text.trim().toLowerCase() === textOf(row.wanted).trim().toLowerCase();
   return html`
     <p class="soft">The model has not learned these rows.</p>
