@@ -48,7 +48,6 @@ _ADDRESS = r"(?:[^()\s]|\([^()\s]*\))*"
 _LINK = re.compile(rf"!?\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\({_ADDRESS}(?:\s\"[^\"]*\")?\)")
 _FOOTNOTE = re.compile(r"\[\w{1,3}\]")
 """Text of a link to a footnote, which would look like a citation."""
-ZIPPED = (".docx", ".pptx", ".xlsx", ".epub")
 
 
 class RefusedDocument(Exception):
@@ -77,7 +76,7 @@ def extract(path: Path) -> dict[str, Any]:
     ending = path.suffix.lower()
     if ending == ".pdf":
         return _read_pdf(path)
-    if ending in ZIPPED:
+    if ending not in (".html", ".htm"):  # a ZIP archive, as every other format
         _check_unpacked(path)
     return {"pages": [[None, _read_with_markitdown(path, ending)]], "note": ""}
 
