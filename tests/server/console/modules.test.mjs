@@ -7,6 +7,7 @@ const folder = process.env.CONSOLE_MODULES;
 const { StreamedAnswer, cosine, likeliest, spansOf, turnsOf } = await import(`${folder}/answers.js`);
 const { chosenFor, withColumn } = await import(`${folder}/columns.js`);
 const { roundsBetween, writes } = await import(`${folder}/models.js`);
+const { Queue } = await import(`${folder}/review.js`);
 const { datesBetween } = await import(`${folder}/usage.js`);
 const { pythonString, shellWord, snippets } = await import(`${folder}/snippets.js`);
 const { age, bytes, duration, number, percent, shortName } = await import(`${folder}/format.js`);
@@ -304,4 +305,29 @@ test("two jobs show the values that differ, with settings by dotted name", () =>
 test("corrected labels are grouped by file", () => {
   const issues = [{ file: "a", line: 3, likely_label: "x" }, { file: "b", row: 1, likely_label: "y" }, { file: "a", line: 9, likely_label: "z" }];
   assert.deepEqual(labelsByFile(issues), { a: { 3: "x", 9: "z" }, b: { 1: "y" } });
+});
+
+/** Answer the requests of a test with `answer`; returns the list of their options. */
+function stubFetch(t, answer) {
+  const sent = [];
+  const { fetch } = globalThis;
+  t.after(() => (globalThis.fetch = fetch));
+  Object.defineProperty(globalThis, "sessionStorage", { value: { getItem: () => "key" }, configurable: true });
+  globalThis.window = { location: { origin: "http://127.0.0.1" } };
+  globalThis.fetch = async (url, options) => {
+    sent.push(options);
+    return answer(url, options);
+  };
+  return sent;
+}
+
+test("an answer whose rating fails returns behind the answer that is edited", async (t) => {
+  const sent = stubFetch(t, () => Response.json({ error: { message: "busy" } }, { status: 503 }));
+  const queue = new Queue("");
+  queue.update({ answers: ["a", "b", "c", "d", "e"].map((request) => ({ request, position: 0 })) });
+  queue.rate({ thumb: "up" });
+  await queue.send();
+  const { answers, done, error } = queue.state.value;
+  assert.deepEqual([answers.map((each) => each.request).join(""), done, error.status], ["bcdea", 0, 503]);
+  assert.deepEqual(sent.map(({ body }) => JSON.parse(body)), [{ request: "a", position: 0, thumb: "up" }]);
 });

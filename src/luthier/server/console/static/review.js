@@ -68,7 +68,7 @@ function CaptureState() {
 const focus = (element) => element?.focus();
 
 /** The queue of one model, or of all models. */
-class Queue {
+export class Queue {
   constructor(model) {
     this.model = model;
     this.state = signal({ answers: [], models: [], waiting: 0, rated: 0, done: 0, loaded: false, error: null });
@@ -130,8 +130,8 @@ class Queue {
     try {
       await call("POST", "/api/v1/feedback", { body: { request, position, ...pending.values } });
     } catch (error) {
-      // The answer returns to the front, so that no rating is lost.
-      this.update({ error, answers: [pending.answer, ...this.state.value.answers], done: this.state.value.done - 1 });
+      // The answer returns to the end of the queue: the first answer is being read or edited.
+      this.update({ error, answers: [...this.state.value.answers, pending.answer], done: this.state.value.done - 1 });
     }
   }
 }
@@ -162,6 +162,11 @@ function Rating({ model }) {
     queue.current.rate(isGood ? { ...values, label: given } : values, left);
   };
   const edit = () => (editing.value = String(given));
+  const undo = () => {
+    // The form belongs to the answer that is first before the undo.
+    editing.value = null;
+    queue.current.undo();
+  };
   const pressed = useRef(null);
   pressed.current = (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || /^(input|textarea|select)$/i.test(event.target.tagName) || !first) return;
@@ -173,7 +178,7 @@ function Rating({ model }) {
   };
   useEffect(() => {
     const listen = (event) => {
-      if (event.key === "z" && !/^(input|textarea|select)$/i.test(event.target.tagName)) queue.current.undo();
+      if (event.key === "z" && !/^(input|textarea|select)$/i.test(event.target.tagName)) undo();
       else pressed.current(event);
     };
     document.addEventListener("keydown", listen, { signal: left });
@@ -212,7 +217,7 @@ function Rating({ model }) {
         ${given && html`<button type="button" onclick=${edit}>Edit <kbd>e</kbd></button>`}
         <button type="button" onclick=${() => rate(null)}>Skip <kbd>s</kbd></button>
       `}
-      <button type="button" disabled=${!queue.current.pending} onclick=${() => queue.current.undo()}>Undo <kbd>z</kbd></button>
+      <button type="button" disabled=${!queue.current.pending} onclick=${undo}>Undo <kbd>z</kbd></button>
     </div>
     ${may("develop") && models.length > 0 && html`
       <details class="rule" open=${sent.value} ontoggle=${(event) => (sent.value = event.target.open)}>
