@@ -331,3 +331,21 @@ test("an answer whose rating fails returns behind the answer that is edited", as
   assert.deepEqual([answers.map((each) => each.request).join(""), done, error.status], ["bcdea", 0, 503]);
   assert.deepEqual(sent.map(({ body }) => JSON.parse(body)), [{ request: "a", position: 0, thumb: "up" }]);
 });
+
+test("the next rating clears the error, and a sign-out sends the rating with the key", async (t) => {
+  const sent = stubFetch(t, () => Response.json({}));
+  const tab = Object.assign(new EventTarget(), { location: { origin: "http://127.0.0.1" } });
+  const kept = { "luthier.key": "sk-1" };
+  globalThis.window = tab;
+  const storage = { getItem: (name) => kept[name] ?? null, removeItem: (name) => delete kept[name] };
+  Object.defineProperty(globalThis, "sessionStorage", { value: storage, configurable: true });
+  const queue = new Queue("");
+  queue.update({ answers: ["a", "b", "c", "d", "e"].map((request) => ({ request, position: 0 })), error: new Error("busy") });
+  queue.rate({ thumb: "up" });
+  assert.equal(queue.state.value.error, null);
+  tab.addEventListener("luthier:signing-out", () => queue.send(true));
+  const { signOut } = await import(`${folder}/api.js`);
+  signOut();
+  assert.deepEqual(sent.map(({ headers, keepalive }) => [headers.Authorization, keepalive]), [["Bearer sk-1", true]]);
+  assert.deepEqual(kept, {});
+});

@@ -37,6 +37,8 @@ export function signIn(value) {
 /** Forget the key and report the reason, if the user did not ask to sign out. */
 export function signOut(reason = "") {
   if (key() === null) return;
+  // Pages send what waits while requests still have the key.
+  window.dispatchEvent(new Event("luthier:signing-out"));
   sessionStorage.removeItem(KEY);
   window.dispatchEvent(new CustomEvent("luthier:signed-out", { detail: reason }));
 }
@@ -58,7 +60,7 @@ export function messageOf(error) {
   return `The console failed: ${error?.message ?? error}. Reload the page.`;
 }
 
-/** Send a request with `{body, query, signal}` and return the JSON of the answer; a Blob if `accept` is given. */
+/** Send a request with `{body, query, signal, keepalive}` and return the JSON of the answer; a Blob if `accept` is given. */
 export async function call(method, path, { accept, ...options } = {}) {
   const response = await request(method, path, { accept, ...options });
   if (response.status === 204) return null;
@@ -116,7 +118,7 @@ export function upload(file, { signal: left, onProgress }) {
   });
 }
 
-async function request(method, path, { body, query, signal: left, accept = "application/json", tries = 3 }) {
+async function request(method, path, { body, query, signal: left, keepalive, accept = "application/json", tries = 3 }) {
   const used = key();
   const url = new URL(path, window.location.origin);
   for (const [name, value] of Object.entries(query ?? {})) if ((value ?? "") !== "") url.searchParams.set(name, value);
@@ -127,7 +129,7 @@ async function request(method, path, { body, query, signal: left, accept = "appl
   const safe = { cache: "no-store", credentials: "omit", redirect: "error", referrerPolicy: "no-referrer" };
   let response;
   try {
-    response = await fetch(url, { method, headers, body: JSON.stringify(body), signal: left, ...safe });
+    response = await fetch(url, { method, headers, body: JSON.stringify(body), signal: left, keepalive, ...safe });
   } catch (error) {
     throw error.name === "AbortError" ? error : unreachable();
   }
@@ -138,7 +140,7 @@ async function request(method, path, { body, query, signal: left, accept = "appl
       setTimeout(done, 1000 * seconds);
       left?.addEventListener("abort", done, { once: true });
     });
-    return request(method, path, { body, query, signal: left, accept, tries: tries - 1 });
+    return request(method, path, { body, query, signal: left, keepalive, accept, tries: tries - 1 });
   }
   const answer = await response.json().catch(() => null);
   if (response.status === 401) expired(used);

@@ -106,7 +106,7 @@ export class Queue {
     if (!answer) return;
     this.send();
     const rated = Boolean(values);
-    this.update({ answers: others, done: this.state.value.done + rated });
+    this.update({ answers: others, done: this.state.value.done + rated, error: null });
     this.pending = { answer, values, timer: rated && setTimeout(() => this.send(), 1000 * UNDO_SECONDS) };
     if (others.length < AHEAD) this.fill(left);
   }
@@ -120,7 +120,8 @@ export class Queue {
     announce("Undone.");
   }
 
-  async send() {
+  /** Send the last rating; with `keepalive`, also if the browser leaves the page meanwhile. */
+  async send(keepalive = false) {
     const { pending } = this;
     this.pending = null;
     if (!pending?.values) return;
@@ -128,7 +129,7 @@ export class Queue {
     this.update({});
     const { request, position } = pending.answer;
     try {
-      await call("POST", "/api/v1/feedback", { body: { request, position, ...pending.values } });
+      await call("POST", "/api/v1/feedback", { body: { request, position, ...pending.values }, keepalive });
     } catch (error) {
       // The answer returns to the end of the queue: the first answer is being read or edited.
       this.update({ error, answers: [...this.state.value.answers, pending.answer], done: this.state.value.done - 1 });
@@ -151,6 +152,8 @@ function Rating({ model }) {
   useEffect(() => {
     queue.current.fill(left);
     left.addEventListener("abort", () => queue.current.send());
+    for (const event of ["pagehide", "luthier:signing-out"])
+      window.addEventListener(event, () => queue.current.send(true), { signal: left });
   }, []);
   // A label is corrected, a text is edited; a good label is a row with this label.
   const hasLabels = useRef(false);
@@ -187,10 +190,10 @@ function Rating({ model }) {
   const choices = [["", "all models"], ...models.map((each) => [each, nameOf(each)])];
   return html`
     <div class="narrow"><${Field} id="model" label="Model"><select id="model" ...${bound(model)}>${options(choices)}</select><//></div>
-    <${ErrorBox} error=${error} />
+    <${ErrorBox} error=${error} again=${!queue.current.isComplete && (() => queue.current.fill(left))} />
     <progress max=${rated + done + remaining || 1} value=${rated + done} aria-label="Rated answers" />
     <p class="soft" id="progress">${number(rated + done)} rated by you, ${number(remaining)} to rate</p>
-    ${first ? html`<${Card} key=${`${first.request} ${first.position}`} answer=${first} nameOf=${nameOf} />` : html`
+    ${first ? html`<${Card} key=${`${first.request} ${first.position}`} answer=${first} nameOf=${nameOf} />` : !error && html`
       <${Empty} text=${models.length ? "No complete answer waits for your rating." : "No answer is captured yet. Turn the capture on, then query a model."}>
         ${may("invoke") && html`<a class="button" href=${link("playground")}>Talk to a model</a>`}
       <//>
