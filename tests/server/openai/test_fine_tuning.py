@@ -17,6 +17,7 @@ from luthier.errors import QuotaExceeded
 from luthier.server.jobs.processes import this_process
 from luthier.server.jobs.submit import Submission, submit
 from luthier.server.jobs.training import TrainingWorker
+from luthier.server.openai.fine_tuning import with_api_names
 from luthier.server.stores.locations import Locations
 from luthier.server.tables import jobs, queue
 from luthier.server.tables.arns import Arns
@@ -260,8 +261,25 @@ def test_advice_for_unknown_columns_changes_the_file(client: openai.OpenAI) -> N
     rows = [{"utterance": row["messages"][1]["content"], "intent": "a"} for row in chats(24)]
     with pytest.raises(openai.BadRequestError) as refused:
         created(client, rows)
-    assert "`utterance renamed to text`" in refused.value.message
+    assert 'Rename "utterance" to "text" and "intent" to "label".' in refused.value.message
     assert "data.columns" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("advice", "shown"),
+    [
+        (
+            "For a rating, set `data.columns.rating=score`.",
+            'For a rating, rename "score" to "rating".',
+        ),
+        ("Set `data.columns.a=` and `data.columns.b=`.", 'Remove "a" and "b".'),
+        ("Learn it with `data.columns.label=intent`.", 'Learn it by renaming "intent" to "label".'),
+        ("Ignore one, as with `data.columns.system=`.", 'Ignore one, by removing "system".'),
+        ("Set `data.train` or `training.epochs=3`.", "Set `training_file` or `n_epochs=3`."),
+    ],
+)
+def test_advice_for_settings_uses_names_of_the_api(advice: str, shown: str) -> None:
+    assert with_api_names(advice) == shown
 
 
 @pytest.mark.parametrize(

@@ -197,20 +197,36 @@ _NAMES = {
     "data.train": "training_file",
     "data.validation": "validation_file",
 }
+_COLUMN = r"`data\.columns\.([^`=]+)=([^`]*)`"
+_COLUMNS = re.compile(rf"(?:\b([Ss]et|as with|with) )?((?:{_COLUMN})(?: and {_COLUMN})*)")
+"""Advice to set columns, with the verb or preposition before the settings."""
 _METHODS = {FINE_TUNING: "supervised", REINFORCEMENT: "reinforcement"}
 """Types of ``method`` by the customization types of other APIs."""
 
 
 def setting_name(setting: str) -> str:
-    """Return OpenAI's name of a recipe setting, such as ``training.epochs=3``.
-
-    The API has no setting for columns, so the advice is to rename or remove the column in the file.
-    """
+    """Return OpenAI's name of a recipe setting, such as ``training.epochs=3``."""
     name, equals, value = setting.partition("=")
-    if name.startswith("data.columns.") and equals:
-        column = name.removeprefix("data.columns.")
-        return f"{value} renamed to {column}" if value else f"{column} removed from the file"
     return _NAMES.get(name, name) + equals + value
+
+
+def with_api_names(text: str) -> str:
+    """Return ``text`` with OpenAI's names of settings, and changes of the file for columns.
+
+    The API has no setting for columns.
+    """
+    return map_code(_COLUMNS.sub(_file_change, text), setting_name)
+
+
+def _file_change(advice: re.Match[str]) -> str:
+    """Return advice to rename or remove columns in the file."""
+    verb = advice[1] or ""
+    columns = re.findall(_COLUMN, advice[2])
+    change = "rename" if columns[0][1] else "remove"
+    if verb.endswith("with"):
+        change = f"by {change[:-1]}ing"
+    names = (f'"{column}" to "{key}"' if column else f'"{key}"' for key, column in columns)
+    return f"{change.title() if verb == 'Set' else change} {' and '.join(names)}"
 
 
 def settings_of(parameters: CreateJob, seed: int, writes: bool) -> JsonObject:
@@ -355,7 +371,7 @@ def _error(job: Job) -> dict[str, Any] | None:
     parameter."""
     if job.state != jobs.FAILED:
         return None
-    failure = map_code(job.failure or "", setting_name) or "The job failed."
+    failure = with_api_names(job.failure or "") or "The job failed."
     # Clients know a file by its id, and not by the address inside of the server.
     message = failure.replace(file_address(""), "")
     if not _RULE.search(message):
@@ -379,7 +395,7 @@ def event_object(event: JobEvent) -> JsonObject:
         "object": "fine_tuning.job.event",
         "created_at": seconds(event.at),
         "level": _LEVELS.get(event.kind, "info"),
-        "message": map_code(event.message, setting_name),
+        "message": with_api_names(event.message),
         "type": "metrics" if metrics else "message",
         "data": dict(event.data) if metrics else None,
     }
@@ -449,7 +465,7 @@ def create(call: OpenAICall, body: CreateJob) -> JsonObject:
         check_first_rows(context.locations, submission)
     except DataError as error:
         param = setting_name(error.setting or "")
-        text = map_code(str(error), setting_name).replace(file_address(""), "")
+        text = with_api_names(str(error)).replace(file_address(""), "")
         raise invalid(text, param, f"invalid_{param}") from error
     with context.database.write() as session:
         job = submit(session, submission, context.inference.models.arns, context.quotas(account))
