@@ -24,6 +24,7 @@ from luthier.cli.terminal.progress import NotebookReporter
 from luthier.data import in_memory
 from luthier.data.in_memory import store_rows
 from luthier.engine.metrics import Reporter
+from luthier.errors import RecipeError
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = [
@@ -169,6 +170,11 @@ def test_data_set_with_splits(family_folder: Callable[[str], Path], tmp_path: Pa
     splits = {"train": ROWS[:20], "validation": ROWS[20:30], "test": ROWS[30:]}
     report = luthier.inspect(splits, base=None)
     assert report.rows == {"train": 20, "validation": 10, "test": 10}
+    assert luthier.inspect({"train": ROWS[:20], "testing": ROWS[30:]}, base=None).rows == {
+        "train": 20, "test": 10
+    }  # fmt: skip
+    with pytest.raises(RecipeError):
+        luthier.inspect({"train": ROWS[:20], "unsupervised": ROWS[20:]}, base=None)
     base = str(family_folder("bert"))
     tuned = luthier.tune(splits, base=base, name="two", training__max_steps=2)
     assert tuned.rows == 20

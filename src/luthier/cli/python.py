@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ForwardRef, get_args, get_origin
 
 from luthier.cli.terminal.bridge import KeywordOptions
+from luthier.errors import RecipeError
 from luthier.models.process_group import ProcessGroup
 
 _SOURCES = ("data", "source", "prompts", "input", "validation", "test", "train", "corpus")
@@ -82,13 +83,18 @@ def _splits(
     parameters: Mapping[str, inspect.Parameter], settings: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Return parameters for the splits of ``source``, without parameters that the user gave."""
-    from luthier.data.files.sources import SPLIT_NAME
+    from luthier.data.files.sources import split_of
 
     found: dict[str, Any] = {}
     for key, rows in given[source].items():
-        word = SPLIT_NAME.search(str(key))
-        split = "train" if word is None else word[1].lower()
-        found.setdefault(split if split in ("train", "test") else "validation", rows)
+        if (split := split_of(str(key))) in found:
+            names = [str(each) for each in given[source] if split_of(str(each)) == split]
+            raise RecipeError(
+                f"`{source}` has several splits for {split} rows: {', '.join(names)}. Keep one of "
+                "the splits",
+                setting=source,
+            )
+        found[split] = rows
     order = (
         ("test", "validation", "train") if name in _HELD_OUT else ("train", "validation", "test")
     )

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from luthier.data.disk_sequence import spool
@@ -203,7 +203,7 @@ def choose_data_files(
         message = f"The folder has rows and plain text ({list_some(texts, _SHOWN)})."
         rows = next(name for name, _ in data if not _is_text(name))
         raise source_error(where, "file.directory", message, _pattern(where, rows))
-    splits = {_split(name) for name, _ in data}
+    splits = {split_of(name) for name, _ in data}
     if len(splits) > 1:
         names = list_some((name for name, _ in data), _SHOWN)
         message = f"The folder has the splits {' and '.join(sorted(splits))} ({names})."
@@ -215,11 +215,11 @@ def choose_data_files(
     return data
 
 
-def _split(name: str) -> str:
-    """Return the split in a file name: train (also without a split word), validation or test."""
+def split_of(name: str) -> Literal["train", "validation", "test"]:
+    """Return the split in a name: train (also without a split word), validation or test."""
     match = SPLIT_NAME.search(name)
     word = match[1].lower() if match else "train"
-    return word if word in ("train", "test") else "validation"
+    return "train" if word == "train" else "test" if word == "test" else "validation"
 
 
 def _is_text(name: str) -> bool:
