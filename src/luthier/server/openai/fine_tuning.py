@@ -198,7 +198,7 @@ _NAMES = {
     "data.validation": "validation_file",
 }
 _COLUMN = r"`data\.columns\.([^`=]+)=([^`]*)`"
-_COLUMNS = re.compile(rf"(?:\b([Ss]et|as with|with) )?((?:{_COLUMN})(?: and {_COLUMN})*)")
+_COLUMN_ADVICE = re.compile(rf"(?:\b([Ss]et|as with|with) )?((?:{_COLUMN})(?: and {_COLUMN})*)")
 """Advice to set columns, with the verb or preposition before the settings."""
 _METHODS = {FINE_TUNING: "supervised", REINFORCEMENT: "reinforcement"}
 """Types of ``method`` by the customization types of other APIs."""
@@ -215,7 +215,7 @@ def with_api_names(text: str) -> str:
 
     The API has no setting for columns.
     """
-    return map_code(_COLUMNS.sub(_file_change, text), setting_name)
+    return map_code(_COLUMN_ADVICE.sub(_file_change, text), setting_name)
 
 
 def _file_change(advice: re.Match[str]) -> str:
