@@ -18,7 +18,7 @@ SCORES: Mapping[str, str] = {
     "accuracy": "accuracy",
     "agreement": "agreement with the teacher",
     "cosine": "cosine with the teacher",
-    "absolute_error": "mean absolute error",
+    "mean_absolute_error": "mean absolute error",
     "entity_f1": "entity F1",
     "span_f1": "F1 of the answer's tokens",
     "exact_match": "exact match",
@@ -26,7 +26,7 @@ SCORES: Mapping[str, str] = {
     "psnr": "PSNR in dB",
 }
 """Display names of additional scores of objectives."""
-SHARES = SCORES.keys() - {"cosine", "absolute_error", "psnr"}
+SHARES = SCORES.keys() - {"cosine", "mean_absolute_error", "psnr"}
 """Scores displayed in percent."""
 OPTIMIZER = "optimizer.svg"
 """File with the curves of learning rates and gradient norms."""

@@ -27,6 +27,7 @@ MOST_DRAWN = 40_000_000
 LESS_IS_BETTER = frozenset(
     {
         "mean_absolute_error",
+        "frechet_distance",
         "cer",
         "declined_wrongly",
         "perplexity",

@@ -80,7 +80,7 @@ class Regression(Objective):
             scores_R.device
         )
         absolute = float(error_R.detach().abs().sum()) * (self.scale or 1.0)
-        return Loss.from_rows(error_R.square(), {"absolute_error": absolute})
+        return Loss.from_rows(error_R.square(), {"mean_absolute_error": absolute})
 
     def describe(self, example: Example) -> str:
         """Return the rating of the row."""

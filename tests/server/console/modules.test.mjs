@@ -272,6 +272,7 @@ test("a verdict is one sentence of at most twenty words", async () => {
       { outcome: "still_improving", before: { mean_absolute_error: 2 }, kept: { mean_absolute_error: 1 } },
       rival("mean_absolute_error", 0.9, { verdict: "better" }), "Worse", "error",
     ],
+    [{ outcome: "learned", before: { absolute_error: 2 }, kept: { loss: 0.1, absolute_error: 0.5 } }, undefined, "Better", "good"],
     [{ outcome: "worse", before: { loss: 1 }, kept: { loss: 1.5 } }, undefined, "No better", "error"],
   ];
   for (const [verdict, comparison, start, kind] of cases) {

@@ -28,7 +28,8 @@ export function verdictOf(metrics, rows, { shares, errors }) {
   const { comparison } = metrics;
   const names = Object.keys(kept).filter((name) => typeof kept[name] === "number");
   const measure = names.find((name) => name === comparison?.measure) ?? names.find((name) => name !== "loss") ?? "loss";
-  const isLess = errors.has(measure) || (!shares.has(measure) && measure.endsWith("loss"));
+  // Certificates of earlier versions have the measure absolute_error.
+  const isLess = errors.has(measure) || (!shares.has(measure) && /(loss|error)$/.test(measure));
   const show = (value) => (shares.has(measure) ? `${(100 * value).toFixed(1)}\u00a0%` : number(value, 3));
   const gain = (a, b) => (isLess ? b - a : a - b);
   const count = comparison?.rows ?? rows;
