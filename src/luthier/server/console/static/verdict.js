@@ -59,10 +59,12 @@ export function verdictOf(metrics, rows, { shares, errors }) {
   };
 }
 
-/** Return the 95 % interval of a share of right rows; unknown for other measures. */
+/** Return the 95 % interval of a share of right rows, with two right and two wrong rows added (Agresti and Coull 1998), as the server does. */
 function intervalOf(measure, share, rows) {
-  const half = HALF * Math.sqrt((share * (1 - share)) / rows);
-  return measure === "accuracy" && rows ? { low: Math.max(0, share - half), high: Math.min(1, share + half) } : { low: null, high: null };
+  if (measure !== "accuracy" || !rows) return { low: null, high: null };
+  const middle = (share * rows + 2) / (rows + 4);
+  const half = HALF * Math.sqrt((middle * (1 - middle)) / (rows + 4));
+  return { low: Math.max(0, middle - half), high: Math.min(1, middle + half) };
 }
 
 /** Bars with 95 % intervals. */
