@@ -164,3 +164,25 @@ def test_run_stops_early_after_repeated_perfect_scores(
     assert result.verdict.stopped_early
     assert result.steps == 10
     assert (result.verdict.outcome, result.verdict.cause) == ("hardly_learned", "")
+
+
+@pytest.mark.parametrize("separable", [True, False])
+def test_run_with_few_held_out_rows_takes_no_steps_if_all_rows_are_separable(
+    separable: bool, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "train.jsonl"
+    lines = [{"text": f"the {WORDS[n % 2]} {n}", "label": "ab"[n % 2]} for n in range(60)]
+    if not separable:
+        lines[7]["label"] = "a"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = luthier.tune(
+        path,
+        base=str(family_folder("bert")),
+        name=f"few-{separable}".lower(),
+        objective={"method": "classification", "probe": True},
+        training__max_steps=4,
+        training__learning_rate=1e-6,
+    )
+    assert result.verdict.before["accuracy"] == 1.0
+    assert (result.steps == 0) == separable
+    assert separable == (result.refit is not None and result.refit.steps == 0)

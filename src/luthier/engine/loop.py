@@ -115,6 +115,8 @@ class Loop:
     """True if the head starts from random weights."""
     fitted_head: bool = False
     """True if the head starts from logistic regression."""
+    separable_rows: bool = False
+    """True if logistic regression is right on training rows left out of its fit."""
     unfreeze_every: int | None = None
     """Steps after which the next lower layer starts to train; ``None`` trains all from step 1."""
 
@@ -544,15 +546,20 @@ class Loop:
     def _start_suffices(self) -> bool:
         """Return true if even a perfect score would be within chance of the logistic regression.
 
-        For a run with a refit only: with few rows, longer training gained nothing and took three
-        times as many steps (docs/log/defaults.md).
+        With few held-out rows, the training rows must be separable. For a run with a refit only:
+        with few rows, longer training gained nothing and took three times as many steps
+        (docs/log/defaults.md).
         """
         if not self.fitted_head or not self.training.refit or self.augmentation:
             return False
         rows = len(self.validation)
-        if rows < ROWS_FOR_PERFECT or len(self.measured) < 2:
+        if not self.measured:
             return False
         wrong = cost_of(self.measured[0], self.objective.measure) * rows
+        if self.separable_rows and not wrong:
+            return True
+        if rows < ROWS_FOR_PERFECT or len(self.measured) < 2:
+            return False
         # w rows that become right differ by w +- sqrt(w).
         return wrong <= CHANCE * math.sqrt(wrong)
 
@@ -580,7 +587,10 @@ class Loop:
             held = " and the held-out rows show no gain" if self.validation else ""
             return f"{ends}the training loss is near 0{held}. {to_end}"
         if self._start_suffices():
-            return f"{ends}the logistic regression is right on nearly all held-out rows. {to_end}"
+            right = "all rows left out of its fit"
+            if not self.separable_rows:
+                right = "nearly all held-out rows"
+            return f"{ends}the logistic regression is right on {right}. {to_end}"
         if self.progress.worse < patience:
             return f"{ends}all held-out rows are right. {to_end}"
         since = f"step {best + self.steps_before}" if best else "before training"

@@ -94,6 +94,7 @@ class Preparation(TrainingStep):
             else:
                 prepared = objective.prepare(_run_start(trainer, job))
         trainer.fitted_head, trainer.prepared_rows = prepared.head_fitted, prepared.examples
+        trainer.separable_rows = prepared.separable
         trainer.is_final = network.is_fitted and prepared.head_fitted
         trainer.job = job = job.with_rows(trainer.prepared_rows)
         with trainer.clock.part("ahead"):

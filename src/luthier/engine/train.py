@@ -351,6 +351,8 @@ class Trainer:
         """Events to write into the metrics before the first step, with values."""
         self.fitted_head = False
         """True if a new head started from logistic regression."""
+        self.separable_rows = False
+        """True if logistic regression is right on training rows left out of its fit."""
         self.is_final = False
         """True if the fitted head needs no steps."""
         self.calibration_rows = 0
@@ -525,5 +527,6 @@ class Trainer:
             usual_rate=job.usual_rate,
             untrained_head=job.new_head and not self.fitted_head,
             fitted_head=self.fitted_head,
+            separable_rows=self.separable_rows,
             unfreeze_every=job.recipe.adaptation.unfreeze_steps,
         )

@@ -133,6 +133,8 @@ class PreparedRows:
     examples: Sequence[Example]
     head_fitted: bool = False
     """True if the new head was fitted to the rows."""
+    separable: bool = False
+    """True if a regression on each half of the rows is right on every row of the other half."""
 
 
 @dataclass(frozen=True)

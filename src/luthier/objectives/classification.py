@@ -57,6 +57,8 @@ NO_LABEL = -100
 """Target of a row without a label, ignored by torch's cross-entropy."""
 PROBED_ROWS = 10_000
 """Maximum number of rows for fitting a new head; more rows hardly change so few weights."""
+SEPARABLE_ROWS = range(30, 601)
+"""Numbers of rows to fit in halves. Fewer rows prove nothing, and more have no refit by default."""
 
 
 class Classification(Objective):
@@ -314,6 +316,7 @@ class Classification(Objective):
         """
         import torch
 
+        from luthier.evaluation.label_issues import out_of_sample
         from luthier.evaluation.linear import fit_logistic
 
         network, examples, plain = start.network, start.examples, PreparedRows(start.examples)
@@ -358,7 +361,12 @@ class Classification(Objective):
         if layer.bias is not None:
             layer.bias.copy_(fitted.bias_C)
         start.note(f"the new head starts from logistic regression on {len(chosen):,} rows")
-        return PreparedRows(examples, head_fitted=True)
+        separable = False
+        if len(chosen) in SEPARABLE_ROWS and not self.multi_label and not is_sparse:
+            class_N = target[:, 0].numpy()
+            found_N = out_of_sample(features_NH, class_N, classes).argmax(1)
+            separable = bool((found_N == class_N).all())
+        return PreparedRows(examples, head_fitted=True, separable=separable)
 
     def finish(
         self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
