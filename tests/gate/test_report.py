@@ -387,6 +387,16 @@ def test_drop_is_not_proposed_for_all_rows() -> None:
     assert "--drop unreadable" in cleaning_command(Report(files, {"train": 9}, found))
 
 
+def test_many_unreadable_rows_may_be_fixed_or_dropped() -> None:
+    found, rule = Findings(), all_rules()["json.invalid"]
+    found.add(Finding(rule, Place("a.jsonl", 1), "x"), 45)
+    files = {"train": ["a.jsonl"]}
+    ((words, command),) = next_steps(Report(files, {"train": 45}, found))
+    assert "45" in words
+    assert command == "luthier clean a.jsonl a-clean.jsonl --drop unreadable"
+    assert next_steps(Report(files, {"train": 0}, found))[0][1] == ""
+
+
 def test_frequent_finding_is_not_proposed_for_drop() -> None:
     found, rule = Findings(), all_rules()["label.contradiction"]
     found.add(Finding(rule, Place("a.jsonl", 1), "x"), 20)

@@ -270,6 +270,10 @@ def _training(report: Report) -> tuple[str, str]:
     # The one error that a setting of the training fixes.
     if errors == {TOO_LONG.id}:
         return "Shorten the long rows, or drop the long rows:", f"{typed} --set data.long_rows=drop"
+    rows = report.rows.get("train", 0)
+    if errors and rows and all(FIXES.get(rule) == _UNREADABLE for rule in errors):
+        words = f"Fix the errors, or keep only the readable rows ({rows:,}):"
+        return words, _clean_command(report, cleaning_options(errors))
     if errors:
         return "Fix the errors, then inspect the data again.", ""
     if report.exit_code:
@@ -286,9 +290,10 @@ def has_content(summary: Any) -> bool:
     return isinstance(summary, int | float) and not isinstance(summary, bool) and summary > 0
 
 
+_UNREADABLE = ("--drop", "unreadable")
 FIXES: Mapping[str, tuple[str, str]] = {
     **{
-        rule.id: ("--drop", "unreadable")
+        rule.id: _UNREADABLE
         for rule in READING_RULES.values()
         if not rule.whole and not rule.id.startswith("window.")  # a series without a line has a gap
     },
@@ -309,14 +314,17 @@ def cleaning_command(report: Report) -> str:
     """Return the cleaning command that fixes the findings of the training rows; empty without
     fixes."""
     options = cleaning_options(rule.id for rule in _fixable_rules(report))
-    if not options:
-        return ""
+    return _clean_command(report, options) if options else ""
+
+
+def _clean_command(report: Report, options: Mapping[str, Iterable[str]]) -> str:
+    """Return ``luthier clean`` for the training file with ``options``."""
     source = report.source("train")
     words = ["luthier", "clean", source, target_of(source)]
     for name, value in options.items():
         for each in value:
             words += [name, each] if each else [name]
-    if any(each.startswith("leakage.") for each in options.get("--drop", {})):
+    if any(each.startswith("leakage.") for each in options.get("--drop", ())):
         for split in report.files:
             if split != "train":
                 words += [f"--{split}", report.source(split)]
