@@ -152,3 +152,9 @@ def test_rows_without_input_are_refused(path: Path, row: dict[str, Any], rule: s
         load_inputs(write(path, {"text": "fine"}, row), reserved="predicted")
     (problem,) = refused.value.problems
     assert (problem.line, problem.rule) == (2, rule)
+
+
+def test_advice_for_a_missing_text_names_no_label(path: Path) -> None:
+    with pytest.raises(DataError) as refused:
+        load_inputs(write(path, {"message": "fine", "topic": "b"}))
+    assert refused.value.problems[0].advice == "Set `data.columns.text=message`."

@@ -13,8 +13,10 @@ from luthier.data.shapes.questions import ANSWERS_EXAMPLE
 _PASSAGES = ("passage", "doc", "candidate", "text", "context", "paragraph", "title")
 _RELEVANCES = ("label", "relevance", "relevant", "is_relevant", "score", "similarity")
 _POSITIVES = ("positives", "positive_passages", "relevant_passages")
+LABEL_NAMES = ("label", "class", "category", "intent", "sentiment", "topic", "tag", "type")
+"""Usual names of label columns."""
 _NAMES: Mapping[str, tuple[str, ...]] = {
-    "label": ("label", "class", "category", "intent", "sentiment", "topic", "tag", "type"),
+    "label": LABEL_NAMES,
     "text": ("content", "body", "review", "comment", "sentence", "tweet", "message", "description"),
 }
 """Usual names of columns, by luthier's key."""

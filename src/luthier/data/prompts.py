@@ -18,6 +18,7 @@ from luthier.data.files.read import find_container, read_records
 from luthier.data.files.sources import Source, files_of
 from luthier.data.formats import TEXT_PAIRS, forms_of
 from luthier.data.inputs import Media, media_kind
+from luthier.data.nearest_form import LABEL_NAMES
 from luthier.data.rows import Checker, Columns
 from luthier.data.shapes.base import Shape
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
@@ -197,7 +198,9 @@ class InputChecker(Checker):
         return None
 
     def _column_fix(self, record: Record, key: str) -> str:
-        likely = super()._column_fix(record, key)
+        # A prediction needs no label, so the advice names the text alone.
+        texts = {name: v for name, v in record.items() if name.strip().lower() not in LABEL_NAMES}
+        likely = super()._column_fix(texts, key)
         return likely or f"Name the column: `data.columns.{key}=COLUMN`."
 
 
