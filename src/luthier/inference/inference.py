@@ -43,6 +43,9 @@ class TooLong(InferenceRefused):
 class PredictionsOnly(InferenceRefused):
     """A request that a prediction model does not support. Each API adds the supported request."""
 
+    reads: str = "text"
+    """Kind of the model's inputs: text, image, audio or window."""
+
 
 class InferenceFailed(LuthierError):
     """A failed request. ``code`` is Bedrock's error name without "Exception": ``Throttling``,

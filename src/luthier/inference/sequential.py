@@ -166,7 +166,9 @@ class SerialModel:
             return InferenceRefused(text, "model")
         if gives_embeddings(self._predictor.objective):
             return InferenceRefused(f"{text} Request embeddings.", "model")
-        return PredictionsOnly(text, "model")
+        refused = PredictionsOnly(text, "model")
+        refused.reads = self._chat.reads
+        return refused
 
     @property
     def makes_images(self) -> bool:

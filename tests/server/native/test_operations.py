@@ -131,6 +131,11 @@ def test_error_messages_contain_no_pydantic_wording(client: TestClient) -> None:
         assert not re.search("should|Input|Tuple|Value error|valid", error["message"])
 
 
+def test_invalid_item_is_not_reported_as_missing(client: TestClient) -> None:
+    answer = client.post("/api/v1/models/m/predictions", json={"inputs": ["My chain slips"]})
+    assert refused(answer)["message"] == "inputs.0 must be an object"
+
+
 @pytest.mark.parametrize("query", ["limit=0", "limit=x", "other=1"])
 def test_invalid_query_names_parameter(client: TestClient, query: str) -> None:
     name = query.partition("=")[0]

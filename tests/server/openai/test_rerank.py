@@ -70,3 +70,14 @@ def test_invalid_rerank_request_names_parameter(
     with pytest.raises(openai.BadRequestError) as refused:
         rerank(client, **changes)
     assert refused.value.param == param
+
+
+def test_chat_with_a_model_of_predictions_names_the_request_that_works(
+    client: openai.OpenAI, tiny_reranker: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(
+            model=tiny_reranker, messages=[{"role": "user", "content": "My chain slips"}]
+        )
+    assert f"POST /api/v1/models/{tiny_reranker}/predictions" in refused.value.message
+    assert '{"inputs": [{"text": "..."}]}' in refused.value.message

@@ -366,10 +366,13 @@ def fault_of(error: BaseException, request_id: str) -> Fault:
     return Fault("InternalServer", text)
 
 
-def refusal_text(refused: InferenceRefused) -> str:
-    """Return the reason of a rejected query, with the operation that supports the model."""
-    hint = f" Use {PREDICTIONS}." if isinstance(refused, PredictionsOnly) else ""
-    return f"{refused}{hint}"
+def refusal_text(refused: InferenceRefused, model: str = "NAME") -> str:
+    """Return the reason of a rejected query, with the operation that supports ``model``."""
+    if not isinstance(refused, PredictionsOnly):
+        return str(refused)
+    value = [0.5, 0.7] if refused.reads == "window" else "..."
+    body = json.dumps({"inputs": [{refused.reads: value}]})
+    return f"{refused} Use {PREDICTIONS.replace('NAME', model)} with {body}."
 
 
 @contextmanager

@@ -126,7 +126,11 @@ class NativeRoute(ApiRoute):
 
     def invalid(self, error: RequestValidationError) -> Fault:
         """Return a fault that describes the first errors."""
-        first = error.errors()[:MOST_ERRORS]
+        found = error.errors()
+        # pydantic leaves invalid items out of the length of an array.
+        inner = {each["loc"][:-1] for each in found}
+        first = [e for e in found if e["type"] != "too_short" or e["loc"] not in inner]
+        first = first[:MOST_ERRORS]
         text = "; ".join(describe_located_error(each, "the body", 1) for each in first)
         parameter = ".".join(map(str, first[0]["loc"][1:]))
         return Fault("Validation", text, parameter=parameter or None)

@@ -280,7 +280,7 @@ def refusals(model: str, member: str = "messages", structured: bool = False) -> 
             parameter = member
         elif parameter in ("schema", "regex", "grammar"):
             parameter = STRUCTURED if structured else _CONSTRAINT.get(member, parameter)
-        raise invalid(refusal_text(refused), parameter, "invalid_value") from refused
+        raise invalid(refusal_text(refused, model), parameter, "invalid_value") from refused
     except UnknownModel as refused:
         raise model_not_found(model) from refused
     except InferenceFailed as failed:
