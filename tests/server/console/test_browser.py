@@ -435,11 +435,21 @@ def test_cancelled_upload_and_requests_do_not_reappear(
     assert "The rows at this address are used." in page.text(".drop")
     assert page.script("return !document.querySelector('.submit .primary').disabled")
 
+    # Other rows end the inspection of earlier rows and are inspected.
+    page.script(FAILING, "/api/v1/inspections", {"hangs": True})
+    page.click(".submit button:first-child")
+    inspections = "window.asked.filter((each) => each === window.failing).length === arguments[0]"
+    page.until(inspections, 20, 1)
+    page.fill("#training-address", "s3://data/")
+    page.script("document.querySelector('#training-address').blur()")
+    page.until(inspections, 20, 2)
+
     # An aborted request may have created the job.
-    page.script(FAILING, "/api/v1/jobs", {"hangs": True})
+    page.script("window.failing = '/api/v1/jobs'")
     page.script("document.querySelector('#base').selectedIndex = 1")
     page.click(".submit .primary")
     page.until_text("Starting the job", ".outcome")
+    assert page.script("return document.querySelector('fieldset').inert")
     page.click(".outcome button")
     page.until("document.querySelector('.outcome a') !== null")
     page.script("window.failing = ''")

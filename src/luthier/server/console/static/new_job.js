@@ -80,6 +80,8 @@ function JobForm({ models, start, rows, read }) {
   const ready =
     training.value.address !== null && !training.value.busy && !validation.value.busy && !isBusy(working.value);
   const hasRows = training.value.address !== null;
+  // A change during the start would cancel a job that the server may have created, or start another one.
+  const isStarting = Boolean(working.value?.isStart);
   const named = base.value || preview.value?.base;
   const chosen = models.find((each) => [nameOf(each), each.name, each.id].includes(named));
   const canEstimate = !isDistillation && chosen && (isHere(chosen) || download.value);
@@ -92,18 +94,21 @@ function JobForm({ models, start, rows, read }) {
     (field ?? form.current.querySelector(".submit")).scrollIntoView({ block: "nearest" });
   }, [problem.value]);
 
+  const stop = () => {
+    working.value?.cancel();
+    working.value = null;
+  };
   // Results belong to the base model and the method they were made for …
   const forget = () => {
-    if (isBusy(working.value)) return;
+    if (isBusy(working.value)) stop();
     outcome.value = planned.value = null;
     if (!inspection.value?.background) inspection.value = null;
     changed();
   };
   // … and to the rows.
   const forgetRows = () => {
-    if (isBusy(working.value)) return;
-    working.value?.cancel();
-    working.value = inspection.value = preview.value = null;
+    stop();
+    inspection.value = preview.value = null;
     forget();
   };
   const changed = () => (changes.value += 1);
@@ -133,11 +138,11 @@ function JobForm({ models, start, rows, read }) {
     };
   };
   /** Do one thing that takes a while and can be cancelled. Other things end work in the background. */
-  const run = async (text, work, { cancelled = "Cancelled.", background = false } = {}) => {
+  const run = async (text, work, { cancelled = "Cancelled.", background = false, isStart = false } = {}) => {
     working.value?.cancel();
     const own = new AbortController();
     left.addEventListener("abort", () => own.abort(), { once: true });
-    const mine = { text, background, cancel: () => own.abort() };
+    const mine = { text, background, isStart, cancel: () => own.abort() };
     working.value = mine;
     outcome.value = problem.value = null;
     try {
@@ -203,7 +208,7 @@ function JobForm({ models, start, rows, read }) {
       go("jobs", (await call("POST", "/api/v1/jobs", { body, signal })).name);
     };
     // The server may have created the job before the request was cancelled.
-    run("Starting the job", work, { cancelled: html`Cancelled. The job may exist already: check <a href=${link("jobs")}>the jobs</a>.` });
+    run("Starting the job", work, { isStart: true, cancelled: html`Cancelled. The job may exist already: check <a href=${link("jobs")}>the jobs</a>.` });
   };
 
   /** Attributes of the field with this id. */
@@ -225,7 +230,7 @@ function JobForm({ models, start, rows, read }) {
   };
   return html`
     <form class="new-job" onsubmit=${startJob} ref=${form}>
-      <fieldset>
+      <fieldset inert=${isStarting}>
         <legend>Data</legend>
         <div class="fields">
           <${DataField} id="training" label="Training rows" field=${training} onchange=${() => ((columns.value = {}), forgetRows())}
@@ -236,7 +241,7 @@ function JobForm({ models, start, rows, read }) {
         <${Columns} key=${training.value.address} address=${training.value.address} columns=${columns} onchange=${forgetRows}
           onpreview=${previewed} />
       </fieldset>
-      <fieldset hidden=${!hasRows}>
+      <fieldset hidden=${!hasRows} inert=${isStarting}>
         <legend>Model</legend>
         <div class="fields">
           ${row("base", "Base model", html`
@@ -255,7 +260,7 @@ function JobForm({ models, start, rows, read }) {
           `, { help: "Grader of replies, as JSON.", hidden: !isReinforcement })}
         </div>
       </fieldset>
-      <fieldset hidden=${!hasRows}>
+      <fieldset hidden=${!hasRows} inert=${isStarting}>
         <legend>Settings</legend>
         <p class="soft">Empty settings are chosen from the data and the model. The page of the job shows the reasons.</p>
         <div class="fields">
@@ -274,7 +279,7 @@ function JobForm({ models, start, rows, read }) {
           `, { help: "Grouped as in a recipe. These settings override the fields above." })}
         </details>
       </fieldset>
-      <fieldset hidden=${!hasRows}>
+      <fieldset hidden=${!hasRows} inert=${isStarting}>
         <legend>Names</legend>
         <div class="fields">
           ${row("name", "Job", nameField("name"), { help: "Unique in the account." })}
