@@ -28,7 +28,7 @@ export function LineChart({ title, x, series, event, names }) {
     value: (plot, value) => number(value, 4),
   }));
   const name = (at) => (names ? (names[at] ?? "") : number(at));
-  const axes = { x, label: x, event, name, places: (plot, splits) => splits.map(name) };
+  const axes = { x, label: x, event, names, name, places: (plot, splits) => splits.map(name) };
   const words = [...shown.map((each) => inWords(each, x, name)), event && `${event.name}: from ${x} ${number(event.at)}.`].filter(Boolean).join(" ");
   return html`<${Plot} title=${title} words=${words} data=${data} lines=${lines} axes=${axes} />`;
 }
@@ -73,7 +73,7 @@ function Plot({ title, words, data, lines, axes }) {
       plot.current.destroy();
       plot.current = null;
     };
-  }, [title, axes.event?.at, ...lines.map((each) => each.label), lines.some((each) => each.bars) && data].map(String));
+  }, [title, axes.x, axes.names, axes.event?.at, ...lines.map((each) => each.label), lines.some((each) => each.bars) && data].map(String));
   useEffect(() => plot.current.setData(data));
   return html`
     <figure class="chart">
