@@ -323,6 +323,7 @@ def test_export_of_luthier_network_names_reader(
         print_readers(replace(adapter, suits_onnx=suits))
         text = capsys.readouterr().out
         assert "small_cnn" in text and text.endswith("--format onnx\n") == suits
+        assert "--merged\n" in text and "classic.register()" in text
 
 
 def test_gguf_export_prints_llama_cpp_instructions(

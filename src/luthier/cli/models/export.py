@@ -206,6 +206,10 @@ def print_readers(written: Export) -> None:
     else:
         return
     command = f"luthier models export {written.model} FOLDER"
+    if is_adapter and own:
+        register = "`luthier.models.networks.classic.register()`"
+        print_text(f"For transformers: {command} --merged")
+        print_text(f"Before loading, call {register} of an installed luthier.")
     if written.suits_onnx:
         print_text(f"Without luthier, use ONNX Runtime: {command} --format onnx")
     elif is_adapter and not own:
