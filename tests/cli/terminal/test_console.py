@@ -24,6 +24,8 @@ from luthier.cli.terminal.console import print_rows
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.report_file import ReportFile, ReportReader
 from luthier.errors import RefusedInput
+from luthier.files import write_json
+from luthier.library.folders import RUN_REQUEST
 from luthier.server.jobs.job_reporter import JobReporter
 from luthier.server.tables.audit import Event, append
 from luthier.server.tables.database import Database
@@ -178,13 +180,15 @@ def test_progress_lines_without_terminal_are_throttled(
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_nothing_to_resume_is_reported_only_with_resume_option(
-    resume: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    resume: bool, luthier_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Pipelines and jobs resume without an option, so the note is only for users of ``--resume``."""
+    write_json(luthier_home / "runs" / "base" / "y" / RUN_REQUEST, {})
     file = ReportFile(tmp_path / "reports.jsonl")
     file.nothing_to_resume("base:x")
     ReportReader(file.path).forward(progress.LiveReporter(resume))
-    assert ("base:x:" in capsys.readouterr().err) == resume
+    text = capsys.readouterr().err
+    assert ("base:x:" in text) == ("base:y" in text) == resume
     job = Job(id="j", details={})
     ReportReader(file.path).forward(JobReporter(job, str))
     assert "interrupted" not in str(job.details)

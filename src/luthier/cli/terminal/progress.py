@@ -10,7 +10,14 @@ from typing import Any
 
 from luthier.cli.terminal.console import new_console
 from luthier.engine.metrics import Reporter, ShownReply, additional_metrics
-from luthier.formatting import command_option, format_duration, map_code, one_line, printable
+from luthier.formatting import (
+    command_option,
+    format_duration,
+    list_some,
+    map_code,
+    one_line,
+    printable,
+)
 
 SECONDS_BETWEEN_LINES = 10.0
 """Interval between progress lines without a bar, in seconds."""
@@ -107,8 +114,13 @@ class LiveReporter(Reporter):
     def nothing_to_resume(self, model_id: str) -> None:
         """Print a note if the user passed ``--resume``. Pipelines and jobs resume without the
         option."""
-        if self.resume:
-            self.note(f"no interrupted run {model_id}: starting a new run")
+        from luthier.engine.runs import unfinished_runs
+
+        if not self.resume:
+            return
+        self.note(f"no interrupted run {model_id}: starting a new run")
+        if others := [run.model_id for run in unfinished_runs()]:
+            self.note(f"interrupted runs, the latest first: {list_some(others[::-1], 5)}")
 
     def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Print each chosen setting with the reason."""
