@@ -30,6 +30,7 @@ from luthier.errors import (
     LuthierError,
     ReadOnlyDisk,
     RecipeError,
+    RunConflict,
 )
 
 TEMPORARY = ".tmp-"
@@ -465,6 +466,21 @@ def check_creatable(path: Path) -> None:
         if number not in _FULL:  # the write reports a full disk
             reason = f"{path} cannot be written: {os.strerror(number)}"
             raise RecipeError(reason, rule="file.unwritable") from error
+
+
+def new_target(target: Path) -> Path:
+    """Return the target folder, which must not exist or must be empty. Symbolic links are resolved.
+
+    Raises:
+        RecipeError: if the folder cannot be created.
+        RunConflict: if the path exists and is not an empty folder.
+    """
+    check_creatable(target.expanduser())
+    target = target.expanduser().absolute()
+    target = target.resolve() if target.is_symlink() else target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunConflict(f"{target} is not empty. Choose a new or empty folder")
+    return target
 
 
 def is_disk_error(error: BaseException) -> bool:

@@ -36,9 +36,8 @@ from luthier.exports.writer import (
     ignore_progress,
     load_merged,
     new_export_folder,
-    new_target,
 )
-from luthier.files import hashes_of, write_bytes, write_json
+from luthier.files import hashes_of, new_target, write_bytes, write_json
 from luthier.inference.prediction import Predictor
 from luthier.library.models import StoredModel, check_mergeable
 from luthier.models.formats.save import save_format

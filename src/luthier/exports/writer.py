@@ -25,11 +25,11 @@ from luthier.exports.ollama import MODELFILE, modelfile
 from luthier.exports.peft_parity import check_peft
 from luthier.exports.transformers_parity import check_loads, expected_output
 from luthier.files import (
-    check_creatable,
     folder_size,
     hashes_of,
     need_disk,
     new_folder,
+    new_target,
     read_json,
     sweep,
     write_bytes,
@@ -232,21 +232,6 @@ def _lora_of(stored: StoredModel) -> Adaptation:
     """Return the adaptation of ``stored``; for QLoRA, the LoRA part."""
     adaptation = stored.adaptation
     return adaptation.lora if isinstance(adaptation, QLoRA) else adaptation
-
-
-def new_target(target: Path) -> Path:
-    """Return the target folder, which must not exist or must be empty. Symbolic links are resolved.
-
-    Raises:
-        RecipeError: if the folder cannot be created.
-        RunConflict: if the path exists and is not an empty folder.
-    """
-    check_creatable(target.expanduser())
-    target = target.expanduser().absolute()
-    target = target.resolve() if target.is_symlink() else target
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunConflict(f"{target} is not empty. Choose a new or empty folder")
-    return target
 
 
 @contextmanager

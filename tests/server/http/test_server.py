@@ -64,6 +64,11 @@ def test_invalid_proxy_address(text: str) -> None:
         Ports(trusted_proxies=(text,)).check()
 
 
+def test_port_in_use_is_refused() -> None:
+    with listen("127.0.0.1", 0) as listening, pytest.raises(RefusedInput):
+        Ports(port=listening.getsockname()[1]).check()
+
+
 def test_accepted_connections_send_without_delay() -> None:
     with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
         accepted, _ = listening.accept()

@@ -14,6 +14,7 @@ from luthier.cli.terminal.console import new_table, print_table, print_text
 from luthier.cli.terminal.options import Mapped, ModelSource
 from luthier.errors import DataError, RecipeError
 from luthier.exports.export import Format, change_record, check_settings, export_model
+from luthier.files import new_target
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -71,8 +72,15 @@ def export(
     from luthier.engine.metrics import Reporter
 
     reporter = reporter or Reporter()
-    stored, target = stored_model(model), Path(folder).expanduser()
     check_settings(format, merged, quantization)
+    # Before the imports of torch and of the model, which take seconds.
+    target = Path(folder).expanduser()
+    new_target(target)
+    stored = stored_model(model)
+    if format == "gguf":
+        from luthier.library.models import check_writes
+
+        check_writes(stored)
     if data is not None and (format == "safetensors" or quantization is None):
         raise RecipeError("`data` needs --format gguf or onnx, and --quantization")
     cost = None
@@ -108,11 +116,9 @@ def _measure_cost(
     """
     from luthier.data.rows import load_rows
     from luthier.exports.quantization import measure_quantization
-    from luthier.exports.writer import new_target
     from luthier.library.reports import hashes_of_data
     from luthier.workflows.training_overlap import row_remarks, validation_rows
 
-    new_target(target)  # raises for a folder that is not empty
     files, remarks = list[str | Path](), list[str]()
     if data is not None:
         rows, files = load_rows(data, columns), [data]

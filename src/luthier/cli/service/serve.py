@@ -80,11 +80,15 @@ def serve(
         stop_workers: Stop workers with the server, after a checkpoint.
     """
     with extra("server"):
+        from luthier.server.http import server
+
+        ports = server.Ports(host, port, tls_cert, tls_key, trusted_proxy or server.LOOPBACK)
+        # Before the other imports, which take seconds.
+        ports.check()
         from luthier.engine.machine import limit_kernels
         from luthier.inference.prompt_limits import tokenize_in_own_thread
         from luthier.limits import parse_limits
         from luthier.models.decoding.backends import chosen_backend, merges_adapters
-        from luthier.server.http import server
         from luthier.server.http.metrics import log_as_json
         from luthier.server.jobs.runners import open_runner
         from luthier.server.service import Service
@@ -98,9 +102,6 @@ def serve(
         sys.setswitchinterval(0.001)
         # Keys, data and databases must not be readable by other users.
         os.umask(0o077)
-        proxies = trusted_proxy or server.LOOPBACK
-        ports = server.Ports(host, port, tls_cert, tls_key, proxies)
-        ports.check()
         # A missing library is an error now, not at the first request.
         backend, merged = chosen_backend(), merges_adapters()
         # NaN would reject every request.

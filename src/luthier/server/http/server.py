@@ -43,10 +43,11 @@ class Ports:
     """Addresses and networks whose ``X-Forwarded-Proto`` and ``X-Forwarded-For`` are believed."""
 
     def check(self) -> None:
-        """Check the certificate files and the addresses of proxies.
+        """Check the certificate files, the addresses of proxies and the port.
 
         Raises:
-            RefusedInput: If the certificate or the key is missing, or an address is invalid.
+            RefusedInput: If the certificate or the key is missing, an address is invalid, or the
+                port is in use.
         """
         self.proxy_networks()
         if (self.tls_certificate is None) != (self.tls_key is None):
@@ -54,6 +55,19 @@ class Ports:
         for path in (self.tls_certificate, self.tls_key):
             if path is not None and not path.is_file():
                 raise RefusedInput(f"{path} is not a file")
+        self.open().close()
+
+    def open(self) -> socket.socket:
+        """Return a listening socket.
+
+        Raises:
+            RefusedInput: If the port is in use, or the machine does not have the address.
+        """
+        try:
+            return listen(self.host, self.port)
+        except OSError as error:
+            text = f"port {self.port} of {self.host} cannot be opened: {error.strerror}"
+            raise RefusedInput(text) from error
 
     def proxy_networks(self) -> list[str]:
         """Return the networks of the trusted proxies."""
@@ -107,7 +121,6 @@ def run(
     Raises:
         RefusedInput: If the port is in use, or the certificate is invalid.
     """
-    ports.check()
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again after its shutdown, and would end the process before cleanup.
         signal.signal(number, lambda number, frame: None)
@@ -125,12 +138,8 @@ async def _run(
         server.config.load()
     except OSError as error:
         raise RefusedInput(f"the certificate is invalid: {error}") from error
-    try:
-        # uvicorn would log an error of the port and call sys.exit.
-        listening = listen(ports.host, ports.port)
-    except OSError as error:
-        text = f"port {ports.port} of {ports.host} cannot be opened: {error.strerror}"
-        raise RefusedInput(text) from error
+    # uvicorn would log an error of the port and call sys.exit.
+    listening = ports.open()
     serving = asyncio.ensure_future(server.serve([listening]))
     # uvicorn sets a flag at the start and offers no event.
     while not server.started and not serving.done():
