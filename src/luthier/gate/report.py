@@ -272,8 +272,8 @@ def _training(report: Report) -> tuple[str, str]:
         return "Shorten the long rows, or drop the long rows:", f"{typed} --set data.long_rows=drop"
     rows = report.rows.get("train", 0)
     if errors and rows and all(FIXES.get(rule) == _UNREADABLE for rule in errors):
-        words = f"Fix the errors, or keep only the readable rows ({rows:,}):"
-        return words, _clean_command(report, cleaning_options(errors))
+        advice = f"Fix the errors, or keep only the readable rows ({rows:,}):"
+        return advice, _clean_command(report, cleaning_options(errors))
     if errors:
         return "Fix the errors, then inspect the data again.", ""
     if report.exit_code:
