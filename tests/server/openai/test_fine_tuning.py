@@ -253,7 +253,9 @@ def test_job_with_invalid_file_is_rejected_at_creation(
     with pytest.raises(openai.BadRequestError) as refused:
         created(client, **{parameter: file})
     assert (refused.value.param, refused.value.code) == (parameter, f"invalid_{parameter}")
-    assert f"{file}:4" in refused.value.message and "s3://" not in refused.value.message
+    assert (
+        f"rows.jsonl ({file}):4" in refused.value.message and "s3://" not in refused.value.message
+    )
     assert client.fine_tuning.jobs.list().data == []
 
 
@@ -310,7 +312,7 @@ def test_rows_of_wrong_method_fail_job(client: openai.OpenAI, service: Any) -> N
         assert job.status == "failed"
         assert job.error is not None and job.error.message
         assert (job.error.param, job.error.code) == ("training_file", "invalid_training_file")
-        assert made.training_file in job.error.message
+        assert f"rows.jsonl ({made.training_file})" in job.error.message
         assert "s3://" not in job.error.message
         assert job.fine_tuned_model is None
         with pytest.raises(openai.BadRequestError):

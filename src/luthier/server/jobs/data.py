@@ -177,7 +177,7 @@ class PeekedRows:
     """The first rows at an address."""
 
     address: str
-    """Address of the file."""
+    """Address of the file, or name and id of an uploaded file."""
     container: Container | None
     """Format of the file; ``None`` if unknown."""
     name: str
@@ -208,6 +208,7 @@ def peek_rows(
     policy = policy or GatePolicy()
     with TemporaryDirectory(prefix="luthier-peek-") as folder:
         address, file = locations.peek(account, address, Path(folder), PEEKED_BYTES)
+        address = locations.uploads.with_names(account, address)
         if is_media(file.name):
             return PeekedRows(address, None, file.name, problems=[_media_problem(address)])
         problems: list[Problem] = []

@@ -143,6 +143,7 @@ class TrainingWorker(Worker[Job]):
     _model_bytes = 0
     _withheld: str | None = None
     """Reason why the model must not be used."""
+    account = ""
     data: JobData | None = None
 
     def remove_ended(self) -> None:
@@ -154,6 +155,7 @@ class TrainingWorker(Worker[Job]):
 
     def work(self, row: Job) -> int:
         """Train, verify and write the outputs. Returns the exit status."""
+        self.account = row.account
         reporter = JobReporter(row, self._rename)
         with self.database.read() as session:
             reporter.remember(session)
@@ -311,8 +313,9 @@ class TrainingWorker(Worker[Job]):
         super().release(session, self._rename(message))
 
     def _rename(self, text: str) -> str:
-        """Return ``text`` with addresses in place of the server's paths."""
-        return self.data.show_addresses(text) if self.data else text
+        """Return ``text`` with addresses, or names of files, in place of the server's paths."""
+        shown = self.data.show_addresses(text) if self.data else text
+        return self.locations.uploads.with_names(self.account, shown)
 
 
 def explain(error: Exception) -> str:

@@ -465,7 +465,7 @@ def create(call: OpenAICall, body: CreateJob) -> JsonObject:
         check_first_rows(context.locations, submission)
     except DataError as error:
         param = setting_name(error.setting or "")
-        text = with_api_names(str(error)).replace(file_address(""), "")
+        text = with_api_names(str(error))
         raise invalid(text, param, f"invalid_{param}") from error
     with context.database.write() as session:
         job = submit(session, submission, context.inference.models.arns, context.quotas(account))

@@ -8,6 +8,7 @@ continue to page through a list.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -117,6 +118,18 @@ class UploadedFiles:
                 _visible(account).where(UploadedFile.id == file_id)
             )
             return found
+
+    def with_names(self, account: str, text: str) -> str:
+        """Return ``text`` with names and ids of the account's files in place of addresses."""
+
+        def shown(address: re.Match[str]) -> str:
+            owned = UploadedFile.account == account, UploadedFile.id == address[1]
+            with self.database.read() as session:
+                # A deleted file keeps the name.
+                name = session.scalar(select(UploadedFile.name).where(*owned))
+            return address[0] if name is None else f"{name} ({address[1]})"
+
+        return re.sub(rf"{re.escape(file_address(''))}([\w-]+)", shown, text)
 
     def existed(self, account: str, file_id: str) -> bool:
         """Return whether the file exists or existed."""
