@@ -10,7 +10,7 @@ const { roundsBetween, writes } = await import(`${folder}/models.js`);
 const { Queue } = await import(`${folder}/review.js`);
 const { datesBetween } = await import(`${folder}/usage.js`);
 const { pythonString, shellWord, snippets } = await import(`${folder}/snippets.js`);
-const { age, bytes, duration, number, percent, shortName } = await import(`${folder}/format.js`);
+const { age, bytes, duration, number, percent, scoreText, shortName } = await import(`${folder}/format.js`);
 const { differences, flattened } = await import(`${folder}/job_differences.js`);
 const { labelsByFile } = await import(`${folder}/label_issues.js`);
 const { widen } = await import(`${folder}/charts.js`);
@@ -180,6 +180,14 @@ test("numbers, sizes and times in words", () => {
   assert.equal(percent(0.045), "4.5 %");
   assert.equal(shortName("arn:aws:bedrock:us-east-1::foundation-model/x.y"), "x.y");
   assert.equal(age("no date"), "–");
+});
+
+test("a score is a share or a number by its name and range", () => {
+  const sets = { shares: new Set(["cer"]), errors: new Set(["cer", "mean_absolute_error"]) };
+  const show = (name, value) => scoreText(name, value, sets).replace("\u00a0", " ");
+  assert.deepEqual([show("accuracy", 0.884), show("recall_at_1", 0.9996), show("cer", 1.2)], ["88.4 %", "100.0 %", "120.0 %"]);
+  assert.deepEqual([show("psnr", 25.3), show("pearson", 0.8), show("mean_absolute_error", 0.5)], ["25.3", "0.8", "0.5"]);
+  assert.equal(show("accuracy", undefined), "–");
 });
 
 test("axes have room, also if all values are equal but for rounding", () => {

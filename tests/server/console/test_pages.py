@@ -625,9 +625,12 @@ def test_pages_handle_rare_responses(url: str, root_key: str, tmp_path: Path) ->
         page.until_text("There are no jobs yet", "main")
 
         found = page.script(STUBBED % REPORTS)
-        assert "Accuracy 90 % on 80 rows (95 % interval 83 % to 96 %)" in found["evaluation"]
-        assert "label: a" in found["evaluation"] and "20 % to 80 %" in found["evaluation"]
-        assert "Tuning pays." in found["comparison"] and "45 % to 55 %" in found["comparison"]
+        evaluated, compared = (
+            found[name].replace("\xa0", " ") for name in ("evaluation", "comparison")
+        )
+        assert "Accuracy 90.0 % on 80 rows (95 % interval 83.0 % to 96.0 %)" in evaluated
+        assert "label: a" in evaluated and "20.0 % to 80.0 %" in evaluated
+        assert "Tuning pays." in compared and "45.0 % to 55.0 %" in compared
 
         found = page.script(STUBBED % EXPORTS)
         assert found["focused"] == "scroll"
@@ -643,13 +646,13 @@ def test_pages_handle_rare_responses(url: str, root_key: str, tmp_path: Path) ->
         assert found["counts"] == [0, 1] and found["made"] == found["freed"]
 
         found = page.script(STUBBED % CERTIFICATE)
-        scores = ["Cer\t–\t25.0 %", "Accuracy\t–\t100.0 %", "Reward\t–\t0.5"]
+        scores = ["Cer\t–\t25.0\xa0%", "Accuracy\t–\t100.0\xa0%", "Reward\t–\t0.5"]
         assert found["error"][:3] == scores
         assert [each.split("\t")[:2] for each in found["error"][3:]] == [
-            ["other", "0.2 ± 0.1"], ["this model", "0.4"],
+            ["other", "20.0\xa0% ± 10.0\xa0%"], ["this model", "40.0\xa0%"],
         ]  # fmt: skip
         assert [each.split("\t")[:2] for each in found["share"][3:]] == [
-            ["other", "50.0 % ± 10.0 %"], ["this model", "25.0 %"],
+            ["other", "50.0\xa0% ± 10.0\xa0%"], ["this model", "25.0\xa0%"],
         ]  # fmt: skip
 
         opened = found["opened"]

@@ -2,7 +2,7 @@
 
 import { call, messageOf } from "./api.js";
 import { LineChart } from "./charts.js";
-import { bytes, duration, number, shortName, time, words } from "./format.js";
+import { bytes, duration, number, scoreText, shortName, time, words } from "./format.js";
 import { Chip, Facts, Section, Table, html, link, useAction } from "./ui.js";
 import { verdictOf } from "./verdict.js";
 
@@ -10,6 +10,7 @@ import { verdictOf } from "./verdict.js";
 const MOST_ROWS = 100;
 /** Characters from which a text of a report is a paragraph. */
 const LONG_TEXT = 60;
+const AGREEMENT = { shares: new Set(["agreement"]) };
 const GATES = { passed: "good", warnings: "warning", refused: "error" };
 
 /**
@@ -20,10 +21,11 @@ export function Certificate({ view, models, job = null }) {
   const { certificate, lineage, shares, lower_is_better: errors } = view;
   const record = certificate.record ?? {};
   const metrics = record.metrics ?? {};
+  const sets = { shares: new Set(shares), errors: new Set(errors) };
   return html`
     <${Section} title="Verdict">
-      ${verdict(record, metrics, { shares: new Set(shares), errors: new Set(errors) })} ${scores(metrics, new Set(shares))}
-      ${baselines(metrics.comparison, new Set(errors))} ${curves(certificate)}
+      ${verdict(record, metrics, sets)} ${scores(metrics, sets)}
+      ${baselines(metrics.comparison, sets)} ${curves(certificate)}
     <//>
     <${Section} title="Checks">
       ${gate(record.data_report)} ${labelIssues(metrics.label_issues, job)} ${parity(record.parity)}
@@ -53,11 +55,6 @@ export function CertificateDownload({ model }) {
   `;
 }
 
-/** Format a measure: shares have one decimal as in the CLI, so that 99.96 % does not read as 100 %. */
-function measureText(value, isShare) {
-  return isShare ? `${(100 * value).toFixed(1)} %` : number(value, 4);
-}
-
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 function verdict(record, metrics, sets) {
@@ -78,7 +75,7 @@ function verdict(record, metrics, sets) {
   ];
 }
 
-function scores(metrics, shares) {
+function scores(metrics, sets) {
   const { before, kept, kept_step: step } = metrics.verdict ?? {};
   const names = Object.keys(kept ?? {}).filter((name) => typeof kept[name] === "number");
   if (!names.length) return null;
@@ -87,25 +84,25 @@ function scores(metrics, shares) {
     columns=${columns.map((name, index) => ({ name, kind: index ? "number" : null }))}
     rows=${names.map((name) => [
       words(name),
-      typeof before?.[name] === "number" ? measureText(before[name], shares.has(name)) : "–",
-      measureText(kept[name], shares.has(name)),
+      typeof before?.[name] === "number" ? scoreText(name, before[name], sets) : "–",
+      scoreText(name, kept[name], sets),
     ])} />`;
 }
 
 /** The scores of the model and of simple methods on the same rows. */
-export function baselines(comparison, errors) {
+export function baselines(comparison, sets) {
   if (!comparison?.baselines?.length) return null;
   const measure = comparison.measure ?? "score";
   const rows = [
     ["this model", comparison.tuned, null, null],
     ...comparison.baselines.map((each) => [each.name, each.score, each.error, each.seconds]),
   ];
-  // The measure is a share or an error. The best row is first; rows without a score are last.
-  const isError = errors.has(measure);
+  // The best row is first; rows without a score are last.
+  const isError = sets.errors.has(measure);
   const cost = ([, score]) => (typeof score === "number" ? (isError ? score : -score) : Infinity);
   rows.sort((a, b) => (cost(a) === cost(b) ? 0 : cost(a) - cost(b)));
   const scoreOf = (score, error) =>
-    typeof score === "number" ? `${measureText(score, !isError)}${error ? ` ± ${measureText(error, !isError)}` : ""}` : "–";
+    typeof score === "number" ? `${scoreText(measure, score, sets)}${error ? ` ± ${scoreText(measure, error, sets)}` : ""}` : "–";
   return [
     html`<${Table} showCaption
       caption=${`Comparison with simple baselines: ${words(measure).toLowerCase()} on the same ${number(comparison.rows)} rows`}
@@ -170,8 +167,8 @@ function parity(found) {
         ${number(found.rows)} rows (${apart}).
       </p>
     `,
-    next && html`<p>Most likely next token: equal for ${measureText(next.agreement, true)} of ${number(next.tokens)} tokens.</p>`,
-    greedy && html`<p>Greedy generation: equal for ${measureText(greedy.agreement, true)} of ${number(greedy.tokens)} tokens.</p>`,
+    next && html`<p>Most likely next token: equal for ${scoreText("agreement", next.agreement, AGREEMENT)} of ${number(next.tokens)} tokens.</p>`,
+    greedy && html`<p>Greedy generation: equal for ${scoreText("agreement", greedy.agreement, AGREEMENT)} of ${number(greedy.tokens)} tokens.</p>`,
   ];
 }
 

@@ -4,7 +4,7 @@ import { call, may } from "./api.js";
 import { resultView } from "./certificate.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { learnNames, withNames } from "./files.js";
-import { age, bytes, duration, number, percent, time, words } from "./format.js";
+import { age, bytes, duration, number, scoreText, time, words } from "./format.js";
 import { hasEnded, modelNames } from "./jobs.js";
 import { allModels, nameOf } from "./models.js";
 import {
@@ -21,17 +21,8 @@ const STATES = { Completed: "good", Failed: "error", Running: "note" };
 const SHOWN = 3;
 /** Evaluations in the table of a model. */
 const MOST_SHOWN = 10;
-/** Measures with lower values being better, as the server lists them with each report. */
-let lower = [];
 
 const pathOf = (kind, id) => `/api/v1/${kind}/${encodeURIComponent(id)}`;
-
-/** Return an evaluation or comparison with its report. */
-async function getReport(path, signal) {
-  const found = await call("GET", path, { signal });
-  lower = found.lower_is_better;
-  return found;
-}
 
 /** The lists of evaluations and comparisons, and a form. */
 export function Evaluations({ query }) {
@@ -121,13 +112,14 @@ export function ModelEvaluations({ model }) {
     const { measurements } = await call("GET", "/api/v1/evaluations", { query: { limit: 100, state: "Completed" }, signal });
     const own = measurements.filter((each) => [model.id, model.name, model.arn].includes(each.models[0])).slice(0, MOST_SHOWN);
     await learnNames(own.map((each) => each.request.rows), signal);
-    return Promise.all(own.map((each) => getReport(pathOf("evaluations", each.id), signal)));
+    return Promise.all(own.map((each) => call("GET", pathOf("evaluations", each.id), { signal })));
   });
-  const rows = (data ?? []).map(({ id, ended, request, report }) => {
+  const rows = (data ?? []).map(({ id, ended, request, report, lower_is_better: lower }) => {
     const [name, score] = Object.entries(report.scores)[0];
+    const sets = { errors: new Set(lower) };
     return [
       html`<a href=${link("evaluations", id)}>${time(ended)}</a>`, withNames(request.rows), number(report.rows), words(name),
-      showScore(name, score), rangeText(name, report.intervals?.[name]),
+      scoreText(name, score, sets), rangeText(name, report.intervals?.[name], sets),
     ];
   });
   return html`
@@ -147,8 +139,7 @@ export function ModelEvaluations({ model }) {
   `;
 }
 
-const showScore = (name, score) => (isShare(name, [score]) ? percent(score) : number(score, 4));
-const rangeText = (name, interval) => (interval ? `${showScore(name, interval[0])} to ${showScore(name, interval[1])}` : "–");
+const rangeText = (name, interval, sets) => interval?.map((value) => scoreText(name, value, sets)).join(" to ") ?? "–";
 
 /** The page of one evaluation. */
 export const Evaluation = ({ params }) => html`<${Measured} kind="evaluations" id=${params.id} />`;
@@ -159,7 +150,7 @@ export const Comparison = ({ params }) => html`<${Measured} kind="comparisons" i
 function Measured({ kind, id }) {
   const path = pathOf(kind, id);
   const { data, error, read } = useData(async (signal) => {
-    const [found, named] = await Promise.all([getReport(path, signal), modelNames(signal)]);
+    const [found, named] = await Promise.all([call("GET", path, { signal }), modelNames(signal)]);
     await learnNames([found.request.rows], signal);
     return { ...found, models: found.models.map(named) };
   });
@@ -173,6 +164,7 @@ function Measured({ kind, id }) {
   });
   if (!data) return html`<${Pending} title="Evaluation" error=${error} read=${read} />`;
   const { report, progress } = data;
+  const sets = { errors: new Set(data.lower_is_better) };
   const title = kind === "evaluations" ? `Evaluation of ${data.models[0]}` : `Comparison of ${data.models.join(" and ")}`;
   return html`
     <p class="soft"><a href=${link("evaluations")}>Evaluate and compare</a> /</p>
@@ -189,7 +181,7 @@ function Measured({ kind, id }) {
       <p class="soft">${progress?.phase ?? "Waiting for a worker …"}</p>
       ${progress?.total && html`<progress max=${progress.total} value=${progress.done} aria-label=${progress.phase} />`}
     `}
-    ${report && (kind === "evaluations" ? html`<${EvaluationReport} report=${report} />` : html`<${ComparisonReport} report=${report} />`)}
+    ${report && (kind === "evaluations" ? html`<${EvaluationReport} report=${report} sets=${sets} />` : html`<${ComparisonReport} report=${report} sets=${sets} />`)}
   `;
 }
 
@@ -202,30 +194,26 @@ function Download({ path, name }) {
   return html`<button type="button" onclick=${run}>Download the report</button><${ErrorBox} error=${error} />`;
 }
 
-const isShare = (name, values) => !lower.includes(name) && values.every((value) => value >= 0 && value <= 1);
-
 /** Return bars for `ScoreBars` from scores `[name, value, interval, isTuned]` of one measure. */
-function barsOf(measure, scores) {
-  const asShare = isShare(measure, scores.map(([, value]) => value));
-  const show = (value) => (asShare ? percent(value) : number(value, 4));
+function barsOf(measure, scores, sets) {
   const bars = scores.map(([name, value, interval, isTuned]) => ({
-    name, value, shown: show(value), low: interval?.[0] ?? null, high: interval?.[1] ?? null, kind: isTuned ? "tuned" : "base",
+    name, value, shown: scoreText(measure, value, sets), low: interval?.[0] ?? null, high: interval?.[1] ?? null, kind: isTuned ? "tuned" : "base",
   }));
-  return { bars, measure: words(measure), isLess: lower.includes(measure), show };
+  return { bars, measure: words(measure), isLess: sets.errors.has(measure) };
 }
 
-function EvaluationReport({ report }) {
+function EvaluationReport({ report, sets }) {
   const { model, rows, scores, errors, intervals = {}, slices = [], mistakes = [], remarks = [], ...others } = report;
   const [[first, value] = []] = Object.entries(scores);
   const figure = (name) => ({ name, kind: "number" });
   return html`
     <div class="box note" id="summary">
-      <p><strong>${words(first ?? "")} ${showScore(first, value)} on ${number(rows)} rows${intervals[first] && ` (95 % interval ${rangeText(first, intervals[first])})`}.</strong></p>
+      <p><strong>${words(first ?? "")} ${scoreText(first, value, sets)} on ${number(rows)} rows${intervals[first] && ` (95 % interval ${rangeText(first, intervals[first], sets)})`}.</strong></p>
       ${remarks.map((each) => html`<p>${each}</p>`)}
     </div>
     <${Section} title="Scores">
       <${Table} caption="Scores" columns=${["Measure", figure("Score"), figure("95 % interval")]}
-        rows=${Object.entries(scores).map(([name, score]) => [words(name), showScore(name, score), rangeText(name, intervals[name])])} />
+        rows=${Object.entries(scores).map(([name, score]) => [words(name), scoreText(name, score, sets), rangeText(name, intervals[name], sets)])} />
     <//>
     <${Section} title="Most frequent mistakes">
       ${mistakes.length > 0 && html`<${DataTable} caption="Mistakes" filter="label" size=${10} rows=${mistakes} columns=${[
@@ -235,15 +223,15 @@ function EvaluationReport({ report }) {
     <//>
     <${Section} title="Parts of the rows">
       ${slices.length > 0 && html`<${Table} caption="Parts of the rows" columns=${["Part", figure("Rows"), figure(words(first)), figure("95 % interval")]}
-        rows=${slices.map((each) => [`${each.by}: ${each.value}`, number(each.rows), showScore(first, each.scores?.[first]), rangeText(first, each.interval)])} />`}
+        rows=${slices.map((each) => [`${each.by}: ${each.value}`, number(each.rows), scoreText(first, each.scores?.[first], sets), rangeText(first, each.interval, sets)])} />`}
     <//>
     ${Object.keys(others).length > 0 && html`<details class="rule"><summary>More figures</summary><div class="inside">${resultView(others)}</div></details>`}
   `;
 }
 
-function ComparisonReport({ report }) {
+function ComparisonReport({ report, sets }) {
   const { measure, rows, contenders, verdict, remarks = [], shown = [] } = report;
-  const picture = barsOf(measure, contenders.map((each) => [each.name, each.score, each.interval, each.technique.startsWith("fine-tuning")]));
+  const picture = barsOf(measure, contenders.map((each) => [each.name, each.score, each.interval, each.technique.startsWith("fine-tuning")]), sets);
   const figure = (name) => ({ name, kind: "number" });
   return html`
     <div class=${`box ${{ true: "good", false: "warning" }[report.worth_it] ?? "note"}`} id="summary">
@@ -254,7 +242,7 @@ function ComparisonReport({ report }) {
     <${Section} title=${`All contenders on ${number(rows)} rows`}>
       <${Table} caption="Contenders, the best first" columns=${["Name", figure(words(measure)), figure("95 % interval"), figure("Time per answer"), figure("Memory")]}
         rows=${contenders.map((each) => [
-          each.name, picture.show(each.score), each.interval ? each.interval.map(picture.show).join(" to ") : "–",
+          each.name, scoreText(measure, each.score, sets), rangeText(measure, each.interval, sets),
           duration(each.seconds), each.memory_bytes ? bytes(each.memory_bytes) : "–",
         ])} />
     <//>

@@ -68,6 +68,18 @@ export function percent(share) {
   return `${(100 * share).toLocaleString(LOCALE, { maximumFractionDigits: share < 0.1 && share > 0 ? 1 : 0 })} %`;
 }
 
+/** Names of scores from any range. */
+const NO_SHARES = /^(reward|pearson|cosine|psnr|degraded_psnr)$|(loss|error|margin)$/;
+
+/**
+ * Return a score as text. Shares have one decimal as in the CLI, so that 99.96 % does not read as 100 %. `shares` are
+ * measures from 0 to 1, `errors` measures where lower is better; other values from 0 to 1 are shares.
+ */
+export function scoreText(name, value, { shares = new Set(), errors }) {
+  const isShare = shares.has(name) || (value >= 0 && value <= 1 && !errors.has(name) && !NO_SHARES.test(name));
+  return isShare ? `${(100 * value).toFixed(1)}\u00a0%` : number(value, 4);
+}
+
 /** Return the date of an ISO 8601 moment, which is in UTC if it names no zone; null for other text. */
 export function dateOf(moment) {
   if (!moment) return null;

@@ -255,8 +255,8 @@ function Completed({ job }) {
   const reasons = verdicts.filter((each) => each !== retraining?.verdict);
   const record = found.data?.view.certificate.record ?? {};
   const metrics = record.metrics ?? {};
-  const [shares, errors] = [new Set(found.data?.view.shares), new Set(found.data?.view.lower_is_better)];
-  const verdict = verdictOf(metrics, record.data?.validation_rows, { shares, errors });
+  const sets = { shares: new Set(found.data?.view.shares), errors: new Set(found.data?.view.lower_is_better) };
+  const verdict = verdictOf(metrics, record.data?.validation_rows, sets);
   const { rows, validation_rows: held, dropped, truncated, learned_tokens: learned } = record.data ?? {};
   // A refit learns the held-out rows as well.
   const refitted = held === 0 && metrics.comparison?.rows > 0;
@@ -286,7 +286,7 @@ function Completed({ job }) {
     ${found.data && may("invoke") && html`
       <section id="examples"><h2>Held-out examples</h2><${HeldOut} job=${job} rows=${examples} base=${found.data.base} /></section>
     `}
-    <${Section} title="Comparison with simple methods">${baselines(metrics.comparison, errors)}<//>
+    <${Section} title="Comparison with simple methods">${baselines(metrics.comparison, sets)}<//>
     ${rows !== undefined && html`
       <section>
         <h2>Rows</h2>

@@ -1,7 +1,7 @@
 // The verdict on a finished job in one sentence, its picture, and three rows with the answers of both models.
 
 import { call } from "./api.js";
-import { number, words } from "./format.js";
+import { number, scoreText, words } from "./format.js";
 import { Empty, ErrorBox, ExampleCard, announce, html, link, useAction, useSignal } from "./ui.js";
 
 /** Half of a 95 % interval, in standard errors. */
@@ -30,7 +30,7 @@ export function verdictOf(metrics, rows, { shares, errors }) {
   const measure = names.find((name) => name === comparison?.measure) ?? names.find((name) => name !== "loss") ?? "loss";
   // Certificates of earlier versions have the measure absolute_error.
   const isLess = errors.has(measure) || (!shares.has(measure) && /(loss|error)$/.test(measure));
-  const show = (value) => (shares.has(measure) ? `${(100 * value).toFixed(1)}\u00a0%` : number(value, 3));
+  const show = (value) => scoreText(measure, value, { shares, errors });
   const gain = (a, b) => (isLess ? b - a : a - b);
   const count = comparison?.rows ?? rows;
   const bar = (name, value, kind) => ({ name, kind, value, shown: show(value), ...intervalOf(measure, value, count) });
