@@ -314,6 +314,19 @@ test("two jobs show the values that differ, with settings by dotted name", () =>
   assert.equal(differences(first, second, true).length, 4);
 });
 
+test("a later model of the same name has no certificate of the job", async () => {
+  const { certificateOf } = await import(`${folder}/jobs.js`);
+  const fetched = globalThis.fetch;
+  globalThis.fetch = async () => Response.json({ certificate: { id: "second" } });
+  try {
+    const of = (id) => certificateOf({ model_name: "m", result: { stored_id: id } });
+    assert.equal(await of("first"), null);
+    assert.equal((await of("second")).certificate.id, "second");
+  } finally {
+    globalThis.fetch = fetched;
+  }
+});
+
 test("corrected labels are grouped by file", () => {
   const issues = [{ file: "a", line: 3, likely_label: "x" }, { file: "b", row: 1, likely_label: "y" }, { file: "a", line: 9, likely_label: "z" }];
   assert.deepEqual(labelsByFile(issues), { a: { 3: "x", 9: "z" }, b: { 1: "y" } });

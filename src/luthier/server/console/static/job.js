@@ -6,7 +6,7 @@ import { LineChart } from "./charts.js";
 import { learnNames, sentence, withNames } from "./files.js";
 import { dateOf, duration, number, shortName, time, words } from "./format.js";
 import { CompareWith } from "./job_differences.js";
-import { ModelName, Progress, StateChip, customizationOf, hasEnded, modelNames, queuePlace, timeTaken } from "./jobs.js";
+import { ModelName, Progress, StateChip, certificateOf, customizationOf, hasEnded, modelNames, queuePlace, timeTaken } from "./jobs.js";
 import { LabelIssues } from "./label_issues.js";
 import {
   ErrorBox, ExampleCard, Facts, Heading, Pending, Section, Table, announce, confirmed, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
@@ -243,13 +243,12 @@ function Result({ job }) {
 
 /** The verdict of a completed job, held-out examples, baselines and the number of rows. */
 function Completed({ job }) {
-  const path = `/api/v1/models/${encodeURIComponent(job.model_name)}`;
   const found = useData(async (signal) => {
     const [view, base] = await Promise.all([
-      call("GET", `${path}/certificate`, { signal }),
+      certificateOf(job, signal),
       call("GET", `/api/v1/models/${encodeURIComponent(job.base)}`, { signal }).catch(() => null),
     ]);
-    return { view, base };
+    return view && { view, base };
   });
   const { verdicts = [], examples, retraining } = job.result ?? {};
   const reasons = verdicts.filter((each) => each !== retraining?.verdict);

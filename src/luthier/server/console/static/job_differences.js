@@ -4,7 +4,7 @@ import { call, events } from "./api.js";
 import { LineChart } from "./charts.js";
 import { learnNames, withNames } from "./files.js";
 import { number, time, words } from "./format.js";
-import { modelNames, timeTaken } from "./jobs.js";
+import { certificateOf, modelNames, timeTaken } from "./jobs.js";
 import { Empty, ErrorBox, Field, Heading, Pending, Table, html, link, options, useData, useSignal } from "./ui.js";
 
 const CHOICES = 50;
@@ -56,8 +56,7 @@ async function loaded(name, signal) {
   const losses = new Map();
   for await (const { kind, data } of events(`${path}/events`, { query: { follow: false }, signal }))
     if (kind === "metrics" && "valid_loss" in data) losses.set(data.step, data.valid_loss);
-  const view = job.state === "Completed"
-    ? await call("GET", `/api/v1/models/${encodeURIComponent(job.model_name)}/certificate`, { signal }).catch(() => null) : null;
+  const view = job.state === "Completed" ? await certificateOf(job, signal).catch(() => null) : null;
   return { job, losses: [...losses].sort((a, b) => a[0] - b[0]), record: view?.certificate.record ?? {} };
 }
 

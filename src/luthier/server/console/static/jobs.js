@@ -107,6 +107,12 @@ export async function modelNames(signal) {
   return (arn) => names.get(arn) ?? shortName(arn);
 }
 
+/** Return the certificate of the model of a completed job; null if a later model has the name of the deleted one. */
+export async function certificateOf(job, signal) {
+  const view = await call("GET", `/api/v1/models/${encodeURIComponent(job.model_name)}/certificate`, { signal });
+  return view.certificate.id === job.result.stored_id ? view : null;
+}
+
 /** Return whether a job or an export is over. */
 export const hasEnded = (state) => ENDED.includes(state);
 
