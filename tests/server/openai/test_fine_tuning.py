@@ -319,6 +319,17 @@ def test_rows_of_wrong_method_fail_job(client: openai.OpenAI, service: Any) -> N
             client.fine_tuning.jobs.cancel(made.id)
 
 
+@pytest.mark.parametrize("parameter", ["training_file", "validation_file"])
+def test_file_of_a_waiting_job_is_not_deleted(client: openai.OpenAI, parameter: str) -> None:
+    file = uploaded(client, chats())
+    job = created(client, **{parameter: file})
+    with pytest.raises(openai.ConflictError, match=job.id):
+        client.files.delete(file)
+    assert client.files.retrieve(file).id == file
+    client.fine_tuning.jobs.cancel(job.id)
+    assert client.files.delete(file).deleted
+
+
 def test_pause_resume_cancel(client: openai.OpenAI) -> None:
     made = created(client)
     assert client.fine_tuning.jobs.pause(made.id).status == "paused"

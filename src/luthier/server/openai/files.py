@@ -11,6 +11,7 @@ from fastapi import Form, Query, UploadFile
 
 from luthier.errors import ObjectRefused
 from luthier.limits import MIB
+from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
 from luthier.server.http.streams import StreamedResponse
 from luthier.server.openai.operations import (
@@ -22,6 +23,8 @@ from luthier.server.openai.operations import (
     page,
 )
 from luthier.server.openai.protocol import JsonObject, absent, existing, invalid, seconds
+from luthier.server.stores.uploaded_files import file_address
+from luthier.server.tables import jobs
 from luthier.server.tables.openai import vector_stores
 from luthier.server.tables.openai.uploaded_files import UploadedFile
 from luthier.server.tables.text import check_storable
@@ -99,10 +102,13 @@ def retrieve(call: OpenAICall, file: Name) -> JsonObject:
 
 @router.delete("/files/{file}", name="files.delete")
 def delete(call: OpenAICall, file: Name) -> JsonObject:
-    """Delete a file and the file's content, and remove the file from all vector stores. Jobs that
-    have read the file continue."""
+    """Delete a file and the file's content, and remove the file from all vector stores. A file of a
+    waiting or running job is not deleted."""
     call.record("file", file)
     with call.context.database.read() as session:
+        if job := jobs.job_with_data(session, call.account, file_address(file)):
+            text = f"The file {file} is in use by the job {job.name}. Wait, or cancel the job."
+            raise Fault("Conflict", text, parameter="id")
         stores = vector_stores.stores_of(session, file)
     if not call.context.files.delete(call.account, file):
         raise absent("File object", file, "id")

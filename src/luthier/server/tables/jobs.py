@@ -379,6 +379,19 @@ def get(session: Session, account: str, identifier: str, *, lock: bool = False) 
     return find_row(session, found, lock=lock)
 
 
+def job_with_data(session: Session, account: str, address: str) -> Job | None:
+    """Return an unfinished job of the account with training or validation data at ``address``."""
+    unfinished = select(Job).where(Job.account == account, Job.is_unfinished())
+    return next(
+        (
+            job
+            for job in session.scalars(unfinished)
+            if address in (*job.details.get("sources", ()), *job.validators)
+        ),
+        None,
+    )
+
+
 def stop(session: Session, job: Job) -> Job:
     """Stop a job at once, or at the end of its worker. The caller has locked the row.
 
