@@ -323,13 +323,22 @@ def test_deployments_health_and_review_in_browser(
         page.click("#promotion .primary")
         page.click("dialog .primary")
         page.until_text("sorter", ".facts")
-        page.click(".heading .danger")
+        page.click(".heading .danger:not(#delete)")
         page.click("dialog .danger")
         page.until_text("labeller", ".facts")
         states = json.loads(get("deployments/router")[1])["history"]
         assert [each["action"] for each in states] == ["create", "promote", "rollback"]
         listed = json.loads(get("deployments")[1])["deployments"]
         assert [(each["deployment"], each["model"]) for each in listed] == [("router", "labeller")]
+        page.script("location.hash = '#/models/labeller'")
+        page.until_text("router", "#deletion")
+        page.click("#deletion a")
+        page.until("document.querySelector('#delete') !== null")
+        page.click("#delete")
+        page.fill("#typed-name", "router")
+        page.click("dialog .danger")
+        page.until_text("Nothing is deployed yet", "main")
+        assert json.loads(get("deployments")[1])["deployments"] == []
         assert page.script("return window.hit ?? null") is None
 
 

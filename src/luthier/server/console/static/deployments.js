@@ -10,6 +10,8 @@ import {
 
 const SECONDS = 5;
 const PAGE = 25;
+/** Deployments in one response: the most that the server allows. */
+const MOST = 1000;
 const SHARES = [["", "all requests at once"], ["0.05", "5 % of users first"], ["0.1", "10 % of users first"], ["0.25", "25 % of users first"]];
 const STATES = { Ready: "good", Failed: "error", Creating: "note" };
 const CHANGES = { switched: "good", canary: "note", preparing: "note", ended: "warning" };
@@ -19,6 +21,12 @@ const pathOf = (name) => `/api/v1/deployments/${encodeURIComponent(name)}`;
 /** Return the active custom models of the account, newest first. */
 async function deployableModels(signal) {
   return (await allModels(signal)).filter((each) => each.kind === "custom" && each.status === "Active");
+}
+
+/** Return the names of the deployments that serve a model or are about to. */
+export async function deploymentsOf(model, signal) {
+  const { deployments } = await call("GET", "/api/v1/deployments", { query: { limit: MOST }, signal });
+  return deployments.filter((each) => [each.model, each.next_model].includes(model.name)).map((each) => each.deployment);
 }
 
 /** The list of deployments. */
@@ -95,6 +103,13 @@ export function Deployment({ params, query }) {
     toast(pending ? "The pending change has ended." : "The rollback has begun.");
     await read();
   });
+  const removal = useAction(async () => {
+    const text = `Requests with the model ${params.name} fail from now on. The model stays. The history of the deployment is deleted.`;
+    if (!(await confirmed({ title: "Delete this deployment?", text, verb: "Delete", danger: true, typed: params.name }))) return;
+    await call("DELETE", `/model-customization/custom-model-deployments/${encodeURIComponent(params.name)}`);
+    toast(`The deployment ${params.name} was deleted.`);
+    go("deployments");
+  });
   if (!data) return html`<${Pending} title="Deployment" error=${error} read=${read} />`;
   const { canary, history } = data;
   return html`
@@ -102,8 +117,9 @@ export function Deployment({ params, query }) {
     <${Heading} title=${data.deployment} chips=${html`<${Chip} kind=${STATES[data.status]}>${data.status}<//>`}>
       <a class="button" href=${link("health", data.deployment)}>Health</a>
       ${may("develop") && history.length > 1 && html`<button type="button" class="danger" onclick=${back.run}>Roll back</button>`}
+      ${may("develop") && data.status !== "Creating" && html`<button type="button" class="danger" id="delete" disabled=${removal.busy} onclick=${removal.run}>Delete</button>`}
     <//>
-    <${ErrorBox} error=${error} /><${ErrorBox} error=${back.error} />
+    <${ErrorBox} error=${error} /><${ErrorBox} error=${back.error} /><${ErrorBox} error=${removal.error} />
     <${Facts} pairs=${[
       ["Answers now", html`<a href=${link("models", data.model)}><bdi>${data.model}</bdi></a>`],
       ["Canary", canary && html`<bdi>${canary.model}</bdi>`],

@@ -2,6 +2,7 @@
 
 import { ApiError, call, may } from "./api.js";
 import { Certificate, CertificateDownload } from "./certificate.js";
+import { deploymentsOf } from "./deployments.js";
 import { ModelEvaluations } from "./evaluate.js";
 import { Exports } from "./exports.js";
 import { age, bytes, number, time } from "./format.js";
@@ -22,15 +23,16 @@ export function Model({ params }) {
   const path = `/api/v1/models/${encodeURIComponent(params.id)}`;
   const found = useData(async (signal) => {
     const model = await call("GET", path, { signal });
-    const [certified, models, loaded] = await Promise.all([
+    const [certified, models, loaded, deployments] = await Promise.all([
       readCertificate(path, model, signal),
       allModels(signal),
       model.kind === "custom" ? loadedModels(signal) : null,
+      model.kind === "custom" && may("read") ? deploymentsOf(model, signal) : [],
     ]);
-    return { model, certified, models, loaded };
+    return { model, certified, models, loaded, deployments };
   });
   if (!found.data) return html`<${Pending} title="Model" ...${found} />`;
-  const { model, certified, models, loaded } = found.data;
+  const { model, certified, models, loaded, deployments } = found.data;
   const isCustom = model.kind === "custom";
   const active = isCustom && model.status === "Active";
   const certificate = certified?.certificate;
@@ -58,6 +60,7 @@ export function Model({ params }) {
       ["Created by job", model.job && html`<a href=${link("jobs", model.job)}>${model.job}</a>`],
       ["Imported from", model.source && html`<code>${model.source}</code>`],
       ["Created", model.created && html`<span title=${time(model.created)}>${age(model.created)}</span>`],
+      ["Deployed as", deployments.length > 0 ? html`<${DeploymentLinks} names=${deployments} />` : null],
       ["Method", model.abilities?.method],
       ["Use", isCustom ? null : (MADE_FOR[model.base_kind] ?? model.base_kind)],
       ["Abilities", abilityText(model.abilities)],
@@ -70,7 +73,7 @@ export function Model({ params }) {
     ${(active || !isCustom) && may("read") && html`<${ModelEvaluations} model=${model} />`}
     ${(active || !isCustom) && html`<${Calls} model=${model} storedId=${certificate?.id ?? (isCustom ? null : model.name)} />`}
     ${active && may("read") && html`<${Exports} model=${model} />`}
-    ${isCustom && may("develop") && html`<${Deletion} model=${model} path=${path} />`}
+    ${isCustom && may("develop") && html`<${Deletion} model=${model} path=${path} deployments=${deployments} />`}
   `;
 }
 
@@ -178,7 +181,11 @@ function Copy({ name, code }) {
   return html`<button type="button" class="quiet" aria-label=${`Copy: ${name}`} onclick=${copy}>${label}</button>`;
 }
 
-function Deletion({ model, path }) {
+function DeploymentLinks({ names }) {
+  return names.map((each, index) => html`${index > 0 && ", "}<a href=${link("deployments", each)}><bdi>${each}</bdi></a>`);
+}
+
+function Deletion({ model, path, deployments }) {
   const { busy, error, run } = useAction(async () => {
     const text = "The server removes the files of the model for good. The job that created the model stays.";
     if (!(await confirmed({ title: "Delete this model?", text, verb: "Delete", danger: true, typed: model.name }))) return;
@@ -190,7 +197,9 @@ function Deletion({ model, path }) {
     <section id="deletion">
       <h2>Delete</h2>
       <${ErrorBox} error=${error} />
-      <button type="button" class="danger" disabled=${busy} onclick=${run}>Delete this model</button>
+      ${deployments.length > 0
+        ? html`<p class="soft">The model is deployed as <${DeploymentLinks} names=${deployments} />. Delete the deployment before the model.</p>`
+        : html`<button type="button" class="danger" disabled=${busy} onclick=${run}>Delete this model</button>`}
     </section>
   `;
 }
