@@ -53,6 +53,12 @@ def task_of(row: Row) -> Task:
     return next(kinds, GENERATION)
 
 
+def needs_writing(row: Row) -> bool:
+    """Return whether every default objective for the row's shape needs a base that generates text."""
+    tasks = [kind.task for kind in OBJECTIVES.values() if row.shape in kind.shapes]
+    return bool(tasks) and all(task is GENERATION for task in tasks)
+
+
 def _suits(objective: Objective, chat: ChatFormat) -> bool:
     try:
         check_base(objective, chat)

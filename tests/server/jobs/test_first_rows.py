@@ -102,6 +102,18 @@ def test_prompts_are_enough_for_distillation_and_rewards(queue: Any) -> None:
     assert refusal(queue, rows, customization_type=kind, grader=grader) is None
 
 
+def test_replies_are_rejected_for_an_encoder(queue: Any) -> None:
+    from luthier.server.tables.foundation import foundation_model
+
+    base = foundation_model("all-minilm-l6-v2")
+    error = refusal(queue, {"a.jsonl": lines(*queue.pairs())}, base=base)
+    assert error is not None and error.rule == "objective.network"
+    classes = lines(*({"text": f"number {n}", "label": f"i{n % 2}"} for n in range(40)))
+    raw = lines(*({"text": f"number {n} of many"} for n in range(40)))
+    for rows in (classes, raw):
+        assert refusal(queue, {"a.jsonl": rows}, base=base) is None
+
+
 def test_image_rows_are_not_checked_at_submission(queue: Any) -> None:
     from luthier.server.tables.foundation import foundation_model
 

@@ -33,7 +33,7 @@ from luthier.models.catalog import CATALOG
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.submit import DISTILLATION, Submission, recipe_of
 from luthier.server.stores.locations import Locations
-from luthier.server.tables.foundation import root_of
+from luthier.server.tables.foundation import kind_of, root_of
 from luthier.server.tables.jobs import Job
 from luthier.types import Row
 
@@ -143,6 +143,7 @@ def check_first_rows(locations: Locations, submission: Submission) -> None:
     # These modules import all objectives, which would delay the start of the server.
     from luthier.engine.dataset import checker_for
     from luthier.gate.policy import GatePolicy, load_policy
+    from luthier.objectives.by_shape import needs_writing
 
     sources = {"data.train": submission.training, "data.validation": submission.validators}
     for addresses in sources.values():
@@ -157,6 +158,7 @@ def check_first_rows(locations: Locations, submission: Submission) -> None:
     policy = load_policy(None, recipe.data.severity or {})
     if prompts:
         policy = GatePolicy({**policy.severity, UNREAD: "off"})
+    is_encoder = recipe.objective is None and kind_of(submission.base) in ("encoder", "masked_lm")
     problems: list[Problem] = []
     for setting, addresses in sources.items():
         for address in addresses:
@@ -167,6 +169,10 @@ def check_first_rows(locations: Locations, submission: Submission) -> None:
             # Columns of a table that the API cannot read need no advice.
             if submission.api != "native" and peeked.container not in (None, Container("jsonl")):
                 found = [_format_problem(peeked.container, peeked.address, peeked.name)]
+            # A large file of some formats has no first rows.
+            for row in () if found or not is_encoder else peeked.rows[:1]:
+                if needs_writing(row):
+                    found = [_encoder_problem(peeked.address, row.line)]
             problems += [replace(each, setting=setting) for each in found]
     if problems:
         raise DataError(problems)
@@ -235,6 +241,12 @@ def peek_rows(
         for each in problems
     ]
     return PeekedRows(address, container, file.name, records, rows, form, named)
+
+
+def _encoder_problem(address: str, line: int) -> Problem:
+    message = "The rows train a model to generate text, and the base model is an encoder."
+    fix = "Choose a base model that generates text, or write rows with labels."
+    return Problem("objective.network", message, fix, Location(address, line))
 
 
 def _media_problem(address: str) -> Problem:
