@@ -330,6 +330,9 @@ def test_deployments_health_and_review_in_browser(
         assert [each["action"] for each in states] == ["create", "promote", "rollback"]
         listed = json.loads(get("deployments")[1])["deployments"]
         assert [(each["deployment"], each["model"]) for each in listed] == [("router", "labeller")]
+        page.until_text("router", "main pre")
+        page.script("location.hash = '#/playground/router'")
+        page.until_text("About this deployment", ".heading")
         page.script("location.hash = '#/models/labeller'")
         page.until_text("router", "#deletion")
         page.click("#deletion a")

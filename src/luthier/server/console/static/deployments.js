@@ -1,7 +1,8 @@
 // Deployments: names that applications send, the models behind the names, promotion and rollback.
 
 import { call, may } from "./api.js";
-import { age, duration, number, percent, time, words } from "./format.js";
+import { age, duration, number, percent, shortName, time, words } from "./format.js";
+import { Calls } from "./model.js";
 import { allModels } from "./models.js";
 import {
   Chip, Empty, ErrorBox, Facts, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link,
@@ -10,23 +11,16 @@ import {
 
 const SECONDS = 5;
 const PAGE = 25;
-/** Deployments in one response: the most that the server allows. */
-const MOST = 1000;
 const SHARES = [["", "all requests at once"], ["0.05", "5 % of users first"], ["0.1", "10 % of users first"], ["0.25", "25 % of users first"]];
 const STATES = { Ready: "good", Failed: "error", Creating: "note" };
 const CHANGES = { switched: "good", canary: "note", preparing: "note", ended: "warning" };
 
-const pathOf = (name) => `/api/v1/deployments/${encodeURIComponent(name)}`;
+/** Return the address of a deployment in the API. */
+export const pathOf = (name) => `/api/v1/deployments/${encodeURIComponent(name)}`;
 
 /** Return the active custom models of the account, newest first. */
 async function deployableModels(signal) {
   return (await allModels(signal)).filter((each) => each.kind === "custom" && each.status === "Active");
-}
-
-/** Return the names of the deployments that serve a model or are about to. */
-export async function deploymentsOf(model, signal) {
-  const { deployments } = await call("GET", "/api/v1/deployments", { query: { limit: MOST }, signal });
-  return deployments.filter((each) => [each.model, each.next_model].includes(model.name)).map((each) => each.deployment);
 }
 
 /** The list of deployments. */
@@ -94,6 +88,7 @@ export function Deployment({ params, query }) {
   const path = pathOf(params.name);
   const { data, error, read } = useData((signal) => call("GET", path, { signal }));
   const watch = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(params.name)}/health`, { query: { since: "7d" }, signal }));
+  const serving = useData((signal) => data && call("GET", `/api/v1/models/${encodeURIComponent(shortName(data.model_arn))}`, { signal }), [data?.model_arn]);
   usePolling(SECONDS, read);
   const back = useAction(async () => {
     const pending = data.history.some((each) => ["preparing", "canary"].includes(each.state));
@@ -115,6 +110,7 @@ export function Deployment({ params, query }) {
   return html`
     <p class="soft"><a href=${link("deployments")}>Deployments</a> /</p>
     <${Heading} title=${data.deployment} chips=${html`<${Chip} kind=${STATES[data.status]}>${data.status}<//>`}>
+      ${data.status === "Ready" && may("invoke") && html`<a class="button primary" href=${link("playground", data.deployment)}>Playground</a>`}
       <a class="button" href=${link("health", data.deployment)}>Health</a>
       ${may("develop") && history.length > 1 && html`<button type="button" class="danger" onclick=${back.run}>Roll back</button>`}
       ${may("develop") && data.status !== "Creating" && html`<button type="button" class="danger" id="delete" disabled=${removal.busy} onclick=${removal.run}>Delete</button>`}
@@ -131,6 +127,7 @@ export function Deployment({ params, query }) {
       <p class="soft">No request of the last 7 days is captured under this name. <a href=${link("review")}>Capture requests</a> to see figures.</p>
     `}
     ${canary && html`<${Canary} canary=${canary} />`}
+    ${serving.data && html`<${Calls} model=${{ ...serving.data, id: data.deployment, deployed: data.model }} storedId=${null} />`}
     ${may("develop") && html`<${Promotion} path=${path} deployment=${data} chosen=${query.get("model")} done=${read} />`}
     <${Section} title="History"><${History} history=${history} /><//>
   `;

@@ -31,6 +31,7 @@ export function HealthPage({ params }) {
   const measure = useSignal("");
   const path = `/api/v1/models/${encodeURIComponent(params.name)}/health`;
   const { data, error, read } = useData((signal) => call("GET", path, { query: { since: since.value }, signal }), [since.value]);
+  const capture = useData((signal) => call("GET", "/api/v1/capture", { signal }));
   const range = html`
     <label for="since" class="visually-hidden">Period</label>
     <select id="since" ...${bound(since)}>${options(RANGES)}</select>
@@ -38,7 +39,9 @@ export function HealthPage({ params }) {
   if (error?.status === 404)
     return html`
       <${Heading} title=${`Health of ${params.name}`} tab="Health">${range}<//>
-      <${Empty} text="No request of this model is captured in this period.">${may("develop") && html`<${CaptureSwitch} />`}<//>
+      ${capture.data?.enabled
+        ? html`<${Empty} text="Capture is on. No request has come in under this name in this period." />`
+        : html`<${Empty} text="No request of this model is captured in this period.">${may("develop") && html`<${CaptureSwitch} done=${capture.read} />`}<//>`}
     `;
   if (!data || error) return html`<${Pending} title="Health" error=${error} read=${read} />`;
   const { periods } = data;

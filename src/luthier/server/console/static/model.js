@@ -2,11 +2,10 @@
 
 import { ApiError, call, may } from "./api.js";
 import { Certificate, CertificateDownload } from "./certificate.js";
-import { deploymentsOf } from "./deployments.js";
 import { ModelEvaluations } from "./evaluate.js";
 import { Exports } from "./exports.js";
 import { age, bytes, number, time } from "./format.js";
-import { BaseLink, MADE_FOR, StatusChip, allModels, languagesOf, loadedModels, nameOf, whereOf } from "./models.js";
+import { BaseLink, MADE_FOR, StatusChip, allModels, deploymentsOf, languagesOf, loadedModels, nameOf, whereOf } from "./models.js";
 import { snippets } from "./snippets.js";
 import {
   Chip, ErrorBox, Facts, Heading, Pending, announce, confirmed, go, html, link, toast, useAction, useData, usePolling, useSignal,
@@ -143,7 +142,8 @@ function memoryText(state) {
   return `Loaded ${age(state.loaded_at)}, uses ${bytes(state.memory_bytes)}${shared}. ${stays}${busy}`;
 }
 
-function Calls({ model, storedId }) {
+/** Commands and programs that query a model; `storedId` is its id in the CLI, or null. */
+export function Calls({ model, storedId }) {
   const found = snippets({ origin: window.location.origin, model, storedId });
   if (!found.length) return null;
   return html`

@@ -5,7 +5,7 @@ import { age, bytes, compact, shortName, time } from "./format.js";
 import { Chip, DataTable, Empty, ErrorBox, Heading, Pending, html, link, useData, usePolling, useRef } from "./ui.js";
 
 const SECONDS = 15;
-/** Models of the account in one response: the most that the server allows. */
+/** Models or deployments of the account in one response: the most that the server allows. */
 const PAGE = 1000;
 /** Models that are listed again in each round; a list twice as long is loaded half as often. */
 const EACH_TIME = 200;
@@ -36,6 +36,16 @@ export async function allModels(signal) {
     found.push(...page.models);
   } while (page.next !== undefined);
   return found;
+}
+
+/** Return the deployments of the account. */
+export async function allDeployments(signal) {
+  return (await call("GET", "/api/v1/deployments", { query: { limit: PAGE }, signal })).deployments;
+}
+
+/** Return the names of the deployments that serve a model or are about to. */
+export async function deploymentsOf(model, signal) {
+  return (await allDeployments(signal)).filter((each) => [each.model, each.next_model].includes(model.name)).map((each) => each.deployment);
 }
 
 /** The page. */

@@ -1,8 +1,10 @@
 // The playground of a model: one form for each ability of the model.
 
-import { call } from "./api.js";
+import { call, may } from "./api.js";
 import { Chat } from "./chat.js";
-import { MADE_FOR, StatusChip, allModels, nameOf, writes } from "./models.js";
+import { pathOf } from "./deployments.js";
+import { shortName } from "./format.js";
+import { MADE_FOR, StatusChip, allDeployments, allModels, nameOf, writes } from "./models.js";
 import { Prediction, Reconstruction, Samples, Similarity } from "./predictions.js";
 import { Chip, DataTable, Heading, Pending, html, link, useData, useSignal } from "./ui.js";
 
@@ -16,16 +18,22 @@ const TABS = {
 
 /** The page without a model: a list of models to choose from. */
 export function ChooseModel() {
-  const { data, error, read } = useData(allModels);
+  const { data, error, read } = useData((signal) => Promise.all([allModels(signal), may("read") ? allDeployments(signal) : []]));
   if (!data) return html`<${Pending} title="Playground" error=${error} read=${read} />`;
-  const active = data.filter((each) => /^active$/i.test(each.status));
-  const rows = [...active.filter((each) => each.kind === "custom"), ...active.filter((each) => each.kind !== "custom")];
+  const [models, deployments] = data;
+  const active = models.filter((each) => /^active$/i.test(each.status));
+  const served = deployments.flatMap(({ deployment: name, status, model }) => {
+    const serving = active.find((each) => each.kind === "custom" && each.name === model);
+    return status === "Ready" && serving ? [{ ...serving, id: name, name, suffix: null, deployed: model }] : [];
+  });
+  const kindOf = ({ deployed, kind }) => (deployed ? `deployment of ${deployed}` : kind === "custom" ? "custom model" : "base model");
+  const rows = [...served, ...active.filter((each) => each.kind === "custom"), ...active.filter((each) => each.kind !== "custom")];
   return html`
     <${Heading} title="Playground" />
     <p>Choose a model. A chat can be compared with a second model, also blind.</p>
     <${DataTable} caption="Models to try" filter="name or use" rows=${rows} columns=${[
       { name: "Name", value: nameOf, show: (each) => html`<a href=${link("playground", each.id)}><bdi>${nameOf(each)}</bdi></a>` },
-      { name: "Kind", value: (each) => (each.kind === "custom" ? "custom model" : "base model") },
+      { name: "Kind", value: kindOf },
       { name: "Use", value: (each) => (writes(each) ? "chat" : each.kind === "custom" ? "predictions" : (MADE_FOR[each.base_kind] ?? each.base_kind)) },
     ]} />
   `;
@@ -33,7 +41,7 @@ export function ChooseModel() {
 
 /** The page. */
 export function Playground({ params }) {
-  const found = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(params.id)}`, { signal }));
+  const found = useData((signal) => targetOf(params.id, signal));
   const chosen = useSignal(null);
   const model = found.data;
   if (!model) return html`<${Pending} title="Playground" ...${found} />`;
@@ -42,7 +50,9 @@ export function Playground({ params }) {
   const chip = model.kind === "custom" ? html`<${StatusChip} status=${model.status} />` : html`<${Chip}>base model<//>`;
   return html`
     <${Heading} title=${model.name} tab=${`Playground: ${model.name}`} chips=${chip}>
-      <a class="button" href=${link("models", model.id)}>About this model</a>
+      ${model.deployed
+        ? html`<a class="button" href=${link("deployments", model.id)}>About this deployment</a>`
+        : html`<a class="button" href=${link("models", model.id)}>About this model</a>`}
     <//>
     ${does.length > 1 && html`
       <div class="actions tabs" role="group" aria-label="Task">
@@ -54,6 +64,17 @@ export function Playground({ params }) {
     ${shown ? html`<div id="try"><${TABS[shown][1]} key=${shown} model=${model} /></div>`
       : html`<p class="box note">${reasonFor(model)}</p>`}
   `;
+}
+
+/** Return a model, or a deployment as the serving model under the name of the deployment. As in requests, a deployment precedes models. */
+async function targetOf(name, signal) {
+  const read = (id) => call("GET", `/api/v1/models/${encodeURIComponent(id)}`, { signal });
+  const missing = (error) => (error.status === 404 ? null : Promise.reject(error));
+  const model = await read(name).catch((error) => (may("read") ? missing(error) : Promise.reject(error)));
+  if (model?.id === name || !may("read")) return model;
+  const deployment = await call("GET", pathOf(name), { signal }).catch(missing);
+  // The server names the missing model.
+  return deployment ? { ...(await read(shortName(deployment.model_arn))), id: name, name, deployed: deployment.model } : model ?? read(name);
 }
 
 function reasonFor({ kind, status, failure, abilities }) {

@@ -65,9 +65,9 @@ function writing(origin, model) {
   ];
 }
 
-function boto3(origin, { id, name, arn, kind }) {
+function boto3(origin, { id, name, arn, kind, deployed: isDeployed }) {
   const region = arn.split(":")[3] || "us-east-1";
-  const isCustom = kind === "custom";
+  const isCustom = kind === "custom" && !isDeployed;
   const deployed = `
 bedrock = boto3.client("bedrock", **server)
 deployment = bedrock.create_custom_model_deployment(  # once: Bedrock deploys custom models before they are used
