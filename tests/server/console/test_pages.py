@@ -272,7 +272,7 @@ def test_deployments_health_and_review_in_browser(
         page.click('#navigation a[href="#/review"]')
         page.until_text("No answer is captured yet", "main")
         page.click(".heading .primary")
-        page.until_text("personal data hidden", ".heading")
+        page.until_text("Not hidden: names", ".heading")
         page.script("location.hash = '#/playground/labeller'")
         for number in range(3):
             page.until("document.querySelector('#input') !== null")

@@ -23,6 +23,8 @@ const EXPORTS = [
   ["kto", "answers with a judgement (KTO)"], ["classification", "texts with labels"],
 ];
 const KEYS = { u: { thumb: "up" }, d: { thumb: "down" }, ...Object.fromEntries(STARS.map((each) => [each, { rating: each }])) };
+/** What redaction replaces (luthier/gate/pii.py). */
+const HIDDEN = "Hidden: e-mail and IP addresses, phone, card, bank and national id numbers, keys and passwords. Not hidden: names, postal addresses, birth dates.";
 
 /** The page. */
 export function Review({ query }) {
@@ -57,9 +59,8 @@ function CaptureState() {
   });
   if (!data) return null;
   if (!data.enabled) return may("develop") ? html`<${CaptureSwitch} done=${read} />` : html`<span class="soft">The capture is off.</span>`;
-  const hidden = data.redact ? ", personal data hidden" : "";
   return html`
-    <span class="soft">Requests are captured for ${data.days} days${hidden}.</span>
+    <span class="soft">Requests are captured for ${data.days} days.${data.redact ? ` ${HIDDEN}` : ""}</span>
     ${may("develop") && html`<button type="button" class="quiet" onclick=${run}>Turn off</button>`}
   `;
 }
