@@ -32,11 +32,20 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
     for name, lines in (
         ("rows", LINES),
         ("train", [{"prompt": f"train {n}?", "completion": f"it is {n}."} for n in range(8)]),
+        ("renamed", [{"asked": f"train {n}?", "said": f"it is {n}."} for n in range(8)]),
         ("text", [{"text": "a fox"}]),
         ("labels", [{"text": "a fox", "label": "animal"}]),
     ):
         (made.home / f"{name}.jsonl").write_bytes(made.put_rows(f"{name}.jsonl", lines))
-    made.train_mine(training=["s3://bucket/train.jsonl"])
+    columns = {"prompt": "asked", "completion": "said"}
+    made.train_mine(
+        training=["s3://bucket/renamed.jsonl"],
+        settings={
+            "data": {"columns": columns},
+            "training": {"max_steps": 2},
+            "adaptation": {"method": "lora", "rank": 2},
+        },
+    )
     arn = made.client("bedrock").get_custom_model(modelIdentifier="mine")["modelArn"]
     bedrock = made.client("bedrock")
     arn = bedrock.create_custom_model_deployment(modelDeploymentName="live", modelArn=arn)[
@@ -102,6 +111,12 @@ def test_comparison_with_base_and_training_rows(server: Served) -> None:
     assert done["report"]["verdict"] and len(done["report"]["shown"]) == 1
     assert "job-" not in json.dumps(done)
     assert "mine" in server.ask("GET", f"{made}/report")[1]
+
+
+def test_rows_with_the_columns_of_the_training(server: Served) -> None:
+    made = create(server, "evaluations", model="mine", rows="s3://bucket/renamed.jsonl")
+    done = server.ended(made)
+    assert (done["state"], done["report"]["rows"]) == ("Completed", 8), done
 
 
 def test_rows_of_uploaded_file(server: Served) -> None:

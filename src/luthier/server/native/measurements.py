@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
+from luthier.server.jobs.data import peek_rows
 from luthier.server.jobs.measurements import check_measurement
 from luthier.server.jobs.submit import submit_report
 from luthier.server.native.operations import (
@@ -54,7 +55,8 @@ class _NewMeasurement(Input):
     """Graders of replies: names (``["exact"]``), or fields by name. The default follows from the
     rows. In a comparison, the first grader decides."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Column names of the rows by key; an empty name ignores the key or column."""
+    """Column names of the rows by key; an empty name ignores the key or column. The default are the
+    columns of the model's training rows, if the rows have them."""
     time_limit: int = Field(default=21_600, ge=1, le=604_800)
     """Time limit in seconds. One measurement runs at a time on a machine."""
 
@@ -231,6 +233,7 @@ def _create(
     context = call.context
     call.record(f"{kind}/*")
     request = request_of(context.locations, call.account, body)
+    request["columns"] = body.columns or _learned_columns(call, models[0], request["rows"])
     check_measurement(context.locations, call.account, kind, request, models)
     with context.database.write() as session:
         limits = context.quotas(call.account)
@@ -239,6 +242,19 @@ def _create(
         view = view_report(row, None)
     context.wake()
     return view
+
+
+def _learned_columns(call: Call, model: MeasuredModel, address: str) -> dict[str, str]:
+    """Return the columns of the model's training rows if the rows at ``address`` have them."""
+    from luthier.library.models import describe
+
+    recipe = describe(model["stored_id"]).manifest.recipe or {}
+    columns: dict[str, str] = recipe.get("data", {}).get("columns") or {}
+    wanted = {name for name in columns.values() if name}
+    if not wanted:
+        return {}
+    records = peek_rows(call.context.locations, call.account, address).records
+    return columns if records and wanted <= records[0].keys() else {}
 
 
 def request_of(locations: Locations, account: str, body: Input) -> dict[str, Any]:
