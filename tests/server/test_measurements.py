@@ -92,6 +92,12 @@ def test_evaluation_has_report_of_the_command(server: Served) -> None:
     assert "live" in html and ROWS in html and "job-" not in html and str(server.home) not in html
     listed = server.ask("GET", "/api/v1/evaluations?state=Completed&limit=1")[1]["measurements"]
     assert [each["id"] for each in listed] == [done["id"]] and "report" not in listed[0]
+    arn = server.client("bedrock").get_custom_model(modelIdentifier="mine")["modelArn"]
+    own, others = (
+        server.ask("GET", f"/api/v1/evaluations?model={each}")[1]["measurements"]
+        for each in (arn, "arn:x")
+    )
+    assert done["id"] in [each["id"] for each in own] and not others
     assert server.ask("POST", f"{made}/stop")[0] == 409
     assert server.ask("GET", made, account=OTHER)[0] == 404
     assert server.ask("GET", made.replace("evaluations", "comparisons"))[0] == 404

@@ -142,6 +142,8 @@ class MeasurementsPage(Page):
     """Filter and page of a list of evaluations, comparisons or studies."""
 
     state: ResultState | None = None
+    model: str | None = Field(default=None, max_length=2048)
+    """ARN of the first model. The model may be deleted."""
 
 
 @router.post("/evaluations", status_code=201)
@@ -177,9 +179,10 @@ def add_operations(router: APIRouter, table: type[ReportWork], kind: str, kinds:
 
     def list_all(call: NativeCall, page: Annotated[MeasurementsPage, Query()]) -> MeasurementsView:
         states = (page.state,) if page.state else ()
+        first = () if page.model is None else (table.models[0]["arn"].as_string() == page.model,)
         with call.context.database.read() as session:
             rows = results.list_works(
-                session, table, call.account, states, *own,
+                session, table, call.account, states, *own, *first,
                 limit=page.limit + 1, position=page.position,
             )  # fmt: skip
         views = [view_report(each, None) for each in rows[: page.limit]]

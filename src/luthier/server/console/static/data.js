@@ -36,6 +36,8 @@ export function Files() {
     toast(`${file.filename} is deleted.`);
     await read();
   });
+  // A filter covers the files of one page only.
+  const isWhole = after === null && !data?.has_more;
   if (!data) return html`<${Pending} title="Data" error=${error} read=${read} />`;
   const columns = [
     { name: "File", value: (each) => each.filename, show: (each) => html`<a href=${link("data", addressOf(each.id))}><bdi>${each.filename}</bdi></a>` },
@@ -55,7 +57,7 @@ export function Files() {
         help="JSON Lines, CSV, Parquet or text. The address of an object in a bucket works as well." /></section>
     `}
     <${ErrorBox} error=${error} again=${read} /><${ErrorBox} error=${remove.error} />
-    <${DataTable} caption="Files" filter="name" columns=${columns} rows=${data.data} size=${FILES}
+    <${DataTable} caption="Files" filter=${isWhole && "name"} columns=${columns} rows=${data.data} size=${FILES}
       empty=${html`
         <${Empty} text="There are no files yet. Bring a file, or store the rows of a sample.">
           ${may("develop") && html`<a class="button primary" href=${link("home")}>Try a sample</a>`}
@@ -82,6 +84,7 @@ export function Data({ params, query }) {
     return state;
   }, [state]);
   const lines = useSignal({ rule: "", lines: query.get("lines") ?? "" });
+  // The lines of a folder belong to several files.
   const showRows = (rule) => {
     lines.value = { rule: rule.rule, lines: [...new Set(rule.places.map((each) => each.line ?? each.row).filter(Boolean))].join(",") };
     document.getElementById("rows").scrollIntoView();
@@ -100,7 +103,7 @@ export function Data({ params, query }) {
       <${Working} key=${state} text=${found.value?.state === state ? "Checking all rows" : "Checking the first rows"} />
     `}
     ${found.value && html`
-      <${Inspection} ...${found.value} address=${address} columns=${columns.value} showRows=${showRows} onfixed=${(made) => go("data", made.address)} />
+      <${Inspection} ...${found.value} address=${address} columns=${columns.value} showRows=${!address.endsWith("/") && showRows} onfixed=${(made) => go("data", made.address)} />
     `}
     <${Rows} key=${lines.value.lines} address=${address} columns=${columns.value} lines=${lines} />
   `;

@@ -109,10 +109,9 @@ async function trainingRows({ job }) {
 /** The evaluations of a model as a table, newest first. */
 export function ModelEvaluations({ model }) {
   const { data, error, read } = useData(async (signal) => {
-    const { measurements } = await call("GET", "/api/v1/evaluations", { query: { limit: 100, state: "Completed" }, signal });
-    const own = measurements.filter((each) => [model.id, model.name, model.arn].includes(each.models[0])).slice(0, MOST_SHOWN);
-    await learnNames(own.map((each) => each.request.rows), signal);
-    return Promise.all(own.map((each) => call("GET", pathOf("evaluations", each.id), { signal })));
+    const { measurements } = await call("GET", "/api/v1/evaluations", { query: { limit: MOST_SHOWN, state: "Completed", model: model.arn }, signal });
+    await learnNames(measurements.map((each) => each.request.rows), signal);
+    return Promise.all(measurements.map((each) => call("GET", pathOf("evaluations", each.id), { signal })));
   });
   const rows = (data ?? []).map(({ id, ended, request, report, lower_is_better: lower }) => {
     const [name, score] = Object.entries(report.scores)[0];

@@ -3,7 +3,7 @@
 import { call, may } from "./api.js";
 import { age, bytes, number, percent, time } from "./format.js";
 import { hasEnded } from "./jobs.js";
-import { Chip, ErrorBox, Field, Table, bound, html, options, useAction, useData, usePolling, useSignal } from "./ui.js";
+import { Chip, ErrorBox, Field, PageButtons, Table, bound, html, options, useAction, useData, usePages, usePolling, useSignal } from "./ui.js";
 
 const FORMATS = [
   ["safetensors", "safetensors: transformers, PEFT, diffusers"],
@@ -17,7 +17,9 @@ const SECONDS = 4;
 
 /** The exports of an active custom model. */
 export function Exports({ model }) {
-  const { data, error, read } = useData((signal) => call("GET", "/api/v1/exports", { query: { model: model.arn }, signal }));
+  const pages = usePages();
+  const position = pages.value.at(-1);
+  const { data, error, read } = useData((signal) => call("GET", "/api/v1/exports", { query: { model: model.arn, position }, signal }), [position]);
   usePolling(SECONDS, async () => {
     if (data?.exports.some((each) => !hasEnded(each.state))) await read();
   });
@@ -33,6 +35,7 @@ export function Exports({ model }) {
         <${Table} caption="Exports of this model, newest first"
           columns=${["Format", "State", "Address", "Age", { name: "Stop", hidden: true }]}
           rows=${data.exports.map((each) => rowOf(each, stop.run))} empty="This model has no exports yet." />
+        <${PageButtons} pages=${pages} next=${data.next} noun="exports" />
       `}
       ${may("develop") && html`<${ExportForm} model=${model} started=${read} />`}
     </section>

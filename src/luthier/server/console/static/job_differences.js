@@ -11,13 +11,13 @@ const CHOICES = 50;
 
 /** A menu that opens the comparison with another job. */
 export function CompareWith({ job }) {
-  const { data } = useData(async (signal) => (await call("GET", "/api/v1/jobs", { query: { limit: CHOICES }, signal })).jobs);
-  const others = (data ?? []).filter((each) => each.name !== job.name);
+  const { data } = useData((signal) => call("GET", "/api/v1/jobs", { query: { limit: CHOICES }, signal }));
+  const others = (data?.jobs ?? []).filter((each) => each.name !== job.name);
   if (!others.length) return null;
   const choose = ({ target }) => target.value && (window.location.hash = link("jobs", job.name, "with", target.value));
   return html`
     <div class="narrow">
-      <${Field} id="other" label="Compare with another job">
+      <${Field} id="other" label="Compare with another job" help=${data.next && `The newest ${CHOICES} jobs.`}>
         <select id="other" onchange=${choose}>${options([["", "Choose a job …"], ...others.map((each) => [each.name, each.name])])}</select>
       <//>
     </div>

@@ -11,6 +11,8 @@ import {
 
 const SECONDS = 4;
 const PAGE = 25;
+/** Newest jobs in the menu of a new study. */
+const MOST_JOBS = 100;
 const STATES = { Completed: "good", Failed: "error", Running: "note" };
 const QUESTIONS = [
   ["methods", "Which method is best?"], ["layers", "How many layers need training?"],
@@ -67,12 +69,12 @@ const topicOf = ({ preset, vary }) => preset ?? vary.join(", ");
 function NewStudy({ chosen }) {
   const preset = useSignal(QUESTIONS[0][0]);
   const jobs = useData(async (signal) => {
-    const { jobs } = await call("GET", "/api/v1/jobs", { query: { limit: 100 }, signal });
-    return jobs.filter((each) => each.customization_type === "FINE_TUNING" && each.details.sources?.length === 1);
+    const { jobs, next } = await call("GET", "/api/v1/jobs", { query: { limit: MOST_JOBS }, signal });
+    return { next, found: jobs.filter((each) => each.customization_type === "FINE_TUNING" && each.details.sources?.length === 1) };
   });
   const { busy, error, run } = useAction(async (event) => {
     const { job, vary, seeds, minutes } = event.target.elements;
-    const found = jobs.data.find((each) => each.id === job.value);
+    const found = jobs.data.found.find((each) => each.id === job.value);
     const body = {
       ...settingsOf(found, preset.value, vary.value), seeds: Number(seeds.value),
       ...(minutes.value && { max_minutes: Number(minutes.value) }),
@@ -81,9 +83,9 @@ function NewStudy({ chosen }) {
     const made = await call("POST", "/api/v1/studies", { body });
     go("studies", made.id);
   });
-  if (jobs.data?.length === 0)
+  if (jobs.data?.found.length === 0)
     return html`
-      <${Empty} text="A study repeats a fine-tuning job with other settings. This account has no such job yet.">
+      <${Empty} text=${`A study repeats a fine-tuning job on one file with other settings. ${jobs.data.next ? `None of the newest ${MOST_JOBS} jobs is such a job.` : "This account has no such job yet."}`}>
         <a class="button primary" href=${link("new")}>New job</a>
       <//>
     `;
@@ -93,7 +95,7 @@ function NewStudy({ chosen }) {
         <div class="fields">
           <${Field} id="job" label="Rows and settings of the job">
             <select id="job" name="job" required>
-              ${(jobs.data ?? []).map((each) => html`<option value=${each.id} selected=${[each.id, each.name].includes(chosen)}>${each.name}</option>`)}
+              ${(jobs.data?.found ?? []).map((each) => html`<option value=${each.id} selected=${[each.id, each.name].includes(chosen)}>${each.name}</option>`)}
             </select>
           <//>
           <${Field} id="preset" label="Question"><select id="preset" ...${bound(preset)}>${options(QUESTIONS)}</select><//>
@@ -106,8 +108,7 @@ function NewStudy({ chosen }) {
           <${Field} id="minutes" label="Time limit in minutes (optional)"><input id="minutes" name="minutes" type="number" min="1" step="any" /><//>
         </div>
         <${ErrorBox} error=${jobs.error} again=${jobs.read} /><${ErrorBox} error=${error} />
-        ${jobs.data && !jobs.data.length && html`<p class="soft">A study needs a fine-tuning job with one file. <a href=${link("home")}>Train a model</a>.</p>`}
-        <div class="actions"><button type="submit" class="primary" disabled=${busy || !jobs.data?.length}>Start</button></div>
+        <div class="actions"><button type="submit" class="primary" disabled=${busy || !jobs.data}>Start</button></div>
       </form>
     </section>
   `;
