@@ -24,7 +24,7 @@ const EXPORTS = [
 ];
 const KEYS = { u: { thumb: "up" }, d: { thumb: "down" }, ...Object.fromEntries(STARS.map((each) => [each, { rating: each }])) };
 /** What redaction replaces (luthier/gate/pii.py). */
-const HIDDEN = "Hidden: e-mail and IP addresses, phone, card, bank and national id numbers, keys and passwords. Not hidden: names, postal addresses, birth dates.";
+const HIDDEN = "Hidden: e-mail and IP addresses, phone, card, bank and national id numbers, keys and passwords. Not hidden: names of people, postal addresses, birth dates.";
 
 /** The page. */
 export function Review({ query }) {
@@ -60,7 +60,8 @@ function CaptureState() {
   if (!data) return null;
   if (!data.enabled) return may("develop") ? html`<${CaptureSwitch} done=${read} />` : html`<span class="soft">The capture is off.</span>`;
   return html`
-    <span class="soft">Requests are captured for ${data.days} days.${data.redact ? ` ${HIDDEN}` : ""}</span>
+    <span class="soft">Requests are captured for ${data.days} days.</span>
+    ${data.redact && html`<details class="soft"><summary>Names are not hidden</summary>${HIDDEN}</details>`}
     ${may("develop") && html`<button type="button" class="quiet" onclick=${run}>Turn off</button>`}
   `;
 }
