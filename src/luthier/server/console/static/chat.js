@@ -289,7 +289,7 @@ function RatingError({ error }) {
   if (!error) return null;
   return html`
     <p class="soft" role="alert">
-      ${error.status === 404 ? html`Ratings need captured requests. <a href=${link("review")}>Capture requests</a>, then ask again.` : messageOf(error)}
+      ${error.status === 404 ? html`Ratings need captured requests. <a href=${link("review")}>Turn on capture in Review</a>, then ask again.` : messageOf(error)}
     </p>
   `;
 }

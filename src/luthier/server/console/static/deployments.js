@@ -88,6 +88,7 @@ export function Deployment({ params, query }) {
   const path = pathOf(params.name);
   const { data, error, read } = useData((signal) => call("GET", path, { signal }));
   const watch = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(params.name)}/health`, { query: { since: "7d" }, signal }));
+  const capture = useData((signal) => call("GET", "/api/v1/capture", { signal }));
   const serving = useData((signal) => data && call("GET", `/api/v1/models/${encodeURIComponent(shortName(data.model_arn))}`, { signal }), [data?.model_arn]);
   usePolling(SECONDS, read);
   const back = useAction(async () => {
@@ -124,7 +125,10 @@ export function Deployment({ params, query }) {
     ]} />
     ${watch.data && html`<p class="soft">${watch.data.summary}</p>`}
     ${watch.error?.status === 404 && html`
-      <p class="soft">No request of the last 7 days is captured under this name. <a href=${link("review")}>Capture requests</a> to see figures.</p>
+      <p class="soft">
+        No request of the last 7 days is captured under this name.${" "}
+        ${capture.data?.enabled ? "Capture is on." : html`<a href=${link("review")}>Turn on capture in Review</a> to see figures.`}
+      </p>
     `}
     ${canary && html`<${Canary} canary=${canary} />`}
     ${serving.data && html`<${Calls} model=${{ ...serving.data, id: data.deployment, deployed: data.model }} storedId=${null} />`}

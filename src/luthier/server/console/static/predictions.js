@@ -1,9 +1,9 @@
 // Forms of the playground: predictions for text, images, sound and values, similarity, and image generation.
 
 import { cosine, likeliest, spansOf } from "./answers.js";
-import { InputError, call } from "./api.js";
+import { InputError, call, may } from "./api.js";
 import { number, percent } from "./format.js";
-import { Chip, ErrorBox, Field, Table, announce, html, options, useAction, useEffect, useLeaving, useSignal } from "./ui.js";
+import { Chip, ErrorBox, Field, Table, announce, html, link, options, useAction, useData, useEffect, useLeaving, useSignal } from "./ui.js";
 
 /** Bytes of a file that is sent. base64 is a third longer, and the server rejects larger bodies. */
 const LARGEST_FILE = 18_000_000;
@@ -52,6 +52,7 @@ async function base64Of(file, noun) {
 /** The form of a model that returns labels, tags, numbers or text. */
 export function Prediction({ model }) {
   const [kind] = model.abilities.reads;
+  const capture = useData((signal) => (may("read") ? call("GET", "/api/v1/capture", { signal }) : null));
   const ask = async ({ input }, signal) => {
     const sent = await read(input, kind);
     const [answer] = await predict(model, [sent], signal);
@@ -60,6 +61,13 @@ export function Prediction({ model }) {
     return html`
       ${file && html`<${FileImage} class="preview" file=${file} audio=${kind === "audio"} />`}
       <${Answer} answer=${answer} text=${sent.text ?? ""} />
+      ${capture.data && html`
+        <p class="soft">
+          ${capture.data.enabled
+            ? html`<a href=${link("review")}>Rate this prediction in Review</a>`
+            : html`Predictions can be rated if requests are captured. <a href=${link("review")}>Turn on capture in Review</a>.`}
+        </p>
+      `}
     `;
   };
   return html`<${Asking} verb="Predict" ask=${ask}><${Input} kind=${kind} id="input" /><//>`;
