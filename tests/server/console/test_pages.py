@@ -407,6 +407,9 @@ def test_models_playground_evaluation_and_keys_in_browser(
         page.until_text("sk-", "#secret")
         secret = page.text("#secret")
         assert secret.encode() not in get("users")[1]
+        page.click("button[aria-label$='of root']")
+        page.until_text("signed in with this key", "dialog")
+        page.click("dialog button[value='no']")
         page.click("button[aria-label$='of rita']")
         page.click("dialog .danger")
         page.until("document.querySelector(`button[aria-label$='of rita']`) === null")

@@ -51,6 +51,8 @@ class UsersView(View):
     """Users of the account by name."""
 
     users: list[UserView]
+    key: str
+    """Id of the key of the request."""
 
 
 class NewUser(Input):
@@ -108,7 +110,8 @@ def list_users(call: NativeCall) -> UsersView:
     """List the users of the account with their keys."""
     with call.context.database.read() as session:
         found = principals.users(session, call.account)
-        return UsersView(users=[_user_view(session, each) for each in found])
+        users = [_user_view(session, each) for each in found]
+    return UsersView(users=users, key=call.caller.key)
 
 
 @router.post("/users", status_code=201)

@@ -16,14 +16,15 @@ const PAGE = 50;
 
 /** The page. */
 export function Administration() {
-  const { data, error, read } = useData(async (signal) => (await call("GET", "/api/v1/users", { signal })).users);
+  const { data, error, read } = useData((signal) => call("GET", "/api/v1/users", { signal }));
   if (!data) return html`<${Pending} title="Administration" error=${error} read=${read} />`;
-  const keys = data.flatMap((user) => user.keys.map((each) => ({ ...each, user: user.name })));
+  const { users } = data;
+  const keys = users.flatMap((user) => user.keys.map((each) => ({ ...each, user: user.name, isOwn: each.id === data.key })));
   return html`
     <${Heading} title="Administration"><a class="button" href=${link("usage")}>Usage and quotas</a><//>
     <${ErrorBox} error=${error} again=${read} />
     <h2>Users</h2>
-    <${DataTable} caption="Users" rows=${data} columns=${[
+    <${DataTable} caption="Users" rows=${users} columns=${[
       { name: "Name", value: (each) => each.name },
       { name: "Role", value: (each) => each.role, show: (each) => html`${each.role} <small class="soft">${ABOUT[each.role]}</small>` },
       { name: "State", value: (each) => (each.disabled ? "disabled" : "active") },
@@ -33,8 +34,8 @@ export function Administration() {
     <${NewUser} done=${read} />
     <h2>Keys</h2>
     <${Keys} keys=${keys} done=${read} />
-    <${NewKey} users=${data} done=${read} />
-    <${Audit} users=${data} />
+    <${NewKey} users=${users} done=${read} />
+    <${Audit} users=${users} />
   `;
 }
 
@@ -67,7 +68,8 @@ function NewUser({ done }) {
 
 function Keys({ keys, done }) {
   const { error, run } = useAction(async (key) => {
-    const text = `Requests with the key ${key.begins}… of ${key.user} are refused from now on.`;
+    const own = key.isOwn ? " You are signed in with this key: the console signs you out." : "";
+    const text = `Requests with the key ${key.begins}… of ${key.user} are refused from now on.${own}`;
     if (!(await confirmed({ title: "Revoke this key?", text, verb: "Revoke", danger: true }))) return;
     await call("DELETE", `/api/v1/keys/${encodeURIComponent(key.id)}`);
     toast("The key was revoked.");
@@ -76,7 +78,7 @@ function Keys({ keys, done }) {
   return html`
     <${ErrorBox} error=${error} />
     <${DataTable} caption="Keys" filter="user or label" rows=${keys} empty="There are no keys." columns=${[
-      { name: "Key", value: (each) => each.begins, show: (each) => html`<code>${each.begins}…</code> ${each.label}` },
+      { name: "Key", value: (each) => each.begins, show: (each) => html`<code>${each.begins}…</code> ${each.label}${each.isOwn && html` <${Chip}>signed in<//>`}` },
       { name: "User", value: (each) => each.user },
       { name: "Kind", value: (each) => (each.kind === "api" ? "API key" : "access key") },
       { name: "Role", value: (each) => each.role ?? "–" },

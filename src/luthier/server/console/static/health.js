@@ -3,6 +3,7 @@
 import { call, may } from "./api.js";
 import { LineChart } from "./charts.js";
 import { number, percent, words } from "./format.js";
+import { modelNames } from "./jobs.js";
 import { CaptureSwitch } from "./review.js";
 import { DataTable, Empty, Field, Heading, Pending, Table, bound, html, link, options, useData, useSignal } from "./ui.js";
 
@@ -32,13 +33,15 @@ export function HealthPage({ params }) {
   const path = `/api/v1/models/${encodeURIComponent(params.name)}/health`;
   const { data, error, read } = useData((signal) => call("GET", path, { query: { since: since.value }, signal }), [since.value]);
   const capture = useData((signal) => call("GET", "/api/v1/capture", { signal }));
+  // Clients name models by id as well.
+  const shownName = useData(modelNames).data ?? ((each) => each);
   const range = html`
     <label for="since" class="visually-hidden">Period</label>
     <select id="since" ...${bound(since)}>${options(RANGES)}</select>
   `;
   if (error?.status === 404)
     return html`
-      <${Heading} title=${`Health of ${params.name}`} tab="Health">${range}<//>
+      <${Heading} title=${`Health of ${shownName(params.name)}`} tab="Health">${range}<//>
       ${capture.data?.enabled
         ? html`<${Empty} text="Capture is on. No request has come in under this name in this period." />`
         : html`<${Empty} text="No request of this model is captured in this period.">${may("develop") && html`<${CaptureSwitch} done=${capture.read} />`}<//>`}
@@ -57,7 +60,7 @@ export function HealthPage({ params }) {
   const labels = measures.filter(isLabel);
   const unit = periods.length > 1 && Date.parse(periods[1].first) - Date.parse(periods[0].first) > 86_400_000 ? "Week" : "Day";
   return html`
-    <${Heading} title=${`Health of ${params.name}`} tab="Health">
+    <${Heading} title=${`Health of ${shownName(params.name)}`} tab="Health">
       ${range}
       <a class="button" href=${`${link("review")}?model=${encodeURIComponent(params.name)}`}>Rate answers</a>
     <//>
@@ -80,7 +83,7 @@ export function HealthPage({ params }) {
         series=${[line("Value", "value"), line("Lower bound (95 %)", "low"), line("Upper bound (95 %)", "high")]} />
     `}
     <${Table} caption=${`Figures by ${unit.toLowerCase()}, newest first, with 95 % intervals`}
-      columns=${[unit, ...["Requests", ...columns.map(nameOf)].map((name) => ({ name, kind: "number" }))]}
+      columns=${[unit, { name: "Requests", kind: "number" }, ...columns.map((name) => ({ name: nameOf(name), kind: "number wrap" }))]}
       rows=${periods.toReversed().map((each) => [each.first, number(each.requests), ...columns.map((name) => figureText(each.measures[name]))])} />
     ${labels.length > 0 && html`
       <section id="labels">

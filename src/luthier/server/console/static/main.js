@@ -189,8 +189,8 @@ function SignIn({ message }) {
       <input type="password" id="key" autocomplete="off" spellcheck="false" required ref=${field}
         aria-describedby="key-help" />
       <p id="key-help" class="soft">
-        The key that <code>luthier serve</code> printed as <code>OPENAI_API_KEY</code>, or a key created with${" "}
-        <code>luthier admin</code>. The key stays in this tab until you close the tab.
+        <code>OPENAI_API_KEY</code> of the first start of <code>luthier serve</code>, in the terminal or in the file of keys that the
+        terminal or log names, or a key created with <code>luthier admin</code>. The key stays in this tab until you close the tab.
       </p>
       <button type="submit" class="primary" disabled=${busy}>Sign in</button>
     </form>

@@ -112,7 +112,7 @@ export function HeldOut({ job, rows: all, base }) {
   });
   if (!rows.length)
     return html`
-      <${Empty} text="The job has no held-out row with a short text. Try your own text.">
+      <${Empty} text="No held-out row can be shown: the row needs a short text and a wanted answer. Try your own text.">
         <a class="button" href=${link("playground", job.model_name)}>Open the playground</a>
       <//>
     `;
