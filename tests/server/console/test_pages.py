@@ -546,6 +546,26 @@ await wait(1.5);
 return { long, cut, aborted, text: root.innerText };
 """
 
+LEAVING = """
+const { useAction } = await import("/console/ui.js");
+let finish;
+const Button = () => {
+  const { run } = useAction(() => new Promise((done) => { finish = done; }));
+  return html`<button onclick=${run}>Start</button>`;
+};
+const press = async (isLeft, address) => {
+  render(html`<${Button} />`, root);
+  await wait(0.2);
+  root.querySelector("button").click();
+  if (isLeft) render(null, root);
+  await wait(0.2);
+  finish(address);
+  await wait(0.2);
+  return location.hash;
+};
+return [await press(true, "#/usage"), await press(false, "#/data")];
+"""
+
 SOUNDS = """
 const { Prediction } = await import("/console/predictions.js");
 const [made, freed] = [[], []];
@@ -676,6 +696,8 @@ def test_pages_handle_rare_responses(url: str, root_key: str, tmp_path: Path) ->
         assert "Measured on\nt.jsonl" in opened["facts"]
         assert opened["rows"] == ["travel\tsports\t4", "travel\t40"]
         assert [said for said in opened["said"] if "<b>travel</b> for sports" in said]
+
+        assert page.script(STUBBED % LEAVING) == ["#/jobs", "#/data"]
 
         found = page.script(POLICY)
         assert found["hit"] is None

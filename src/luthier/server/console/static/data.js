@@ -103,7 +103,7 @@ export function Data({ params, query }) {
       <${Working} key=${state} text=${found.value?.state === state ? "Checking all rows" : "Checking the first rows"} />
     `}
     ${found.value && html`
-      <${Inspection} ...${found.value} address=${address} columns=${columns.value} showRows=${!address.endsWith("/") && showRows} onfixed=${(made) => go("data", made.address)} />
+      <${Inspection} ...${found.value} address=${address} columns=${columns.value} showRows=${!address.endsWith("/") && showRows} onfixed=${(made) => link("data", made.address)} />
     `}
     <${Rows} key=${lines.value.lines} address=${address} columns=${columns.value} lines=${lines} />
   `;

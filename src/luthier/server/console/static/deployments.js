@@ -5,7 +5,7 @@ import { age, duration, number, percent, shortName, time, words } from "./format
 import { Calls } from "./model.js";
 import { allModels } from "./models.js";
 import {
-  Chip, Empty, ErrorBox, Facts, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link,
+  Chip, Empty, ErrorBox, Facts, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, html, link,
   options, toast, useAction, useData, usePages, usePolling, useSignal,
 } from "./ui.js";
 
@@ -56,7 +56,7 @@ function NewDeployment({ chosen }) {
     const body = { name: name.value.trim(), model: model.value };
     await call("POST", "/api/v1/deployments", { body });
     toast(`${body.name} is being deployed.`);
-    go("deployments", body.name);
+    return link("deployments", body.name);
   });
   if (models.data?.length === 0)
     return html`<p class="soft">A deployment needs a trained model. <a href=${link("home")}>Train one from a file or a sample</a>.</p>`;
@@ -101,10 +101,10 @@ export function Deployment({ params, query }) {
   });
   const removal = useAction(async () => {
     const text = `Requests with the model ${params.name} fail from now on. The model stays. The history of the deployment is deleted.`;
-    if (!(await confirmed({ title: "Delete this deployment?", text, verb: "Delete", danger: true, typed: params.name }))) return;
+    if (!(await confirmed({ title: "Delete this deployment?", text, verb: "Delete", danger: true, typed: params.name }))) return null;
     await call("DELETE", `/model-customization/custom-model-deployments/${encodeURIComponent(params.name)}`);
     toast(`The deployment ${params.name} was deleted.`);
-    go("deployments");
+    return link("deployments");
   });
   if (!data) return html`<${Pending} title="Deployment" error=${error} read=${read} />`;
   const { canary, history } = data;

@@ -8,7 +8,7 @@ import { age, bytes, duration, number, scoreText, time, words } from "./format.j
 import { hasEnded, modelNames } from "./jobs.js";
 import { allModels, nameOf } from "./models.js";
 import {
-  Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link, options,
+  Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, html, link, options,
   toast, useAction, useData, usePages, usePolling, useSignal,
 } from "./ui.js";
 import { ScoreBars } from "./verdict.js";
@@ -74,7 +74,7 @@ function NewMeasurement({ chosen, task }) {
     const compared = async () => ({ models: [model], show: SHOWN, ...(await trainingRows(models.data.find((each) => each.name === model))) });
     const body = { rows: rows.value.address, ...(kind.value === "evaluations" ? { model } : await compared()) };
     const made = await call("POST", `/api/v1/${kind.value}`, { body });
-    go(kind.value, made.id);
+    return link(kind.value, made.id);
   });
   const shown = (models.data ?? []).filter((each) => kind.value === "evaluations" || each.kind === "custom");
   return html`
@@ -156,10 +156,10 @@ function Measured({ kind, id }) {
   usePolling(SECONDS, async () => data && !hasEnded(data.state) && read());
   const stop = useAction(() => call("POST", `${path}/stop`).then(read));
   const remove = useAction(async () => {
-    if (!(await confirmed({ title: "Delete this report?", text: "The models and the rows stay.", verb: "Delete", danger: true }))) return;
+    if (!(await confirmed({ title: "Delete this report?", text: "The models and the rows stay.", verb: "Delete", danger: true }))) return null;
     await call("DELETE", path);
     toast("The report was deleted.");
-    go("evaluations");
+    return link("evaluations");
   });
   if (!data) return html`<${Pending} title="Evaluation" error=${error} read=${read} />`;
   const { report, progress } = data;

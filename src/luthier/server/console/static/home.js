@@ -17,7 +17,7 @@ export function Home() {
   const jobs = useData(async (signal) => (await call("GET", "/api/v1/jobs", { query: { limit: RECENT }, signal })).jobs);
   usePolling(SECONDS, () => jobs.read());
   const files = useSignal(EMPTY);
-  const bring = () => files.value.address && openForm(files.value.address);
+  const bring = () => files.value.address && (window.location.hash = formFor(files.value.address));
   return html`
     <${Heading} title="What would you like to do?" tab="Home" />
     <div class="cards">
@@ -40,7 +40,7 @@ function Samples() {
   const { data, error, read } = useData(async (signal) => (await call("GET", "/api/v1/examples", { signal })).examples);
   const { busy, error: failed, run } = useAction(async (name) => {
     const { files } = await call("POST", `/api/v1/examples/${encodeURIComponent(name)}`);
-    openForm(files["train.jsonl"]);
+    return formFor(files["train.jsonl"]);
   });
   return html`
     <section class="box">
@@ -90,7 +90,5 @@ function Recent({ data, error, read }) {
   `;
 }
 
-/** Open the form for a new job with these rows. */
-function openForm(address) {
-  window.location.hash = `${link("new")}?rows=${encodeURIComponent(address)}`;
-}
+/** Return the address of the form for a new job with these rows. */
+const formFor = (rows) => `${link("new")}?rows=${encodeURIComponent(rows)}`;

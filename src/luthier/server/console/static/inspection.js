@@ -93,7 +93,7 @@ function FixButton({ rules, source, onfixed }) {
     const made = await call("POST", "/api/v1/cleanings", { body: { ...source, rules } });
     const changed = Object.values(made.changed).reduce((sum, each) => sum + each, 0);
     toast(`${made.name}: ${number(changed)} rows changed, ${number(made.rows_in - made.rows_out)} removed, ${number(made.rows_out)} left.`);
-    onfixed(made);
+    return onfixed(made);
   });
   return html`
     <button type="button" class="primary" disabled=${busy} onclick=${run}>

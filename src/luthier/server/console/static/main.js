@@ -64,12 +64,13 @@ const REFUSED = "The server rejects this key. Check that the key is complete and
 /** `who` is signed in; without `who`, the sign-in form shows `message`, or the page shows `error`. `isNew` until the stored key is tried. */
 const session = signal({ who: null, message: "", error: null, isNew: key() !== null });
 const address = signal(window.location.hash);
-let entering = false;
+/** True while another key is tried and until a reload. */
+let isSwitching = false;
 
 /** Try a key. The key stays in use if the server accepts the key. */
 async function enter(value) {
   const before = key();
-  entering = true;
+  isSwitching = true;
   try {
     signIn(value);
     const who = await call("GET", "/api/v1/whoami");
@@ -84,7 +85,7 @@ async function enter(value) {
     else signIn(before);
     throw error;
   } finally {
-    entering = false;
+    isSwitching = false;
   }
 }
 
@@ -106,7 +107,10 @@ const home = () => link(may("read") ? "home" : may("review") ? "review" : "model
 function leave() {
   // The next user starts at the first page.
   history.replaceState(null, "", window.location.pathname);
+  // Requests and messages of this user end with the reload; the form appears after the reload only.
+  isSwitching = true;
   signOut();
+  window.location.reload();
 }
 
 function App() {
@@ -237,7 +241,7 @@ window.addEventListener("hashchange", () => {
   }
 });
 window.addEventListener("luthier:signed-out", (event) => {
-  if (!entering) session.value = { who: null, message: event.detail };
+  if (!isSwitching) session.value = { who: null, message: event.detail };
 });
 render(html`<${App} />`, document.getElementById("app"));
 start();

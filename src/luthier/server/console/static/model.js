@@ -8,7 +8,7 @@ import { age, bytes, number, time } from "./format.js";
 import { BaseLink, MADE_FOR, StatusChip, allModels, deploymentsOf, languagesOf, loadedModels, nameOf, whereOf } from "./models.js";
 import { snippets } from "./snippets.js";
 import {
-  Chip, ErrorBox, Facts, Heading, Pending, announce, confirmed, go, html, link, toast, useAction, useData, usePolling, useSignal,
+  Chip, ErrorBox, Facts, Heading, Pending, announce, confirmed, html, link, toast, useAction, useData, usePolling, useSignal,
 } from "./ui.js";
 
 const SECONDS = 10;
@@ -188,10 +188,10 @@ function DeploymentLinks({ names }) {
 function Deletion({ model, path, deployments }) {
   const { busy, error, run } = useAction(async () => {
     const text = "The server removes the files of the model for good. The job that created the model stays.";
-    if (!(await confirmed({ title: "Delete this model?", text, verb: "Delete", danger: true, typed: model.name }))) return;
+    if (!(await confirmed({ title: "Delete this model?", text, verb: "Delete", danger: true, typed: model.name }))) return null;
     await call("DELETE", path);
     toast(`${model.name} was deleted.`);
-    go("models");
+    return link("models");
   });
   return html`
     <section id="deletion">

@@ -5,7 +5,7 @@ import { learnNames, withNames } from "./files.js";
 import { age, shortName, time } from "./format.js";
 import { hasEnded } from "./jobs.js";
 import {
-  Chip, Empty, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, go, html, link, options, toast,
+  Chip, Empty, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, html, link, options, toast,
   useAction, useData, usePages, usePolling, useSignal,
 } from "./ui.js";
 
@@ -81,7 +81,7 @@ function NewStudy({ chosen }) {
       ...(preset.value ? { preset: preset.value } : { vary: vary.value.split("\n").map((each) => each.trim()).filter(Boolean) }),
     };
     const made = await call("POST", "/api/v1/studies", { body });
-    go("studies", made.id);
+    return link("studies", made.id);
   });
   if (jobs.data?.found.length === 0)
     return html`
@@ -134,10 +134,10 @@ export function StudyPage({ params }) {
   usePolling(SECONDS, async () => data && !hasEnded(data.state) && read());
   const stop = useAction(() => call("POST", `${path}/stop`).then(read));
   const remove = useAction(async () => {
-    if (!(await confirmed({ title: "Delete this study?", text: "Models and rows stay.", verb: "Delete", danger: true }))) return;
+    if (!(await confirmed({ title: "Delete this study?", text: "Models and rows stay.", verb: "Delete", danger: true }))) return null;
     await call("DELETE", path);
     toast("The study was deleted.");
-    go("studies");
+    return link("studies");
   });
   if (!data) return html`<${Pending} title="Study" error=${error} read=${read} />`;
   const { report, progress } = data;
@@ -192,7 +192,7 @@ function Keep({ keep, name }) {
   const { busy, error, run } = useAction(async () => {
     const model = `study-${new Date().toISOString().replace(/\D/g, "").slice(2, 14)}`;
     await call("POST", "/api/v1/jobs", { body: { ...keep, name: model, model_name: model } });
-    go("jobs", model);
+    return link("jobs", model);
   });
   return html`
     <button type="button" class="primary" disabled=${busy} title=${`Train ${name} as a model`} onclick=${run}>Keep the winner</button>

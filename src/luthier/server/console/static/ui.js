@@ -141,14 +141,21 @@ export function useLeaving() {
   return leaving.current.signal;
 }
 
-/** An action of the user. Returns `{busy, error, run}`: `run` calls `act` unless an earlier call is busy. */
+/**
+ * An action of the user. Returns `{busy, error, run}`: `run` calls `act` unless an earlier call is busy. A link that `act`
+ * returns is opened, unless the user has left the component meanwhile.
+ */
 export function useAction(act) {
   const state = useSignal({ busy: false, error: null });
+  const left = useLeaving();
   const run = async (...given) => {
     given[0]?.preventDefault?.();
     if (state.value.busy) return;
     state.value = { busy: true, error: null };
-    const error = await act(...given).then(() => null, (failure) => failure);
+    const open = (address) => {
+      if (address && !left.aborted) window.location.hash = address;
+    };
+    const error = await act(...given).then(open).then(() => null, (failure) => failure);
     state.value = { busy: false, error: error?.name === "AbortError" ? null : error };
   };
   return { ...state.value, run };
