@@ -102,17 +102,17 @@ def list_rows(call: NativeCall, page: Annotated[RowsPage, Query()]) -> RowsView:
         counts: Counter[str] = Counter()
         shown: list[RowView] = []
         found = 0
-        for row in reading:
-            counts.update({*row.labels})
-            if lines and row.line not in lines:
+        for line, record, labels in reading:
+            counts.update({*labels})
+            if lines and line not in lines:
                 continue
-            if page.label is not None and page.label not in row.labels:
+            if page.label is not None and page.label not in labels:
                 continue
-            if wanted and wanted not in _text(row.record).casefold():
+            if wanted and wanted not in _text(record).casefold():
                 continue
             found += 1
             if page.position < found <= page.position + page.limit:
-                shown.append(row)
+                shown.append(RowView(line=line, record=_as_json(record), labels=labels))
     end = page.position + page.limit
     return RowsView(
         rows=shown,
@@ -127,14 +127,14 @@ def list_rows(call: NativeCall, page: Annotated[RowsPage, Query()]) -> RowsView:
 
 @dataclass
 class _Reading:
-    """Iterator over the first rows of a file."""
+    """Iterator over the first rows of a file: line, record and labels."""
 
     path: Path
     count: int = 0
     is_complete: bool = True
     form: str | None = None
 
-    def __iter__(self) -> Iterator[RowView]:
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
         is_cut = self.path.stat().st_size > MOST_BYTES
         container = find_container(self.path, [])
         if container is None or (is_cut and (container.packing or container.kind != "jsonl")):
@@ -147,13 +147,15 @@ class _Reading:
             self.count += 1
             row = checker.row(line, record)
             checker.problems.clear()
-            labels = [] if row is None else [str(each) for each in labels_of(row)]
-            yield RowView(
-                line=line, record=json.loads(_text(record), parse_constant=str), labels=labels
-            )
+            yield line, record, [] if row is None else [str(each) for each in labels_of(row)]
         self.is_complete = not is_cut
         self.form = checker.form_name
 
 
 def _text(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, default=str)
+
+
+def _as_json(record: dict[str, Any]) -> Any:
+    """Return a record with texts for values that JSON does not have, such as dates and NaN."""
+    return json.loads(_text(record), parse_constant=str)
