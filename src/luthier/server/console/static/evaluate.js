@@ -37,15 +37,16 @@ export function Evaluations({ query }) {
 function List({ kind, title }) {
   const pages = usePages();
   const position = pages.value.at(-1);
+  const named = useData(modelNames);
   const { data, error, read } = useData(async (signal) => {
-    const [found, named] = await Promise.all([call("GET", `/api/v1/${kind}`, { query: { limit: PAGE, position }, signal }), modelNames(signal)]);
+    const found = await call("GET", `/api/v1/${kind}`, { query: { limit: PAGE, position }, signal });
     await learnNames(found.measurements.map((each) => each.request.rows), signal);
-    return { ...found, named };
+    return found;
   }, [position]);
   usePolling(SECONDS, async () => data?.measurements.some((each) => !hasEnded(each.state)) && read());
-  if (!data) return html`<${ErrorBox} error=${error} again=${read} />`;
+  if (!data || !named.data) return html`<${ErrorBox} error=${error} again=${read} />`;
   const rows = data.measurements.map((each) => [
-    html`<a href=${link(kind, each.id)}><bdi>${each.models.map(data.named).join(", ")}</bdi></a>`,
+    html`<a href=${link(kind, each.id)}><bdi>${each.models.map(named.data).join(", ")}</bdi></a>`,
     html`<${Chip} kind=${STATES[each.state]}>${each.state}<//>`,
     withNames(each.request.rows),
     html`<span title=${time(each.created)}>${age(each.created)}</span>`,
@@ -148,10 +149,11 @@ export const Comparison = ({ params }) => html`<${Measured} kind="comparisons" i
 
 function Measured({ kind, id }) {
   const path = pathOf(kind, id);
+  const named = useData(modelNames);
   const { data, error, read } = useData(async (signal) => {
-    const [found, named] = await Promise.all([call("GET", path, { signal }), modelNames(signal)]);
+    const found = await call("GET", path, { signal });
     await learnNames([found.request.rows], signal);
-    return { ...found, models: found.models.map(named) };
+    return found;
   });
   usePolling(SECONDS, async () => data && !hasEnded(data.state) && read());
   const stop = useAction(() => call("POST", `${path}/stop`).then(read));
@@ -161,10 +163,11 @@ function Measured({ kind, id }) {
     toast("The report was deleted.");
     return link("evaluations");
   });
-  if (!data) return html`<${Pending} title="Evaluation" error=${error} read=${read} />`;
+  if (!data || !named.data) return html`<${Pending} title="Evaluation" error=${error} read=${read} />`;
   const { report, progress } = data;
   const sets = { errors: new Set(data.lower_is_better) };
-  const title = kind === "evaluations" ? `Evaluation of ${data.models[0]}` : `Comparison of ${data.models.join(" and ")}`;
+  const models = data.models.map(named.data);
+  const title = kind === "evaluations" ? `Evaluation of ${models[0]}` : `Comparison of ${models.join(" and ")}`;
   return html`
     <p class="soft"><a href=${link("evaluations")}>Evaluate and compare</a> /</p>
     <${Heading} title=${title} chips=${html`<${Chip} kind=${STATES[data.state]}>${data.state}<//>`}>
