@@ -95,8 +95,6 @@ def test_rules_of_the_gate_name_no_option() -> None:
         ("bedrock", "objective.template=plain", "objective.template=plain"),
         ("openai", "training.epochs=3", "n_epochs=3"),
         ("openai", "base=tiny", "model=tiny"),
-        ("openai", "data.columns.label=intent", "intent renamed to label"),
-        ("openai", "data.columns.intent=", "intent removed from the file"),
         ("openai", "training.learning_rate=1e-3", "training.learning_rate=1e-3"),
         ("native", "training.epochs=3", "settings.training.epochs=3"),
         ("native", "data.validation=rows", "validation=rows"),

@@ -15,6 +15,7 @@ import boto3
 import uvicorn
 from answers import check_answer
 from botocore.config import Config
+from worker_forks import NoUploads
 
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.inference.pool import ModelPool
@@ -59,6 +60,7 @@ class Places:
 
     def __init__(self) -> None:
         self.checked: list[tuple[str, str]] = []
+        self.uploads = NoUploads()
 
     def check(self, account: str, uri: str) -> None:
         self.checked.append((account, uri))

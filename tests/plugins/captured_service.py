@@ -18,6 +18,7 @@ from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from luthier.inference.inference import FinishEvent, GenerationRequest, Stream, TokenChunk
+from luthier.inference.sequential import Embedding
 from luthier.server.service import Service
 from luthier.server.settings import Settings
 from luthier.server.tables.live.captures import CapturedRequest
@@ -39,7 +40,7 @@ class Echo:
         return Stream(events, 5, request.n)
 
     def embed(self, stored_id: str, texts: list[Any]) -> list[Any]:
-        return [SimpleNamespace(vector=[0.5] * 32, tokens=3) for _ in texts]
+        return [Embedding((0.5,) * 32, tokens=3) for _ in texts]
 
     def predict(self, stored_id: str, inputs: list[Any], top: int | None = None) -> list[Any]:
         return [{"label": "spam", "score": 0.5, "text": TEXT} for _ in inputs]

@@ -15,12 +15,20 @@ from typing import Any
 from forked_commands import stand_for
 
 
+class NoUploads:
+    """Stands for uploaded files: no address is one of an upload."""
+
+    def with_names(self, account: str, text: str) -> str:
+        return text
+
+
 class Folders:
     """Access to ``file://`` addresses without account checks, and ``s3://`` addresses of the
     service."""
 
     def __init__(self, stored: Any) -> None:
         self.stored = stored
+        self.uploads = NoUploads()
 
     def fetch(self, account: str, uri: str, folder: Path) -> list[tuple[str, Path]]:
         import shutil

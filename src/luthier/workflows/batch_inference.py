@@ -69,7 +69,7 @@ SHARDS = ".{}.shards"
 """Name of the folder next to the output; hidden, so that a folder of data skips the folder."""
 _REQUEST, _LOCK, _WORKER = "request.json", ".lock", "process-{}"
 _ANSWERS, _PROBLEMS = ".answers", ".problems.json"
-_PROCESS_FILES = ("/dev/", "/proc/")
+_PROCESS_FILES = ("/dev/std", "/dev/fd/", "/proc/")
 """Paths of files that differ between processes."""
 SHARD_BYTES = 64 << 20
 """Maximum characters of a shard of several rows, because a process has a shard in memory."""
