@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import threading
@@ -69,7 +70,8 @@ class Places:
 
     def peek(self, account: str, uri: str, folder: Path, most: int) -> tuple[str, Path]:
         target = folder / "rows.jsonl"
-        target.write_text('{"prompt": "a", "completion": "b"}\n' * 2, encoding="utf-8")
+        row = {"text": "a", "label": "b"} if "labels" in uri else {"prompt": "a", "completion": "b"}
+        target.write_text(f"{json.dumps(row)}\n" * 2, encoding="utf-8")
         return uri, target
 
     def folder(self, account: str, uri: str) -> list[tuple[str, int]]:
@@ -245,12 +247,13 @@ def eventually(holds: Callable[[], Any], seconds: float = 20) -> None:
 
 def job_members(name: str = "job-1", **members: Any) -> dict[str, Any]:
     """Return the members of a valid request."""
+    rows = "labels" if members.get("baseModelIdentifier") == ENCODER else "train"
     return {
         "jobName": name,
         "customModelName": f"model-of-{name}",
         "roleArn": ROLE,
         "baseModelIdentifier": BASE,
-        "trainingDataConfig": {"s3Uri": "s3://data/train.jsonl"},
+        "trainingDataConfig": {"s3Uri": f"s3://data/{rows}.jsonl"},
         "outputDataConfig": {"s3Uri": "s3://data/out/"},
         **members,
     }
