@@ -29,6 +29,7 @@ from pages import (
     sounds,
     summaries,
     support_chatbot,
+    translation,
 )
 from pages.bench import (
     PACKAGE,
@@ -59,6 +60,7 @@ PARTS = (
     device,
     recommendation,
     brand_copy,
+    translation,
 )
 """The use cases in the order of the index page."""
 USES = {part.USE.name: part.USE for part in PARTS}
