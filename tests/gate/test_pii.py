@@ -300,11 +300,11 @@ def test_overlapping_spans_resolve_to_most_serious(given: list[tuple[int, int, i
 
 @pytest.mark.parametrize(
     "text",
-    ["9" * 50_000, "1 " * 25_000, "a@" * 25_000, "-----BEGIN PRIVATE KEY-----" * 4_000,
-     "key=" * 12_500, "://a:" * 20_000, ":a:b" * 25_000, "1.1." * 12_500, "eyJ" * 30_000],
+    ["9" * 100_000, "1 " * 50_000, "a@" * 50_000, "-----BEGIN PRIVATE KEY-----" * 8_000,
+     "key=" * 25_000, "://a:" * 40_000, ":a:b" * 50_000, "1.1." * 25_000, "eyJ" * 60_000],
     ids=["digits", "spaced", "at", "pem", "key", "url", "colons", "dots", "jwt"],
 )  # fmt: skip
 def test_hostile_text_takes_no_long_time(text: str) -> None:
     began = time.process_time()
     FINDER.find(text)
-    assert time.process_time() - began < 2.5
+    assert time.process_time() - began < 5
