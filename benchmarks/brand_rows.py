@@ -9,8 +9,6 @@ the base model that was not tuned ("other").
 
 from __future__ import annotations
 
-import json
-import lzma
 import re
 import subprocess
 import sys
@@ -18,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from defaults import rows_of
+from defaults import rows_of, write_packed, write_rows
 
 TARGET = Path(__file__).parent.parent / "src" / "luthier" / "examples" / "brand-copy"
 
@@ -34,18 +32,13 @@ def plain_facts(prompt: str) -> str:
 def base_replies(rows: list[dict[str, Any]]) -> list[str]:
     """Return the texts of the base model."""
     with tempfile.TemporaryDirectory() as folder:
-        data, output = Path(folder, "rows.jsonl"), Path(folder, "replies.jsonl")
-        data.write_text(text_of(rows))
+        data, output = write_rows(rows, Path(folder, "rows.jsonl")), Path(folder, "replies.jsonl")
         subprocess.run(
             ["luthier", "evaluate", "smollm2-135m-instruct", str(data), "--max-tokens", "80",
              "--grader", "first_line", "--output", str(output)],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         return [" ".join(each["reply"].split()) for each in rows_of(output)]
-
-
-def text_of(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def main() -> None:
@@ -63,8 +56,7 @@ def main() -> None:
             ) if text
         ]  # fmt: skip
         for name, some in ((split, rows), (voice, texts)):
-            packed = lzma.compress(text_of(some).encode(), preset=9)
-            (TARGET / f"{name}.jsonl.xz").write_bytes(packed)
+            write_packed(some, TARGET / f"{name}.jsonl.xz")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import os
 import sys
 import tempfile
@@ -139,9 +140,17 @@ def run_luthier(home: Path, *words: str) -> dict[str, Any]:
     return run(command, {**os.environ, "LUTHIER_HOME": str(home)}).report
 
 
+def lines_of(rows: Rows) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_rows(rows: Rows, path: Path) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text(lines_of(rows))
     return path
+
+
+def write_packed(rows: Rows, path: Path) -> None:
+    path.write_bytes(lzma.compress(lines_of(rows).encode(), preset=9))
 
 
 def rows_of(path: Path) -> Rows:

@@ -10,11 +10,11 @@ of a model.
 
 from __future__ import annotations
 
-import json
-import lzma
 from pathlib import Path
 
 import numpy as np
+
+from defaults import write_packed
 
 TARGET = Path(__file__).parent.parent / "src" / "luthier" / "examples" / "recommendation"
 PARTS = (
@@ -66,8 +66,8 @@ def main() -> None:
     random = np.random.default_rng(2026)
     for name, count in (("train", CUSTOMERS), ("test", TEST)):
         rows = [customer(random) for _ in range(count)]
-        text = "".join(json.dumps({"history": r[:-1], "item": r[-1]}) + "\n" for r in rows)
-        (TARGET / f"{name}.jsonl.xz").write_bytes(lzma.compress(text.encode(), preset=9))
+        packed = [{"history": row[:-1], "item": row[-1]} for row in rows]
+        write_packed(packed, TARGET / f"{name}.jsonl.xz")
 
 
 if __name__ == "__main__":

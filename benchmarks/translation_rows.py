@@ -8,13 +8,11 @@ keep all their translations.
 
 from __future__ import annotations
 
-import json
-import lzma
 import sys
 from pathlib import Path
 from typing import Any
 
-from defaults import rows_of
+from defaults import rows_of, write_packed
 
 TARGET = Path(__file__).parent.parent / "src" / "luthier" / "examples" / "translation"
 MOST_WORDS = 8
@@ -29,8 +27,7 @@ def main() -> None:
             if len(row["en"].split()) <= MOST_WORDS:
                 prompt = f"{SYSTEM} {row['en']}"
                 rows.append({"prompt": prompt, "completion": row["vi"], "source": row["source"]})
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:count])
-        (TARGET / f"{split}.jsonl.xz").write_bytes(lzma.compress(text.encode(), preset=9))
+        write_packed(rows[:count], TARGET / f"{split}.jsonl.xz")
 
 
 if __name__ == "__main__":

@@ -253,8 +253,8 @@ REFUSED = {
 def timed(triple: tuple[str, str, str]) -> Any:
     """Mark a triple as slow, except for a sample in which all parts meet.
 
-    On text, each objective trains with LoRA and an eighth of the adaptations. One family rotates from
-    pair to pair. Each rejected pair runs with one text family.
+    Each objective trains with LoRA and an eighth of the adaptations. On text, one family rotates from
+    pair to pair. Each rejected pair runs, on text with one family.
     """
     method, name, family = triple
     of = CLASSIFIERS if family in CLASSIFIERS else FAMILIES

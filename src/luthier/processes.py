@@ -19,8 +19,6 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
-from luthier.errors import LuthierError
-
 
 def python_command(module: str, *arguments: str) -> list[str]:
     """Return the command to run ``module`` with this interpreter and the safe path."""
@@ -119,8 +117,8 @@ def cancellable(work: Work) -> Work:
     return work
 
 
-class Cancelled(LuthierError):
-    """Work whose client disconnected."""
+class Cancelled(Exception):
+    """Cancellation of work, such as by a client that disconnected."""
 
 
 def run_cancellable(

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from luthier.data.tree import READING_BUDGET
 from luthier.inference.inference import InferenceFailed, InferenceRefused
 from luthier.inference.memory import CacheBudget
-from luthier.inference.scheduler import Cancelled, FairScheduler, WaitingRequests, current_client
+from luthier.inference.scheduler import FairScheduler, WaitingRequests, current_client
 from luthier.limits import ModelLimits
 from luthier.models.networks.modalities import inner_size
-from luthier.processes import KillHandle, cancellable
+from luthier.processes import Cancelled, KillHandle, cancellable
 
 if TYPE_CHECKING:
     from luthier.inference.prediction import Predictor

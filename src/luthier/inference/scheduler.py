@@ -21,6 +21,7 @@ from contextvars import ContextVar
 from typing import Generic, Protocol, TypeVar
 
 from luthier.inference.inference import InferenceFailed
+from luthier.processes import Cancelled
 
 LEAD_SECONDS = 0.1
 """Lead in seconds after which a client pauses; with a smaller lead, clients would seldom share a
@@ -63,10 +64,6 @@ def decrement(counts: Counter[str], client: str, by: int = 1) -> None:
     counts[client] -= by
     if not counts[client]:
         del counts[client]
-
-
-class Cancelled(Exception):
-    """Cancellation of waiting work."""
 
 
 class ClientRequest(Protocol):

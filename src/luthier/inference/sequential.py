@@ -34,10 +34,11 @@ from luthier.inference.inference import (
 )
 from luthier.inference.memory import RETRY_SECONDS, CacheBudget
 from luthier.inference.prompt_limits import PromptLimit
-from luthier.inference.scheduler import Cancelled, FairScheduler, current_client
+from luthier.inference.scheduler import FairScheduler, current_client
 from luthier.limits import ModelLimits
 from luthier.objectives.base import predicts
 from luthier.plugins import bundled_extensions
+from luthier.processes import Cancelled
 
 if TYPE_CHECKING:
     from luthier.inference.prediction import Predictor

@@ -377,9 +377,8 @@ def fetch_first_lines(
         return None
     end = content.rfind(b"\n") + 1
     if container.kind == "csv" and content.count(b'"', 0, end) % 2:
-        end = (
-            content.rfind(b"\n", 0, content.rfind(b'"', 0, end)) + 1
-        )  # the value has several lines
+        opening = content.rfind(b'"', 0, end)  # of a value with several lines
+        end = content.rfind(b"\n", 0, opening) + 1
     file.write_bytes(content[:end])
     return file
 

@@ -7,7 +7,7 @@ import { addressOf, idOf, learnNames, remember, withNames } from "./files.js";
 import { bytes, number, shortName, time } from "./format.js";
 import { Inspection, Working, inspect, tokensView } from "./inspection.js";
 import {
-  Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, bound, confirmed, go, html, link, options, toast,
+  Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, confirmed, go, html, link, options, toast,
   useAction, useData, usePages, useSignal,
 } from "./ui.js";
 

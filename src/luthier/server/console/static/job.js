@@ -174,7 +174,7 @@ function stepOf({ kind, data }, job) {
 }
 
 /** Messages, and metrics by step. Metrics of a step that is repeated after a crash replace each other. */
-export class Course {
+class Course {
   constructor() {
     this.last = 0;
     this.measure = "";
