@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from alembic import command
-from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, inspect
 
 from luthier.errors import LuthierError
 from luthier.server.tables import (
@@ -65,9 +65,21 @@ def upgrade(database: Database) -> None:
         if found != script.get_current_head():
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
-        elif compare_metadata(MigrationContext.configure(connection), METADATA):
+        elif _columns(connection) != {
+            name: set(t.columns.keys()) for name, t in METADATA.tables.items()
+        }:
             # A development version has different tables under the same revision.
             raise _other_version(database)
+
+
+def _columns(connection: Connection) -> dict[str, set[str]]:
+    """Return the columns of each table. Alembic's comparison of types takes 20 times as long."""
+    found = inspect(connection).get_multi_columns()
+    return {
+        name: {column["name"] for column in columns}
+        for (_, name), columns in found.items()
+        if name != "alembic_version"
+    }
 
 
 def _other_version(database: Database) -> LuthierError:
