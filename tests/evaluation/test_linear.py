@@ -54,6 +54,11 @@ def test_logistic_regression_minimizes_penalized_loss(
         assert loss(model.weight_CH * factor, model.bias_C * factor) > least
 
 
+def test_logistic_regression_with_few_rows_per_class_warns_of_nothing() -> None:
+    model = fit_logistic(torch.eye(24), torch.arange(24) % 14, 14, penalty=0.01)
+    assert model.weight_CH.shape == (14, 24)
+
+
 def test_multi_label_logistic_regression(
     clusters: tuple[torch.Tensor, torch.Tensor],
 ) -> None:

@@ -151,6 +151,8 @@ def _fit_path(
         # Two threads of OpenBLAS took five times as long as one on a busy machine.
         with threadpool_limits(1, "blas"), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
+            # Few rows with many labels are no regression.
+            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
             model.fit(scaled_NK, class_N, weight_N)
         return model.coef_, model.intercept_
 
