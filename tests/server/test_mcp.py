@@ -26,6 +26,7 @@ from luthier.server.http.messages import Caller
 from luthier.server.mcp import _Tools
 
 ROWS = [{"prompt": f"row {n}", "completion": "even" if n % 2 == 0 else "odd"} for n in range(40)]
+ROWS.append(ROWS[0])
 MOST_BYTES = 8_000
 CallTool = Callable[..., CallToolResult]
 
@@ -75,17 +76,27 @@ def file(server: Served) -> str:
 @pytest.mark.parametrize("revision", ["2026-07-28", "legacy"])
 def test_tools_in_both_revisions(revision: str, call: CallTool) -> None:
     names: Any = call("tools", revision=revision)
-    assert len(names) == 9
-    assert {"inspect", "tune", "compare", "job"} <= set(names)
+    assert set(names) == {
+        "inspect", "clean", "tune", "evaluate", "compare", "predict", "generate", "search", "job",
+        "examples",
+    }  # fmt: skip
     assert BASE in text_of(call("job", revision=revision))
 
 
 @pytest.mark.slow
-def test_rows_are_inspected(call: CallTool, file: str) -> None:
-    report = call("inspect", data=file)
-    while (report.structured_content or {}).get("state") == "Running":
-        report = call("job", id=(report.structured_content or {})["job"])
-    assert "40" in text_of(report) and "Inspection" in text_of(report)
+def test_rows_are_inspected_and_cleaned(call: CallTool, file: str) -> None:
+    def result_of(tool: str, **arguments: Any) -> CallToolResult:
+        answer = call(tool, **arguments)
+        while (answer.structured_content or {}).get("state") == "Running":
+            answer = call("job", id=(answer.structured_content or {})["job"])
+        return answer
+
+    report = text_of(result_of("inspect", data=file))
+    assert "41" in report and "clean fixes: duplicate.exact" in report
+    cleaned = result_of("clean", data=file, rules=["duplicate.exact"])
+    values = cleaned.structured_content or {}
+    assert (values["rows_in"], values["rows_out"]) == (41, 40), text_of(cleaned)
+    assert values["file"] in (call("job").structured_content or {})["files"]
 
 
 def context_of(account: str) -> Any:
@@ -150,6 +161,10 @@ def test_reply_is_generated(call: CallTool) -> None:
         ("inspect", {"data": "/etc/passwd"}, "passwd"),
         ("evaluate", {"model": BASE, "data": "../rows.jsonl"}, "../rows.jsonl"),
         ("inspect", {"data": "file-missing"}, "file-missing"),
+        ("clean", {"data": "/etc/passwd", "rules": ["duplicate.exact"]}, "passwd"),
+        ("compare", {"models": ["nothing"], "data": "file-missing"}, "nothing"),
+        ("search", {"query": "a", "store": "../files"}, "../files"),
+        ("examples", {"name": "../../etc"}, "etc"),
         ("evaluate", {"model": "/etc", "data": "file-missing"}, "/etc"),
         ("tune", {"data": "file-missing", "name": "a", "base": "nothing"}, "nothing"),
         ("predict", {"model": "../jobs", "texts": ["a"]}, "jobs"),

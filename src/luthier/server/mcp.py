@@ -41,10 +41,11 @@ _KINDS = {
 
 INSTRUCTIONS = """\
 luthier tunes models on this server with the rows of the key's account. Order: inspect the rows,
-tune, then compare the model with its base on rows that were not trained on. Report the verdict as
-printed, also if it says that the model did not learn or that a cheaper method is as good. Longer
-work returns the id of a job: call job with this id until its state is Completed or Failed. Upload
-rows with POST /v1/files of the same server; job without an id lists files and models.
+clean them if it names faults with a fix, tune, then compare the model with its base on rows that
+were not trained on. Report the verdict as printed, also if it says that the model did not learn or
+that a cheaper method is as good. Longer work returns the id of a job: call job with this id until
+its state is Completed or Failed. Upload rows with POST /v1/files of the same server; job without an
+id lists files and models.
 """
 
 Context = McpContext[Any, Any]
@@ -67,7 +68,7 @@ class McpApplication:
         self._server = tool_server(
             INSTRUCTIONS,
             [tools.inspect, tools.predict, tools.generate, tools.search],
-            [tools.tune, tools.evaluate, tools.compare, tools.job, tools.examples],
+            [tools.clean, tools.tune, tools.evaluate, tools.compare, tools.job, tools.examples],
         )
         names = [*LOCAL, *hosts]
         self._security = TransportSecuritySettings(
@@ -111,7 +112,27 @@ class _Tools:
                     f"{rule['fix']}"
                 )
                 lines += [f"  {_line(place)}" for place in rule["places"][:3]]
+            fixable = [rule["rule"] for rule in report["rules"] if rule["fixable"]]
+            lines += [f"clean fixes: {', '.join(fixable)}"] if fixable else []
             return answer("\n".join(lines), short_values(report))
+
+        return await self._reply(context, work())
+
+    async def clean(
+        self,
+        context: Context,
+        data: File,
+        rules: Annotated[list[str], Field(description="Rules to fix, as inspect names.")],
+        columns: Columns = None,
+    ) -> CallToolResult:
+        """Store a cleaned copy of rows as a new file; the original stays."""
+
+        async def work() -> CallToolResult:
+            body = {"training": _address(data), "rules": rules, "columns": columns or {}}
+            found = await self._send(context, "POST", "/api/v1/cleanings", body)
+            file = found.pop("address").rpartition("/")[2]
+            text = f"{file} has {found['rows_out']:,} of {found['rows_in']:,} rows. {_line(found)}"
+            return answer(text, {"file": file} | short_values(found))
 
         return await self._reply(context, work())
 
