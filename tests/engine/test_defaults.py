@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from short_runs import Notes, manifest_of
 
 from luthier.engine import train
-from luthier.engine.defaults import DataFacts, choose, steps_of, token_budget, validation_share
+from luthier.engine.defaults import (
+    DataFacts,
+    choose,
+    steps_of,
+    token_budget,
+    unusual_settings,
+    validation_share,
+)
 from luthier.engine.memory import MemoryEstimate
 from luthier.recipe import Recipe, Training
 from luthier.types import Example
@@ -97,6 +104,22 @@ def test_given_settings_are_not_chosen() -> None:
     assert plan(100, epochs=2, batch_size=10)[2] == 20
     assert plan(100, epochs=2, batch_size=10, max_steps=3)[2] == 3
     assert plan(100, epochs=0.001, batch_size=10)[2] == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({"learning_rate": 0.01, "batch_size": 400}, 0),
+        ({"learning_rate": 50}, 1),
+        ({"learning_rate": 1e-9}, 1),
+        ({"learning_rate": 1.0, "learning_rate_multiplier": 1000}, 1),
+        ({"learning_rate": 50, "batch_size": 100_000}, 2),
+    ],
+)
+def test_unusual_settings_are_reported(fields: dict[str, Any], count: int) -> None:
+    training = Training.model_validate(fields)
+    usual_rate = 1e-3 * training.learning_rate_multiplier
+    assert len(unusual_settings(training, usual_rate, 400)) == count
 
 
 @pytest.mark.parametrize(("method", "patience"), [("gan", 0), ("diffusion", 0), ("vae", 3)])

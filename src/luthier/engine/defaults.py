@@ -12,7 +12,7 @@ from luthier.engine.memory import MemoryEstimate
 from luthier.engine.metrics import SCORES
 from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.objectives import Objective
-from luthier.recipe import Recipe
+from luthier.recipe import Recipe, Training
 from luthier.types import Example
 
 Choice = tuple[str, Any, str]
@@ -34,6 +34,9 @@ USUAL_BUDGET = {"cpu": 1024, "cuda": 16_384}
 GPUs is not measured yet (``benchmarks/gpu/run.sh``)."""
 MEASURING = 0.1
 """Target share of the training time for measuring held-out rows."""
+UNUSUAL_RATE = 100
+"""Factor from the default learning rate beyond which a learning rate is probably a mistake. Searches
+try factors up to 10."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,25 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
             reason = "a fit takes seconds: after the measurement, fit all rows"
         fill("refit", True, reason)
     return recipe.model_copy(update={"training": training}), choices
+
+
+def unusual_settings(training: Training, usual_rate: float, rows: int) -> list[str]:
+    """Return warnings about settings that are probably mistakes, from the default rate and the number
+    of training rows."""
+    found = []
+    rate, size = training.learning_rate or 0.0, training.batch_size or 1
+    usual = usual_rate / training.learning_rate_multiplier
+    if usual and not usual / UNUSUAL_RATE <= rate <= usual * UNUSUAL_RATE:
+        found.append(
+            f"`training.learning_rate` is {rate:g} and the default is {usual:.2g}. The training "
+            f"probably {'diverges' if rate > usual else 'learns nothing'}"
+        )
+    if size > rows:
+        found.append(
+            f"`training.batch_size` is {size:,} and there are {rows:,} training rows, so each epoch "
+            "has a single step"
+        )
+    return found
 
 
 def token_budget(

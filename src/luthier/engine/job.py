@@ -105,6 +105,11 @@ class TrainingJob:
         return self.sample.of if self.sample else len(self.data.train)
 
     @property
+    def unusual_settings(self) -> list[str]:
+        """Warnings about settings that are probably mistakes."""
+        return defaults.unusual_settings(self.recipe.training, self.usual_rate, self.rows)
+
+    @property
     def all_steps(self) -> int:
         """Number of steps of the whole run, including a refit."""
         return self.steps_before + (self.until or self.steps) + self.refit_steps
@@ -510,7 +515,7 @@ def resolve_job(
     refit_steps = 0
     if recipe.training.refit:
         refit_steps = defaults.steps_of(recipe, data.main + len(data.validation), data.mixed)
-    return TrainingJob(
+    job = TrainingJob(
         recipe,
         original,
         base,
@@ -524,6 +529,9 @@ def resolve_job(
         refit_steps=refit_steps,
         usual_rate=usual.training.learning_rate or 0.0,
     )
+    for warning in job.unusual_settings:
+        reporter.note(f"warning: {warning}")
+    return job
 
 
 def sketch_of(

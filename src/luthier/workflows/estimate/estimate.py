@@ -157,6 +157,8 @@ class Estimate(Displayed):
     plan: BudgetPlan | None = None
     monthly: Sequence[BreakEven] = ()
     """Monthly cost compared with each endpoint of the price table."""
+    warnings: Sequence[str] = ()
+    """Settings that are probably mistakes."""
 
     def summary(self) -> list[str]:
         """Return time, memory and disk with 90 % intervals."""
@@ -230,6 +232,7 @@ def estimate_from(measured: MeasuredTrial) -> Estimate:
         disk=_disk(measured, parts),
         modelled_memory=job.expected_memory,
         tried=[(trial.batches[each.batch].tokens, each.seconds) for each in trial.tries],
+        warnings=job.unusual_settings,
     )
 
 

@@ -1,7 +1,7 @@
 // Results before a job: the report of the data checks, and the estimate.
 
 import { call, may } from "./api.js";
-import { placeOf, withNames } from "./files.js";
+import { placeOf, sentence, withNames } from "./files.js";
 import { bytes, duration, number, words } from "./format.js";
 import { Chip, ErrorBox, Facts, Table, html, toast, useAction, useEffect, useSignal } from "./ui.js";
 
@@ -190,6 +190,7 @@ export function Estimate({ estimate }) {
   return html`
     <section class="estimate">
       <h2>Estimate</h2>
+      ${(estimate.warnings ?? []).map((each) => html`<p class="box warning">${sentence(each)}</p>`)}
       <${Facts} pairs=${[
         ["Time", range(estimate.seconds, duration)],
         ["Memory", range(estimate.memory, bytes)],
