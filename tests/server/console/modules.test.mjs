@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 const folder = process.env.CONSOLE_MODULES;
-const { StreamedAnswer, cosine, likeliest, spansOf, turnsOf } = await import(`${folder}/answers.js`);
+const { StreamedAnswer, cosine, likeliest, nearestText, spansOf, turnsOf } = await import(`${folder}/answers.js`);
 const { chosenFor, withColumn } = await import(`${folder}/columns.js`);
 const { roundsBetween, writes } = await import(`${folder}/models.js`);
 const { Queue } = await import(`${folder}/review.js`);
@@ -64,6 +64,14 @@ test("scores are shown from the likeliest, and those left out are counted", () =
   );
   assert.equal(further, 72);
   assert.deepEqual(likeliest({ a: null, b: "x", c: 1 }).shown, [["c", 1]]);
+});
+
+test("the nearest text has the fewest changed letters, in any letter case", () => {
+  const labels = ["card_arrival", "card_linking", "exchange_rate"];
+  assert.equal(nearestText("card_arival", labels), "card_arrival");
+  assert.equal(nearestText("Exchange rate", labels), "exchange_rate");
+  assert.equal(nearestText("", ["b", "ab"]), "b");
+  assert.equal(nearestText("a", []), undefined);
 });
 
 test("the chunks of a stream become one answer with its counts and times", () => {

@@ -33,6 +33,23 @@ export function likeliest(scores, most = 20) {
   return { shown: all.slice(0, most), further: Math.max(0, all.length - most) };
 }
 
+/** Return the text of `known` with the fewest changed letters; undefined without texts. */
+export function nearestText(text, known) {
+  const changes = new Map(known.map((each) => [each, changedLetters(text.toLowerCase(), each.toLowerCase())]));
+  return [...known].sort((a, b) => changes.get(a) - changes.get(b))[0];
+}
+
+/** Return the Levenshtein distance of two texts. */
+function changedLetters(first, second) {
+  let row = [...second, ""].map((_, at) => at);
+  for (const [index, letter] of [...first].entries()) {
+    const next = [index + 1];
+    [...second].forEach((other, at) => next.push(Math.min(row[at] + (letter !== other), row[at + 1] + 1, next[at] + 1)));
+    row = next;
+  }
+  return row.at(-1);
+}
+
 /** Return the cosine of two vectors; NaN for a zero vector or different lengths. */
 export function cosine(first, second) {
   if (first.length !== second.length) return NaN;

@@ -1,12 +1,12 @@
 // Review: captured answers to rate by keyboard, and training rows from the ratings.
 
-import { likeliest } from "./answers.js";
+import { likeliest, nearestText } from "./answers.js";
 import { call, may } from "./api.js";
 import { number, percent, time, words } from "./format.js";
 import { modelNames } from "./jobs.js";
 import {
-  Empty, ErrorBox, ExampleCard, Field, Heading, Pending, announce, bound, html, link, options, signal, toast, useAction, useData, useEffect,
-  useLeaving, useRef, useSignal,
+  Empty, ErrorBox, ExampleCard, Field, Heading, Pending, announce, bound, confirmed, html, link, options, signal, toast, useAction, useData,
+  useEffect, useLeaving, useRef, useSignal,
 } from "./ui.js";
 
 const PAGE = 10;
@@ -167,6 +167,21 @@ function Rating({ model }) {
     queue.current.rate(isGood ? { ...values, label: given } : values, left);
   };
   const edit = () => (editing.value = String(given));
+  // A label without a score is a typing error or a new label.
+  const newLabels = useRef(new Set()).current;
+  const save = async (event) => {
+    event.preventDefault();
+    const value = editing.value.trim();
+    if (field !== "label") return rate({ corrected: value });
+    const labels = Array.isArray(given) ? value.split(",").map((each) => each.trim()).filter(Boolean) : [value];
+    const known = Object.keys(first.prediction.scores ?? {});
+    for (const label of labels.filter((each) => known.length > 0 && !known.includes(each) && !newLabels.has(each))) {
+      const text = `The answer has no score for this label. The nearest label is “${nearestText(label, known)}”.`;
+      if (!(await confirmed({ title: `Use the new label “${label}”?`, text, verb: "Use the new label" }))) return;
+      newLabels.add(label);
+    }
+    rate({ label: Array.isArray(given) ? labels : value });
+  };
   const undo = () => {
     // The form belongs to the answer that is first before the undo.
     editing.value = null;
@@ -183,6 +198,7 @@ function Rating({ model }) {
   };
   useEffect(() => {
     const listen = (event) => {
+      if (document.querySelector("dialog")) return;
       if (event.key === "z" && !/^(input|textarea|select)$/i.test(event.target.tagName)) undo();
       else pressed.current(event);
     };
@@ -201,7 +217,7 @@ function Rating({ model }) {
       <//>
     `}
     ${editing.value !== null && html`
-      <form onsubmit=${(event) => (event.preventDefault(), rate({ [field]: editing.value.trim() }))}>
+      <form onsubmit=${save}>
         <${Field} id="corrected" label=${field === "label" ? "Correct label" : "Corrected answer"}>
           ${field === "label" ? html`
             <input id="corrected" list="labels" autocomplete="off" dir="auto" ref=${focus} ...${bound(editing, "oninput")} />
