@@ -190,6 +190,18 @@ def test_form_has_fields_once_rows_are_chosen(server: Served, page: Browser, row
     page.write("#training-file", str(rows))
     page.until("document.querySelector('#base').checkVisibility()")
     page.until("document.querySelector('.inspection') !== null", 120)
+    page.fill('[id="training.epochs"]', "3")
+    page.write("#name", "mine")
+    page.click('#navigation a[href="#/data"]')
+    page.until_text("Data", "h1")
+    page.script("history.back()")
+    epochs = """document.querySelector('[id="training.epochs"]')?.value"""
+    name = "document.querySelector('#name').value"
+    page.until(f"{epochs} === '3'")
+    assert page.script(f"return {name}").endswith("mine")
+    page.click("form [type=reset]")
+    page.until(f"!{name}.endsWith('mine')")
+    assert page.script(f"return {epochs}") == ""
     check_quiet(page)
 
 

@@ -36,6 +36,11 @@ const ADAPTATIONS = [
 ];
 const KINDS = Object.entries(CUSTOMIZATIONS).map(([value, { name }]) => [value, name]);
 const LONGEST_NAME = 63;
+/** Fields whose values the tab keeps, and the key of the values in the session storage. */
+const KEPT = [...SETTINGS.map(([id]) => id), "adaptation.method", "settings", "teacher", "grader", "base", "customization_type"];
+const DRAFT = "luthier.job";
+// The next user of the tab starts with an empty form.
+globalThis.addEventListener?.("luthier:signed-out", () => sessionStorage.removeItem(DRAFT));
 /** Milliseconds from the last change to the estimate. */
 const PATIENCE = 800;
 
@@ -59,10 +64,12 @@ function JobForm({ models, start, rows, read }) {
   const form = useRef(null);
   const opened = useRef(new Date()).current;
   const left = useLeaving();
-  const [training, validation] = [useSignal(given(rows)), useSignal(EMPTY)];
-  const kind = useSignal("FINE_TUNING");
-  const base = useSignal(models.find((each) => start && [each.id, each.name, each.arn].includes(start))?.name ?? "");
-  const names = useSignal({});
+  const draft = useRef(JSON.parse(sessionStorage.getItem(DRAFT) ?? "{}")).current;
+  const [training, validation] = [useSignal(given(rows)), useSignal(draft.validation ?? EMPTY)];
+  const kind = useSignal(draft.customization_type ?? "FINE_TUNING");
+  const wanted = start ?? draft.base;
+  const base = useSignal(models.find((each) => wanted && [each.id, each.name, each.arn].includes(wanted))?.name ?? "");
+  const names = useSignal(draft.names ?? {});
   const columns = useSignal(JSON.parse(read ?? "{}"));
   const working = useSignal(null);
   const outcome = useSignal("");
@@ -93,6 +100,24 @@ function JobForm({ models, start, rows, read }) {
     field?.focus();
     (field ?? form.current.querySelector(".submit")).scrollIntoView({ block: "nearest" });
   }, [problem.value]);
+
+  useEffect(() => {
+    for (const id of KEPT) if (id !== "base" && draft[id] !== undefined) form.current.elements[id].value = draft[id];
+  }, []);
+  const keep = () => {
+    const { address, name, said } = validation.value;
+    const kept = { names: names.value, ...(address && { validation: { ...EMPTY, address, name, said } }) };
+    for (const id of KEPT) kept[id] = form.current.elements[id].value;
+    sessionStorage.setItem(DRAFT, JSON.stringify(kept));
+  };
+  useEffect(keep, [changes.value, validation.value.address, names.value]);
+  const reset = () => {
+    kind.value = "FINE_TUNING";
+    base.value = "";
+    names.value = {};
+    validation.value = EMPTY;
+    forget();
+  };
 
   const stop = () => {
     working.value?.cancel();
@@ -205,7 +230,10 @@ function JobForm({ models, start, rows, read }) {
       await chooseBase(signal);
       const body = { ...common(), training: [training.value.address], ...names };
       if (isDistillation) body.teacher = valueOf("teacher");
-      go("jobs", (await call("POST", "/api/v1/jobs", { body, signal })).name);
+      const created = await call("POST", "/api/v1/jobs", { body, signal });
+      names.value = {};
+      keep();
+      go("jobs", created.name);
     };
     // The server may have created the job before the request was cancelled.
     run("Starting the job", work, { isStart: true, cancelled: html`Cancelled. The job may exist already: check <a href=${link("jobs")}>the jobs</a>.` });
@@ -229,7 +257,7 @@ function JobForm({ models, start, rows, read }) {
     forget();
   };
   return html`
-    <form class="new-job" onsubmit=${startJob} ref=${form}>
+    <form class="new-job" onsubmit=${startJob} onreset=${reset} ref=${form}>
       <fieldset inert=${isStarting}>
         <legend>Data</legend>
         <div class="fields">
@@ -253,7 +281,7 @@ function JobForm({ models, start, rows, read }) {
           ${row("customization_type", "Method", html`
             <select ...${field("customization_type")} value=${kind} onchange=${changeKind}>${options(KINDS)}</select>
           `, { help: sentence(CUSTOMIZATIONS[kind.value].about) })}
-          ${row("teacher", "Teacher", html`<select ...${field("teacher")}><${ModelOptions} models=${models} /></select>`,
+          ${row("teacher", "Teacher", html`<select ...${field("teacher")} onchange=${changed}><${ModelOptions} models=${models} /></select>`,
             { help: "The model that generates the training targets.", hidden: !isDistillation })}
           ${row("grader", "Grader", html`
             <textarea ...${field("grader")} rows="4" spellcheck="false" class="code" onchange=${changed}>${'{"method": "exact"}'}</textarea>
@@ -262,7 +290,10 @@ function JobForm({ models, start, rows, read }) {
       </fieldset>
       <fieldset hidden=${!hasRows} inert=${isStarting}>
         <legend>Settings</legend>
-        <p class="soft">Empty settings are chosen from the data and the model. The page of the job shows the reasons.</p>
+        <p class="soft">
+          Empty settings are chosen from the data and the model. The page of the job shows the reasons. The tab keeps your settings.
+          ${" "}<button type="reset" class="quiet">Reset</button>
+        </p>
         <div class="fields">
           ${SETTINGS.map(([id, label, { value, ...kept }]) => row(id, label, html`
             <input ...${field(id)} type="number" placeholder="automatic" defaultValue=${value} ...${kept} onchange=${changed} />
