@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from luthier.errors import GradingFailed, RecipeError, RowRefused
-from luthier.graders import Answer, Code, grade_answers, sandbox, sandbox_child
+from luthier.graders import Answer, Code, grade_answers
 from luthier.graders.code import code_of
-from luthier.graders.sandbox import Limits, SandboxError, check_sandbox, passes
+from luthier.graders.sandbox import child, launcher
+from luthier.graders.sandbox.launcher import Limits, SandboxError, check_sandbox, passes
 from luthier.processes import Cancellable, cancelled_by
 from luthier.types import Message, Row
 
@@ -226,10 +227,10 @@ def test_memory_is_limited_in_all(each: int, passed: bool) -> None:
 def test_memory_of_ended_process_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory can be read once; then the process is gone."""
     sizes = iter(["100 40 30"])
-    monkeypatch.setattr(sandbox_child, "children", lambda proc, pid: [2] if pid == 1 else [])
-    monkeypatch.setattr(sandbox_child, "read", lambda proc, pid, name: next(sizes, ""))
-    assert sandbox_child.memory_in_use(-1, 1, 1 << 30) == 40 * os.sysconf("SC_PAGE_SIZE")
-    assert sandbox_child.memory_in_use(-1, 1, 1 << 30) == 0
+    monkeypatch.setattr(child, "children", lambda proc, pid: [2] if pid == 1 else [])
+    monkeypatch.setattr(child, "read", lambda proc, pid, name: next(sizes, ""))
+    assert child.memory_in_use(-1, 1, 1 << 30) == 40 * os.sysconf("SC_PAGE_SIZE")
+    assert child.memory_in_use(-1, 1, 1 << 30) == 0
 
 
 @isolated
@@ -281,12 +282,12 @@ def test_limits_too_low_for_an_empty_program_are_rejected() -> None:
 def test_missing_namespaces_are_refused_unless_waived(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    script = sandbox._script("sandbox_child.py").replace(
+    script = launcher._script("child.py").replace(
         "    flags = NEW_MOUNTS", '    raise OSError("not here")\n    flags = NEW_MOUNTS'
     )
-    harness = sandbox._script("sandbox_harness.py")
-    scripts = {"sandbox_child.py": script, "sandbox_harness.py": harness}
-    monkeypatch.setattr(sandbox, "_script", scripts.__getitem__)
+    harness = launcher._script("harness.py")
+    scripts = {"child.py": script, "harness.py": harness}
+    monkeypatch.setattr(launcher, "_script", scripts.__getitem__)
     check_sandbox.cache_clear()
     try:
         with pytest.raises(RecipeError):

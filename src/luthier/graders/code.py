@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from luthier.errors import RowRefused
 from luthier.graders.base import Answer, Grader
-from luthier.graders.sandbox import Limits, check_sandbox, passes, side_by_side
+from luthier.graders.sandbox.launcher import Limits, check_sandbox, passes, side_by_side
 
 _BLOCK = re.compile(
     r"^[ \t]*```+[ \t]*([^\s`]*)[^\n]*\n?(.*?)(?:\n?^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL
@@ -26,8 +26,8 @@ class Code(Grader):
     are asserts that use the names of the code, as in MBPP (Austin et al. 2021) and HumanEval (Chen
     et al. 2021).
 
-    The code runs in a sandbox (:mod:`luthier.graders.sandbox` lists its limits) with the standard
-    library. Code and tests share an interpreter, so a reply can cheat: an object that equals
+    The code runs in a sandbox (:mod:`luthier.graders.sandbox.launcher` lists its limits) with the
+    standard library. Code and tests share an interpreter, so a reply can cheat: an object that equals
     everything passes ``assert f(1) == 2``. Look at rewarded samples.
     """
 

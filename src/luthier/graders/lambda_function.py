@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from luthier.errors import RowRefused
 from luthier.graders.base import Answer
 from luthier.graders.python_source import SandboxedFunction, defined_function, timeout_fault
-from luthier.graders.sandbox import Limits, side_by_side, value_of
+from luthier.graders.sandbox.launcher import Limits, side_by_side, value_of
 from luthier.graders.templates import scope_of
 
 AT_ONCE = 16
@@ -54,8 +54,8 @@ class LambdaFunction(SandboxedFunction):
     The event is a list of up to 16 answers: ``{"id", "messages", "metadata"}`` and the members of
     the row. The reply is the last message, and ``metadata`` has the members again. The handler
     returns a list of ``{"id", "aggregate_reward_score"}``; ``metrics_list`` is ignored. The source
-    runs in a sandbox (:mod:`luthier.graders.sandbox`) with the standard library, without network
-    and keys, in a new process per event.
+    runs in a sandbox (:mod:`luthier.graders.sandbox.launcher`) with the standard library, without
+    network and keys, in a new process per event.
     """
 
     method: Literal["lambda"] = "lambda"

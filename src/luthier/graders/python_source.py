@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 
 from luthier.errors import RecipeError, RowRefused
 from luthier.graders.base import Answer, Grader
-from luthier.graders.sandbox import Limits, check_sandbox, side_by_side, value_of
+from luthier.graders.sandbox.launcher import Limits, check_sandbox, side_by_side, value_of
 from luthier.graders.templates import scope_of
 
 MOST_SOURCE = 256 * 1024
@@ -101,7 +101,7 @@ class PythonSource(SandboxedFunction):
     """The finite number that ``grade(sample, item)`` of the source returns.
 
     ``sample`` has ``output_text``, and ``output_json`` if the reply is JSON. ``item`` has the
-    members of the row. The source runs in a sandbox (:mod:`luthier.graders.sandbox`) with the
+    members of the row. The source runs in a sandbox (:mod:`luthier.graders.sandbox.launcher`) with the
     standard library, in a new process per answer.
     """
 

@@ -128,9 +128,9 @@ def _run(request: bytes, writes: int, folder: str, limits: Limits) -> None:
         "isolated": limits.isolated,
         "python": os.path.realpath(sys.executable),
         "prefix": os.path.realpath(sys.base_prefix),
-        "harness": _script("sandbox_harness.py"),
+        "harness": _script("harness.py"),
     }
-    command = [settings["python"], "-I", "-S", "-c", _script("sandbox_child.py")]
+    command = [settings["python"], "-I", "-S", "-c", _script("child.py")]
     process = subprocess.Popen(
         [*map(str, command), json.dumps(settings)],
         stdin=subprocess.PIPE,

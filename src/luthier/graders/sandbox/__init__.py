@@ -1,0 +1,1 @@
+"""The sandbox for untrusted code: launcher, outer processes (child), and inner process (harness)."""
