@@ -273,6 +273,8 @@ def test_deployments_health_and_review_in_browser(
         page.until_text("No answer is captured yet", "main")
         page.click(".heading .primary")
         page.until_text("Names are not hidden", ".heading")
+        page.choose(".heading select", "0")
+        page.until_text("number of raters is stored", ".toast")
         page.script("location.hash = '#/playground/labeller'")
         for number in range(3):
             page.until("document.querySelector('#input') !== null")

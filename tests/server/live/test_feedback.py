@@ -134,6 +134,29 @@ def test_share_of_answers_goes_to_two_raters(running: Running, request_id: str) 
     assert "10 answers" in shown
 
 
+def test_answer_in_the_queue_of_a_rater_is_leased(running: Running, request_id: str) -> None:
+    with running.service.database.write() as session:
+        settings.enable(session, ONE, second_rater=0.5)
+        annie = principals.create_user(session, ONE, "annie", "reviewer")
+        _, key_of_annie = principals.create_api_key(session, annie)
+    requests = [request_id, *(running.chat().headers["x-request-id"] for _ in range(9))]
+
+    def queue(key: str) -> set[str]:
+        found = running.http.get("/api/v1/review", headers={"Authorization": f"Bearer {key}"})
+        return {each["request"] for each in found.json()["answers"]}
+
+    assert queue(running.key()) == {*requests}
+    assert len(queue(key_of_annie)) == 5
+    assert queue(running.key()) == {*requests}
+    everybody = {"enabled": True, "second_rater": None}
+    key = {"Authorization": f"Bearer {running.key()}"}
+    assert (
+        "second_rater"
+        not in running.http.put("/api/v1/capture", json=everybody, headers=key).json()
+    )
+    assert queue(key_of_annie) == {*requests}
+
+
 def test_unknown_request_and_request_of_other_account(running: Running, request_id: str) -> None:
     unknown = rate(running, "nothing", rating=3)
     foreign = rate(running, request_id, OTHER, rating=3)

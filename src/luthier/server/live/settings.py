@@ -62,12 +62,12 @@ def check_writable(objects: Objects, account: str, bucket: str, prefix: str) -> 
 
 
 def _check(
-    share: float = 1, days: int = 1, most_bytes: int = 1_000_000, second_rater: float = 0,
+    share: float = 1, days: int = 1, most_bytes: int = 1_000_000, second_rater: float | None = None,
     **further: Any,
 ) -> None:  # fmt: skip
     for name, good, needed in (
         ("share", 0 < share <= 1, "more than 0 and at most 1"),
-        ("second_rater", 0 <= second_rater <= 1, "from 0 to 1"),
+        ("second_rater", 0 <= (second_rater or 0) <= 1, "from 0 to 1"),
         ("days", 1 <= days <= 3650, "from 1 to 3,650"),
         ("bytes", 1_000_000 <= most_bytes <= 2**63 - 1, "at least 1,000,000"),
     ):

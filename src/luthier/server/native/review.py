@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
+from itertools import chain
 from typing import Annotated, Any
 
 from fastapi import Query
 from pydantic import Field
-from sqlalchemy import case, func, or_, select
+from sqlalchemy import Integer, case, cast, delete, func, null, or_, select, union_all
 from sqlalchemy.orm import Session
 
 from luthier.errors import RefusedInput
@@ -20,9 +21,18 @@ from luthier.server.live.feedback import RATINGS
 from luthier.server.live.rows import RowKind
 from luthier.server.native.operations import Input, NativeCall, Page, View, native_router
 from luthier.server.stores.uploaded_files import file_address
-from luthier.server.tables.live.captures import DAYS, CapturedRequest, CaptureSettings, Feedback
+from luthier.server.tables.database import lock_by_name, now
+from luthier.server.tables.live.captures import (
+    DAYS,
+    CapturedRequest,
+    CaptureSettings,
+    Feedback,
+    ReviewLease,
+)
 
 router = native_router()
+LEASE = timedelta(minutes=15)
+"""Time for which an answer in the queue of a rater is kept from other raters."""
 MOST_READ = 20
 """Records that are read for each answer of a page, because some records have no text."""
 
@@ -37,12 +47,18 @@ class CaptureView(View):
     """True if personal data and secrets are replaced before anything is written."""
     days: int
     """Days until records are deleted."""
+    second_rater: float | None = None
+    """Share of answers that two raters get, where others have one rater; missing if all raters get all
+    answers."""
 
 
 class CaptureChange(Input):
     """New state of the capture."""
 
     enabled: bool
+    second_rater: float | None = Field(default=None, ge=0, le=1)
+    """Share of answers that two raters get, where others have one rater; null for all answers to all
+    raters. Stays if missing."""
 
 
 class ReviewPage(Page):
@@ -119,7 +135,11 @@ def set_capture(call: NativeCall, body: CaptureChange) -> CaptureView:
     call.record("capture/settings")
     with call.context.database.write() as session:
         if body.enabled:
-            settings.enable(session, call.account)
+            settings.enable(
+                session,
+                call.account,
+                **body.model_dump(include={"second_rater"}, exclude_unset=True),
+            )
         else:
             settings.disable(session, call.account)
         session.flush()
@@ -138,15 +158,18 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
     own = own.where(CapturedRequest.error == "").order_by(None)
     rated_by_me = Feedback.rater == call.caller.user
     is_rating = Feedback.account == call.account, Feedback.name.in_(RATINGS)
-    # Counted from the ratings: most captured requests have none.
+    # Counted from ratings and leases: most captured requests have none.
+    given = select(Feedback.request_seq, Feedback.rater, Feedback.position).where(*is_rating)
+    leased = select(ReviewLease.request_seq, ReviewLease.rater, cast(null(), Integer))
+    said = union_all(given, leased.where(ReviewLease.ends > now())).subquery().c
+    by_me = said.rater == call.caller.user
     marks = (
         select(
-            Feedback.request_seq,
-            func.count(case((rated_by_me, Feedback.position)).distinct()).label("positions"),
-            func.count(case((~rated_by_me, Feedback.rater)).distinct()).label("others"),
+            said.request_seq,
+            func.count(case((by_me, said.position)).distinct()).label("positions"),
+            func.count(case((~by_me, said.rater)).distinct()).label("others"),
         )
-        .where(*is_rating)
-        .group_by(Feedback.request_seq)
+        .group_by(said.request_seq)
         .subquery()
     )
     numbers = own.with_only_columns(CapturedRequest.seq)
@@ -156,9 +179,10 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
     with database.read() as session:
         rated = _count(session, closed)
         capturing = session.get(CaptureSettings, call.account)
-        if capturing is not None and capturing.second_rater is not None:
+        share = capturing.second_rater if capturing is not None else None
+        if share is not None:
             # Multiplied, so that neighbours do not have the same number of raters.
-            is_shared = (CapturedRequest.seq * 37) % 100 < 100 * capturing.second_rater
+            is_shared = (CapturedRequest.seq * 37) % 100 < 100 * share
             enough = marks.c.others >= case((is_shared, 2), else_=1)
             closed = marked.where(or_(done_by_me, enough))
         waiting = _count(session, numbers) - _count(session, closed)
@@ -185,18 +209,23 @@ def list_answers_to_review(call: NativeCall, page: Annotated[ReviewPage, Query()
             (seq, place)
             for seq, place in session.execute(select(*columns).where(seqs, rated_by_me, *is_rating))
         }
-    answers: list[ReviewedAnswer] = []
+    found: dict[int, list[ReviewedAnswer]] = {}
     last = None
     for record in records:
-        if len(answers) >= page.limit:
+        if sum(map(len, found.values())) >= page.limit:
             break
-        answers += (
-            each for each in _answers(call, record) if (record.seq, each.position) not in done
-        )
+        answers = _answers(call, record)
+        found[record.seq] = [each for each in answers if (record.seq, each.position) not in done]
         last = record.seq
+    if share is not None:
+        _lease(call, found, closed)
     more = last is not None and (last != records[-1].seq or len(records) == page.limit * MOST_READ)
     return ReviewView(
-        answers=answers, waiting=waiting, rated=rated, models=models, next=last if more else None
+        answers=list(chain.from_iterable(found.values())),
+        waiting=waiting,
+        rated=rated,
+        models=models,
+        next=last if more else None,
     )
 
 
@@ -223,7 +252,24 @@ def create_rows(call: NativeCall, body: RowsRequest) -> RatedRowsView:
 
 def _settings_view(row: CaptureSettings | None) -> CaptureView:
     row = row or CaptureSettings(enabled=False, share=1.0, redact=True, days=DAYS)
-    return CaptureView(enabled=row.enabled, share=row.share, redact=row.redact, days=row.days)
+    return CaptureView(
+        enabled=row.enabled,
+        share=row.share,
+        redact=row.redact,
+        days=row.days,
+        second_rater=row.second_rater,
+    )
+
+
+def _lease(call: NativeCall, found: dict[int, list[ReviewedAnswer]], closed: Any) -> None:
+    """Keep answers from other raters for a while, and remove answers that others got meanwhile."""
+    with call.context.database.write() as session:
+        lock_by_name(session, f"review {call.account}")
+        session.execute(delete(ReviewLease).where(ReviewLease.ends < now()))
+        for seq in session.scalars(closed.where(CapturedRequest.seq.in_(found))).all():
+            del found[seq]
+        for seq in (seq for seq, answers in found.items() if answers):
+            session.merge(ReviewLease(request_seq=seq, rater=call.caller.user, ends=now() + LEASE))
 
 
 def _count(session: Session, query: Any) -> int:

@@ -22,6 +22,8 @@ const EXPORTS = [
   ["sft", "answers that are not bad, and corrected answers (fine-tuning)"], ["dpo", "pairs of better and worse answers (DPO)"],
   ["kto", "answers with a judgement (KTO)"], ["classification", "texts with labels"],
 ];
+/** Shares of answers for two raters; empty for all answers to all raters. */
+const SHARES = ["", "0", "0.2"];
 const KEYS = { u: { thumb: "up" }, d: { thumb: "down" }, ...Object.fromEntries(STARS.map((each) => [each, { rating: each }])) };
 /** What redaction replaces (luthier/gate/pii.py). */
 const HIDDEN = "Hidden: e-mail and IP addresses, phone, card, bank and national id numbers, keys and passwords. Not hidden: names of people, postal addresses, birth dates.";
@@ -52,18 +54,30 @@ export function CaptureSwitch({ done }) {
 
 function CaptureState() {
   const { data, read } = useData((left) => (may("read") ? call("GET", "/api/v1/capture", { signal: left }) : null));
-  const { run } = useAction(async () => {
-    await call("PUT", "/api/v1/capture", { body: { enabled: false } });
-    toast("The capture is off.");
+  const { run } = useAction(async (body, text) => {
+    await call("PUT", "/api/v1/capture", { body });
+    toast(text);
     await read();
   });
+  const chooseRaters = ({ target: { value } }) =>
+    run({ enabled: true, second_rater: value === "" ? null : Number(value) }, "The number of raters is stored.");
   if (!data) return null;
   if (!data.enabled) return may("develop") ? html`<${CaptureSwitch} done=${read} />` : html`<span class="soft">The capture is off.</span>`;
   return html`
     <span class="soft">Requests are captured for ${data.days} days.</span>
     ${data.redact && html`<details class="soft"><summary>Names are not hidden</summary>${HIDDEN}</details>`}
-    ${may("develop") && html`<button type="button" class="quiet" onclick=${run}>Turn off</button>`}
+    ${may("develop") && html`
+      <select aria-label="Raters of an answer" value=${String(data.second_rater ?? "")} onchange=${chooseRaters}>
+        ${options([...new Set([...SHARES, String(data.second_rater ?? "")])].map((each) => [each, ratersText(each)]))}
+      </select>
+      <button type="button" class="quiet" onclick=${() => run({ enabled: false }, "The capture is off.")}>Turn off</button>
+    `}
   `;
+}
+
+function ratersText(share) {
+  if (share === "") return "Each rater sees all answers";
+  return Number(share) ? `One rater, two for ${percent(Number(share))}` : "One rater for each answer";
 }
 
 /** Move the focus to a field that appears. */

@@ -107,6 +107,16 @@ class Feedback(Base):
     created: Mapped[datetime]
 
 
+class ReviewLease(Base):
+    """An answer in the queue of a rater. Other raters do not get the answer until the lease ends."""
+
+    __tablename__ = "review_leases"
+
+    request_seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    rater: Mapped[str] = mapped_column(primary_key=True)
+    ends: Mapped[datetime]
+
+
 def find_captured(session: Session, account: str, identifier: str) -> CapturedRequest | None:
     """Return the captured request of the account by request id or response id."""
     ids = or_(CapturedRequest.id == identifier, CapturedRequest.response_id == identifier)
