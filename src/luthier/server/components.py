@@ -39,6 +39,8 @@ class Components:
     """Notifies the scheduler of new work."""
     queue_places: Callable[[Session], Mapping[str, QueuePlace]] = lambda session: {}
     """Returns positions and expected starts of waiting jobs, by id."""
+    account: str = "000000000000"
+    """First account, whose administrators operate the server."""
     hold_out: bool = True
     """True if jobs without validation data hold out rows."""
 

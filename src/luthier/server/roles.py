@@ -118,7 +118,7 @@ _OPERATIONS = {
         "s3": "CreateBucket DeleteBucket PutObject DeleteObject AbortMultipartUpload",
     },
     Permission.ADMINISTER: {
-        "luthier": "DeleteJob ListUsers CreateUser CreateKey DeleteKey ListAuditEntries"
+        "luthier": "DeleteJob ListUsers CreateUser CreateKey DeleteKey ListAuditEntries UnpackModel"
     },
 }
 PERMISSIONS: Mapping[str, Permission] = MappingProxyType(

@@ -139,6 +139,7 @@ class Service:
             capture=self.capture,
             wake=self.scheduler.wake,
             queue_places=self.scheduler.queue_places,
+            account=settings.account,
             hold_out=settings.hold_out,
         )
         self.openai = OpenAIService(components, self.objects, limits, self.meter.count)

@@ -444,7 +444,7 @@ def test_cancelled_upload_and_requests_do_not_reappear(
     page.fill("#training-address", put(server, rows))
     page.script("document.querySelector('#training-address').blur()")
     page.until("window.aborted")
-    assert "The rows at this address are used." in page.text(".drop")
+    assert "at this address" in page.text(".drop")
     assert page.script("return !document.querySelector('.submit .primary').disabled")
 
     # Other rows end the inspection of earlier rows and are inspected.

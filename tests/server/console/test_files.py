@@ -105,7 +105,7 @@ def test_browser_is_redirected_from_eval_report_to_console(server: Served) -> No
 def test_console_permissions_exist_on_server() -> None:
     code = "".join((STATIC / name).read_text() for name in MODULES)
     named = {*re.findall(r'\bmay\("(\w+)"', code)}
-    assert named == {*Permission} - {Permission.IDENTIFY, Permission.ADMINISTER}
+    assert named == {*Permission} - {Permission.IDENTIFY}
 
 
 def test_matching_etag_returns_304(server: Served) -> None:

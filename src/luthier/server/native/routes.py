@@ -15,6 +15,7 @@ from luthier.server.native import (
     loaded_models,
     measurements,
     models,
+    packed_models,
     reports,
     review,
     rows,
@@ -63,7 +64,7 @@ def native_api(context: Context, version: str) -> Api:
     """Return the API with all operations."""
     modules = (
         jobs, models, deployments, examples, exports, feedback, loaded_models, inference,
-        measurements, administration, reports, review, rows, schedules, studies, usage,
+        measurements, administration, packed_models, reports, review, rows, schedules, studies, usage,
     )  # fmt: skip
     routers = (router, *(module.router for module in modules))
     app = api_application(

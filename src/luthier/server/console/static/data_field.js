@@ -9,8 +9,11 @@ const EARLIER = 100;
 /** The value of a field: the address of the rows or null, a name to show, and the state of the upload. */
 export const EMPTY = { address: null, name: "", said: "", busy: false, problem: "" };
 
+/** Endings of files with rows. */
+const ROWS = ".jsonl,.json,.csv,.tsv,.txt,.md,.parquet,.gz,.zst";
+
 /** The field; `field` is a signal with its value, `onchange` is called after each choice. */
-export function DataField({ id, label, help, field, onchange }) {
+export function DataField({ id, label, help, field, accept = ROWS, onchange = () => {} }) {
   const over = useSignal(false);
   const sending = useRef(null);
   const [file, earlier, address] = [useRef(null), useRef(null), useRef(null)];
@@ -73,7 +76,7 @@ export function DataField({ id, label, help, field, onchange }) {
   const chooseAddress = () => {
     clear(earlier);
     const value = address.current.value.trim();
-    choose(value ? { address: value, name: shortName(value), said: "The rows at this address are used." } : {});
+    choose(value ? { address: value, name: shortName(value), said: "The file at this address is used." } : {});
   };
   const { said, problem } = field.value;
   return html`
@@ -84,8 +87,7 @@ export function DataField({ id, label, help, field, onchange }) {
         <label class="button">
           Choose a file
           <input type="file" id=${`${id}-file`} class="visually-hidden" ref=${file} aria-describedby=${`${id}-help`}
-            accept=".jsonl,.json,.csv,.tsv,.txt,.md,.parquet,.gz,.zst"
-            onchange=${(event) => event.target.files[0] && send(event.target.files[0])} />
+            accept=${accept} onchange=${(event) => event.target.files[0] && send(event.target.files[0])} />
         </label>
         <span class="soft"> or drop a file here.</span>
         <p class="help" role="status">${said}</p>

@@ -1,8 +1,12 @@
 // All models: the custom models of the account, then the base models.
 
 import { call, may } from "./api.js";
+import { DataField, EMPTY } from "./data_field.js";
+import { idOf } from "./files.js";
 import { age, bytes, compact, shortName, time } from "./format.js";
-import { Chip, DataTable, Empty, ErrorBox, Heading, Pending, html, link, useData, usePolling, useRef } from "./ui.js";
+import {
+  Chip, DataTable, Empty, ErrorBox, Heading, Pending, html, link, toast, useAction, useData, usePolling, useRef, useSignal,
+} from "./ui.js";
 
 const SECONDS = 15;
 /** Models or deployments of the account in one response: the most that the server allows. */
@@ -68,6 +72,33 @@ export function Models() {
     <${Custom} models=${custom} all=${models.data} loaded=${loaded.data} />
     <h2>Base models</h2>
     <${Base} models=${models.data.filter((each) => each.kind !== "custom")} />
+    ${may("administer") && html`<${ModelFile} done=${models.read} />`}
+  `;
+}
+
+/** A form that stores the models of a file of `luthier models pack`. */
+function ModelFile({ done }) {
+  const file = useSignal(EMPTY);
+  const { busy, error, run } = useAction(async () => {
+    const source = file.value.address;
+    const { models } = await call("POST", "/api/v1/packed-models", { body: { source } });
+    // The models are copies: the uploaded file has no further use.
+    if (idOf(source)) await call("DELETE", `/v1/files/${encodeURIComponent(idOf(source))}`);
+    file.value = EMPTY;
+    toast(`Stored: ${models.join(", ")}.`);
+    await done();
+  });
+  const help = html`<code>luthier models pack MODEL FILE.luthier</code> writes the file on a machine with network.
+    Files over 512 MB need an address: copy the file with an S3 client.`;
+  return html`
+    <details class="rule">
+      <summary>Add models from a file</summary>
+      <form class="inside" onsubmit=${run}>
+        <${DataField} id="model-file" label="Packed model" help=${help} field=${file} accept=".luthier" />
+        <${ErrorBox} error=${error} />
+        <div class="actions"><button type="submit" class="primary" disabled=${busy || !file.value.address}>Store the models</button></div>
+      </form>
+    </details>
   `;
 }
 
