@@ -209,6 +209,7 @@ def test_rows_in_the_documents_are_rows(document: str, tmp_path: Path) -> None:
         ("README.vi.md", "README.md"),
         ("docs/vi/route-messages.md", "docs/use-cases/route-messages.md"),
         ("docs/vi/copied-questions.md", "docs/use-cases/copied-questions.md"),
+        ("docs/vi/domain-text.md", "docs/use-cases/domain-text.md"),
     ],
 )
 def test_translated_page_has_the_commands_and_figures_of_the_page(
