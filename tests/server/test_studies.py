@@ -88,8 +88,10 @@ def test_varied_method_does_not_inherit_defaults_of_another_method(
     made = create(server, rows, base=BASE, vary=["adaptation.method=lora,bitfit"])
     done = server.ask("POST", f"{made}/stop")[1]
     assert done["state"] in ("Stopping", "Stopped")
-    with Database(f"sqlite:///{server.home / 'luthier.db'}").read() as session:
+    database = Database(f"sqlite:///{server.home / 'luthier.db'}")
+    with database.read() as session:
         recipe = Recipe.parse(session.query(Study).filter_by(id=done["id"]).one().recipe)
+    database.close()
     for method in ("lora", "bitfit"):
         assert with_settings(recipe, {"adaptation.method": method}).adaptation.method == method
 

@@ -90,13 +90,13 @@ class Service:
         self.database = Database(settings.database)
         try:
             upgrade(self.database)
+            with self.database.read() as session:
+                key = matching_server_key(session)
+            self.issued = bootstrap.prepare(self.database, Sealing(key), settings.account)
+            """Keys of the root user, if created now. The keys are shown only once."""
         except BaseException:
             self.database.close()
             raise
-        with self.database.read() as session:
-            key = matching_server_key(session)
-        self.issued = bootstrap.prepare(self.database, Sealing(key), settings.account)
-        """Keys of the root user, if created now. The keys are shown only once."""
         self.arns = Arns(settings.region)
         self.meter = Meter(self.database)
         self.objects = Objects(self.database, quotas=settings.limits)

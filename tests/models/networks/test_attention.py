@@ -415,6 +415,7 @@ def test_the_gpu_mask_has_the_window(window: AttentionWindow) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_the_gpu_kernel_gets_caps_and_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -297,6 +297,7 @@ def test_study_page_has_reasons_choice_and_pictures(
         row = create(session, StudyTable, ONE, request, [model], recipe={})
         row.state, row.result = "Completed", report_of(found) | {"keep": {"base": "fasttext"}}
         address = row.id
+    database.close()
     page.sign_in(KEY)
     page.until_text("What would you like", "h1")
     page.script("location.hash = arguments[0]", f"#/studies/{address}")
