@@ -123,6 +123,7 @@ def test_a_curve_without_validation_marks_no_step(tmp_path: Path) -> None:
     assert "validation" not in shown and not any(word.startswith("kept") for word in shown)
 
 
+@pytest.mark.slow
 def test_rates_of_layers_and_clipped_steps_are_drawn(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
         {

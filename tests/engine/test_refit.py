@@ -64,6 +64,7 @@ def sha256(result: Result) -> str:
     return str(manifest_of(result)["trained_weights_sha256"])
 
 
+@pytest.mark.slow
 def test_refit_stores_weights_of_run_on_all_rows(recipe: Callable[..., Recipe]) -> None:
     notes = Notes()
     result = train(recipe("x"), reporter=notes)

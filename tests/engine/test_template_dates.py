@@ -133,6 +133,7 @@ def test_dates_equal_strftime(
         assert dated.prompt_text(ASK) == expected
 
 
+@pytest.mark.slow
 def test_a_model_of_yesterday_is_served_today(
     daily_folder: Path, tmp_path: Path, set_day: Callable[[str], None]
 ) -> None:

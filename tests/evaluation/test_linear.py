@@ -149,6 +149,7 @@ def test_selected_penalty_has_the_least_held_out_loss() -> None:
     assert select_penalty(points_NH, noisy_N, 3) == min(losses, key=losses.__getitem__)
 
 
+@pytest.mark.slow
 def test_penalty_of_several_labels_grows_with_wrong_labels() -> None:
     points_NH, classes_N, noisy_N = noisy_clusters(0.2)
     clean, noisy = (

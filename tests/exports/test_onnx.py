@@ -325,6 +325,7 @@ def test_onnx_takes_the_place_of_no_files(tmp_path: Path, tiny_model_folder: Pat
     assert (tmp_path / "mine").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_onnx_export_of_unsupported_model_is_refused(
     tmp_path: Path,
     tiny_model_folder: Path,

@@ -129,6 +129,7 @@ def test_adapters_answer_together_as_each_does_alone(pool: ModelPool, base: str)
     assert all(pool._entries[each].model._thread not in threads for each in NAMES[3:])
 
 
+@pytest.mark.slow
 def test_adapter_of_an_adapter_has_separate_network(pool: ModelPool, home: Path) -> None:
     text_of(pool, NAMES[0])
     above = tune(home, NAMES[0], "above", {"method": "lora", "rank": 2})

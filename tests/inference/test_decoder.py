@@ -551,6 +551,7 @@ def test_completion_keeps_first_space(
     made.close()
 
 
+@pytest.mark.slow
 def test_deterministic_decoder_runs_single_sequences(
     tiny_model_folder: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,8 @@ def tune(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[..., 
 
 
 @pytest.mark.parametrize(
-    "family", ["bert", pytest.param("roberta", marks=pytest.mark.slow), "llama"]
+    "family",
+    ["bert", *(pytest.param(each, marks=pytest.mark.slow) for each in ("roberta", "llama"))],
 )
 def test_contributions_add_up_to_the_difference_of_the_scores(
     family: str, tune: Callable[..., str]
@@ -108,6 +109,7 @@ def test_contributions_of_linear_models_are_differences_without_the_word(
         assert values["no"] > values["the"] and values["not"] > values["the"]
 
 
+@pytest.mark.slow
 def test_pixels_that_decide_have_the_contributions(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     images = random.integers(0, 40, (60, 16, 16, 3), dtype=np.uint8)

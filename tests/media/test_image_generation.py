@@ -115,6 +115,7 @@ def test_diffusion_uses_requested_step_count(
         Predictor.open(find("unet:one"))
 
 
+@pytest.mark.slow
 def test_time_limit_excludes_waiting_requests(
     images: Path, family_folder: Callable[[str], Path], luthier_home: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -147,6 +148,7 @@ def test_time_limit_excludes_waiting_requests(
     assert len(made) == 1 and not other.is_alive()
 
 
+@pytest.mark.slow
 def test_prompt_words_select_the_image(
     tmp_path: Path, family_folder: Callable[[str], Path], luthier_home: Path
 ) -> None:

@@ -45,6 +45,7 @@ def test_few_steps_from_random_weights_get_advice(
     assert advised_steps(job, steps) == expected
 
 
+@pytest.mark.slow
 def test_picture_of_augmented_rows_starts_each_line_with_the_row(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (8, 12, 12, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(8) % 2)

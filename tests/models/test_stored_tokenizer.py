@@ -123,6 +123,7 @@ def test_families(family: str, family_tokenizer: Callable[[str], Any], tmp_path:
     check_alike(stored, load_with_transformers(tmp_path))
 
 
+@pytest.mark.slow
 def test_tokenizers_in_python_are_loaded_with_transformers(tmp_path: Path) -> None:
     from transformers import CanineTokenizer
 

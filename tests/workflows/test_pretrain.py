@@ -152,6 +152,7 @@ def test_pretrained_base_generates_exports_and_tunes(
     assert not any((luthier_home / "pretraining").glob("mine"))
 
 
+@pytest.mark.slow
 def test_pretrained_encoder_fills_masks_and_is_tuned(text: Path, tmp_path: Path) -> None:
     training = {**TRAINING, "max_steps": 30}
     fields = {

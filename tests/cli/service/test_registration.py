@@ -187,6 +187,7 @@ def test_service_model_cannot_be_unregistered(luthier_home: Path, fields: dict[s
     assert admin("models", "list")["models"]
 
 
+@pytest.mark.slow
 def test_invalid_model_registration_is_rejected(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

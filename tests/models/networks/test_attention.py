@@ -283,6 +283,7 @@ def test_backward_pass_saves_only_query_key_value() -> None:
     assert shapes == [tuple(tensor.shape) for tensor in (query, key, value)]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32(tiny_llama: Any) -> None:
     rows = make_rows(SHAPES["many tiles"])
     _, expected_loss, expected = each_row_alone(tiny_llama(), rows)

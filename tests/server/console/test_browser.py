@@ -575,6 +575,7 @@ def put(server: Served, path: Path) -> str:
     return "s3://data/rows.jsonl"
 
 
+@pytest.mark.slow
 def test_data_page_shows_findings_and_writes_cleaned_file(
     server: Served, page: Browser, tmp_path: Path
 ) -> None:

@@ -254,7 +254,9 @@ def test_memory_is_estimated_as_the_engine_does(queue: Any, luthier_home: Path) 
     [
         ("all-minilm-l6-v2", ("classification", "masked_lm", "token_classification"), 0.5e9),
         ("bert-base-uncased", ("classification", "contrastive", "masked_lm"), 1e9),
-        ("efficientnet-lite0", ("classification", "contrastive"), 1e9),
+        pytest.param(
+            "efficientnet-lite0", ("classification", "contrastive"), 1e9, marks=pytest.mark.slow
+        ),
         ("smollm2-135m-instruct", ("sft", "dpo", "classification"), 1e9),
     ],
 )
