@@ -92,7 +92,7 @@ def promotion_verdict(
         return f"Keep {plan['model']}: {name} is not significantly better: {figures}."
     why = "significantly better" if gains else "faster, and not significantly worse"
     command = f"luthier live promote {plan['deployment'] or 'DEPLOYMENT'} {name}"
-    return f"Promote {name}: {why} than {plan['model']}: {figures}. Command: {command}"
+    return f"Promote {name}: {why} than {plan['model']}: {figures}. Run `{command}`"
 
 
 def _contenders(found: HeadToHead, model_id: str) -> tuple[Contender, Contender]:

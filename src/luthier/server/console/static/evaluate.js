@@ -8,7 +8,7 @@ import { age, bytes, duration, number, scoreText, time, words } from "./format.j
 import { hasEnded, modelNames } from "./jobs.js";
 import { allModels, nameOf } from "./models.js";
 import {
-  Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, html, link, options,
+  Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Said, Section, Table, bound, confirmed, html, link, options,
   toast, useAction, useData, usePages, usePolling, useSignal,
 } from "./ui.js";
 import { ScoreBars } from "./verdict.js";
@@ -178,7 +178,7 @@ function Measured({ kind, id }) {
     <//>
     <p class="soft">Rows: ${withNames(data.request.rows)}</p>
     <${ErrorBox} error=${error} /><${ErrorBox} error=${stop.error} /><${ErrorBox} error=${remove.error} />
-    ${data.failure && html`<p class="box error" role="alert">${withNames(data.failure)}</p>`}
+    ${data.failure && html`<p class="box error" role="alert"><${Said} text=${withNames(data.failure)} /></p>`}
     ${!hasEnded(data.state) && html`
       <p class="soft">${progress?.phase ?? "Waiting for a worker …"}</p>
       ${progress?.total && html`<progress max=${progress.total} value=${progress.done} aria-label=${progress.phase} />`}
@@ -211,7 +211,7 @@ function EvaluationReport({ report, sets }) {
   return html`
     <div class="box note" id="summary">
       <p><strong>${words(first ?? "")} ${scoreText(first, value, sets)} on ${number(rows)} rows${intervals[first] && ` (95 % interval ${rangeText(first, intervals[first], sets)})`}.</strong></p>
-      ${remarks.map((each) => html`<p>${each}</p>`)}
+      ${remarks.map((each) => html`<p><${Said} text=${each} /></p>`)}
     </div>
     <${Section} title="Scores">
       <${Table} caption="Scores" columns=${["Measure", figure("Score"), figure("95 % interval")]}
@@ -238,7 +238,7 @@ function ComparisonReport({ report, sets }) {
   return html`
     <div class=${`box ${{ true: "good", false: "warning" }[report.worth_it] ?? "note"}`} id="summary">
       <p><strong>${verdict}</strong></p>
-      ${remarks.map((each) => html`<p>${each}</p>`)}
+      ${remarks.map((each) => html`<p><${Said} text=${each} /></p>`)}
     </div>
     <${ScoreBars} verdict=${picture} />
     <${Section} title=${`All contenders on ${number(rows)} rows`}>

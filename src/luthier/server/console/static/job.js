@@ -9,8 +9,8 @@ import { CompareWith } from "./job_differences.js";
 import { ModelName, Progress, StateChip, certificateOf, customizationOf, hasEnded, modelNames, queuePlace, timeTaken } from "./jobs.js";
 import { LabelIssues } from "./label_issues.js";
 import {
-  ErrorBox, ExampleCard, Facts, Heading, Pending, Section, Table, announce, confirmed, html, link, pause, useAction, useData, useEffect, useLeaving, usePolling,
-  useRef, useSignal,
+  ErrorBox, ExampleCard, Facts, Heading, Pending, Said, Section, Table, announce, confirmed, html, link, pause, useAction, useData, useEffect, useLeaving,
+  usePolling, useRef, useSignal,
 } from "./ui.js";
 import { HeldOut, ScoreBars, shorten, verdictOf } from "./verdict.js";
 
@@ -106,6 +106,7 @@ function Followed({ path, first, nameOf }) {
     <${ErrorBox} error=${problem.value}>The page tries again automatically.<//>
     ${WAITING[job.state] && html`<p class="soft">${WAITING[job.state]} ${job.queue_position && `${queuePlace(job)}.`}</p>`}
     ${!hasEnded(job.state) && html`<${Progress} job=${job} />`}
+    ${job.state === "Running" && messages.length > 0 && html`<p class="soft" id="stage"><${Said} text=${withNames(String(messages.at(-1).data.message))} /></p>`}
     <${Result} job=${job} />
     ${job.result?.label_issues?.issues ? html`<${LabelIssues} job=${job} />` : null}
     <section>
@@ -234,7 +235,7 @@ function Result({ job }) {
     return html`
       <div class="box error" role="alert">
         <p><strong>The job failed.</strong></p>
-        <p class="failure">${withNames(job.failure ?? "The reason is unknown.")}</p>
+        <p class="failure"><${Said} text=${withNames(job.failure ?? "The reason is unknown.")} /></p>
       </div>
     `;
   if (job.state !== "Completed") return null;
@@ -263,12 +264,12 @@ function Completed({ job }) {
     <div class=${`box ${verdict?.kind ?? "note"}`} id="result">
       <p><strong>${verdict?.text ?? "The model is trained."}</strong></p>
       ${reasons.length > 0 && html`
-        <details><summary>Reasons</summary>${reasons.map((each) => html`<p>${sentence(each)}</p>`)}</details>
+        <details><summary>Reasons</summary>${reasons.map((each) => html`<p><${Said} text=${sentence(each)} /></p>`)}</details>
       `}
     </div>
     ${retraining && html`
       <div class="box note" id="retraining">
-        <p><strong>Compared with the model before.</strong> ${sentence(retraining.verdict)}</p>
+        <p><strong>Compared with the model before.</strong> <${Said} text=${sentence(retraining.verdict)} /></p>
         <p><a href=${link("deployments")}>Deployments</a></p>
       </div>
     `}
@@ -283,7 +284,7 @@ function Completed({ job }) {
     <${ErrorBox} error=${found.error?.status !== 404 && found.error} again=${found.read} />
     ${verdict && html`<${ScoreBars} verdict=${verdict} />`}
     ${found.data && may("invoke") && html`
-      <section id="examples"><h2>Held-out examples</h2><${HeldOut} job=${job} rows=${examples} base=${found.data.base} /></section>
+      <section id="examples"><h2>Held-out examples</h2><${HeldOut} job=${job} rows=${examples} base=${found.data.base} refitted=${refitted} /></section>
     `}
     <${Section} title="Comparison with simple methods">${baselines(metrics.comparison, sets)}<//>
     ${rows !== undefined && html`
@@ -341,7 +342,7 @@ function Messages({ messages }) {
           <li key=${id} class=${kind}>
             <time datetime=${data.at} class="soft">${dateOf(data.at)?.toLocaleTimeString()}</time>
             ${label && html`<span class=${`chip ${kind === "state" ? "" : kind}`}>${label}</span>`}
-            <span class="text">${withNames(String(data.message ?? "")).replace(/^warning: /, "")}</span>
+            <span class="text"><${Said} text=${withNames(String(data.message ?? "")).replace(/^warning: /, "")} /></span>
           </li>
         `;
       })}

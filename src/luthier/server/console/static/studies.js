@@ -5,7 +5,7 @@ import { learnNames, withNames } from "./files.js";
 import { age, shortName, time } from "./format.js";
 import { hasEnded } from "./jobs.js";
 import {
-  Chip, Empty, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, html, link, options, toast,
+  Chip, Empty, ErrorBox, Field, Heading, PageButtons, Pending, Said, Section, Table, bound, confirmed, html, link, options, toast,
   useAction, useData, usePages, usePolling, useSignal,
 } from "./ui.js";
 
@@ -152,7 +152,7 @@ export function StudyPage({ params }) {
     <//>
     <p class="soft">Rows: ${withNames(data.request.training)}</p>
     <${ErrorBox} error=${error} /><${ErrorBox} error=${stop.error} /><${ErrorBox} error=${remove.error} />
-    ${data.failure && html`<p class="box error" role="alert">${withNames(data.failure)}</p>`}
+    ${data.failure && html`<p class="box error" role="alert"><${Said} text=${withNames(data.failure)} /></p>`}
     ${!hasEnded(data.state) && html`
       <p class="soft" role="status">${progress?.phase ?? (data.state === "Queued" ? "Waiting for a worker …" : "Starting …")}</p>
       ${progress && html`<progress max=${progress.total} value=${progress.done} aria-label="Steps of this training" />`}
@@ -171,7 +171,7 @@ function Report({ report }) {
   return html`
     <div class="box note" id="summary">
       <p><strong>${verdict}</strong></p>
-      ${remarks.map((each) => html`<p>${each}</p>`)}
+      ${remarks.map((each) => html`<p><${Said} text=${each} /></p>`)}
     </div>
     <${Table} caption="Configurations; the choice is bold" columns=${["", ...columns.map((name) => ({ name, kind: "number" }))]} rows=${cells} />
     ${Object.entries(pictures).map(([name, { light, dark }]) => html`

@@ -1,6 +1,6 @@
 // Preact, htm and signals, with the hooks and components that all pages share. Text of data is never parsed as HTML.
 
-import { messageOf } from "./api.js";
+import { may, messageOf } from "./api.js";
 import htm from "./vendor/htm.js";
 import { useEffect, useLayoutEffect, useRef } from "./vendor/preact-hooks.js";
 import { h, render } from "./vendor/preact.js";
@@ -200,12 +200,28 @@ export function Pending({ title, error, read }) {
   return html`<${Heading} title=${title} /><${ErrorBox} error=${error} again=${read} />`;
 }
 
+/** Pages that do what a command does. */
+const PAGES = [
+  [/^luthier (clean|inspect)/, "data", "Data"], [/^luthier (compare|evaluate)/, "evaluations", "Evaluate"], [/^luthier tune/, "new", "New job"],
+  [/^luthier live capture/, "review", "Review"], [/^luthier live (deploy|promote|rollback)/, "deployments", "Deployments"],
+  [/^luthier study/, "studies", "Studies"], [/^luthier (chat|generate|predict)/, "playground", "Playground"],
+];
+
+/** A text of the server, with `code` in another font and a link after a command that a page replaces. */
+export function Said({ text }) {
+  return text.split(/`([^`]+)`/).map((part, index) => {
+    if (index % 2 === 0) return part;
+    const [, page, name] = PAGES.find(([command]) => may("read") && command.test(part)) ?? [];
+    return html`<code>${part}</code>${page && html` (<a href=${link(page)}>${name}</a>)`}`;
+  });
+}
+
 /** An error with its location and, if `again` is given, a button. */
 export function ErrorBox({ error, again, children }) {
   if (!error) return null;
   return html`
     <div class="box error" role="alert">
-      <p>${messageOf(error)}</p>
+      <p><${Said} text=${messageOf(error)} /></p>
       ${error.parameter && html`<p class="soft">Parameter: <code>${error.parameter}</code></p>`}
       ${children && html`<p class="soft">${children}</p>`}
       ${again && error.status !== 404 && html`<button type="button" onclick=${again}>Try again</button>`}

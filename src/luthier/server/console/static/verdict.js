@@ -99,7 +99,7 @@ export function ScoreBars({ verdict }) {
 export const readable = (rows) => (rows ?? []).filter((row) => typeof row.text === "string" || Array.isArray(row.messages));
 
 /** Rows that the model has not learned, with the answers of the base and of the model after a click. */
-export function HeldOut({ job, rows: all, base }) {
+export function HeldOut({ job, rows: all, base, refitted }) {
   const rows = readable(all);
   const answers = useSignal(null);
   const { busy, error, run } = useAction(async () => {
@@ -112,7 +112,7 @@ export function HeldOut({ job, rows: all, base }) {
   });
   if (!rows.length)
     return html`
-      <${Empty} text="No held-out row can be shown: the row needs a short text and a wanted answer. Try your own text.">
+      <${Empty} text=${`${refitted ? "The model learned the held-out rows after the measurement." : "No held-out row has a short text and a wanted answer."} Try your own text.`}>
         <a class="button" href=${link("playground", job.model_name)}>Open the playground</a>
       <//>
     `;
