@@ -12,7 +12,7 @@ import {
 } from "./ui.js";
 
 const FILES = 100;
-const ROWS = 10;
+const ROWS = 20;
 /** Characters of a value that are shown. */
 const LONGEST_VALUE = 600;
 /** Milliseconds after the last key until a search begins. */
@@ -84,11 +84,6 @@ export function Data({ params, query }) {
     return state;
   }, [state]);
   const lines = useSignal({ rule: "", lines: query.get("lines") ?? "" });
-  // The lines of a folder belong to several files.
-  const showRows = (rule) => {
-    lines.value = { rule: rule.rule, lines: [...new Set(rule.places.map((each) => each.line ?? each.row).filter(Boolean))].join(",") };
-    document.getElementById("rows").scrollIntoView();
-  };
   if (!known.data) return html`<${Pending} title="Data" ...${known} />`;
   const trainLink = `${link("new")}?${new URLSearchParams({ rows: address, columns: JSON.stringify(columns.value) })}`;
   return html`
@@ -103,7 +98,7 @@ export function Data({ params, query }) {
       <${Working} key=${state} text=${found.value?.state === state ? "Checking all rows" : "Checking the first rows"} />
     `}
     ${found.value && html`
-      <${Inspection} ...${found.value} address=${address} columns=${columns.value} showRows=${!address.endsWith("/") && showRows} onfixed=${(made) => link("data", made.address)} />
+      <${Inspection} ...${found.value} address=${address} columns=${columns.value} showRows=${showRowsOf(address, lines)} onfixed=${(made) => link("data", made.address)} />
     `}
     <${Rows} key=${lines.value.lines} address=${address} columns=${columns.value} lines=${lines} />
   `;
@@ -118,7 +113,17 @@ function Download({ id, name }) {
   return html`<button type="button" disabled=${busy} onclick=${run}>Download</button><${ErrorBox} error=${error} />`;
 }
 
-function Rows({ address, columns, lines }) {
+/** Return a function that shows the rows of a rule; the lines of a folder belong to several files. */
+export function showRowsOf(address, lines) {
+  if (address.endsWith("/")) return null;
+  return (rule) => {
+    lines.value = { rule: rule.rule, lines: [...new Set(rule.places.map((each) => each.line ?? each.row).filter(Boolean))].join(",") };
+    document.getElementById("rows").scrollIntoView();
+  };
+}
+
+/** Rows of a file with search, a filter by label, and pages. */
+export function Rows({ address, columns, lines }) {
   const [search, label, timer] = [useSignal(""), useSignal(""), useSignal(null)];
   const pages = usePages();
   const position = pages.value.at(-1);

@@ -3,7 +3,7 @@
 import { call, may } from "./api.js";
 import { placeOf, sentence, withNames } from "./files.js";
 import { bytes, duration, number, words } from "./format.js";
-import { Chip, ErrorBox, Facts, Table, html, toast, useAction, useEffect, useSignal } from "./ui.js";
+import { Chip, DataTable, ErrorBox, Facts, Said, Table, html, toast, useAction, useEffect, useSignal } from "./ui.js";
 
 const VERDICTS = {
   passed: "The data are ready for training.", warnings: "The data have warnings. Read the warnings before training.",
@@ -11,6 +11,7 @@ const VERDICTS = {
 };
 const ORDER = ["error", "warning", "note"];
 const MOST_ROWS = 3;
+const MOST_LANGUAGES = 4;
 /** Different problems of a rule that are shown at once. */
 const MOST_PLACES = 5;
 /** Tokens of a long row that are shown at its start and at its end. */
@@ -69,8 +70,11 @@ export function Inspection({ verdict, complete, report, address, columns, valida
         ["Errors", number(count("error"))],
         ["Warnings", number(count("warning"))],
         ["Row format", report.forms?.train],
+        ["Length", lengthText(report.summaries?.lengths)],
+        ["Languages", Object.keys(report.summaries?.language?.splits?.train?.input?.counts ?? {}).slice(0, MOST_LANGUAGES).join(", ")],
         ["Base model", report.base ? withNames(report.base) : null],
       ]} />
+      <${Labels} balance=${report.summaries?.balance} />
       ${rules.length > 0 && html`<h3>Findings</h3>`}
       ${fixable.length > 1 && html`<div class="actions"><${FixButton} rules=${fixable} source=${source} onfixed=${onfixed} /></div>`}
       ${rules.map((rule) => html`
@@ -84,6 +88,28 @@ export function Inspection({ verdict, complete, report, address, columns, valida
       ${Object.entries(splits).map(([split, found]) => html`<${Rows} split=${split} rows=${found.shown ?? []} />`)}
       ${skipped.length > 0 && html`<p class="soft">Not checked: ${skipped.join(", ")}.</p>`}
     </section>
+  `;
+}
+
+/** Return the usual and the longest length of the training rows' input. */
+function lengthText(lengths) {
+  const found = lengths?.splits?.train?.input_characters;
+  return found ? `${number(found.p50)} characters, at most ${number(found.max)}` : "";
+}
+
+/** The labels of the training rows with their numbers of rows. */
+function Labels({ balance }) {
+  const counts = Object.entries(balance?.splits?.train?.counts ?? {}).sort((a, b) => b[1] - a[1]);
+  if (!counts.length) return null;
+  return html`
+    <details class="rule">
+      <summary>${number(counts.length)} labels, from ${number(counts.at(-1)[1])} to ${number(counts[0][1])} rows each</summary>
+      <div class="inside">
+        <${DataTable} caption="Labels of the training rows" filter="label" columns=${[
+          { name: "Label", value: ([label]) => label }, { name: "Rows", kind: "number", value: ([, count]) => count },
+        ]} rows=${counts} />
+      </div>
+    </details>
   `;
 }
 
@@ -113,8 +139,8 @@ function Rule({ rule, children }) {
         <span class="soft">${times} · <code>${rule.rule}</code></span>
       </summary>
       <div class="inside">
-        ${rule.why && html`<p><strong>Why: </strong>${rule.why}</p>`}
-        ${rule.fix && html`<p><strong>Fix: </strong>${rule.fix}</p>`}
+        ${rule.why && html`<p><strong>Why: </strong><${Said} text=${rule.why} /></p>`}
+        ${rule.fix && html`<p><strong>Fix: </strong><${Said} text=${rule.fix} /></p>`}
         <div class="actions">${children}</div>
         <${Places} rule=${rule} groups=${groups.slice(0, MOST_PLACES)} />
         ${groups.length > MOST_PLACES && html`
@@ -135,7 +161,7 @@ function Places({ rule, groups }) {
       ${groups.map(([place, ...others]) => html`
         <li>
           <code>${placeOf(place)}</code>${others.length > 0 && ` and ${number(others.length)} more`} ${withNames(place.message ?? "")}
-          ${place.fix && place.fix !== rule.fix && html` <strong>Fix: </strong>${withNames(place.fix)}`}
+          ${place.fix && place.fix !== rule.fix && html` <strong>Fix: </strong><${Said} text=${withNames(place.fix)} />`}
           ${place.excerpt && html`<pre class="row" tabindex="0">${place.excerpt}</pre>`}
         </li>
       `)}
@@ -190,7 +216,7 @@ export function Estimate({ estimate }) {
   return html`
     <section class="estimate">
       <h2>Estimate</h2>
-      ${(estimate.warnings ?? []).map((each) => html`<p class="box warning">${sentence(each)}</p>`)}
+      ${(estimate.warnings ?? []).map((each) => html`<p class="box warning"><${Said} text=${sentence(each)} /></p>`)}
       <${Facts} pairs=${[
         ["Time", range(estimate.seconds, duration)],
         ["Memory", range(estimate.memory, bytes)],

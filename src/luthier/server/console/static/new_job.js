@@ -1,6 +1,7 @@
 // The form for a new job: data, base model, settings and names; inspection and estimate before the start.
 
 import { InputError, call, may } from "./api.js";
+import { Rows, showRowsOf } from "./data.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { idOf, learnNames, remember, sentence, withNames } from "./files.js";
 import { Columns } from "./columns.js";
@@ -71,7 +72,7 @@ function JobForm({ models, start, rows, read }) {
   const base = useSignal(models.find((each) => wanted && [each.id, each.name, each.arn].includes(wanted))?.name ?? "");
   const names = useSignal(draft.names ?? {});
   const columns = useSignal(JSON.parse(read ?? "{}"));
-  const working = useSignal(null);
+  const [working, lines] = [useSignal(null), useSignal({ rule: "", lines: "" })];
   const outcome = useSignal("");
   const [inspection, problem, preview] = [useSignal(null), useSignal(null), useSignal(null)];
   const [changes, download] = [useSignal(0), useSignal(false)];
@@ -342,9 +343,12 @@ function JobForm({ models, start, rows, read }) {
       </div>
       <${Shown} content=${!inspection.value?.background && inspection.value}>${inspection.value && html`
         <${Inspection} ...${inspection.value} address=${training.value.address} columns=${columns.value}
-          validation=${validation.value.address} onfixed=${useCleaned} />
+          validation=${validation.value.address} onfixed=${useCleaned} showRows=${showRowsOf(training.value.address, lines)} />
       `}<//>
     </form>
+    ${hasRows && !training.value.address.endsWith("/") && html`
+      <${Rows} key=${training.value.address} address=${training.value.address} columns=${columns.value} lines=${lines} />
+    `}
   `;
 }
 
