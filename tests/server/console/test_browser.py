@@ -161,6 +161,8 @@ def test_console_trains_model_from_uploaded_file(server: Served, page: Browser, 
     page.click('a.primary[href="#/models/made"]')
     page.until_text("made", "h1")
     assert "tiny" in page.text("main")
+    page.click('#navigation a[href="#/models"]')
+    page.until("document.querySelector('td.number small')?.textContent")
     page.click('#navigation a[href="#/jobs"]')
     page.until_text("Completed", "tbody")
     page.choose("#state", "Failed")

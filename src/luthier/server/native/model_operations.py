@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from luthier.data.conversations.chat import accepted_inputs
 from luthier.data.inputs import read_processor
 from luthier.errors import LuthierError, UnknownModel
 from luthier.files import luthier_home
+from luthier.formatting import finite_or_none
 from luthier.inference.embeddings import gives_embeddings
 from luthier.library.folders import is_base_here
 from luthier.models.base_kinds import KINDS
@@ -67,31 +69,49 @@ def abilities_of(stored: StoredModel) -> Abilities:
     return _abilities(stored, _input_of(stored))
 
 
-def writes(model: AnyModel) -> bool:
-    """Return True if the model generates text.
+@dataclass(frozen=True)
+class ListedFacts:
+    """Facts of a model in lists."""
+
+    writes: bool
+    """True if the model generates text."""
+    measure: str | None = None
+    """Name of the score; missing for unmeasured models."""
+    score: float | None = None
+    """Score on the held-out rows of the training."""
+
+
+def listed_facts(model: AnyModel) -> ListedFacts:
+    """Return the facts of a model in lists.
 
     The result comes from the model's metadata, without downloads, and is cached for lists of
     thousands of models. If the files are on another server, the kind of the base model decides.
-    Damaged models, and models of packages that are not installed, return False.
+    Damaged models, and models of packages that are not installed, do not write.
     """
     if isinstance(model, CustomModel) and model.stored_id is not None:
         try:
-            return _stored_writes(luthier_home(), model.stored_id, model.created)
+            return _stored_facts(luthier_home(), model.stored_id, model.created)
         except UnknownModel:
             pass  # the files are on another server
         except (LuthierError, OSError):
-            return False
-    return _kind_writes(kind_of(model))
+            return ListedFacts(False)
+    return ListedFacts(_kind_writes(kind_of(model)))
 
 
 @lru_cache(maxsize=1 << 14)
-def _stored_writes(home: Path, stored_id: str, created: datetime) -> bool:
-    """Return True if a library model generates text. ``home`` and ``created`` are cache keys: ids
-    can be reused."""
+def _stored_facts(home: Path, stored_id: str, created: datetime) -> ListedFacts:
+    """Return the facts of a library model. ``home`` and ``created`` are cache keys: ids can be
+    reused."""
     from luthier.library.models import find
 
     stored = find(stored_id)
-    return _writes(stored, stored.objective)
+    metrics = stored.manifest.metrics or {}
+    kept = (metrics.get("verdict") or {}).get("kept") or {}
+    scores = (name for name in kept if name != "loss")
+    names = (metrics.get("comparison") or {}).get("measure"), *scores, "loss"
+    measure = next((name for name in names if name in kept), None)
+    score = finite_or_none(kept[measure]) if measure is not None else None
+    return ListedFacts(_writes(stored, stored.objective), measure, score)
 
 
 @lru_cache

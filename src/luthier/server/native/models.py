@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from luthier.server.native.model_operations import (
     Abilities,
     abilities_of,
     abilities_of_base,
-    writes,
+    listed_facts,
 )
 from luthier.server.native.operations import (
     Input,
@@ -91,6 +92,12 @@ class ModelView(View):
     writes: bool
     """True if the model generates text. If the files are on another server, the base model's kind
     decides."""
+    measure: str | None = None
+    """Name of the score of a custom model."""
+    score: float | None = None
+    """Score of a custom model on the held-out rows of its training."""
+    bytes: int | None = None
+    """Size of a custom model's own files."""
     facts: BaseFacts | None = None
     """Missing for custom models and pre-trained models."""
     abilities: Abilities | None = None
@@ -267,7 +274,7 @@ def _foundation(arns: Arns, model: FoundationModel) -> ModelView:
         status="ACTIVE",
         created=model.created,
         base_kind=model.kind,
-        writes=writes(model),
+        writes=listed_facts(model).writes,
         facts=_facts(model.base),
     )
 
@@ -300,7 +307,8 @@ def _custom(arns: Arns, model: CustomModel) -> ModelView:
         failure=model.failure,
         created=model.created,
         base_kind=kind_of(model),
-        writes=writes(model),
+        bytes=model.stored_bytes,
+        **asdict(listed_facts(model)),
     )
 
 

@@ -3,7 +3,7 @@
 import { call, may } from "./api.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { idOf } from "./files.js";
-import { age, bytes, compact, shortName, time } from "./format.js";
+import { age, bytes, compact, scoreText, shortName, time, words } from "./format.js";
 import {
   Chip, DataTable, Empty, ErrorBox, Heading, Pending, html, link, toast, useAction, useData, usePolling, useRef, useSignal,
 } from "./ui.js";
@@ -15,6 +15,7 @@ const PAGE = 1000;
 const EACH_TIME = 200;
 /** Rounds between two requests for the longest lists: five minutes. */
 const MOST_ROUNDS = 20;
+const NONE = new Set();
 const STATUS = { Active: "good", ACTIVE: "good", Creating: "note", Failed: "error" };
 /** Kinds of base models (luthier/models/base_kinds.py) and their use. */
 export const MADE_FOR = {
@@ -140,6 +141,8 @@ function Custom({ models, all, loaded }) {
     { name: "Name", value: nameOf, show: nameLink },
     { name: "Status", value: (model) => model.status, show: (model) => html`<${StatusChip} status=${model.status} />` },
     { name: "Base", value: baseOf, show: (model) => html`<${BaseLink} arn=${model.base} models=${all} />` },
+    { name: "Quality", kind: "number", value: (model) => model.score, show: qualityOf },
+    { name: "Size", kind: "number", value: (model) => model.bytes, show: (model) => bytes(model.bytes) },
     { name: "Created by", value: originOf, show: madeBy },
     {
       name: "Age", kind: "nowrap", value: (model) => model.created,
@@ -154,6 +157,11 @@ function Custom({ models, all, loaded }) {
     <//>
   `;
   return html`<${DataTable} caption="Custom models, the newest first" filter="name, base or status" columns=${columns} rows=${models} empty=${empty} />`;
+}
+
+/** Return the score on the held-out rows of the training. */
+function qualityOf({ measure, score }) {
+  return measure ? html`${scoreText(measure, score, { errors: NONE })} <small class="soft">${words(measure)}</small>` : "–";
 }
 
 const originOf = ({ job, source }) => (job ? "job" : source ? "import" : "–");
