@@ -66,7 +66,7 @@ class ReviewPage(Page):
 
     model: str | None = Field(default=None, max_length=2048)
     """Name that clients sent, or a custom model; all models by default."""
-    limit: int = Field(default=10, ge=1, le=100)
+    limit: int = Field(default=10, ge=0, le=100)
 
 
 class ReviewedAnswer(View):

@@ -16,7 +16,7 @@ export function Chat({ model }) {
   const left = useLeaving();
   const message = useRef(null);
   const vote = useSignal(NO_VOTE);
-  const wins = useSignal({});
+  const [wins, wrong] = [useSignal({}), useSignal("")];
   useEffect(() => message.current.focus(), []);
   useEffect(() => left.addEventListener("abort", () => stop.value?.abort()), []);
 
@@ -49,7 +49,17 @@ export function Chat({ model }) {
     if (stop.value || !text.trim()) return;
     const field = (id) => document.getElementById(id);
     const numberOf = (id) => (field(id).value === "" ? undefined : field(id).valueAsNumber);
+    const jsonOf = (id) => (field(id).value.trim() ? JSON.parse(field(id).value) : null);
     const body = { temperature: numberOf("temperature"), max_tokens: numberOf("most"), seed: numberOf("seed") };
+    try {
+      const [schema, tools] = [jsonOf("schema"), jsonOf("tools")];
+      if (schema) body.response_format = { type: "json_schema", json_schema: { name: "reply", schema } };
+      if (tools) body.tools = [tools].flat().map((each) => (each.type === "function" ? each : { type: "function", function: each }));
+      wrong.value = "";
+    } catch (error) {
+      wrong.value = `The schema or the tools are not valid JSON: ${error.message}`;
+      return;
+    }
     const own = (stop.value = new AbortController());
     message.current.value = "";
     if (isBlind) {
@@ -88,6 +98,10 @@ export function Chat({ model }) {
             <input id="seed" type="number" min="0" step="1" placeholder="random" />
           <//>
         </div>
+        <div class="fields">
+          <${Field} id="schema" label="JSON schema of the reply"><textarea id="schema" class="code" rows="2" spellcheck="false" placeholder='{"type": "object", …}' /><//>
+          <${Field} id="tools" label="Tools, as a JSON list of functions"><textarea id="tools" class="code" rows="2" spellcheck="false" placeholder='[{"name": "…", "parameters": {…}}]' /><//>
+        </div>
         <${Field} id="system" label="System prompt"><textarea id="system" rows="2" dir="auto" placeholder="None" /><//>
       </div>
     </details>
@@ -120,6 +134,7 @@ export function Chat({ model }) {
       <p class="soft" role="status" id="wins">Better answers so far: ${Object.entries(wins.value).map(([name, count]) => `${name} ${count}`).join(", ")}.</p>
     `}
     <${RatingError} error=${judge.error} />
+    ${wrong.value && html`<p class="problem" role="alert">${wrong.value}</p>`}
     <form class="ask" onsubmit=${submit}>
       <label for="message" class="visually-hidden">Message</label>
       <textarea id="message" rows="3" placeholder="Write a message" dir="auto" aria-describedby="message-help" ref=${message}

@@ -140,11 +140,12 @@ export function Deployment({ params, query }) {
 /** Return requests, latency and errors of the last days as facts. */
 function figuresOf(health) {
   if (!health) return [];
-  const { requests, measures: { errors, milliseconds }, first } = health.periods.at(-1);
+  const { requests, measures: { errors, milliseconds, rating }, first } = health.periods.at(-1);
   return [
     [`Requests since ${first}`, number(requests)],
     ["Median latency", milliseconds && duration(milliseconds.value / 1000)],
     ["Errors", errors && percent(errors.value)],
+    ["Rating", rating && number(rating.value)],
   ];
 }
 

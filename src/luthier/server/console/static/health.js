@@ -2,10 +2,10 @@
 
 import { call, may } from "./api.js";
 import { LineChart } from "./charts.js";
-import { number, percent, words } from "./format.js";
+import { number, percent, time, words } from "./format.js";
 import { modelNames } from "./jobs.js";
 import { CaptureSwitch } from "./review.js";
-import { DataTable, Empty, Field, Heading, Pending, Table, bound, html, link, options, useData, useSignal } from "./ui.js";
+import { Chip, DataTable, Empty, ExampleCard, Field, Heading, Pending, Table, bound, html, link, options, useData, useSignal } from "./ui.js";
 
 const RANGES = [["7d", "7 days"], ["30d", "30 days"], ["90d", "90 days"], ["365d", "a year"]];
 const NAMES = { errors: "Errors", milliseconds: "Median latency in ms", tokens: "Tokens per answer", empty: "Empty answers", rating: "Rating" };
@@ -32,6 +32,8 @@ export function HealthPage({ params }) {
   const measure = useSignal("");
   const path = `/api/v1/models/${encodeURIComponent(params.name)}/health`;
   const { data, error, read } = useData((signal) => call("GET", path, { query: { since: since.value }, signal }), [since.value]);
+  const drift = useData((signal) => call("GET", path, { query: { since: "7d", drift: true }, signal }));
+  const schedule = useData((signal) => call("GET", `/api/v1/deployments/${encodeURIComponent(params.name)}/schedule`, { signal }));
   const capture = useData((signal) => call("GET", "/api/v1/capture", { signal }));
   // Clients name models by id as well.
   const shownName = useData(modelNames).data ?? ((each) => each);
@@ -85,6 +87,25 @@ export function HealthPage({ params }) {
     <${Table} caption=${`Figures by ${unit.toLowerCase()}, newest first, with 95 % intervals`}
       columns=${[unit, { name: "Requests", kind: "number" }, ...columns.map((name) => ({ name: nameOf(name), kind: "number wrap" }))]}
       rows=${periods.toReversed().map((each) => [each.first, number(each.requests), ...columns.map((name) => figureText(each.measures[name]))])} />
+    ${drift.data && (drift.data.drift || drift.data.drift_unknown) && html`
+      <section id="drift">
+        <h2>New requests</h2>
+        <p>${drift.data.drift?.summary ?? drift.data.drift_unknown}</p>
+        ${drift.data.drift?.clusters.map((each) => html`<${ExampleCard} title=${`${number(each.inputs)} requests unlike the training rows`} parts=${each.examples.map((text, index) => [`Request ${index + 1}`, text])} />`)}
+      </section>
+    `}
+    ${schedule.data && html`
+      <section id="schedule">
+        <h2>Evaluations each ${schedule.data.every}</h2>
+        <p class="soft">${schedule.data.skipped ?? `Next: ${time(schedule.data.next_run)}.`}</p>
+        <${Table} caption="Scheduled evaluations, newest first" columns=${["Time", "Model", { name: "Score", kind: "number" }, "Change"]}
+          rows=${schedule.data.results.toReversed().map((each) => [
+            html`<a href=${link("evaluations", each.evaluation)}>${time(each.created)}</a>`, each.model,
+            each.measure ? `${words(each.measure)} ${percent(each.score)}` : each.failure ?? each.state,
+            each.change?.is_fall && each.change.significant ? html`<${Chip} kind="warning">significant fall<//>` : "–",
+          ])} />
+      </section>
+    `}
     ${labels.length > 0 && html`
       <section id="labels">
         <h2>Labels</h2>

@@ -2,13 +2,15 @@
 
 import { call, may } from "./api.js";
 import { DataField, EMPTY } from "./data_field.js";
-import { age } from "./format.js";
+import { age, number } from "./format.js";
 import { Progress, StateChip, hasEnded } from "./jobs.js";
 import { nameOf, writes } from "./models.js";
 import { ErrorBox, Heading, Section, Table, html, link, useAction, useData, usePolling, useSignal } from "./ui.js";
 
 const SECONDS = 5;
 const RECENT = 5;
+/** Samples that are shown without a click. */
+const SAMPLES = 4;
 /** Newest models of the account among which text generators are shown. */
 const MODELS = 50;
 
@@ -32,7 +34,36 @@ export function Home() {
       `}
       <${Talk} />
     </div>
+    <${Waiting} />
     <${Recent} ...${jobs} />
+    <${Deployed} />
+  `;
+}
+
+/** What waits for a person. */
+function Waiting() {
+  const { data } = useData((signal) => (may("review") ? call("GET", "/api/v1/review", { query: { limit: 0 }, signal }) : null));
+  return data?.waiting > 0 && html`
+    <${Section} title="Waiting for you"><p><a href=${link("review")}>${number(data.waiting)} answers to rate</a></p><//>
+  `;
+}
+
+/** Newest deployments with the figures of the last week. */
+function Deployed() {
+  const { data } = useData(async (signal) => {
+    const { deployments } = await call("GET", "/api/v1/deployments", { query: { limit: RECENT }, signal });
+    // Deployments without captured requests have no figures.
+    const health = ({ deployment }) => call("GET", `/api/v1/models/${encodeURIComponent(deployment)}/health`, { query: { since: "7d" }, signal }).catch(() => null);
+    return Promise.all(deployments.map(async (each) => ({ ...each, health: await health(each) })));
+  });
+  const rows = (data ?? []).map(({ deployment, status, model, health }) => [
+    html`<a href=${link("deployments", deployment)}><bdi>${deployment}</bdi></a>`, status, html`<bdi>${model}</bdi>`,
+    health ? html`<a href=${link("health", deployment)}>${health.summary}</a>` : "–",
+  ]);
+  return html`
+    <${Section} title="Deployed">
+      ${rows.length > 0 && html`<${Table} caption="Deployments" columns=${["Name", "State", "Answers now", { name: "Last 7 days", kind: "wide" }]} rows=${rows} />`}
+    <//>
   `;
 }
 
@@ -42,19 +73,23 @@ function Samples() {
     const { files } = await call("POST", `/api/v1/examples/${encodeURIComponent(name)}`);
     return formFor(files["train.jsonl"]);
   });
+  const list = (samples) => html`
+    <ul class="samples">
+      ${samples.map((each) => html`
+        <li>
+          <button type="button" disabled=${busy} onclick=${() => run(each.name)}>${each.title}</button>
+          <small class="soft block">${each.measure}: ${each.result}. ${each.credit}</small>
+        </li>
+      `)}
+    </ul>
+  `;
   return html`
     <section class="box">
       <h2>Try a sample</h2>
       <p>Public rows with a measured result. The button stores the rows in your account.</p>
       <${ErrorBox} error=${error ?? failed} again=${error && read} />
-      <ul class="samples">
-        ${(data ?? []).map((each) => html`
-          <li>
-            <button type="button" disabled=${busy} onclick=${() => run(each.name)}>${each.title}</button>
-            <small class="soft block">${each.measure}: ${each.result}. ${each.credit}</small>
-          </li>
-        `)}
-      </ul>
+      ${list((data ?? []).slice(0, SAMPLES))}
+      ${data?.length > SAMPLES && html`<details><summary>${data.length - SAMPLES} more samples</summary>${list(data.slice(SAMPLES))}</details>`}
     </section>
   `;
 }

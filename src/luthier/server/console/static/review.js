@@ -254,6 +254,7 @@ function Rating({ model }) {
       `}
       <button type="button" disabled=${!queue.current.pending} onclick=${undo}>Undo <kbd>z</kbd></button>
     </div>
+    ${model.value && may("read") && html`<${RaterAgreement} key=${done} model=${model.value} />`}
     ${may("develop") && models.length > 0 && html`
       <details class="rule" open=${sent.value} ontoggle=${(event) => (sent.value = event.target.open)}>
         <summary>Make rows from these</summary>
@@ -261,6 +262,13 @@ function Rating({ model }) {
       </details>
     `}
   `;
+}
+
+function RaterAgreement({ model }) {
+  const { data } = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(model)}/agreement`, { signal }));
+  const shown = ({ name, answers, alpha, low, high }) =>
+    `${name}: alpha ${number(alpha)} (${number(low)} to ${number(high)}) on ${number(answers)} answers`;
+  return html`<p class="soft">Agreement of raters: ${data?.agreement.map(shown).join("; ") || "no answer has two raters"}.</p>`;
 }
 
 function Card({ answer, nameOf }) {
