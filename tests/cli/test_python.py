@@ -297,7 +297,7 @@ def test_documented_programs_pass_strict_type_checks(tmp_path: Path) -> None:
         block
         for page in pages
         for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
-        if "luthier." in block
+        if re.search(r"\bluthier\.\w+\(", block)
     ]
     files = []
     for number, block in enumerate(blocks):

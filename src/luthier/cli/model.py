@@ -333,6 +333,26 @@ class Model:
             raise RecipeError(f"{self.stored.id} returns labels. Call predict()")
         return np.array([answer["embedding"] for answer in answers], dtype=np.float32)
 
+    @overload
+    def nearest(  # type: ignore[overload-overlap]
+        self,
+        query: str,
+        among: str | Path | Sequence[str],
+        *,
+        count: int = ...,
+        index: str | Path | None = ...,
+        columns: Mapping[str, str] | None = ...,
+    ) -> list[Neighbour]: ...
+    @overload
+    def nearest(
+        self,
+        query: Sequence[str],
+        among: str | Path | Sequence[str],
+        *,
+        count: int = ...,
+        index: str | Path | None = ...,
+        columns: Mapping[str, str] | None = ...,
+    ) -> list[list[Neighbour]]: ...
     def nearest(
         self,
         query: str | Sequence[str],
