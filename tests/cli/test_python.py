@@ -223,6 +223,7 @@ def test_results_print_short_and_render_as_html(
     assert "<table" in check_display(predictions) and ROWS[0]["text"] in repr(predictions)
     assert {*predictions.to_rows()[0]} == {"text", "predicted"}
     check_display(luthier.estimate(ROWS, base=base))
+    assert "parents" in check_display(luthier.certificate(tuned.model_id))
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(luthier.RefusedInput, match="pip install pandas"):
         predictions.to_pandas()

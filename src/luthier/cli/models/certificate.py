@@ -76,19 +76,12 @@ def show_certificate(made: Certificate) -> None:
 
     stored = find(made.id)
     print_text(f"{made.id}: {stored.folder / CERTIFICATE}")
-    print_text(f"content {made.content_sha256}")
     if stored.manifest.limits_text:
         print_text(stored.manifest.limits_text)
-    if made.record.verdict:
-        print_text(made.record.verdict)
-    if made.parents:
-        print_text(f"parents: {', '.join(each.id for each in made.parents)}")
-    found = made.compute
-    if found.flops is not None:
-        print_text(f"{found.flops:.3g} floating-point operations")
-    if found.kilowatt_hours is not None:
-        how = "assumed" if found.watts_assumed else "measured"
-        print_text(f"{found.kilowatt_hours:.3g} kWh, at {how} {found.watts:,.0f} W")
+    for line in made.summary()[1:]:
+        print_text(line)
+    if made.compute.flops is not None:
+        print_text(f"{made.compute.flops:.3g} floating-point operations")
     for export in made.record.exports or ():
         print_text(f"export {export.name} of {export.created[:10]}: {export.describe()}")
     for weights in made.record.quantized or ():

@@ -34,6 +34,7 @@ from luthier.library.models import (
 )
 from luthier.library.reports import ModelReport, reports_of
 from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record, created_now
+from luthier.pages import Displayed, Table
 from luthier.validation import describe_constraint
 
 ASSUMED_WATTS = {"cpu": 100.0, "gpu": 700.0}
@@ -94,7 +95,7 @@ class Compute(Record):
     """Energy of the run."""
 
 
-class Certificate(Record):
+class Certificate(Displayed, Record):
     """Everything known about a model, in a form that can be verified."""
 
     version: Literal[1] = 1
@@ -128,6 +129,45 @@ class Certificate(Record):
     """Unknown facts, in sentences."""
     sha256: str = ""
     """SHA-256 of the file without this field. Shows a change, not the author of the change."""
+
+    def summary(self) -> list[str]:
+        """Return id, hash, verdict, parents and energy."""
+        lines = [f"Certificate of {self.id}", f"content {self.content_sha256}"]
+        if self.record.verdict:
+            lines.append(self.record.verdict)
+        if self.parents:
+            lines.append(f"parents: {', '.join(each.id for each in self.parents)}")
+        if self.compute.kilowatt_hours is not None:
+            how = "assumed" if self.compute.watts_assumed else "measured"
+            lines.append(
+                f"{self.compute.kilowatt_hours:.3g} kWh, at {how} {self.compute.watts:,.0f} W"
+            )
+        return lines
+
+    def tables(self) -> Sequence[Table]:
+        """Return the actual and estimated quantities of the run, and the reports."""
+        costs = [
+            [each.quantity.replace("_", " ")]
+            + [
+                "" if value is None else f"{value:,.0f}"
+                for value in (each.actual, each.estimate, each.low, each.high)
+            ]
+            for each in self.forecast
+        ]
+        headings = {"": "name", "actual": "number", "estimate": "number", "low": "number",
+                    "high": "number"}  # fmt: skip
+        reports = [
+            [each.report.kind, each.report.created[:10], each.sha256] for each in self.reports
+        ]
+        named = {"report": "name", "created": "text", "SHA-256": "code"}
+        return [
+            Table.of(caption, columns, rows)
+            for caption, columns, rows in (
+                ("Costs of the run, with 90 % intervals", headings, costs),
+                ("Reports", named, reports),
+            )
+            if rows
+        ]
 
     @property
     def parents(self) -> list[Relative]:
