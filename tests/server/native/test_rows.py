@@ -13,7 +13,14 @@ from stored_objects import put_objects
 
 from luthier.server.tables.database import Base, Database
 
-ROWS = [{"text": f"The fox {n} runs home", "label": ("cat", "dog")[n % 2]} for n in range(12)]
+ROWS = [
+    {
+        "text": f"The fox {n} runs home",
+        "label": ("cat", "dog")[n % 2],
+        "site": ("a", "b")[n % 3 > 0],
+    }
+    for n in range(12)
+]
 ADDRESS = "s3://rows/rows.jsonl"
 
 
@@ -36,6 +43,7 @@ def client(luthier_home: Path) -> Iterator[TestClient]:
         ({"search": "FOX 1"}, [2, 11, 12]),
         ({"label": "dog", "search": "fox 3"}, [4, 13]),
         ({"lines": "2,5,99"}, [2, 5]),
+        ({"slice": "site=a"}, [1, 4, 7, 10, 13]),
     ],
 )
 def test_rows_match_filter(
@@ -44,6 +52,7 @@ def test_rows_match_filter(
     found = client.get("/api/v1/rows", params={"address": ADDRESS, **filters}).json()
     assert [each["line"] for each in found["rows"]] == lines
     assert found["total"] == 13 and found["is_complete"]
+    assert found["slices"] == ["site=a", "site=b"]
     assert found["labels"] == [{"label": "dog", "rows": 7}, {"label": "cat", "rows": 6}]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,9 @@ MOST_ROWS = 50_000
 """Maximum number of rows that are read."""
 MOST_LABELS = 500
 """Maximum number of listed labels."""
+MOST_VALUES, LONGEST_VALUE, ROWS_PER_VALUE = 20, 100, 3
+"""Maximum number and length of the values of a field that divides the rows, and minimum mean number
+of rows with a value."""
 AT_ONCE = 2
 """Maximum number of concurrent readings of data."""
 _free = threading.BoundedSemaphore(AT_ONCE)
@@ -46,6 +49,8 @@ class RowsPage(Input):
     search: str = Field(default="", max_length=1000)
     """Text within the row, in any letter case."""
     label: str | None = Field(default=None, max_length=1000)
+    slice: str = Field(default="", max_length=2000)
+    """``FIELD=VALUE`` of ``slices``."""
     lines: str = Field(default="", pattern=r"^(\d+(,\d+)*)?$", max_length=10_000)
     """Only these line or row numbers, separated by commas."""
     limit: int = Field(default=20, ge=1, le=1000)
@@ -84,6 +89,8 @@ class RowsView(View):
     """Form of the rows; missing if unknown."""
     labels: list[LabelCount]
     """Most frequent labels of all rows."""
+    slices: list[str]
+    """``FIELD=VALUE`` of fields with few values, other than the label."""
     next: int | None = None
     """``position`` of the next page; missing on the last page."""
 
@@ -100,13 +107,20 @@ def list_rows(call: NativeCall, page: Annotated[RowsPage, Query()]) -> RowsView:
         )
         reading = _Reading(path)
         counts: Counter[str] = Counter()
+        values: defaultdict[str, set[str]] = defaultdict(set)
         shown: list[RowView] = []
         found = 0
         for line, record, labels in reading:
             counts.update({*labels})
+            parts = {name: str(value) for name, value in record.items() if _is_short(value)}
+            for name, value in parts.items():
+                if len(values[name]) <= MOST_VALUES:
+                    values[name].add(value)
             if lines and line not in lines:
                 continue
             if page.label is not None and page.label not in labels:
+                continue
+            if page.slice and page.slice not in (f"{name}={parts[name]}" for name in parts):
                 continue
             if wanted and wanted not in _text(record).casefold():
                 continue
@@ -121,6 +135,13 @@ def list_rows(call: NativeCall, page: Annotated[RowsPage, Query()]) -> RowsView:
         is_complete=reading.is_complete,
         form=reading.form,
         labels=[LabelCount(label=name, rows=n) for name, n in counts.most_common(MOST_LABELS)],
+        slices=[
+            f"{name}={value}"
+            for name, known in values.items()
+            if 1 < len(known) <= min(MOST_VALUES, reading.count // ROWS_PER_VALUE)
+            and not known <= counts.keys()
+            for value in sorted(known)
+        ],
         next=end if end < found else None,
     )
 
@@ -150,6 +171,11 @@ class _Reading:
             yield line, record, [] if row is None else [str(each) for each in labels_of(row)]
         self.is_complete = not is_cut
         self.form = checker.form_name
+
+
+def _is_short(value: Any) -> bool:
+    """Return True for a value that may divide the rows, such as a language."""
+    return isinstance(value, str | bool | int) and len(str(value)) <= LONGEST_VALUE
 
 
 def _text(record: dict[str, Any]) -> str:

@@ -124,10 +124,10 @@ export function showRowsOf(address, lines) {
 
 /** Rows of a file with search, a filter by label, and pages. */
 export function Rows({ address, columns, lines }) {
-  const [search, label, timer] = [useSignal(""), useSignal(""), useSignal(null)];
+  const [search, label, slice, timer] = [useSignal(""), useSignal(""), useSignal(""), useSignal(null)];
   const pages = usePages();
   const position = pages.value.at(-1);
-  const query = { address, search: search.value, label: label.value, lines: lines.value.lines, limit: ROWS, position };
+  const query = { address, search: search.value, label: label.value, slice: slice.value, lines: lines.value.lines, limit: ROWS, position };
   const { data, error, read } = useData((signal) => call("GET", "/api/v1/rows", { query, signal }), [JSON.stringify(query)]);
   const first = () => (pages.value = [null]);
   const typed = ({ target }) => {
@@ -135,7 +135,7 @@ export function Rows({ address, columns, lines }) {
     timer.value = setTimeout(() => (first(), (search.value = target.value)), PATIENCE);
   };
   if (!data) return html`<section id="rows"><h2>Rows</h2>${error ? html`<${ErrorBox} error=${error} again=${read} />` : html`<p class="soft">Loading …</p>`}</section>`;
-  const isFiltered = search.value || label.value || lines.value.lines;
+  const isFiltered = search.value || label.value || slice.value || lines.value.lines;
   return html`
     <section id="rows">
       <h2>Rows</h2>
@@ -145,6 +145,13 @@ export function Rows({ address, columns, lines }) {
           <${Field} id="label" label="Label">
             <select id="label" value=${label.value} onchange=${(event) => (first(), (label.value = event.target.value))}>
               ${options([["", "all labels"], ...data.labels.map((each) => [each.label, `${each.label} (${number(each.rows)})`])])}
+            </select>
+          <//>
+        `}
+        ${data.slices.length > 0 && html`
+          <${Field} id="slice" label="Part of the rows">
+            <select id="slice" value=${slice.value} onchange=${(event) => (first(), (slice.value = event.target.value))}>
+              ${options([["", "all rows"], ...data.slices.map((each) => [each, each.replace("=", ": ")])])}
             </select>
           <//>
         `}
