@@ -1,10 +1,10 @@
 // Administration: users with their keys, and the audit log.
 
 import { call } from "./api.js";
-import { age, time } from "./format.js";
+import { age, dateOf, time } from "./format.js";
 import {
   Chip, DataTable, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, confirmed, html, link, options, toast, useAction,
-  useData, usePages, useSignal,
+  useData, useEffect, usePages, useRef, useSignal,
 } from "./ui.js";
 
 const ROLES = ["administrator", "developer", "invoker", "reviewer", "read-only"];
@@ -17,6 +17,7 @@ const PAGE = 50;
 /** The page. */
 export function Administration() {
   const { data, error, read } = useData((signal) => call("GET", "/api/v1/users", { signal }));
+  const made = useSignal(null);
   if (!data) return html`<${Pending} title="Administration" error=${error} read=${read} />`;
   const { users } = data;
   const keys = users.flatMap((user) => user.keys.map((each) => ({ ...each, user: user.name, isOwn: each.id === data.key })));
@@ -33,8 +34,9 @@ export function Administration() {
     ]} />
     <${NewUser} done=${read} />
     <h2>Keys</h2>
-    <${Keys} keys=${keys} done=${read} />
-    <${NewKey} users=${users} done=${read} />
+    <${Keys} keys=${keys} made=${made} done=${read} />
+    <${NewKey} users=${users} made=${made} done=${read} />
+    <${Secret} made=${made} />
     <${Audit} users=${users} />
   `;
 }
@@ -66,7 +68,28 @@ function NewUser({ done }) {
   `;
 }
 
-function Keys({ keys, done }) {
+/** A new key, which the server shows once. */
+function Secret({ made }) {
+  const box = useRef(null);
+  useEffect(() => box.current?.focus(), [made.value]);
+  return made.value && html`
+    <div class="box warning" role="status" tabindex="-1" ref=${box}>
+      <p>Copy the key now. The server does not show the key again.</p>
+      <p><code id="secret">${made.value.api_key}</code></p>
+      <button type="button" onclick=${() => (made.value = null)}>Hide the key</button>
+    </div>
+  `;
+}
+
+function Keys({ keys, made, done }) {
+  const rotate = useAction(async (key) => {
+    const text = `The new key of ${key.user} has the same role and purpose. The old key is valid until you revoke it.`;
+    if (!(await confirmed({ title: "Create a key to replace this key?", text, verb: "Create the key" }))) return;
+    const body = { label: key.label, ...(key.role && { role: key.role }) };
+    if (key.expires) body.days = Math.max(1, Math.ceil((dateOf(key.expires) - dateOf(key.created)) / 86_400_000));
+    made.value = await call("POST", `/api/v1/users/${encodeURIComponent(key.user)}/keys`, { body });
+    await done();
+  });
   const { error, run } = useAction(async (key) => {
     const own = key.isOwn ? " You are signed in with this key: the console signs you out." : "";
     const text = `Requests with the key ${key.begins}… of ${key.user} are refused from now on.${own}`;
@@ -76,7 +99,7 @@ function Keys({ keys, done }) {
     await done();
   });
   return html`
-    <${ErrorBox} error=${error} />
+    <${ErrorBox} error=${error} /><${ErrorBox} error=${rotate.error} />
     <${DataTable} caption="Keys" filter="user or label" rows=${keys} empty="There are no keys." columns=${[
       { name: "Key", value: (each) => each.begins, show: (each) => html`<code>${each.begins}…</code> ${each.label}${each.isOwn && html` <${Chip}>signed in<//>`}` },
       { name: "User", value: (each) => each.user },
@@ -86,14 +109,16 @@ function Keys({ keys, done }) {
       { name: "Created", kind: "nowrap", value: (each) => each.created, show: (each) => age(each.created) },
       {
         name: "Revoke", hidden: true,
-        show: (each) => html`<button type="button" class="danger" aria-label=${`Revoke the key ${each.begins} of ${each.user}`} onclick=${() => run(each)}>Revoke</button>`,
+        show: (each) => html`
+          ${each.kind === "api" && html`<button type="button" aria-label=${`Rotate the key ${each.begins} of ${each.user}`} onclick=${() => rotate.run(each)}>Rotate</button> `}
+          <button type="button" class="danger" aria-label=${`Revoke the key ${each.begins} of ${each.user}`} onclick=${() => run(each)}>Revoke</button>
+        `,
       },
     ]} />
   `;
 }
 
-function NewKey({ users, done }) {
-  const made = useSignal(null);
+function NewKey({ users, made, done }) {
   const { busy, error, run } = useAction(async (event) => {
     const { user, label, days } = event.target.elements;
     const body = { label: label.value.trim(), ...(days.value && { days: Number(days.value) }) };
@@ -111,13 +136,6 @@ function NewKey({ users, done }) {
         </div>
         <${ErrorBox} error=${error} />
         <div class="actions"><button type="submit" class="primary" disabled=${busy}>Create the key</button></div>
-        ${made.value && html`
-          <div class="box warning" role="status">
-            <p>Copy the key now. The server does not show the key again.</p>
-            <p><code id="secret">${made.value.api_key}</code></p>
-            <button type="button" onclick=${() => (made.value = null)}>Hide the key</button>
-          </div>
-        `}
       </form>
     </details>
   `;
