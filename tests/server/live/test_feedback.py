@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from luthier.cli.service.live import live_app
 from luthier.server.live import settings
 from luthier.server.tables import principals
+from luthier.server.tables.live.alerts import add_alert
 
 running = captured_service.running
 
@@ -155,6 +156,16 @@ def test_answer_in_the_queue_of_a_rater_is_leased(running: Running, request_id: 
         not in running.http.put("/api/v1/capture", json=everybody, headers=key).json()
     )
     assert queue(key_of_annie) == {*requests}
+
+
+def test_alerts_are_listed_newest_first(running: Running) -> None:
+    with running.service.database.write() as session:
+        for number, (account, subject) in enumerate([(ONE, "a"), (ONE, "b"), (OTHER, "a")]):
+            add_alert(session, account, "drift", subject, f"text {number}", str(number))
+    key = {"Authorization": f"Bearer {running.key()}"}
+    for filters, texts in (({}, ["text 1", "text 0"]), ({"subject": "a"}, ["text 0"])):
+        found = running.http.get("/api/v1/alerts", params=filters, headers=key).json()
+        assert [each["text"] for each in found["alerts"]] == texts
 
 
 def test_unknown_request_and_request_of_other_account(running: Running, request_id: str) -> None:

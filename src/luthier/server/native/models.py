@@ -42,6 +42,7 @@ from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import RESERVED, CustomModel
 from luthier.server.tables.database import page_of
 from luthier.server.tables.foundation import FoundationModel, foundation_models, kind_of
+from luthier.server.tables.live.alerts import Alert
 from luthier.server.watch import health_with_drift
 
 router = native_router()
@@ -150,6 +151,47 @@ class RetrainRequest(Input):
     """Base model: id, alias, name or ARN; by default the base of the model."""
     since: str = Field(default="30d", max_length=64)
     """Age of the oldest request (``30d``, ``12h``), or an ISO date."""
+
+
+class AlertsPage(Page):
+    """Filter and page of alerts."""
+
+    subject: str | None = Field(default=None, max_length=2048)
+    """Name of a model or deployment; all by default."""
+
+
+class AlertView(View):
+    """An alert about a deployed model."""
+
+    kind: str
+    """``health``, ``drift``, ``rollback``, ``evaluation`` or ``retraining``."""
+    subject: str
+    """Name of the model or deployment."""
+    text: str
+    created: datetime
+
+
+class AlertsView(View):
+    """Alerts, newest first."""
+
+    alerts: list[AlertView]
+    next: int | None = None
+    """``position`` of the next page; missing on the last page."""
+
+
+@router.get("/alerts")
+def list_alerts(call: NativeCall, page: Annotated[AlertsPage, Query()]) -> AlertsView:
+    """List alerts about deployed models, newest first."""
+    query = select(Alert).where(Alert.account == call.account)
+    if page.subject is not None:
+        query = query.where(Alert.subject == page.subject)
+    with call.context.database.read() as session:
+        rows = page_of(session, query, Alert.seq, limit=page.limit + 1, position=page.position)
+    views = [
+        AlertView(kind=each.kind, subject=each.subject, text=each.text, created=each.created)
+        for each in rows[: page.limit]
+    ]
+    return AlertsView(alerts=views, next=page.next(rows))
 
 
 @router.get("/models")

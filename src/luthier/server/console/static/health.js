@@ -5,13 +5,14 @@ import { LineChart } from "./charts.js";
 import { number, percent, time, words } from "./format.js";
 import { modelNames } from "./jobs.js";
 import { CaptureSwitch } from "./review.js";
-import { Chip, DataTable, Empty, ExampleCard, Field, Heading, Pending, Table, bound, html, link, options, useData, useSignal } from "./ui.js";
+import { Chip, DataTable, Empty, ExampleCard, Field, Heading, Pending, Section, Table, bound, html, link, options, useData, useSignal } from "./ui.js";
 
 const RANGES = [["7d", "7 days"], ["30d", "30 days"], ["90d", "90 days"], ["365d", "a year"]];
 const NAMES = { errors: "Errors", milliseconds: "Median latency in ms", tokens: "Tokens per answer", empty: "Empty answers", rating: "Rating" };
 /** Measures with this prefix are shares of a label. */
 const LABEL = "label.";
 /** Measures in one table, and periods in the table of the labels. */
+const ALERTS = 10;
 const MOST_COLUMNS = 8;
 const SHOWN_PERIODS = 4;
 
@@ -34,6 +35,7 @@ export function HealthPage({ params }) {
   const { data, error, read } = useData((signal) => call("GET", path, { query: { since: since.value }, signal }), [since.value]);
   const drift = useData((signal) => call("GET", path, { query: { since: "7d", drift: true }, signal }));
   const schedule = useData((signal) => call("GET", `/api/v1/deployments/${encodeURIComponent(params.name)}/schedule`, { signal }));
+  const alerts = useData((signal) => call("GET", "/api/v1/alerts", { query: { subject: params.name, limit: ALERTS }, signal }));
   const capture = useData((signal) => call("GET", "/api/v1/capture", { signal }));
   // Clients name models by id as well.
   const shownName = useData(modelNames).data ?? ((each) => each);
@@ -67,6 +69,9 @@ export function HealthPage({ params }) {
       <a class="button" href=${`${link("review")}?model=${encodeURIComponent(params.name)}`}>Rate answers</a>
     <//>
     <p class=${`box ${data.changes.length ? "warning" : "note"}`} id="summary"><strong>${data.summary}</strong></p>
+    ${alerts.data?.alerts.length > 0 && html`
+      <${Section} title="Alerts"><ul>${alerts.data.alerts.map((each) => html`<li>${time(each.created)}: ${each.text}</li>`)}</ul><//>
+    `}
     ${data.label_stability && html`
       <p>
         Shares of labels: stability index ${number(data.label_stability.index)} compared with the ${data.label_stability.compared_with}

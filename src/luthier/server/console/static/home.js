@@ -2,13 +2,14 @@
 
 import { call, may } from "./api.js";
 import { DataField, EMPTY } from "./data_field.js";
-import { age, number } from "./format.js";
+import { age, dateOf, number } from "./format.js";
 import { Progress, StateChip, hasEnded } from "./jobs.js";
 import { nameOf, writes } from "./models.js";
 import { ErrorBox, Heading, Section, Table, html, link, useAction, useData, usePolling, useSignal } from "./ui.js";
 
 const SECONDS = 5;
 const RECENT = 5;
+const WEEK = 7 * 86_400_000;
 /** Samples that are shown without a click. */
 const SAMPLES = 4;
 /** Newest models of the account among which text generators are shown. */
@@ -43,8 +44,13 @@ export function Home() {
 /** What waits for a person. */
 function Waiting() {
   const { data } = useData((signal) => (may("review") ? call("GET", "/api/v1/review", { query: { limit: 0 }, signal }) : null));
-  return data?.waiting > 0 && html`
-    <${Section} title="Waiting for you"><p><a href=${link("review")}>${number(data.waiting)} answers to rate</a></p><//>
+  const alerts = useData((signal) => call("GET", "/api/v1/alerts", { query: { limit: RECENT }, signal }));
+  const news = (alerts.data?.alerts ?? []).filter((each) => Date.now() - dateOf(each.created) < WEEK);
+  return html`
+    <${Section} title="Waiting for you">
+      ${data?.waiting > 0 && html`<p><a href=${link("review")}>${number(data.waiting)} answers to rate</a></p>`}
+      ${news.map((each) => html`<p><a href=${link("health", each.subject)}><bdi>${each.subject}</bdi></a>: ${each.text}</p>`)}
+    <//>
   `;
 }
 
