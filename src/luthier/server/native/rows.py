@@ -139,7 +139,7 @@ def list_rows(call: NativeCall, page: Annotated[RowsPage, Query()]) -> RowsView:
             f"{name}={value}"
             for name, known in values.items()
             if 1 < len(known) <= min(MOST_VALUES, reading.count // ROWS_PER_VALUE)
-            and not known <= counts.keys()
+            and known.isdisjoint(counts)
             for value in sorted(known)
         ],
         next=end if end < found else None,

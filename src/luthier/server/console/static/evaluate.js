@@ -227,7 +227,7 @@ function EvaluationReport({ report, sets }) {
       ${slices.length > 0 && html`<${Table} caption="Parts of the rows" columns=${["Part", figure("Rows"), figure(words(first)), figure("95 % interval")]}
         rows=${slices.map((each) => [`${each.by}: ${each.value}`, number(each.rows), scoreText(first, each.scores?.[first], sets), rangeText(first, each.interval, sets)])} />`}
     <//>
-    ${Object.keys(others).length > 0 && html`<details class="rule"><summary>More figures</summary><div class="inside">${resultView(others)}</div></details>`}
+    ${Object.keys(others).length > 0 && html`<details class="rule"><summary>More figures</summary><div class="inside"><h3 class="visually-hidden">Figures</h3>${resultView(others)}</div></details>`}
   `;
 }
 

@@ -47,7 +47,7 @@ export function LabelIssues({ job }) {
         html`<bdi>${each.likely_label}</bdi> <span class="soft">${percent(each.probability)}</span>`,
         placeOf(each),
         ...(isDeveloper ? [html`${button(each, "keep", "Keep")} ${button(each, "change", "Change")}`] : []),
-      ])} columns=${[{ name: "Text", kind: "wide" }, { name: "Label", kind: "breakable" }, { name: "Label of similar rows", kind: "breakable" }, { name: "Location", kind: "breakable" }, ...(isDeveloper ? [{ name: "Decision", hidden: true, kind: "nowrap" }] : [])]} />
+      ])} columns=${[{ name: "Text", kind: "wide" }, { name: "Label", kind: "breakable" }, { name: "Label of similar rows", kind: "breakable" }, "Location", ...(isDeveloper ? [{ name: "Decision", hidden: true, kind: "nowrap" }] : [])]} />
       <${ErrorBox} error=${page.error} />
       <div class="actions">
         ${next.value !== null && html`<button type="button" onclick=${page.read}>Show more</button>`}
