@@ -47,16 +47,17 @@ const PATIENCE = 800;
 
 /** The page. */
 export function NewJob({ query }) {
+  const rows = query.get("rows");
   const found = useData(async (signal) => {
-    if (!may("develop")) return [];
-    await learnNames([query.get("rows") ?? ""], signal);
-    return allModels(signal);
-  });
+    if (!may("develop")) return {};
+    await learnNames([rows ?? ""], signal);
+    return { rows, models: (await allModels(signal)).filter((each) => /^active$/i.test(each.status)) };
+  }, [rows]);
   if (!found.data) return html`<${Pending} title="New job" ...${found} />`;
   return html`
     <${Heading} title="New job" />
     ${may("develop")
-      ? html`<${JobForm} models=${found.data.filter((each) => /^active$/i.test(each.status))} start=${query.get("base")} rows=${query.get("rows")} read=${query.get("columns")} />`
+      ? html`<${JobForm} key=${found.data.rows} ...${found.data} start=${query.get("base")} read=${query.get("columns")} />`
       : html`<p class="box note">This key has no permission to create jobs. Sign in with a key of the role developer.</p>`}
   `;
 }
