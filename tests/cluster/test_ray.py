@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import psutil
@@ -33,6 +34,8 @@ def scheduler(queue: Any, cluster: Cluster) -> Scheduler:
         queue.database,
         environment={"OMP_NUM_THREADS": "1"},
         runner=runner,
+        # A process of Ray, and not a fork of the tests.
+        command=[sys.executable, "-P", "-m", "luthier", "worker"],
     )
     queue.schedulers.append(made)
     made.start()

@@ -19,6 +19,8 @@ from luthier.errors import LuthierError
 
 RAY = Path(sys.executable).with_name("ray")
 MEMORY = 2_000_000_000
+# Ray reads the token once in a process, so all tests of a process have the same.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 STARTS = 6
 """Maximum number of starts per node: a node ends if its agents need more than 15 s."""
 
@@ -107,8 +109,7 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Yield a head node and two nodes with one job slot each, and a token as their key."""
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    """Yield a head node and two nodes with one job slot each."""
     # Its sockets lie below, and their names may have 107 characters: pytest's folders are too long.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     # Ray's workers listen from 10002 to 19999, and connections go out from 32768 on.
