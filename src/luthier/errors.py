@@ -331,7 +331,7 @@ class UnknownModel(RefusedInput):
 
 
 class ModelRefused(RefusedInput):
-    """A model from another trainer that cannot be imported."""
+    """A model of a different trainer, without a possible import."""
 
     default_rule = "model.refused"
 
@@ -460,7 +460,7 @@ class UploadError(LuthierError):
 
 
 class CorruptFile(LuthierError):
-    """A stored file that does not match its recorded hash."""
+    """A stored file with a different hash than recorded."""
 
     default_rule = "file.corrupt"
 

@@ -118,7 +118,7 @@ def cancellable(work: Work) -> Work:
 
 
 class Cancelled(Exception):
-    """Cancellation of work, such as by a client that disconnected."""
+    """Cancellation of work, for example by a disconnected client."""
 
 
 def run_cancellable(

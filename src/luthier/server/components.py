@@ -20,7 +20,7 @@ from luthier.server.tables.database import Database
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """Parts of the server that its APIs share."""
+    """Parts of the server for all APIs."""
 
     database: Database
     arns: Arns

@@ -31,7 +31,7 @@ ERRORS, REPORTS = "errors.txt", "reports.jsonl"
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources that a process needs on its node."""
+    """Resources of a process on the node."""
 
     cores: float = 1
     memory: int = 1

@@ -34,7 +34,7 @@ class MultipleChoice(Shape):
     parts: ClassVar[Mapping[str, Part]] = {"prompts": "input", "choices": "other"}
 
     prompts: tuple[str, ...]
-    """One prompt for all choices, or one prompt per choice."""
+    """A single prompt for all choices, or a prompt per choice."""
     choices: tuple[str, ...]
     answer: int
     """0-based index of the correct choice."""

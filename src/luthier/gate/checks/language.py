@@ -115,7 +115,7 @@ class Spelling:
 
     @property
     def whole(self) -> float:
-        """Share of short words that are one token."""
+        """Share of short words with a single token."""
         return self.whole_short_words / max(1, self.short_words)
 
 

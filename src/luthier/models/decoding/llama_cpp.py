@@ -254,7 +254,7 @@ class LlamaCppBackend:
             return made
 
     def step(self, states: Sequence[Any], tokens: Sequence[int]) -> Tensor:
-        """Append one token to each sequence in one batch."""
+        """Append a token to each sequence in a single batch."""
         with self._lock:
             self._check_open(states)
             if any(state.unread or state.length >= self.context for state in states):

@@ -55,7 +55,7 @@ class TeacherObjective(Objective):
         return super().bind(models)
 
     def check_teacher(self, teacher: OtherModel) -> None:
-        """Reject a teacher that was trained for another task."""
+        """Reject a teacher for a different task."""
 
     def prepare(self, start: RunStart) -> PreparedRows:
         """Print a note if the student is larger than the teacher."""

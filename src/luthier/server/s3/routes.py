@@ -33,7 +33,7 @@ Store = Callable[[Stores, S3Request, WrittenFile, Mapping[str, str]], Response]
 
 @dataclass(frozen=True)
 class S3Operation:
-    """One operation and the requests that select the operation."""
+    """An operation and the requests for the operation."""
 
     name: str
     """Name of the operation in botocore."""

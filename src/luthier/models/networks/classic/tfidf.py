@@ -169,7 +169,7 @@ class TfidfForSequenceClassification(TfidfPreTrainedModel):
 
 
 CHUNK = 256
-"""Number of texts that are padded to one length."""
+"""Number of texts that are padded to the same length."""
 
 
 def text_features(texts: Sequence[str], asked: Sequence[str]) -> tuple[Tensor, Tensor]:
