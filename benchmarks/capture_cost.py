@@ -19,6 +19,7 @@ from pathlib import Path
 
 import openai
 
+from children import served
 from luthier.files import luthier_home
 
 MODEL, TOKENS = "smollm2-135m-instruct", 16
@@ -44,12 +45,7 @@ def main(pairs: int) -> None:
             "LUTHIER_HOME": folder, "LUTHIER_BOOTSTRAP": str(home / "bootstrap.json"),
         }  # fmt: skip
         luthier = [sys.executable, "-m", "luthier"]
-        server = subprocess.Popen(
-            [*luthier, "serve", "--port", "0", "--no-workers"], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            assert server.stdout is not None
-            url = server.stdout.readline().split()[-1]
+        with served() as (url, _):
             subprocess.run([*luthier, "live", "capture", "on"], check=True)
             clients = {
                 account: openai.OpenAI(
@@ -59,9 +55,6 @@ def main(pairs: int) -> None:
             }
             measure(clients, pairs)
             subprocess.run([*luthier, "live", "capture", "show"], check=True)
-        finally:
-            server.terminate()
-            server.wait()
 
 
 def measure(clients: dict[str, openai.OpenAI], pairs: int) -> None:

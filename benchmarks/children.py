@@ -10,7 +10,8 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,20 @@ def tune(
     outcome.report["ahead"] = sum(ahead)
     wanted = _CURVE | (further or {})
     return outcome, {key: [step[name] for step in steps] for key, name in wanted.items()}
+
+
+@contextmanager
+def served() -> Iterator[tuple[str, int]]:
+    """Start ``luthier serve`` without workers. Yield the address and the process id."""
+    command = [sys.executable, "-m", "luthier", "serve", "--port", "0", "--no-workers"]
+    with Path(os.environ["LUTHIER_HOME"], "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert server.stdout is not None
+    try:
+        yield server.stdout.readline().split()[-1], server.pid
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 def trl_python() -> str:

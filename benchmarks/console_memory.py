@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import insert, update
+
+from children import served
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "plugins"))
 
@@ -120,21 +121,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         os.environ["LUTHIER_HOME"] = home
         key = create_job(job_id)
-        command = [sys.executable, "-m", "luthier", "serve", "--port", "0", "--no-workers"]
-        with Path(home, "server.log").open("w") as log:
-            server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        assert server.stdout is not None
         steps = round(60 * (given.minutes + 1) * given.rate)
         trainer = threading.Thread(target=train, args=(job_id, steps, given.rate, ended))
-        trainer.start()
-        try:
-            url = server.stdout.readline().split()[-1]
-            watch(url, key, Path(home), given.minutes)
-        finally:
-            ended.set()
-            trainer.join()
-            server.terminate()
-            server.wait(30)
+        with served() as (url, _):
+            trainer.start()
+            try:
+                watch(url, key, Path(home), given.minutes)
+            finally:
+                ended.set()
+                trainer.join()
 
 
 if __name__ == "__main__":

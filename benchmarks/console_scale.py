@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -22,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import insert
+
+from children import served
 
 PATHS = (
     "whoami", "jobs?limit=5", "examples", "models?limit=50", "models?limit=1000", "jobs?limit=25",
@@ -122,19 +122,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         os.environ["LUTHIER_HOME"] = home
         key = fill(count)
-        command = [sys.executable, "-m", "luthier", "serve", "--port", "0", "--no-workers"]
-        with Path(home, "server.log").open("w") as log:
-            server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        assert server.stdout is not None
-        try:
-            url = server.stdout.readline().split()[-1]
+        with served() as (url, process):
             for path in PATHS:
-                taken, used, size = measure(url, path, key, count.rounds, server.pid)
+                taken, used, size = measure(url, path, key, count.rounds, process)
                 figures = f"{taken:8.1f} ms {used:8.1f} ms of processor {size / 1000:8.1f} kB"
                 print(f"{path:24} {figures}", flush=True)
-        finally:
-            server.terminate()
-            server.wait(30)
 
 
 if __name__ == "__main__":
