@@ -331,7 +331,7 @@ class UnknownModel(RefusedInput):
 
 
 class ModelRefused(RefusedInput):
-    """A model of a different trainer, without a possible import."""
+    """A rejected model of a different trainer."""
 
     default_rule = "model.refused"
 

@@ -64,7 +64,7 @@ class Pattern:
     expression."""
     regex: re.Pattern[str]
     rejects: re.Pattern[str]
-    """Invented items, for example placeholders."""
+    """Placeholders and other invented items."""
     normalize: Callable[[re.Match[str]], str] = lambda found: found[found.lastgroup or 0]
     """Function that returns the normalized item; empty to reject a match."""
     before: int = 0

@@ -31,7 +31,7 @@ ERRORS, REPORTS = "errors.txt", "reports.jsonl"
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of a process on the node."""
+    """Resources of a process on a node."""
 
     cores: float = 1
     memory: int = 1

@@ -64,7 +64,7 @@ _TOKENIZERS = frozenset(
         "vocab.json",
     )
 )  # fmt: skip
-"""Tokenizer files; a model needs at least a single file."""
+"""Tokenizer files. A model without any of these files is rejected."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5")
 _NUMBERS = frozenset(("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL"))
 """Accepted data types: weights, and integer buffers such as positions and masks."""

@@ -33,7 +33,7 @@ Store = Callable[[Stores, S3Request, WrittenFile, Mapping[str, str]], Response]
 
 @dataclass(frozen=True)
 class S3Operation:
-    """An operation and the requests for the operation."""
+    """An operation, selected by method, level and query."""
 
     name: str
     """Name of the operation in botocore."""
