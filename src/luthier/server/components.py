@@ -12,6 +12,7 @@ from luthier.limits import AccountQuotas
 from luthier.server.identifiers import ModelIds
 from luthier.server.jobs.forecast import QueuePlace
 from luthier.server.live.capture import Capture
+from luthier.server.settings import Settings
 from luthier.server.stores.locations import Locations
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CustomModel
@@ -39,7 +40,7 @@ class Components:
     """Notifies the scheduler of new work."""
     queue_places: Callable[[Session], Mapping[str, QueuePlace]] = lambda session: {}
     """Returns positions and expected starts of waiting jobs, by id."""
-    account: str = "000000000000"
+    account: str = Settings.account
     """First account, whose administrators operate the server."""
     hold_out: bool = True
     """True if jobs without validation data hold out rows."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from luthier.cli.service.database import FIRST_ACCOUNT
 from luthier.cli.terminal.console import extra, new_console
 from luthier.cli.terminal.options import RayAddress
 from luthier.errors import RefusedInput
@@ -30,7 +31,7 @@ def serve(
     tls_key: Path | None = None,
     trusted_proxy: Annotated[Sequence[str], typer.Option(metavar="ADDRESS")] = (),
     region: str = "us-east-1",
-    account: str = "000000000000",
+    account: str = FIRST_ACCOUNT,
     # In a container with PostgreSQL, a command without the variable would create a second database.
     database: Annotated[str | None, typer.Option(envvar="LUTHIER_DATABASE")] = None,
     s3_endpoint: str | None = None,

@@ -268,8 +268,10 @@ def _lease(call: NativeCall, found: dict[int, list[ReviewedAnswer]], closed: Any
         session.execute(delete(ReviewLease).where(ReviewLease.ends < now()))
         for seq in session.scalars(closed.where(CapturedRequest.seq.in_(found))).all():
             del found[seq]
-        for seq in (seq for seq, answers in found.items() if answers):
-            session.merge(ReviewLease(request_seq=seq, rater=call.caller.user, ends=now() + LEASE))
+        for seq, answers in found.items():
+            if answers:
+                lease = ReviewLease(request_seq=seq, rater=call.caller.user, ends=now() + LEASE)
+                session.merge(lease)
 
 
 def _count(session: Session, query: Any) -> int:

@@ -11,8 +11,8 @@ const RANGES = [["7d", "7 days"], ["30d", "30 days"], ["90d", "90 days"], ["365d
 const NAMES = { errors: "Errors", milliseconds: "Median latency in ms", tokens: "Tokens per answer", empty: "Empty answers", rating: "Rating" };
 /** Measures with this prefix are shares of a label. */
 const LABEL = "label.";
-/** Measures in one table, and periods in the table of the labels. */
 const ALERTS = 10;
+/** Measures in one table, and periods in the table of the labels. */
 const MOST_COLUMNS = 8;
 const SHOWN_PERIODS = 4;
 
