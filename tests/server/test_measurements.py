@@ -87,6 +87,8 @@ def test_evaluation_has_report_of_the_command(server: Served) -> None:
     for name in ("rows", "scores", "errors", "intervals", "slices"):
         assert done["report"][name] == report[name]
     assert done["report"]["model"] == "live"
+    worst = done["report"]["worst"][0]
+    assert worst["row"].startswith(ROWS) and worst["input"] and worst["expected"]
     status, html = server.ask("GET", f"{made}/report")
     assert status == 200 and html.lower().startswith("<!doctype html>")
     assert "live" in html and ROWS in html and "job-" not in html and str(server.home) not in html

@@ -148,24 +148,30 @@ def _reliability_table(calibration: Calibration) -> Table:
     return Table.of(f"Calibration (expected error {calibration.error:.3f})", columns, rows)
 
 
-def _worst_table(evaluation: Evaluation) -> Table | None:
-    rows = []
+def worst_answers(evaluation: Evaluation) -> list[dict[str, str]]:
+    """Return location, input, expected answer and answer of the worst rows, ready for JSON.
+
+    Answers with probabilities have a ``confidence``.
+    """
+    found = []
     for number in evaluation.worst(MOST_WORST):
         row, record = evaluation.rows[number], evaluation.records[number]
         said = next((record[key] for key in ("reply", "label", "rating", "tags", "text_read", "text")
                      if key in record and record[key] != row.plain_text()), "")  # fmt: skip
-        asked = record.get("prompt") or row.plain_text() or row.excerpt()
-        sure = ""
+        answer = {
+            "row": location_text(row.file, row.line),
+            "input": shorten(record.get("prompt") or row.plain_text() or row.excerpt()),
+            "expected": shorten(record.get("expected")),
+            "answer": shorten(said),
+        }
         if evaluation.calibration is not None:
-            sure = f"{evaluation.calibration.confidence_R[number]:.1%}"
-        rows.append(
-            [
-                location_text(row.file, row.line),
-                *map(shorten, (asked, record.get("expected"), said)),
-                sure,
-            ]
-        )
+            answer["confidence"] = f"{evaluation.calibration.confidence_R[number]:.1%}"
+        found.append(answer)
+    return found
+
+
+def _worst_table(evaluation: Evaluation) -> Table | None:
+    rows = [[*each.values()] for each in worst_answers(evaluation)]
     columns = {"row": "place", "input": "text", "expected": "text", "answer": "text"}
     columns |= {"confidence": "number"} if evaluation.calibration is not None else {}
-    drawn = [row[: len(columns)] for row in rows]
-    return Table.of("Worst answers", columns, drawn) if rows else None
+    return Table.of("Worst answers", columns, rows) if rows else None

@@ -516,12 +516,14 @@ const report = {
   model: "m", rows: 80, scores: { accuracy: 0.9 }, errors: { accuracy: 0.03 },
   intervals: { accuracy: [0.83, 0.96] }, mistakes: [{ label: "a", answer: "b", rows: 3 }],
   slices: [{ by: "label", value: "a", rows: 9, scores: { accuracy: 0.5 }, interval: [0.2, 0.8] }],
-  labels: { a: { recall: 0.5 } }, remarks: ["A remark."],
+  labels: { a: { recall: 0.5, rows: 9 }, b: { rows: 2 } }, remarks: ["A remark."],
+  worst: [{ row: "s3://b/rows.jsonl:7", input: "x", expected: "a", answer: "b", confidence: "99.1%" }],
 };
 answers["GET /api/v1/evaluations/one"] = () => ({ ...made, report });
 render(html`<${Evaluation} params=${{ id: "one" }} />`, root);
 await until(() => root.querySelector("#summary"));
 const evaluation = root.innerText;
+const matrix = [...root.querySelectorAll(".matrix tbody tr")].map((each) => each.innerText.split("\t"));
 const contender = (name, score) => ({
   name, score, interval: [score - 0.05, score + 0.05], scores: {}, seconds: 0.01, memory_bytes: 1e6,
   technique: name === "m" ? "fine-tuning" : "base model",
@@ -531,7 +533,7 @@ const compared = { measure: "accuracy", rows: 80, worth_it: true, verdict: "Tuni
 answers["GET /api/v1/comparisons/one"] = () => ({ ...made, report: compared });
 render(html`<${Comparison} params=${{ id: "one" }} />`, root);
 await until(() => root.querySelector("svg.tuned line"));
-return { evaluation, comparison: root.innerText };
+return { evaluation, matrix, comparison: root.innerText };
 """
 
 DAYS = """
@@ -686,6 +688,8 @@ def test_pages_handle_rare_responses(url: str, root_key: str, tmp_path: Path) ->
         )
         assert "Accuracy 90.0 % on 80 rows (95 % interval 83.0 % to 96.0 %)" in evaluated
         assert "label: a" in evaluated and "20.0 % to 80.0 %" in evaluated
+        assert "rows.jsonl:7, confidence 99.1%" in evaluated
+        assert found["matrix"] == [["a", "6", "3"], ["b", "", "2"]]
         assert "Tuning pays." in compared and "45.0 % to 55.0 %" in compared
 
         found = page.script(STUBBED % EXPORTS)

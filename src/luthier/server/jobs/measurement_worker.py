@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from luthier.data.rows import load_rows
 from luthier.evaluation.evaluate import load_graded
-from luthier.evaluation.report_page import page
+from luthier.evaluation.report_page import page, worst_answers
 from luthier.evaluation.significance import RowScores, as_gain, paired_differences
 from luthier.files import folder_size, hashes_of, sha256_of
 from luthier.library.models import find
@@ -116,7 +116,8 @@ class MeasurementWorker(ReportWorker[Measurement]):
                 slices=request["slices"],
                 on_progress=lambda done, total: self.show("evaluate", done, total),
             )  # fmt: skip
-            report, html = found.plain(), page(found, models[0].id, request["rows"])
+            report = found.plain() | {"worst": worst_answers(found)}
+            html = page(found, models[0].id, request["rows"])
             if row.schedule is not None:
                 measure, score = next(iter(found.row_scores.items()))
                 if isinstance(score, RowScores):

@@ -115,7 +115,8 @@ class MeasurementView(View):
     progress: dict[str, Any] | None = None
     """Progress of a running measurement: ``phase``, ``done`` and ``total`` (rows or replies)."""
     report: dict[str, Any] | None = None
-    """Report of ``luthier evaluate``, ``compare`` or ``study`` with ``--json``; missing in lists."""
+    """Report of ``luthier evaluate``, ``compare`` or ``study`` with ``--json``; missing in lists. The
+    report of an evaluation also has the ``worst`` answers."""
     lower_is_better: list[str]
     """Names of measures with lower values being better."""
     failure: str | None = None

@@ -19,6 +19,12 @@ const KINDS = { evaluations: "Evaluate a model", comparisons: "Compare with the 
 const STATES = { Completed: "good", Failed: "error", Running: "note" };
 /** Rows of a comparison that are shown with the answers of all models. */
 const SHOWN = 3;
+/** Worst answers that are shown without a click. */
+const WORST = 3;
+/** Labels of a confusion matrix at most (luthier/evaluation/report_page.py); the table of mistakes has more labels. */
+const MOST_CELLS = 25;
+/** Shades of the cells (style.css). */
+const SHADES = 4;
 /** Evaluations in the table of a model. */
 const MOST_SHOWN = 10;
 
@@ -205,7 +211,7 @@ function barsOf(measure, scores, sets) {
 }
 
 function EvaluationReport({ report, sets }) {
-  const { model, rows, scores, errors, intervals = {}, slices = [], mistakes = [], remarks = [], ...others } = report;
+  const { model, rows, scores, errors, intervals = {}, slices = [], labels, mistakes = [], worst = [], remarks = [], ...others } = report;
   const [[first, value] = []] = Object.entries(scores);
   const figure = (name) => ({ name, kind: "number" });
   return html`
@@ -217,6 +223,13 @@ function EvaluationReport({ report, sets }) {
       <${Table} caption="Scores" columns=${["Measure", figure("Score"), figure("95 % interval")]}
         rows=${Object.entries(scores).map(([name, score]) => [words(name), scoreText(name, score, sets), rangeText(name, intervals[name], sets)])} />
     <//>
+    <${Section} title="Worst answers">
+      ${worst.slice(0, WORST).map(answerCard)}
+      ${worst.length > WORST && html`<details><summary>${worst.length - WORST} more answers</summary>${worst.slice(WORST).map(answerCard)}</details>`}
+    <//>
+    <${Section} title="Confusion matrix">
+      ${labels && Object.keys(labels).length <= MOST_CELLS && html`<${Confusion} labels=${labels} mistakes=${mistakes} />`}
+    <//>
     <${Section} title="Most frequent mistakes">
       ${mistakes.length > 0 && html`<${DataTable} caption="Mistakes" filter="label" size=${10} rows=${mistakes} columns=${[
         { name: "Label", value: (each) => each.label }, { name: "Answer", value: (each) => each.answer },
@@ -227,7 +240,37 @@ function EvaluationReport({ report, sets }) {
       ${slices.length > 0 && html`<${Table} caption="Parts of the rows" columns=${["Part", figure("Rows"), figure(words(first)), figure("95 % interval")]}
         rows=${slices.map((each) => [`${each.by}: ${each.value}`, number(each.rows), scoreText(first, each.scores?.[first], sets), rangeText(first, each.interval, sets)])} />`}
     <//>
-    ${Object.keys(others).length > 0 && html`<details class="rule"><summary>More figures</summary><div class="inside"><h3 class="visually-hidden">Figures</h3>${resultView(others)}</div></details>`}
+    ${(labels || Object.keys(others).length > 0) && html`
+      <details class="rule"><summary>More figures</summary><div class="inside"><h3 class="visually-hidden">Figures</h3>${resultView({ ...others, ...(labels && { labels }) })}</div></details>
+    `}
+  `;
+}
+
+function answerCard({ row, input, expected, answer, confidence }) {
+  const title = `${withNames(row)}${confidence ? `, confidence ${confidence}` : ""}`;
+  return html`<${ExampleCard} title=${title} parts=${[["Input", input], ["Wanted", expected], ["Answer", answer, "error"]]} />`;
+}
+
+/** A grid of counts by wanted label (rows) and answer (columns), shaded by the share of the row. */
+function Confusion({ labels, mistakes }) {
+  const names = Object.keys(labels);
+  const wrong = new Map(mistakes.map((each) => [JSON.stringify([each.label, each.answer]), each.rows]));
+  const missed = (label) => mistakes.reduce((sum, each) => sum + (each.label === label ? each.rows : 0), 0);
+  const cell = (label, answer) => {
+    const isRight = label === answer;
+    const rows = isRight ? labels[label].rows - missed(label) : (wrong.get(JSON.stringify([label, answer])) ?? 0);
+    const shade = labels[label].rows ? Math.ceil((SHADES * rows) / labels[label].rows) : 0;
+    return html`<td class=${`shade-${shade}${isRight ? " right" : ""}`}>${rows || ""}</td>`;
+  };
+  return html`
+    <p class="help">Rows are the wanted labels, columns are the answers. A darker cell has a larger share of its row.</p>
+    <div class="matrix" tabindex="0" role="region" aria-label="Confusion matrix">
+      <table>
+        <caption class="visually-hidden">Confusion matrix</caption>
+        <thead><tr><th scope="col">Wanted</th>${names.map((name) => html`<th scope="col"><bdi>${name}</bdi></th>`)}</tr></thead>
+        <tbody>${names.map((label) => html`<tr><th scope="row"><bdi>${label}</bdi></th>${names.map((answer) => cell(label, answer))}</tr>`)}</tbody>
+      </table>
+    </div>
   `;
 }
 
