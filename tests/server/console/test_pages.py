@@ -263,7 +263,7 @@ def test_model_pages_in_browser(url: str, root_key: str, tmp_path: Path) -> None
 
 
 def test_deployments_health_and_review_in_browser(
-    url: str, root_key: str, get: Get, tmp_path: Path
+    url: str, root_key: str, get: Get, home: Path, tmp_path: Path
 ) -> None:
     with browser(tmp_path) as page:
         page.get(f"{url}/console/")
@@ -341,6 +341,16 @@ def test_deployments_health_and_review_in_browser(
         listed = json.loads(get("deployments")[1])["deployments"]
         assert [(each["deployment"], each["model"]) for each in listed] == [("router", "labeller")]
         page.until_text("router", "main pre")
+        page.click("#new-schedule summary")
+        page.choose("#every", "week")
+        page.write("#scheduled-file", str(home / "labels.jsonl"))
+        page.until_text("is uploaded", ".drop")
+        page.click("#new-schedule .primary")
+        page.until_text("Evaluations each week", "main")
+        assert json.loads(get("deployments/router/schedule")[1])["every"] == "week"
+        page.click("#end-schedule")
+        page.click("dialog .danger")
+        page.until("document.querySelector('#new-schedule') !== null")
         page.click('#navigation a[href="#/home"]')
         page.until_text("Answers now", "main")
         page.script("location.hash = '#/playground/router'")

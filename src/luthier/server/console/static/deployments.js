@@ -4,6 +4,7 @@ import { call, may } from "./api.js";
 import { age, duration, number, percent, shortName, time, words } from "./format.js";
 import { Calls } from "./model.js";
 import { allModels } from "./models.js";
+import { Schedule } from "./schedule.js";
 import {
   Chip, Empty, ErrorBox, Facts, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, html, link,
   options, toast, useAction, useData, usePages, usePolling, useSignal,
@@ -133,6 +134,7 @@ export function Deployment({ params, query }) {
     ${canary && html`<${Canary} canary=${canary} />`}
     ${serving.data && html`<${Calls} model=${{ ...serving.data, id: data.deployment, deployed: data.model }} storedId=${null} />`}
     ${may("develop") && html`<${Promotion} path=${path} deployment=${data} chosen=${query.get("model")} done=${read} />`}
+    <${Schedule} deployment=${data.deployment} isNew />
     <${Section} title="History"><${History} history=${history} /><//>
   `;
 }

@@ -5,7 +5,8 @@ import { LineChart } from "./charts.js";
 import { number, percent, time, words } from "./format.js";
 import { modelNames } from "./jobs.js";
 import { CaptureSwitch } from "./review.js";
-import { Chip, DataTable, Empty, ExampleCard, Field, Heading, Pending, Section, Table, bound, html, link, options, useData, useSignal } from "./ui.js";
+import { Schedule } from "./schedule.js";
+import { DataTable, Empty, ExampleCard, Field, Heading, Pending, Section, Table, bound, html, link, options, useData, useSignal } from "./ui.js";
 
 const RANGES = [["7d", "7 days"], ["30d", "30 days"], ["90d", "90 days"], ["365d", "a year"]];
 const NAMES = { errors: "Errors", milliseconds: "Median latency in ms", tokens: "Tokens per answer", empty: "Empty answers", rating: "Rating" };
@@ -34,7 +35,6 @@ export function HealthPage({ params }) {
   const path = `/api/v1/models/${encodeURIComponent(params.name)}/health`;
   const { data, error, read } = useData((signal) => call("GET", path, { query: { since: since.value }, signal }), [since.value]);
   const drift = useData((signal) => call("GET", path, { query: { since: "7d", drift: true }, signal }));
-  const schedule = useData((signal) => call("GET", `/api/v1/deployments/${encodeURIComponent(params.name)}/schedule`, { signal }));
   const alerts = useData((signal) => call("GET", "/api/v1/alerts", { query: { subject: params.name, limit: ALERTS }, signal }));
   const capture = useData((signal) => call("GET", "/api/v1/capture", { signal }));
   // Clients name models by id as well.
@@ -99,18 +99,7 @@ export function HealthPage({ params }) {
         ${drift.data.drift?.clusters.map((each) => html`<${ExampleCard} title=${`${number(each.inputs)} requests unlike the training rows`} parts=${each.examples.map((text, index) => [`Request ${index + 1}`, text])} />`)}
       </section>
     `}
-    ${schedule.data && html`
-      <section id="schedule">
-        <h2>Evaluations each ${schedule.data.every}</h2>
-        <p class="soft">${schedule.data.skipped ?? `Next: ${time(schedule.data.next_run)}.`}</p>
-        <${Table} caption="Scheduled evaluations, newest first" columns=${["Time", "Model", { name: "Score", kind: "number" }, "Change"]}
-          rows=${schedule.data.results.toReversed().map((each) => [
-            html`<a href=${link("evaluations", each.evaluation)}>${time(each.created)}</a>`, each.model,
-            each.measure ? `${words(each.measure)} ${percent(each.score)}` : each.failure ?? each.state,
-            each.change?.is_fall && each.change.significant ? html`<${Chip} kind="warning">significant fall<//>` : "–",
-          ])} />
-      </section>
-    `}
+    <${Schedule} deployment=${params.name} />
     ${labels.length > 0 && html`
       <section id="labels">
         <h2>Labels</h2>
