@@ -212,8 +212,8 @@ def test_usage_is_recorded_by_day_and_model(server: Server) -> None:
     status, reply = server.ask("/api/v1/usage/days?from=2020-02-01&to=2020-01-01")
     assert (status, reply["error"]["code"]) == (400, "Validation")
     printed = server.luthier("usage", "--account", ACCOUNT, "--csv").splitlines()
-    assert printed[0].startswith("day,account,model,requests,prompt_tokens")
-    assert len(printed) == 3
+    assert printed[0].startswith("day,account,user,model,requests,prompt_tokens")
+    assert len(printed) == 4
 
 
 def used(server: Server, model: str, requests: int) -> dict[str, Any]:
@@ -230,6 +230,13 @@ def used(server: Server, model: str, requests: int) -> dict[str, Any]:
         time.sleep(0.1)
     status, body = server.ask("/api/v1/usage/days")
     assert status == 200, body
-    found = {each["model"]: each for each in body["days"]}[model]
-    assert found["requests"] == requests
-    return dict(found)
+    # Storage has no user.
+    found = [each for each in body["days"] if each["model"] == model]
+    assert {each["user"] for each in found if each["requests"]} == {"root"}
+    totals = {
+        name: sum(each[name] for each in found)
+        for name, count in found[0].items()
+        if isinstance(count, int | float)
+    }
+    assert totals["requests"] == requests
+    return totals

@@ -62,7 +62,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
     """Number of concurrent pieces of a row."""
 
     def __init__(self, database: Database, count: CountUsage) -> None:
-        """Create the runner; ``count`` records the usage of accounts by model."""
+        """Create the runner; ``count`` records the usage of accounts by user and model."""
         self.database, self.count = database, count
         self._token = secrets.token_hex(8)
         self.watch = LeaseWatch(self.kind.lease_time.total_seconds())
@@ -204,8 +204,8 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         Raises:
             Fault: For all errors of ``do``.
         """
-        self.count(row.account, "", Usage(requests=1))
-        count = count or partial(self.count_tokens, row.account)
+        self.count(row.account, row.caller["user"], "", Usage(requests=1))
+        count = count or partial(self.count_tokens, row)
         with meter(count), working_for(row.account, background=True):
             try:
                 return do()
@@ -233,9 +233,10 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         authorize(caller, self.action, "*")
         return caller
 
-    def count_tokens(self, account: str, model: str, read: int, written: int) -> None:
-        """Record the usage of tokens by ``account``."""
-        self.count(account, model, Usage(prompt_tokens=read, generated_tokens=written))
+    def count_tokens(self, row: Work, model: str, read: int, written: int) -> None:
+        """Record the usage of tokens by the user who created ``row``."""
+        used = Usage(prompt_tokens=read, generated_tokens=written)
+        self.count(row.account, row.caller["user"], model, used)
 
     def _run(self) -> None:
         swept = -_SWEEP

@@ -69,7 +69,9 @@ def home(
                     created=now(),
                 )  # fmt: skip
                 session.add(model)
-            used = {(now().date(), ACCOUNT, name): Usage(requests=7) for name in ("one", "two")}
+            used = {
+                (now().date(), ACCOUNT, "root", name): Usage(requests=7) for name in ("one", "two")
+            }
             add_usage(session, used)
         assert service.issued is not None
         (home / "keys.json").write_text(json.dumps(vars(service.issued)))

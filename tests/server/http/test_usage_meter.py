@@ -82,12 +82,12 @@ def test_usage_is_counted_per_day_without_immediate_write(
     database: Database, meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "now", lambda: BEFORE)
-    meter.count(FIRST, "", Usage(requests=3))
+    meter.count(FIRST, "root", "", Usage(requests=3))
     monkeypatch.setattr(metrics, "now", lambda: AFTER)
     # A database that waits for another writer would hold up the event loop.
     with monkeypatch.context() as away:
         away.setattr(database, "write", lambda: pytest.fail("it wrote"))
-        meter.count(FIRST, "", Usage(requests=5))
+        meter.count(FIRST, "root", "", Usage(requests=5))
     assert requests(database) == {}
     meter.write()
     assert requests(database) == {BEFORE.date(): 3, AFTER.date(): 5}
@@ -97,12 +97,12 @@ def test_unwritten_usage_is_counted_on_original_day(
     database: Database, meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "now", lambda: BEFORE)
-    meter.count(FIRST, "", Usage(requests=3))
+    meter.count(FIRST, "root", "", Usage(requests=3))
     monkeypatch.setattr(metrics, "now", lambda: AFTER)
     with monkeypatch.context() as away:
         away.setattr(metrics, "add_usage", lambda *arguments: 1 / 0)
         meter.write()
-    meter.count(FIRST, "", Usage(requests=5))
+    meter.count(FIRST, "root", "", Usage(requests=5))
     meter.write()
     assert requests(database) == {BEFORE.date(): 3, AFTER.date(): 5}
 
@@ -113,6 +113,7 @@ def usage_of(service: Service) -> Usage:
     total = Usage()
     with service.database.read() as session:
         for row in session.scalars(select(DailyUsage)):
+            assert row.user == "root"
             total.add(Usage(requests=row.requests, bytes_out=row.bytes_out))
     return total
 

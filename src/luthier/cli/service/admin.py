@@ -123,7 +123,7 @@ def show_usage(
     csv: bool = False,
     database: ServiceDatabase = None,
 ) -> Record:
-    """Report usage by account, day and model.
+    """Report usage by account, day, user and model.
 
     Args:
         first: First day (UTC), e.g. 2026-01-31; 30 days ago by default.
@@ -152,7 +152,7 @@ def print_usage(found: Record, csv: bool) -> None:
 
     from luthier.server.tables.usage import Usage
 
-    columns = ["day", "account", "model", *(each.name for each in fields(Usage))]
+    columns = ["day", "account", "user", "model", *(each.name for each in fields(Usage))]
     writer = csv_files.DictWriter(sys.stdout, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(found["usage"])

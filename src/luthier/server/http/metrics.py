@@ -189,12 +189,12 @@ class Metrics:
             self._count_model(record.model, record.status, seconds)
         if self._count is not None and record.account:
             for model, read, written in record.tokens:
-                self._count(
-                    record.account, model, Usage(prompt_tokens=read, generated_tokens=written)
-                )
+                tokens = Usage(prompt_tokens=read, generated_tokens=written)
+                self._count(record.account, record.user, model, tokens)
             size = {"bytes_in": record.bytes_in, "bytes_out": record.bytes_out}
             requests = 0 if record.of_console else 1
-            self._count(record.account, record.model, Usage(requests=requests, **size))
+            used = Usage(requests=requests, **size)
+            self._count(record.account, record.user, record.model, used)
         fields = {**vars(record), "milliseconds": round(seconds * 1000, 2)}
         fields = {
             key: value for key, value in fields.items() if key not in _NOT_LOGGED and value != ""
@@ -273,18 +273,18 @@ class Meter:
         """Start a thread that writes counts every ``write_seconds``."""
         self._database, self._write_seconds = database, write_seconds
         self._lock = threading.Lock()
-        self._used: dict[tuple[date, str, str], Usage] = {}
+        self._used: dict[tuple[date, str, str, str], Usage] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="meter", daemon=True)
         self._thread.start()
 
-    def count(self, account: str, model: str, used: Usage) -> None:
-        """Add usage of ``account`` with a model, by library id; empty for usage without a model.
+    def count(self, account: str, user: str, model: str, used: Usage) -> None:
+        """Add usage of ``user`` with a model, by library id; empty for usage without a model.
 
         The event loop calls this method, so the method does not access the database.
         """
         with self._lock:
-            self._used.setdefault((now().date(), account, model), Usage()).add(used)
+            self._used.setdefault((now().date(), account, user, model), Usage()).add(used)
 
     def write(self) -> None:
         """Write the counts to the database. After an error, the counts are kept for the next write."""
@@ -298,7 +298,7 @@ class Meter:
                 for account, size in stored:
                     if size:
                         peak = Usage(stored_bytes=size)
-                        used.setdefault((today, account, ""), Usage()).add(peak)
+                        used.setdefault((today, account, "", ""), Usage()).add(peak)
                 add_usage(session, used)
         except Exception:
             _log.exception("usage could not be written; it is tried again")

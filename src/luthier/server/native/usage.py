@@ -45,9 +45,11 @@ class Days(Input):
 
 
 class DayView(View):
-    """Usage of a model on a day."""
+    """Usage of a user and a model on a day."""
 
     day: date
+    user: str
+    """Name of the user; empty for jobs and storage."""
     model: str
     """Name of a custom model, or id of a foundation model; empty for usage without a model."""
     requests: int
@@ -64,7 +66,7 @@ class DayView(View):
 
 
 class DaysView(View):
-    """Usage by day and model. Counts of the last minute may be missing."""
+    """Usage by day, user and model. Counts of the last minute may be missing."""
 
     account: str
     first: date
@@ -87,7 +89,7 @@ def get_usage(call: NativeCall) -> UsageView:
 
 @router.get("/usage/days")
 def get_daily_usage(call: NativeCall, range_of_days: Annotated[Days, Query()]) -> DaysView:
-    """Return the account's usage by day and model."""
+    """Return the account's usage by day, user and model."""
     last = range_of_days.last or now().date()
     first = range_of_days.first or last - timedelta(days=DAYS)
     with call.context.database.read() as session:

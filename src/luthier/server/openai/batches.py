@@ -71,7 +71,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         database: Database,
         files: UploadedFiles,
         endpoints: Mapping[str, Answers],
-        count: CountUsage = lambda account, model, used: None,
+        count: CountUsage = lambda account, user, model, used: None,
         recorder: Recorder | None = None,
     ) -> None:
         """Create the runner; ``count`` records the usage of accounts, ``recorder`` captures lines."""
@@ -169,7 +169,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         observed = self.recorder and RequestObservation(self.recorder, record, time.perf_counter())
 
         def count(model: str, read: int, written: int) -> None:
-            self.count_tokens(batch.account, model, read, written)
+            self.count_tokens(batch, model, read, written)
             record.add_model(model)
             record.add_tokens(model, read, written)
 

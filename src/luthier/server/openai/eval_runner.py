@@ -257,7 +257,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         database: Database,
         make_task: Callable[[EvaluationRun, Caller], EvalTask],
         quotas: Callable[[Session, str], AccountQuotas],
-        count: CountUsage = lambda account, model, used: None,
+        count: CountUsage = lambda account, user, model, used: None,
     ) -> None:
         super().__init__(database, count)
         self.make_task, self.quotas = make_task, quotas
@@ -298,7 +298,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
 
         def count(model: str, prompt: int, generated: int) -> None:
             calls.append((task.model_names.get(model, model), prompt, generated))
-            self.count_tokens(run.account, model, prompt, generated)
+            self.count_tokens(run, model, prompt, generated)
 
         try:
             graded = self.attempt(run, partial(task.grade, number, row), count)

@@ -63,7 +63,7 @@ class OpenAIService:
         components: Components,
         objects: Objects,
         limits: ServerLimits,
-        count: CountUsage = lambda account, model, used: None,
+        count: CountUsage = lambda account, user, model, used: None,
     ) -> None:
         """Create and connect the parts.
 

@@ -447,7 +447,7 @@ def renew(
         # `worked` is a total, so that a renewal whose reply was lost is not counted twice.
         seconds = max(0.0, worked - job.worked)
         used = Usage(training_seconds=seconds)
-        add_usage(session, {(now().date(), job.account, ""): used})
+        add_usage(session, {(now().date(), job.account, "", ""): used})
         job.worked = worked
     if details:
         job.details = {**job.details, **details}

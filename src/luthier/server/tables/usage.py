@@ -1,4 +1,4 @@
-"""Usage of each account per day (UTC) and model.
+"""Usage of each account per day (UTC), user and model.
 
 Rows are never reduced, and stay when an account is removed, like the audit log.
 """
@@ -21,12 +21,14 @@ LONGEST_REPORT = timedelta(days=3660)
 
 
 class DailyUsage(Base):
-    """Usage of an account on a day, by model or without a model."""
+    """Usage of a user on a day, by model or without a model."""
 
     __tablename__ = "usage"
 
     account: Mapped[str] = mapped_column(primary_key=True)
     day: Mapped[date] = mapped_column(primary_key=True)
+    user: Mapped[str] = mapped_column(primary_key=True)
+    """Name of the user; empty for jobs and storage."""
     model: Mapped[str] = mapped_column(primary_key=True)
     """Id of the model in the library; empty for requests without a model."""
     requests: Mapped[int] = mapped_column(BigInteger)
@@ -63,20 +65,20 @@ class Usage:
             setattr(self, each.name, max(mine, more) if each.name == _PEAK else mine + more)
 
 
-CountUsage = Callable[[str, str, Usage], None]
-"""Callback that counts usage by account and stored model id."""
+CountUsage = Callable[[str, str, str, Usage], None]
+"""Callback that counts usage by account, user and stored model id."""
 _PEAK = "stored_bytes"
 _AMOUNTS = tuple(each.name for each in fields(Usage))
 
 
-def add_usage(session: Session, used: Mapping[tuple[date, str, str], Usage]) -> None:
-    """Add ``used`` by day, account and model."""
+def add_usage(session: Session, used: Mapping[tuple[date, str, str, str], Usage]) -> None:
+    """Add ``used`` by day, account, user and model."""
     if not used:
         return
     # Sorted, so that two servers lock the rows in the same order and cannot deadlock.
     rows = [
-        {"account": account, "day": day, "model": model, **asdict(each)}
-        for (day, account, model), each in sorted(used.items(), key=lambda pair: pair[0])
+        {"account": account, "day": day, "user": user, "model": model, **asdict(each)}
+        for (day, account, user, model), each in sorted(used.items(), key=lambda pair: pair[0])
     ]
     fresh = dialect_insert(session, DailyUsage)
     table = DailyUsage.__table__.c
@@ -86,7 +88,7 @@ def add_usage(session: Session, used: Mapping[tuple[date, str, str], Usage]) -> 
     larger = fresh.excluded[_PEAK] > table[_PEAK]
     changes[_PEAK] = case((larger, fresh.excluded[_PEAK]), else_=table[_PEAK])
     statement = fresh.on_conflict_do_update(
-        index_elements=["account", "day", "model"], set_=changes
+        index_elements=["account", "day", "user", "model"], set_=changes
     )
     session.execute(statement, rows)
 
@@ -94,7 +96,7 @@ def add_usage(session: Session, used: Mapping[tuple[date, str, str], Usage]) -> 
 def report(
     session: Session, first: date, last: date, account: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return usage from ``first`` to ``last`` by day, account and model, ready for JSON.
+    """Return usage from ``first`` to ``last`` by day, account, user and model, ready for JSON.
 
     Existing custom models appear by name.
 
@@ -114,7 +116,7 @@ def report(
             & (DailyUsage.model != ""),
         )
         .where(DailyUsage.day.between(first, last))
-        .order_by(DailyUsage.day, DailyUsage.account, DailyUsage.model)
+        .order_by(DailyUsage.day, DailyUsage.account, DailyUsage.user, DailyUsage.model)
     )
     if account is not None:
         query = query.where(DailyUsage.account == account)
@@ -122,6 +124,7 @@ def report(
         {
             "day": row.day.isoformat(),
             "account": row.account,
+            "user": row.user,
             "model": name or row.model,
             **{amount: getattr(row, amount) for amount in _AMOUNTS},
         }

@@ -1,7 +1,7 @@
 // Administration: users with their keys, and the audit log.
 
 import { call } from "./api.js";
-import { age, dateOf, time } from "./format.js";
+import { age, dateOf, number, time } from "./format.js";
 import {
   Chip, DataTable, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, confirmed, html, link, options, toast, useAction,
   useData, useEffect, usePages, useRef, useSignal,
@@ -18,6 +18,7 @@ const PAGE = 50;
 export function Administration() {
   const { data, error, read } = useData((signal) => call("GET", "/api/v1/users", { signal }));
   const made = useSignal(null);
+  const used = useData(usageOfUsers).data ?? {};
   if (!data) return html`<${Pending} title="Administration" error=${error} read=${read} />`;
   const { users } = data;
   const keys = users.flatMap((user) => user.keys.map((each) => ({ ...each, user: user.name, isOwn: each.id === data.key })));
@@ -30,6 +31,9 @@ export function Administration() {
       { name: "Role", value: (each) => each.role, show: (each) => html`${each.role} <small class="soft">${ABOUT[each.role]}</small>` },
       { name: "State", value: (each) => (each.disabled ? "disabled" : "active") },
       { name: "Keys", kind: "number", value: (each) => each.keys.length },
+      { name: "Requests, 30 days", kind: "number", value: (each) => used[each.name]?.requests ?? 0, show: (each) => number(used[each.name]?.requests ?? 0) },
+      { name: "Tokens", kind: "number", value: (each) => used[each.name]?.tokens ?? 0, show: (each) => number(used[each.name]?.tokens ?? 0) },
+      { name: "Models", value: (each) => [...(used[each.name]?.models ?? [])].join(", ") },
       { name: "Created", kind: "nowrap", value: (each) => each.created, show: (each) => html`<span title=${time(each.created)}>${age(each.created)}</span>` },
     ]} />
     <${NewUser} done=${read} />
@@ -39,6 +43,19 @@ export function Administration() {
     <${Secret} made=${made} />
     <${Audit} users=${users} />
   `;
+}
+
+/** Return requests, tokens and models of each user in the last 30 days. */
+async function usageOfUsers(signal) {
+  const { days } = await call("GET", "/api/v1/usage/days", { signal });
+  const found = {};
+  for (const { user, model, requests, prompt_tokens: read, generated_tokens: written } of days) {
+    const total = (found[user] ??= { requests: 0, tokens: 0, models: new Set() });
+    total.requests += requests;
+    total.tokens += read + written;
+    if (model) total.models.add(model);
+  }
+  return found;
 }
 
 function NewUser({ done }) {

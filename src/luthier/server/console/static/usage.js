@@ -11,6 +11,7 @@ const COLOURED = 3;
 /** Days of a chart at most: the bars of more days are too narrow to see. */
 const MOST_DAYS = 400;
 const NEARLY = 0.8;
+const PARTS = [["model", "models"], ["user", "users"]];
 const MEASURES = {
   requests: ["Requests", number], tokens: ["Input and output tokens", number], generated_tokens: ["Output tokens", number],
   training_seconds: ["Training time", duration], bytes_in: ["Bytes received", bytes], bytes_out: ["Bytes sent", bytes],
@@ -23,6 +24,7 @@ export function Usage() {
   const from = useSignal(dayText(new Date(today.getTime() - 29 * 86_400_000)));
   const to = useSignal(dayText(today));
   const measure = useSignal("requests");
+  const by = useSignal("model");
   const quotas = useData((signal) => call("GET", "/api/v1/usage", { signal }));
   const days = useData(async (signal) => {
     const report = await call("GET", "/api/v1/usage/days", { query: { from: from.value, to: to.value }, signal });
@@ -35,18 +37,19 @@ export function Usage() {
     <${Heading} title="Usage" chips=${html`<span class="soft">account <code>${quotas.data.account}</code></span>`} />
     <h2>Quotas</h2>
     <${Quotas} quotas=${quotas.data.quotas} />
-    <h2>Usage by day and model</h2>
+    <h2>Usage by day</h2>
     <div class="fields">
       <${Field} id="measure" label="Measure">
         <select id="measure" ...${bound(measure)}>
           ${options(Object.entries(MEASURES).map(([name, [label]]) => [name, label]))}
         </select>
       <//>
+      <${Field} id="by" label="Parts of the bars"><select id="by" ...${bound(by)}>${options(PARTS)}</select><//>
       <${Field} id="from" label="From"><input id="from" type="date" ...${bound(from)} /><//>
       <${Field} id="to" label="To"><input id="to" type="date" ...${bound(to)} /><//>
     </div>
     ${days.error ? html`<${ErrorBox} error=${days.error} again=${days.read} />`
-      : days.data && html`<${Days} report=${days.data} measure=${measure.value} />`}
+      : days.data && html`<${Days} report=${days.data} measure=${measure.value} by=${by.value} />`}
   `;
 }
 
@@ -67,7 +70,7 @@ function Quotas({ quotas }) {
   return html`<${Table} caption="Usage and quotas" columns=${columns} rows=${rows} />`;
 }
 
-function Days({ report, measure }) {
+function Days({ report, measure, by }) {
   const { days, first, last } = report;
   const shown = [...days].sort((a, b) => b.day.localeCompare(a.day) || b.requests - a.requests);
   const figure = (name, value, show = number) => ({
@@ -75,34 +78,35 @@ function Days({ report, measure }) {
   });
   const columns = [
     { name: "Day", value: (each) => each.day, show: (each) => html`<span class="nowrap">${each.day}</span>` },
-    { name: "Model", value: (each) => nameOf(each.model), show: (each) => html`<bdi>${nameOf(each.model)}</bdi>` },
+    { name: "User", value: (each) => nameOf("user", each.user) },
+    { name: "Model", value: (each) => nameOf("model", each.model), show: (each) => html`<bdi>${nameOf("model", each.model)}</bdi>` },
     figure("Requests", "requests"), figure("Input tokens", "prompt_tokens"), figure("Output tokens", "generated_tokens"),
     figure("Training", "training_seconds", duration), figure("Received", "bytes_in", bytes), figure("Sent", "bytes_out", bytes),
     figure("Stored", "stored_bytes", bytes),
   ];
   return html`
-    <${Chart} days=${days} first=${first} last=${last} measure=${measure} />
-    <${DataTable} caption="Usage by day and model" filter="day or model" empty="No usage on these days." columns=${columns} rows=${shown} />
-    <p class="help">Days are in UTC. The last minute may be missing.</p>
+    <${Chart} days=${days} first=${first} last=${last} measure=${measure} by=${by} />
+    <${DataTable} caption="Usage by day, user and model" filter="day, user or model" empty="No usage on these days." columns=${columns} rows=${shown} />
+    <p class="help">Days are in UTC. The last minute may be missing. Training and storage have no user.</p>
   `;
 }
 
-function Chart({ days: all, first, last, measure }) {
+function Chart({ days: all, first, last, measure, by }) {
   const [title, show] = MEASURES[measure];
   const dates = datesBetween(first, last, MOST_DAYS);
   const days = all.filter((each) => each.day >= dates[0]);
   const cut = dates[0] > first;
   const totals = new Map();
-  for (const each of days) totals.set(each.model, (totals.get(each.model) ?? 0) + (each[measure] ?? 0));
-  const ranked = [...totals].filter(([, sum]) => sum > 0).sort((a, b) => b[1] - a[1]).map(([model]) => model);
+  for (const each of days) totals.set(each[by], (totals.get(each[by]) ?? 0) + (each[measure] ?? 0));
+  const ranked = [...totals].filter(([, sum]) => sum > 0).sort((a, b) => b[1] - a[1]).map(([part]) => part);
   if (!ranked.length) return html`<${Empty} text=${`No usage${cut ? ` on the latest ${MOST_DAYS} days` : ""}.`} />`;
   const others = ranked.length - COLOURED;
-  const names = ranked.slice(0, COLOURED).map(nameOf);
-  if (others > 0) names.push(others === 1 ? nameOf(ranked[COLOURED]) : `${others} others`);
+  const names = ranked.slice(0, COLOURED).map((part) => nameOf(by, part));
+  if (others > 0) names.push(others === 1 ? nameOf(by, ranked[COLOURED]) : `${others} others`);
   const places = new Map(dates.map((day, index) => [day, index]));
   const series = names.map((name) => ({ name, values: Array(dates.length).fill(0) }));
   for (const each of days) {
-    const place = Math.min(ranked.indexOf(each.model), COLOURED);
+    const place = Math.min(ranked.indexOf(each[by]), COLOURED);
     if (place >= 0 && places.has(each.day)) series[place].values[places.get(each.day)] += each[measure] ?? 0;
   }
   return html`
@@ -111,7 +115,7 @@ function Chart({ days: all, first, last, measure }) {
   `;
 }
 
-const nameOf = (model) => model || "no model";
+const nameOf = (by, part) => part || `no ${by}`;
 
 const dayText = (date) => date.toISOString().slice(0, 10);
 
