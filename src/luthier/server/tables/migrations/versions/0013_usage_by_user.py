@@ -20,7 +20,11 @@ def upgrade() -> None:
         *(sa.Column(name, sa.BigInteger(), nullable=False) for name in COUNTS),
         sa.PrimaryKeyConstraint("account", "day", "user", "model"),
     )
-    names = ", ".join(("account", "day", "model", "training_seconds", *COUNTS))
-    op.execute(f"INSERT INTO usage_by_user ({names}, \"user\") SELECT {names}, '' FROM usage")
+    names = ["account", "day", "model", "training_seconds", *COUNTS]
+    old, new = (
+        sa.table(table, *map(sa.column, [*names, "user"])) for table in ("usage", "usage_by_user")
+    )
+    known = sa.select(*(old.c[name] for name in names), sa.literal(""))
+    op.execute(new.insert().from_select([*names, "user"], known))
     op.drop_table("usage")
     op.rename_table("usage_by_user", "usage")
