@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.parametrize("database_url", ["sqlite"], indirect=True),
 ]
 ACCOUNT = "000000000000"
-STEPS = 300
+STEPS = 600
 
 
 def scheduler(queue: Any, cluster: Cluster) -> Scheduler:
@@ -54,6 +54,13 @@ def actor_of(job: Job) -> psutil.Process:
     return parent
 
 
+def running_again(killed: Job) -> Any:
+    """Return a condition: the next worker has trained beyond the step of the killed worker."""
+    # The progress of the killed worker remains until the next one reports.
+    further = running(killed.details["progress"]["step"] + 1)
+    return lambda job: job.attempts == killed.attempts + 1 and further(job)
+
+
 def trained_steps(queue: Any, job_id: str) -> list[int]:
     with queue.database.read() as session:
         found = session.query(JobEvent).filter_by(job_id=job_id, kind="metrics")
@@ -70,9 +77,9 @@ def test_killed_workers_and_a_killed_node_change_no_bit(queue: Any, cluster: Clu
     actor, worker = actor_of(job), psutil.Process(job.worker["pid"])
     actor.kill()
     worker.wait(20)  # the worker ends because its standard input closes
-    job = queue.until(broken, lambda job: job.attempts == 2 and running(20)(job))
+    job = queue.until(broken, running_again(job))
     psutil.Process(job.worker["pid"]).kill()
-    job = queue.until(broken, lambda job: job.attempts == 3 and running(30)(job))
+    job = queue.until(broken, running_again(job))
     raylet = actor_of(job).parent()
     assert raylet is not None and "raylet" in raylet.name()
     worker = psutil.Process(job.worker["pid"])
