@@ -8,6 +8,7 @@ heavy library, so that ``--help`` is fast; each command imports its libraries wh
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -158,6 +159,8 @@ def main() -> None:
     escape_unencodable(sys.stdout, sys.stderr)
     # PEFT imports bitsandbytes if installed, which logs advice about an unused kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # transformers advises a mask against padding, which token trees do not have.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     console.owns_process = True
     if {*COMMANDS.built_in, *COMMAND_GROUPS.values(), "worker"}.isdisjoint(sys.argv[1:2]):
         add_plugin_commands()
