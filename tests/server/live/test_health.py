@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from luthier.cli.service.live import live_app
 from luthier.files import write_json
 from luthier.models.manifest import MANIFEST
-from luthier.server.live import settings
+from luthier.server.live import health, settings
 from luthier.server.tables.database import now
 from luthier.server.tables.live.captures import CapturedRequest
 
@@ -102,6 +102,9 @@ def test_share_of_empty_answers(running: Running, monkeypatch: pytest.MonkeyPatc
     running.chat()
     (period,) = api(running).json()["periods"]
     assert (period["measures"]["empty"]["value"], period["measures"]["empty"]["count"]) == (0.5, 2)
+    monkeypatch.setattr(health, "read_answers", lambda *_: pytest.fail("an answer is read"))
+    (period,) = api(running, query="?answers=false").json()["periods"]
+    assert period["requests"] == 2 and "empty" not in period["measures"]
 
 
 def predict(running: Running, monkeypatch: pytest.MonkeyPatch, *labels: Any) -> None:

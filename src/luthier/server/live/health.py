@@ -137,9 +137,12 @@ class _Period:
 
 
 def health(
-    objects: Objects, account: str, model: str, since: datetime, until: datetime | None = None
-) -> Health:
+    objects: Objects, account: str, model: str, since: datetime, until: datetime | None = None,
+    *, answers: bool = True,
+) -> Health:  # fmt: skip
     """Return measures of a model by period, the stability of the labels, and significant changes.
+
+    Without ``answers``, only the index of the requests is read: no labels and no empty answers.
 
     Raises:
         NoRequests: For an unknown model, and without captured requests since ``since``.
@@ -156,7 +159,9 @@ def health(
     # An end at midnight belongs to the day before.
     periods = _periods(rows, (end - timedelta(microseconds=1)).date())
     for period in periods:
-        _add_answers(objects, period)
+        _add_figures(period)
+        if answers:
+            _add_answers(objects, period)
         _add_feedback(objects, period)
     for name in sorted({label for each in periods for label in each.labels}):
         for each in periods:
@@ -216,13 +221,18 @@ def _add_feedback(objects: Objects, period: _Period) -> None:
                     period.values[name].append(float(value))
 
 
-def _add_answers(objects: Objects, period: _Period) -> None:
-    """Add errors, latency and tokens, and from evenly spaced records empty answers and labels."""
+def _add_figures(period: _Period) -> None:
+    """Add errors, latency and tokens."""
     good = [row for row in period.rows if not row.error]
     period.values[ERRORS] = [float(bool(row.error)) for row in period.rows]
     period.values[LATENCY] = [float(row.milliseconds) for row in good]
     if any(row.output_tokens for row in good):
         period.values[TOKENS] = [float(row.output_tokens) for row in good]
+
+
+def _add_answers(objects: Objects, period: _Period) -> None:
+    """Add empty answers and labels from evenly spaced records."""
+    good = [row for row in period.rows if not row.error]
     # Evenly spaced, so that a change within the period is seen in its share.
     for row in good[:: math.ceil(len(good) / MOST_READ) or 1]:
         try:

@@ -140,6 +140,8 @@ class HealthQuery(Input):
 
     since: str = Field(default="30d", max_length=64)
     """Age of the oldest request (``30d``, ``12h``), or an ISO date."""
+    answers: bool = True
+    """Read the answers for shares of labels and of empty answers, which takes seconds."""
     drift: bool = False
     """Compare the inputs of the last 7 days with the training rows, which takes seconds."""
 
@@ -246,7 +248,7 @@ def get_model_health(
                 return health_with_drift(
                     context.locations, context.arns, call.account, model, since
                 )
-        return health(capture.objects, call.account, model, since)
+        return health(capture.objects, call.account, model, since, answers=query.answers)
     except NoRequests as error:
         raise Fault("ResourceNotFound", error.text, parameter="model") from error
 

@@ -88,7 +88,7 @@ function NewDeployment({ chosen }) {
 export function Deployment({ params, query }) {
   const path = pathOf(params.name);
   const { data, error, read } = useData((signal) => call("GET", path, { signal }));
-  const watch = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(params.name)}/health`, { query: { since: "7d" }, signal }));
+  const watch = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(params.name)}/health`, { query: { since: "7d", answers: false }, signal }));
   const capture = useData((signal) => call("GET", "/api/v1/capture", { signal }));
   const serving = useData((signal) => data && call("GET", `/api/v1/models/${encodeURIComponent(shortName(data.model_arn))}`, { signal }), [data?.model_arn]);
   usePolling(SECONDS, read);

@@ -56,21 +56,21 @@ function Waiting() {
 
 /** Newest deployments with the figures of the last week. */
 function Deployed() {
-  const { data } = useData(async (signal) => {
-    const { deployments } = await call("GET", "/api/v1/deployments", { query: { limit: RECENT }, signal });
-    // Deployments without captured requests have no figures.
-    const health = ({ deployment }) => call("GET", `/api/v1/models/${encodeURIComponent(deployment)}/health`, { query: { since: "7d" }, signal }).catch(() => null);
-    return Promise.all(deployments.map(async (each) => ({ ...each, health: await health(each) })));
-  });
-  const rows = (data ?? []).map(({ deployment, status, model, health }) => [
-    html`<a href=${link("deployments", deployment)}><bdi>${deployment}</bdi></a>`, status, html`<bdi>${model}</bdi>`,
-    health ? html`<a href=${link("health", deployment)}>${health.summary}</a>` : "–",
+  const { data } = useData(async (signal) => (await call("GET", "/api/v1/deployments", { query: { limit: RECENT }, signal })).deployments);
+  const rows = (data ?? []).map(({ deployment, status, model }) => [
+    html`<a href=${link("deployments", deployment)}><bdi>${deployment}</bdi></a>`, status, html`<bdi>${model}</bdi>`, html`<${Week} deployment=${deployment} />`,
   ]);
   return html`
     <${Section} title="Deployed">
       ${rows.length > 0 && html`<${Table} caption="Deployments" columns=${["Name", "State", "Answers now", { name: "Last 7 days", kind: "wide" }]} rows=${rows} />`}
     <//>
   `;
+}
+
+/** The figures of the last week in a sentence; deployments without captured requests have no figures. */
+function Week({ deployment }) {
+  const { data } = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(deployment)}/health`, { query: { since: "7d", answers: false }, signal }));
+  return data ? html`<a href=${link("health", deployment)}>${data.summary}</a>` : "–";
 }
 
 function Samples() {
