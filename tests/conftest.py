@@ -371,7 +371,9 @@ ENCODERS = {
 FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
 
 
-IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn", "vgg", "trocr", "clip", "stable_diffusion")
+IMAGE_FAMILIES = (
+    "vae", "dcgan", "unet", "small_cnn", "vgg", "trocr", "pp_ocr", "clip", "stable_diffusion",
+)  # fmt: skip
 SOUND_FAMILIES = ("ast", "wav2vec2")
 VISION_FAMILIES = ("resnet", "mobilenet_v2", "efficientnet", "convnext", "vit", "dinov2")
 TROCR = {
@@ -407,9 +409,29 @@ TROCR = {
 }
 
 
+PP_OCR: dict[str, Any] = {
+    "image_size": (48, 64),
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "depth": 1,
+    "head_out_channels": 6,
+    "letters": "aeno ",
+    "backbone_config": {
+        "model_type": "pp_lcnet_v4",
+        "stem_channels": (3, 4, 8),
+        "block_configs": [
+            [[3, 8, 8, 1, True]],
+            [[3, 8, 8, 1, False]],
+            [[3, 8, 8, [2, 1], False]],
+            [[3, 8, 8, [2, 1], False]],
+        ],
+    },
+}
+
+
 def make_image_family(name: str, folder: Path) -> None:
-    """Write a tiny network for images of 9 x 7 (TrOCR, CLIP: 16 x 16, VGG: 32 x 32) with its
-    processor."""
+    """Write a tiny network for images of 9 x 7 (TrOCR, CLIP: 16 x 16, VGG: 32 x 32, PP-OCR: 48 x 64)
+    with its processor."""
     from luthier.data.inputs import save_processor
     from luthier.media.processors import ImageProcessor
     from luthier.models.build import build_media
@@ -420,6 +442,16 @@ def make_image_family(name: str, folder: Path) -> None:
     if name == "trocr":
         build_media(TROCR, "image_to_text", 0, folder)
         save_processor(ImageProcessor(16, 16, (0.5,) * 3, (0.5,) * 3), folder)
+        return
+    if name == "pp_ocr":
+        from transformers import PPOCRV6SmallRecConfig, PPOCRV6SmallRecForTextRecognition
+
+        torch.manual_seed(0)
+        reader = PPOCRV6SmallRecForTextRecognition(PPOCRV6SmallRecConfig(**PP_OCR))
+        for weight in reader.parameters():  # columns with different letters
+            weight.data += 0.3 * torch.randn_like(weight)
+        reader.save_pretrained(folder)
+        save_processor(ImageProcessor(48, 64, (0.5,) * 3, (0.5,) * 3, pad=True), folder)
         return
     if name == "clip":
         tokenizer = make_clip_tokenizer()

@@ -75,6 +75,7 @@ CASES = {
     "noise of every step": ("unet", "diffusion", "full", {"condition_dropout": 0.3}),
     "latents and captions": ("stable_diffusion", "diffusion", "lora", {"condition_dropout": 0.3}),
     "letters of columns": ("trocr", "image_to_text", "full", {"ctc_weight": 0.5}),
+    "columns without a decoder": ("pp_ocr", "image_to_text", "lora", {}),
     "a value head": ("gpt2", "ppo", "full", {"num_mini_batches": 2}),
 }
 

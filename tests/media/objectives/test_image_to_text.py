@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, CaptionedImage
 from luthier.errors import RecipeError
 from luthier.media.objectives.image_to_text import ImageToText
+from luthier.models.folder import ModelFolder
+from luthier.models.formats.tensors import load_tensors
 from luthier.models.load import as_network, load_model
 from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
@@ -140,6 +144,74 @@ def test_bare_image_is_encoded_with_start_token(chat: ChatFormat) -> None:
 
 
 def test_a_network_without_a_decoder_is_refused(family_folder: Callable[[str], Path]) -> None:
+    folder = family_folder("vae")
     with pytest.raises(RecipeError) as refused:
-        ImageToText().bind(RunModels(load_chat_format(family_folder("vae"))))
+        ImageToText().bind(RunModels(load_chat_format(folder), ModelFolder(folder)))
     assert refused.value.rule == "objective.network"
+
+
+LINES = ["no one", "ẽn", "yes"]
+"""Texts with letters that the tiny reader of columns knows, and with new letters."""
+
+
+@pytest.fixture
+def reader(family_folder: Callable[[str], Path]) -> tuple[Network, ImageToText, list[Example]]:
+    """Return a reader of columns with the letters of :data:`LINES`, the objective and examples."""
+    folder = family_folder("pp_ocr")
+    chat = load_chat_format(folder)
+    images = [replace(row, caption=text) for row, text in zip(rows(), LINES, strict=False)]
+    objective = ImageToText().fit(images, chat)
+    torch.manual_seed(0)
+    model = load_model(folder, torch.float32, CPU, objective.head())
+    network = as_network(model, CPU, torch.float32)
+    network.chat = chat
+    return network, objective, [objective.encode(row, n, chat) for n, row in enumerate(images)]
+
+
+def test_new_letters_are_added_and_known_letters_keep_their_weights(
+    reader: tuple[Network, ImageToText, list[Example]], family_folder: Callable[[str], Path]
+) -> None:
+    network = reader[0]
+    assert network.model.config.letters == "aeno " + "sy\u1ebd"
+    stored = load_tensors(family_folder("pp_ocr") / "model.safetensors")
+    known, new = network.model.head.head.weight.split([6, 3])
+    torch.testing.assert_close(known, stored["head.head.weight"])
+    assert new.abs().min() > 0
+    torch.testing.assert_close(network.model.head.head.bias[:6], stored["head.head.bias"])
+
+
+@torch.no_grad()
+def test_column_loss_is_ctc_of_transformers_probabilities(
+    reader: tuple[Network, ImageToText, list[Example]],
+) -> None:
+    network, objective, examples = reader
+    letters, total = network.model.config.letters, 0.0
+    for example, text in zip(examples, LINES, strict=True):
+        output = network.model(pixels_of([example])).last_hidden_state
+        target = torch.tensor([[letters.index(letter) + 1 for letter in text]])
+        loss = torch.nn.functional.ctc_loss(
+            output[0].log(), target[0], torch.tensor(8), torch.tensor(len(text)), reduction="sum"
+        )
+        total += float(loss)
+    found = mean_loss(objective, network, examples, 2)
+    assert found == pytest.approx(total / len(LINES), rel=1e-5)
+
+
+@torch.no_grad()
+def test_columns_are_read_without_repetitions_and_blanks(
+    reader: tuple[Network, ImageToText, list[Example]],
+) -> None:
+    network, objective, examples = reader
+    answers: dict[int, dict[str, Any]] = {}
+    for batch in network.batches(examples, 2):
+        found = objective.predict(network, batch)
+        answers |= {e.row: a for e, a in zip(batch.tree.examples, found, strict=True)}
+    for number, example in enumerate(examples):
+        best = network.model(pixels_of([example])).last_hidden_state[0].max(-1)
+        runs = [key for key, _ in groupby(best.indices.tolist())]
+        text = "".join(network.model.config.letters[key - 1] for key in runs if key)
+        assert answers[number]["text"] == text
+        assert answers[number]["probability"] == pytest.approx(float(best.values.prod()), rel=1e-4)
+    assert any(answer["text"] for answer in answers.values())
+    metrics = objective.validation_metrics(network, examples, 2)
+    assert metrics["cer"] > 0 and metrics["loss"] > 0

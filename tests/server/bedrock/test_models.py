@@ -29,16 +29,18 @@ ENCODERS = [
     "luthier.colour-statistics",
 ]  # fmt: skip
 IMAGES = ["luthier.small-dcgan", "luthier.small-unet", "luthier.small-vae"]
-OCR = "luthier.small-ocr"
+OCR = ["baidu.pp-ocrv6-small", "luthier.small-ocr"]
 SERIES = ["luthier.small-window-vae", "luthier.small-sensor-vae", "luthier.z-score"]
 
 
 def test_foundation_model_list_has_modalities(bedrock: Any, bob: Any) -> None:
     found = {m["modelId"]: m for m in bedrock.list_foundation_models()["modelSummaries"]}
-    assert found.keys() == {BASE, *ENCODERS, *IMAGES, OCR, *SERIES}
+    assert found.keys() == {BASE, *ENCODERS, *IMAGES, *OCR, *SERIES}
     for series in SERIES:
         assert found[series]["inputModalities"] == found[series]["outputModalities"] == []
-    assert (found[OCR]["inputModalities"], found[OCR]["outputModalities"]) == (["IMAGE"], ["TEXT"])
+    for reader in OCR:
+        assert found[reader]["inputModalities"] == ["IMAGE"]
+        assert found[reader]["outputModalities"] == ["TEXT"]
     assert found[BASE]["outputModalities"] == ["TEXT"] and found[BASE]["responseStreamingSupported"]
     assert found[ENCODER]["outputModalities"] == ["EMBEDDING"]
     kinds = {name: found[name]["inputModalities"] for name in (*ENCODERS, *IMAGES)}
@@ -61,7 +63,7 @@ def test_foundation_model_list_has_modalities(bedrock: Any, bob: Any) -> None:
         ({"byCustomizationType": "DISTILLATION"}, [BASE]),
         ({"byOutputModality": "EMBEDDING"}, ENCODERS),
         ({"byOutputModality": "IMAGE"}, IMAGES),
-        ({"byInferenceType": "ON_DEMAND", "byOutputModality": "TEXT"}, [BASE, OCR]),
+        ({"byInferenceType": "ON_DEMAND", "byOutputModality": "TEXT"}, [BASE, *OCR]),
     ],
 )
 def test_filters_of_foundation_models(bedrock: Any, filters: Any, expected: list[str]) -> None:

@@ -11,6 +11,10 @@ progress until then. A second loss (``ctc_weight``) helps: connectionist tempora
 (Graves et al. 2006) of the encoder's columns by a linear layer that is discarded after training
 (Watanabe et al. 2017, section II-B; measurements in docs/log/media.md).
 
+Networks without a decoder, such as ``pp-ocrv6-small``, train with CTC alone, averaged over the rows.
+The text of a line is the likeliest class of each column, without repetitions and blanks. Letters
+of the training rows that are unknown to the base model become new classes.
+
 Not implemented from the paper: pre-training on pages, augmentation, beam search.
 """
 
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -28,10 +33,11 @@ from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.errors import RecipeError
 from luthier.evaluation.transcription import character_errors, word_errors
 from luthier.media.tasks import TRANSCRIPTION
+from luthier.models.networks.heads import Head
 from luthier.objectives.base import Objective, RunModels, TrainingDefaults, chat_of
 from luthier.objectives.means import MOST_ROW_SCORES
 from luthier.tasks import Task
-from luthier.types import Example, Loss, Row
+from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,6 +50,8 @@ CTC_LAYER = "columns_to_letters"
 CTC_WEIGHT = 0.5
 LENGTH_MARGIN = 1.25
 """Maximum length of a generated text relative to the longest training text."""
+BLANK = 0
+"""Class of a column between two letters, in networks without a decoder."""
 
 
 class ImageToText(Objective):
@@ -60,6 +68,9 @@ class ImageToText(Objective):
     ctc_weight: float | None = Field(default=None, ge=0, le=100)
     """Weight of CTC on image columns. Default: 0.5 for new line encoders, otherwise 0."""
 
+    letters: str = ""
+    """Letters to read with a network without a decoder. Default: the letters of the training rows."""
+
     task: ClassVar[Task] = TRANSCRIPTION
     shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image"})
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image"})
@@ -68,32 +79,42 @@ class ImageToText(Objective):
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
         min_epochs=3,
         max_epochs=20,
-        bases={"image": "small-ocr"},
+        bases={"image": "pp-ocrv6-small"},
         min_steps=3_000,  # the network must learn where to look before any letter
     )
 
     def bind(self, models: RunModels) -> Self:
         """Reject networks without a text decoder, and choose the weight of CTC for the encoder."""
-        chat = models.chat
-        if chat.decoder is None or chat.media is None:
+        chat, network = models.chat, models.network
+        # The format of a network without a decoder does not say what the network predicts.
+        reads = chat.decoder is not None or network is None or "letters" in network.fields
+        if chat.media is None or not reads:
             raise RecipeError(
-                "image_to_text needs an image encoder with a text decoder. Use base=small-ocr, or a "
-                "VisionEncoderDecoder of transformers such as TrOCR",
+                "image_to_text needs an image encoder with a text decoder, or a reader of columns. Use "
+                "base=pp-ocrv6-small, base=small-ocr, or a VisionEncoderDecoder of transformers such "
+                "as TrOCR",
                 rule="objective.network",
             )
-        if models.network is None or self.ctc_weight is not None:
+        if network is None or chat.decoder is None or self.ctc_weight is not None:
             return super().bind(models)
-        encoder = models.network.fields.get("encoder", {})
+        encoder = network.fields.get("encoder", {})
         columns = encoder.get("model_type") == "line_encoder" and models.learned is None
         return self.model_copy(update={"ctc_weight": CTC_WEIGHT if columns else 0.0})
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Set the maximum number of tokens from the longest text."""
+        """Set the maximum number of tokens from the longest text, or the letters from all texts."""
+        texts = [row.caption for row in rows if isinstance(row, CaptionedImage)]
+        if chat.decoder is None:
+            letters = self.letters or "".join(sorted({*"".join(texts)}))
+            return self.model_copy(update={"letters": letters})
         if self.max_tokens is not None:
             return self
-        texts = (row.caption for row in rows if isinstance(row, CaptionedImage))
         longest = max(len(chat.text_tokenizer.tokens(text, first=False)) for text in texts)
         return self.model_copy(update={"max_tokens": int(LENGTH_MARGIN * longest) + 1})
+
+    def head(self) -> Head:
+        """Return the head, with the letters of the training rows."""
+        return Head(self.task.head, letters=self.letters)
 
     def attach(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the layer that predicts the letter of each column, if CTC is used."""
@@ -111,7 +132,12 @@ class ImageToText(Objective):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Encode the image and the tokens of the text; without a text, the start of decoding."""
         chat.check_input_kind(SHAPES[row.shape].reads)
-        assert isinstance(row, MediaRow) and chat.decoder is not None
+        assert isinstance(row, MediaRow)
+        if chat.decoder is None:
+            example = chat.encode_input(row, index)
+            if not isinstance(row, CaptionedImage):
+                return example
+            return replace(example, target=np.array([*map(ord, row.caption)]))
         media = chat.media_input(row)
         ids_T = chat.decoder.opening
         if isinstance(row, CaptionedImage):
@@ -119,11 +145,22 @@ class ImageToText(Objective):
         weight_T = (np.arange(len(ids_T)) > 0).astype(np.float32)
         return Example(ids_T, weight_T, index, media=media)
 
+    def describe(self, example: Example) -> str:
+        """Return the text, if the tokens do not contain the text."""
+        return "" if example.target is None else "".join(map(chr, example.target))
+
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed cross-entropy of the text tokens, plus the weighted CTC loss in
-        training."""
+        training. Without a decoder, return the CTC loss alone."""
         from luthier.objectives.logprobs import weighted_nll
 
+        if chat_of(network).decoder is None:
+            classes = _classes(network.model.config.letters)
+            rows = [map(chr, row.target) for row in batch.tree.examples if row.target is not None]
+            # Letters of held-out rows alone have no class.
+            known = [[classes[letter] for letter in row if letter in classes] for row in rows]
+            texts = [np.array(row, dtype=np.int64) for row in known]
+            return Loss(ctc_loss(_column_scores(network, batch), texts, BLANK))
         if not (self.ctc_weight and network.model.training):
             return Loss(weighted_nll(network, batch))
         layout: Any = network.layout
@@ -135,25 +172,12 @@ class ImageToText(Objective):
         return Loss(nll + self.ctc_weight * ctc, metrics)
 
     def _ctc(self, network: Network, batch: TreeBatch, encoded_RSH: Tensor) -> Tensor:
-        """Return the negative log-likelihood of the texts, summed over all alignments to columns."""
-        import torch
-
         from luthier.models.networks.heads import padding_id
 
         layer = network.model.get_submodule(CTC_LAYER)
-        logp_SRV = layer(encoded_RSH.to(layer.weight.dtype)).float().log_softmax(-1).transpose(0, 1)
+        scores_RSV = layer(encoded_RSH.to(layer.weight.dtype))
         texts = [row.ids_T[1:-1] for row in batch.tree.examples]
-        columns, rows = logp_SRV.shape[:2]
-        loss: Tensor = torch.nn.functional.ctc_loss(
-            logp_SRV,
-            torch.from_numpy(np.concatenate(texts)).to(logp_SRV.device),
-            torch.full((rows,), columns),
-            torch.tensor([len(text) for text in texts]),
-            blank=padding_id(network.model),
-            reduction="sum",
-            zero_infinity=True,  # texts with more letters than columns
-        )
-        return loss
+        return ctc_loss(scores_RSV, texts, padding_id(network.model))
 
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
@@ -165,7 +189,7 @@ class ImageToText(Objective):
         for batch in network.batches(examples, budget):
             replies += [answer["text"] for answer in self.predict(network, batch)]
             references += [
-                chat_of(network).replies.decode(row.ids_T[1:].tolist())
+                self.describe(row) or chat_of(network).replies.decode(row.ids_T[1:].tolist())
                 for row in batch.tree.examples
             ]
         pairs = [*zip(replies, references, strict=True)]
@@ -179,13 +203,16 @@ class ImageToText(Objective):
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """Return text and probability of each row in the order of the tree.
 
-        ``probability`` covers all tokens, including the end token. A text of ``max_tokens`` tokens
+        ``probability`` covers all tokens, including the end token; without a decoder, the classes of
+        all columns. A text of ``max_tokens`` tokens
         without an end token has ``"cut": True``.
         """
         from luthier.models.decoding.sampler import sample
         from luthier.models.decoding.sampling import Sampling
 
         chat = chat_of(network)
+        if chat.decoder is None:
+            return _read_columns(network, batch)
         layout: Any = network.layout
         longest = min(self.max_tokens or network.context, network.context - 1)
         encoded_RSH = layout.encode(network.model, batch.plan)
@@ -204,3 +231,47 @@ class ImageToText(Objective):
             if not completion.stopped:
                 answers[-1]["cut"] = True
         return answers
+
+
+def ctc_loss(scores_RSV: Tensor, texts: Sequence[IntArray], blank: int) -> Tensor:
+    """Return the negative log-likelihood of the texts, summed over rows and over all alignments to
+    columns."""
+    import torch
+
+    logp_SRV = scores_RSV.float().log_softmax(-1).transpose(0, 1)
+    columns, rows = logp_SRV.shape[:2]
+    loss: Tensor = torch.nn.functional.ctc_loss(
+        logp_SRV,
+        torch.from_numpy(np.concatenate(texts)).to(logp_SRV.device),
+        torch.full((rows,), columns),
+        torch.tensor([len(text) for text in texts]),
+        blank=blank,
+        reduction="sum",
+        zero_infinity=True,  # texts with more letters than columns
+    )
+    return loss
+
+
+def _column_scores(network: Network, batch: TreeBatch) -> Tensor:
+    layout: Any = network.layout
+    scores_RSV: Tensor = layout.scores(network.model, batch.plan)
+    return scores_RSV
+
+
+@lru_cache(maxsize=8)
+def _classes(letters: str) -> dict[str, int]:
+    return {letter: place for place, letter in enumerate(letters, BLANK + 1)}
+
+
+def _read_columns(network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+    """Return text and probability of the likeliest classes of the columns of each row."""
+    import torch
+
+    letters = network.model.config.letters
+    best_RS = _column_scores(network, batch).float().log_softmax(-1).max(-1)
+    answers = []
+    for class_S, logp_S in zip(best_RS.indices, best_RS.values, strict=True):
+        found = torch.unique_consecutive(class_S).tolist()
+        text = "".join(letters[each - 1] for each in found if each != BLANK)
+        answers.append({"text": text, "probability": float(logp_S.sum().exp())})
+    return answers

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from luthier.errors import RecipeError
 from luthier.files import read_json
 from luthier.models.networks.modalities import (
+    COLUMN_READERS,
     input_shape,
     is_dual_encoder,
     media_config,
@@ -96,7 +97,8 @@ HEADS: dict[HeadKind, HeadClasses] = {
     ),
     "denoising": HeadClasses("a denoiser of images", media=_TO_IMAGE, classes=None),
     "image_to_text": HeadClasses(
-        "a writer of the text of images", "", ("AutoModelForImageTextToText",), "SEQ_2_SEQ_LM",
+        "a writer of the text of images", "",
+        ("AutoModelForImageTextToText", "AutoModelForTextRecognition"), "SEQ_2_SEQ_LM",
         pretrained=True,
     ),
 }  # fmt: skip
@@ -121,6 +123,8 @@ class Head:
     """Initial bias of a new head, one number per class. Default: zeros."""
     pooling: Literal["mean"] | None = None
     """Pooling of a BERT classifier. Default: the family's pooling."""
+    letters: str = ""
+    """Letters that a reader of image columns must know, in addition to the stored letters."""
 
     def settings(self) -> dict[str, Any]:
         """Return the corresponding fields of transformers' configuration."""
@@ -287,6 +291,11 @@ def peft_task(model: nn.Module) -> str:
     return "SEQ_2_SEQ_LM" if kind == "causal_lm" and decoder_of(model) else HEADS[kind].peft
 
 
+def reads_columns(model: Any) -> bool:
+    """Return True for networks with scores of letters for each column of a text line."""
+    return model.config.model_type in COLUMN_READERS
+
+
 def frozen_parts(model: nn.Module) -> tuple[str, ...]:
     """Return the input modules that stay frozen with every adaptation."""
     names: tuple[str, ...] = getattr(model, "frozen_parts", ())
@@ -323,7 +332,7 @@ def head_modules(model: nn.Module) -> list[str]:
     """
     from torch import nn
 
-    if HEADS[head_kind(model)].pretrained:
+    if HEADS[head_kind(model)].pretrained and not reads_columns(model):
         return []
     prefix = getattr(model, "base_model_prefix", "")
     shared = {id(weight) for weight in model.base_model.parameters()}  # type: ignore[union-attr]

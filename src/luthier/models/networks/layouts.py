@@ -95,6 +95,8 @@ class Layout:
 def layout_of(model: Any, is_bidirectional: bool) -> Layout:
     """Return the layout of ``model``. For the flat layout, the model's attention is replaced."""
     if media_config(model.config) is not None:
+        if heads.reads_columns(model):
+            return ImageColumns()
         if text_config(model.config) is None:
             return MediaLayout(model)
         return (DualEncoder if is_dual_encoder(model.config) else ImageEncoderDecoder)(model)
@@ -389,6 +391,24 @@ class MediaLayout(Layout):
         state_NH = state_RH.new_zeros(len(batch.ids_N), state_RH.shape[1])
         nodes = torch.from_numpy(batch.tree.leaf_R).to(state_RH.device)
         return state_NH.index_copy(0, nodes, state_RH)
+
+
+class ImageColumns(Layout):
+    """One node per text line, whose output is a score of each letter for each column."""
+
+    has_media: ClassVar[bool] = True
+
+    def plan(
+        self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
+    ) -> Tensor:
+        """Return the decoded images ``[R, C, H, W]``."""
+        return self.reader.arrays(tree, device, dtype)
+
+    def scores(self, model: Any, pixels: Tensor) -> Tensor:
+        """Return the scores ``[R, S, V]`` of blank and letters; transformers returns probabilities."""
+        maps = run_media(model.base_model, pixels).last_hidden_state
+        scores_RSV: Tensor = model.head.head(model.head.encoder(maps).last_hidden_state)
+        return scores_RSV
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,12 @@ _MEDIA_CLASSES = (
     "AutoModelForImageToImage",
     "AutoModelForPreTraining",
     "AutoBackbone",  # DINOv3 has no head
+    "AutoModelForTextRecognition",
 )
 """Automatic classes of networks without a vocabulary, for images or spectrograms."""
+COLUMN_READERS = frozenset({"pp_ocrv6_small_rec"})
+"""Families with scores of all letters for each column of a text line, and without a decoder. The field
+``letters`` of the configuration lists the letters of all classes except the first, the blank."""
 IMAGES_IN_TEXT = frozenset({"idefics3", "smolvlm"})
 """Families that luthier loads whole, for images between the tokens of a text
 (:mod:`luthier.models.networks.vision_language`)."""
