@@ -121,6 +121,13 @@ def test_comparison_with_base_and_training_rows(server: Served) -> None:
     assert "mine" in server.ask("GET", f"{made}/report")[1]
 
 
+def test_comparison_uses_the_rows_of_the_job(server: Served) -> None:
+    made = create(server, "comparisons", models=["mine"], rows="s3://bucket/renamed.jsonl")
+    assert server.ask("GET", made)[1]["request"]["training"] == "s3://bucket/renamed.jsonl"
+    made = create(server, "comparisons", models=["mine"])  # rows with other columns
+    assert server.ask("GET", made)[1]["request"]["training"] is None
+
+
 def test_rows_with_the_columns_of_the_training(server: Served) -> None:
     made = create(server, "evaluations", model="mine", rows="s3://bucket/renamed.jsonl")
     done = server.ended(made)

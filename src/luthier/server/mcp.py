@@ -174,7 +174,7 @@ class _Tools:
         base: Annotated[str | None, Field(description="Rival; the base of the models.")] = None,
         columns: Columns = None,
     ) -> CallToolResult:
-        """Compare custom models with their base on the same test rows, and name the winner."""
+        """Compare custom models with their base and baselines on test rows, and name the winner."""
         body = {"models": models, "rows": _address(data), "base": base, "columns": columns or {}}
         return await self._start(context, "comparison", body)
 
@@ -321,7 +321,7 @@ class _Tools:
         files = (await self._send(context, "GET", f"/v1/files?limit={_SHOWN}"))["data"]
         values = {
             "jobs": jobs,
-            "models": [each["id"] for each in models],
+            "models": [each["id" if each["kind"] == "foundation" else "name"] for each in models],
             "files": {each["id"]: each["filename"] for each in files},
         }
         lines.append(f"models: {', '.join(values['models'])}")

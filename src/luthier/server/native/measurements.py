@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
 from pydantic import Field
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from luthier.errors import LocationRefused
 from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
@@ -29,6 +31,8 @@ from luthier.server.native.operations import (
 from luthier.server.stores.locations import Locations
 from luthier.server.stores.uploaded_files import file_address
 from luthier.server.tables import measurements, results
+from luthier.server.tables.custom_models import CustomModel
+from luthier.server.tables.jobs import Job
 from luthier.server.tables.measurements import (
     COMPARISON,
     EVALUATION,
@@ -91,7 +95,8 @@ class NewComparison(_NewMeasurement):
     base: Model | None = None
     """Model without tuning. The default is the foundation model of the first model."""
     training: Address | None = None
-    """Rows for examples and baselines."""
+    """Rows for examples and baselines. The default are the rows of the first model's job, if the job
+    has a single address and the rows still exist."""
     prompts: dict[str, str] = Field(default_factory=dict, max_length=10)
     """Own instructions or templates with ``{column}``, by name."""
     max_tokens: int = Field(default=64, ge=1, le=8192)
@@ -234,10 +239,17 @@ for _kind in (EVALUATION, COMPARISON):
 def _create(
     call: Call, kind: str, body: _NewMeasurement, models: Sequence[MeasuredModel]
 ) -> MeasurementView:
+    from luthier.library.models import describe
+
     context = call.context
     call.record(f"{kind}/*")
     request = request_of(context.locations, call.account, body)
-    request["columns"] = body.columns or _learned_columns(call, models[0], request["rows"])
+    recipe = describe(models[0]["stored_id"]).manifest.recipe or {}
+    learned: dict[str, str] = recipe.get("data", {}).get("columns") or {}
+    request["columns"] = body.columns or _present(call, learned, request["rows"])
+    # One set of columns must read both files.
+    if kind == COMPARISON and not request["training"] and request["columns"] == learned:
+        request["training"] = _training_rows(call, models[0])
     check_measurement(context.locations, call.account, kind, request, models)
     with context.database.write() as session:
         limits = context.quotas(call.account)
@@ -248,12 +260,25 @@ def _create(
     return view
 
 
-def _learned_columns(call: Call, model: MeasuredModel, address: str) -> dict[str, str]:
-    """Return the columns of the model's training rows if the rows at ``address`` have them."""
-    from luthier.library.models import describe
+def _training_rows(call: Call, model: MeasuredModel) -> str | None:
+    """Return the address of the rows of the model's job; ``None`` for several, or without rows."""
+    made = (CustomModel.account == call.account) & (CustomModel.stored_id == model["stored_id"])
+    with call.context.database.read() as session:
+        job = session.scalar(
+            select(Job).join(CustomModel, CustomModel.job_id == Job.id).where(made)
+        )
+        sources = [] if job is None else job.details["sources"]
+    if len(sources) != 1:
+        return None
+    try:
+        call.context.locations.check(call.account, sources[0])
+    except LocationRefused:
+        return None
+    return sources[0]
 
-    recipe = describe(model["stored_id"]).manifest.recipe or {}
-    columns: dict[str, str] = recipe.get("data", {}).get("columns") or {}
+
+def _present(call: Call, columns: dict[str, str], address: str) -> dict[str, str]:
+    """Return ``columns`` if the rows at ``address`` have them."""
     wanted = {name for name in columns.values() if name}
     if not wanted:
         return {}

@@ -78,8 +78,7 @@ function NewMeasurement({ chosen, task }) {
   const { busy, error, run } = useAction(async (event) => {
     // The report names the model as the request does.
     const model = event.target.elements.model.value;
-    const compared = async () => ({ models: [model], show: SHOWN, ...(await trainingRows(models.data.find((each) => each.name === model))) });
-    const body = { rows: rows.value.address, ...(kind.value === "evaluations" ? { model } : await compared()) };
+    const body = { rows: rows.value.address, ...(kind.value === "evaluations" ? { model } : { models: [model], show: SHOWN }) };
     const made = await call("POST", `/api/v1/${kind.value}`, { body });
     return link(kind.value, made.id);
   });
@@ -105,12 +104,6 @@ function NewMeasurement({ chosen, task }) {
       </form>
     </section>
   `;
-}
-
-/** Return the rows of a model's job as `training`, from which a comparison fits simple methods; rows of several files are left out. */
-async function trainingRows({ job }) {
-  const { details } = job ? await call("GET", `/api/v1/jobs/${encodeURIComponent(job)}`) : {};
-  return details?.sources?.length === 1 ? { training: details.sources[0] } : {};
 }
 
 /** The evaluations of a model as a table, newest first. */
