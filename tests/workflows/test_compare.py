@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from openai_endpoint import Endpoint
+from PIL import Image
 from typer.testing import CliRunner
 
 import luthier
@@ -327,6 +328,28 @@ def test_compare_tagger_with_linear_probe(
     names = [each.name for each in found.contenders]
     assert len(names) == 2 and "the most frequent tag of each word" in names
     assert found.remarks
+
+
+def test_unchanged_reader_of_lines_is_a_contender(
+    family_folder: Callable[[str], Path], tmp_path: Path, luthier_home: Path
+) -> None:
+    random = np.random.default_rng(0)
+    files = []
+    for part in ("train", "test"):
+        rows = []
+        for number, text in enumerate(("no", "one", "ae", "ya")):
+            name = f"{part}-{number}.png"
+            pixels = random.integers(0, 256, (48, 64), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name)
+            rows.append({"image": name, "caption": text})
+        files.append(write(tmp_path / f"{part}.jsonl", rows))
+    train, test = files
+    base = str(family_folder("pp_ocr"))
+    luthier.tune(train, base=base, name="lines", **{"training.max_steps": 1})
+    found = luthier.compare(test, tuned=["pp_ocr:lines"])
+    techniques = {each.name.rpartition("/")[2]: each.technique for each in found.contenders}
+    assert techniques == {"pp_ocr:lines": "fine-tuning", "pp_ocr": "zero-shot"}
+    assert found.measure == "cer"
 
 
 def test_lead_has_the_length_that_fits_the_training_rows() -> None:

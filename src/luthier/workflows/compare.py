@@ -26,6 +26,8 @@ from luthier.gate.row_keys import match_questions, repeated_rows
 from luthier.graders.base import Answer
 from luthier.graders.ruler import judge_pairs
 from luthier.inference.prediction import Predictor
+from luthier.models.base_kinds import sole_objective
+from luthier.models.catalog import begins_random
 from luthier.pages import PAGE, Table, Tabular, summary_page
 from luthier.types import Row
 from luthier.workflows.contenders import (
@@ -394,6 +396,10 @@ def compare(
         )
     writers = [each for each in tuned if each.writes]
     readers = [each for each in tuned if not each.writes]
+    if base and readers and not begins_random(base.id):
+        # A reader of text lines predicts without training; most encoders need a new head.
+        unchanged = sole_objective(base.kind) == readers[0].objective.method
+        readers += [base] * unchanged
     generators = [*writers, *generative]
     writes = bool(generators or rivals)
     row_questions, train_questions = questions_with_labels(rows, train) if writes else ([], [])

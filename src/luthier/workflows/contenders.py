@@ -142,7 +142,8 @@ class Contest:
                 raise RecipeError(f"{stored.id} has no scores per row for this kind of rows")
             task, answers = predictor.objective.task, predictor.answers(rows[:show])
             contender = Contender(
-                stored.id, "fine-tuning", score, evaluation.scores, 0.0,
+                stored.id, "fine-tuning" if stored.manifest.recipe else "zero-shot", score,
+                evaluation.scores, 0.0,
                 model_bytes=_weight_bytes(stored), memory_bytes=peak_memory() - base_memory,
                 preparation_seconds=_training(stored, "seconds"),
                 preparation_tokens=_training(stored, "tokens"),

@@ -21,6 +21,7 @@ from luthier.media.objectives.image_to_text import ImageToText
 from luthier.models.folder import ModelFolder
 from luthier.models.formats.tensors import load_tensors
 from luthier.models.load import as_network, load_model
+from luthier.models.networks.heads import EMBEDDING_HEAD
 from luthier.models.networks.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.base import RunModels
@@ -215,3 +216,13 @@ def test_columns_are_read_without_repetitions_and_blanks(
     assert any(answer["text"] for answer in answers.values())
     metrics = objective.validation_metrics(network, examples, 2)
     assert metrics["cer"] > 0 and metrics["loss"] > 0
+
+
+@torch.no_grad()
+def test_reader_of_columns_without_head_is_an_encoder(
+    reader: tuple[Network, ImageToText, list[Example]], family_folder: Callable[[str], Path]
+) -> None:
+    model = load_model(family_folder("pp_ocr"), torch.float32, CPU, EMBEDDING_HEAD)
+    network = as_network(model, CPU, torch.float32)
+    (batch,) = network.batches(reader[2], 100)
+    assert network.row_states(batch, "last").shape == (len(LINES), 8)

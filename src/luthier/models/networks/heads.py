@@ -293,7 +293,7 @@ def peft_task(model: nn.Module) -> str:
 
 def reads_columns(model: Any) -> bool:
     """Return True for networks with scores of letters for each column of a text line."""
-    return model.config.model_type in COLUMN_READERS
+    return head_kind(model) == "image_to_text" and model.config.model_type in COLUMN_READERS
 
 
 def frozen_parts(model: nn.Module) -> tuple[str, ...]:
