@@ -3,7 +3,7 @@
 import { call, messageOf } from "./api.js";
 import { LineChart } from "./charts.js";
 import { bytes, duration, number, scoreText, shortName, time, words } from "./format.js";
-import { Chip, Facts, Section, Table, html, link, useAction } from "./ui.js";
+import { Chip, Facts, Said, Section, Table, html, link, useAction } from "./ui.js";
 import { verdictOf } from "./verdict.js";
 
 /** Rows of a table of a report that are shown. */
@@ -112,7 +112,7 @@ export function baselines(comparison, sets) {
         scoreOf(score, error),
         duration(seconds),
       ])} />`,
-    comparison.verdict && html`<p>${capital(comparison.verdict)}.</p>`,
+    comparison.verdict && html`<p><${Said} text=${`${capital(comparison.verdict)}.`} /></p>`,
     comparison.left_out?.length > 0 && html`<p class="soft">Left out: ${comparison.left_out.join("; ")}.</p>`,
   ];
 }

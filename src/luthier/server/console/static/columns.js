@@ -23,7 +23,9 @@ export function Columns({ address, columns, onchange, onpreview = () => {} }) {
   const isOpen = useRef(false);
   if (!address) return null;
   if (!shown.data) return html`<${ErrorBox} error=${shown.error} again=${shown.read} />`;
-  const { columns: found, keys, form, problem } = shown.data;
+  const { columns: found, keys, form } = shown.data;
+  // A fault of single rows is a finding of the checks.
+  const problem = form ? null : shown.data.problem;
   const choose = (name) => (event) => {
     columns.value = withColumn(columns.value, name, event.target.value);
     onchange();
@@ -36,7 +38,7 @@ export function Columns({ address, columns, onchange, onpreview = () => {} }) {
   `;
   return html`
     <details class="further columns" open=${isOpen.current}>
-      <summary>Columns${form && !problem ? `: read as ${form}` : ""}</summary>
+      <summary>Columns${form ? `: read as ${form}` : ""}</summary>
       ${problem && html`
         <p class="problem" role="status">
           ${withNames(problem)}

@@ -1,7 +1,7 @@
 // Deployments: names that applications send, the models behind the names, promotion and rollback.
 
 import { call, may } from "./api.js";
-import { age, duration, number, percent, shortName, time, words } from "./format.js";
+import { age, duration, number, percent, scoreText, shortName, time, words } from "./format.js";
 import { Calls } from "./model.js";
 import { allModels } from "./models.js";
 import { Schedule } from "./schedule.js";
@@ -18,6 +18,9 @@ const CHANGES = { switched: "good", canary: "note", preparing: "note", ended: "w
 
 /** Return the address of a deployment in the API. */
 export const pathOf = (name) => `/api/v1/deployments/${encodeURIComponent(name)}`;
+
+/** Return the name of a model with the score on the held-out rows of its training. */
+const labelOf = ({ name, measure, score }) => (measure ? `${name} (${words(measure).toLowerCase()} ${scoreText(measure, score, { errors: new Set() })})` : name);
 
 /** Return the active custom models of the account, newest first. */
 async function deployableModels(signal) {
@@ -39,12 +42,13 @@ export function Deployments({ query }) {
     html`<a href=${link("models", each.model)}><bdi>${each.model}</bdi></a>`,
     each.canary_share ? `${each.next_model}: ${percent(each.canary_share)}` : each.next_model ? `${each.next_model}: loading` : "–",
     html`<span title=${time(each.modified)}>${age(each.modified)}</span>`,
+    chosen && may("develop") && html`<a href=${`${link("deployments", each.deployment)}${chosen}`}>Promote here<span class="visually-hidden">: ${each.deployment}</span></a>`,
   ]);
   const empty = html`<${Empty} text="Nothing is deployed yet. A deployment is a name that applications use while you change the model behind the name." />`;
   return html`
     <${Heading} title="Deployments" />
     <${ErrorBox} error=${error} again=${read} />
-    <${Table} caption="Deployments, newest first" columns=${["Name", "State", "Answers now", "Canary", { name: "Changed", kind: "nowrap" }]} rows=${rows} empty=${empty} />
+    <${Table} caption="Deployments, newest first" columns=${["Name", "State", "Answers now", "Canary", { name: "Changed", kind: "nowrap" }, { name: "Promotion", hidden: true }]} rows=${rows} empty=${empty} />
     <${PageButtons} pages=${pages} next=${data.next} noun="deployments" />
     ${may("develop") && html`<${NewDeployment} chosen=${query.get("model")} />`}
   `;
@@ -73,7 +77,7 @@ function NewDeployment({ chosen }) {
           <//>
           <${Field} id="deployment-model" label="Model">
             <select id="deployment-model" name="model" required>
-              ${(models.data ?? []).map((each) => html`<option value=${each.id} selected=${each.id === chosen}>${each.name}</option>`)}
+              ${(models.data ?? []).map((each) => html`<option value=${each.id} selected=${each.id === chosen}>${labelOf(each)}</option>`)}
             </select>
           <//>
         </div>
@@ -186,7 +190,7 @@ function Promotion({ path, deployment, chosen, done }) {
           <div class="fields">
             <${Field} id="promoted" label="Model">
               <select id="promoted" name="model">
-                ${others.map((each) => html`<option value=${each.name} selected=${each.id === chosen}>${each.name}</option>`)}
+                ${others.map((each) => html`<option value=${each.name} selected=${each.id === chosen}>${labelOf(each)}</option>`)}
               </select>
             <//>
             <${Field} id="share" label="Share" help="A canary that is worse is rolled back automatically.">

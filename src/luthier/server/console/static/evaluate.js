@@ -3,7 +3,7 @@
 import { call, may } from "./api.js";
 import { resultView } from "./certificate.js";
 import { DataField, EMPTY } from "./data_field.js";
-import { learnNames, withNames } from "./files.js";
+import { learnNames, sentence, withNames } from "./files.js";
 import { age, bytes, duration, number, scoreText, time, words } from "./format.js";
 import { hasEnded, modelNames } from "./jobs.js";
 import { allModels, nameOf } from "./models.js";
@@ -77,8 +77,9 @@ function NewMeasurement({ chosen, task }) {
   });
   const { busy, error, run } = useAction(async (event) => {
     // The report names the model as the request does.
-    const model = event.target.elements.model.value;
-    const body = { rows: rows.value.address, ...(kind.value === "evaluations" ? { model } : { models: [model], show: SHOWN }) };
+    const { model: { value: model }, rival } = event.target.elements;
+    const models = [...new Set([model, rival.value])].filter(Boolean);
+    const body = { rows: rows.value.address, ...(kind.value === "evaluations" ? { model } : { models, show: SHOWN }) };
     const made = await call("POST", `/api/v1/${kind.value}`, { body });
     return link(kind.value, made.id);
   });
@@ -92,6 +93,9 @@ function NewMeasurement({ chosen, task }) {
             <select id="measured" name="model" required>
               ${shown.map((each) => html`<option value=${each.name} selected=${each.id === chosen}>${nameOf(each)}</option>`)}
             </select>
+          <//>
+          <${Field} id="rival" label="Second model (optional)" hidden=${kind.value === "evaluations" || shown.length < 2}>
+            <select id="rival" name="rival">${options([["", "none"], ...shown.map((each) => [each.name, nameOf(each)])])}</select>
           <//>
         </div>
         <${DataField} id="held" label="Held-out rows" field=${rows} onchange=${() => {}}
@@ -210,7 +214,7 @@ function EvaluationReport({ report, sets }) {
   return html`
     <div class="box note" id="summary">
       <p><strong>${words(first ?? "")} ${scoreText(first, value, sets)} on ${number(rows)} rows${intervals[first] && ` (95 % interval ${rangeText(first, intervals[first], sets)})`}.</strong></p>
-      ${remarks.map((each) => html`<p><${Said} text=${each} /></p>`)}
+      ${remarks.map((each) => html`<p><${Said} text=${sentence(each)} /></p>`)}
     </div>
     <${Section} title="Scores">
       <${Table} caption="Scores" columns=${["Measure", figure("Score"), figure("95 % interval")]}
@@ -274,7 +278,7 @@ function ComparisonReport({ report, sets }) {
   return html`
     <div class=${`box ${{ true: "good", false: "warning" }[report.worth_it] ?? "note"}`} id="summary">
       <p><strong>${verdict}</strong></p>
-      ${remarks.map((each) => html`<p><${Said} text=${each} /></p>`)}
+      ${remarks.map((each) => html`<p><${Said} text=${sentence(each)} /></p>`)}
     </div>
     <${ScoreBars} verdict=${picture} />
     <${Section} title=${`All contenders on ${number(rows)} rows`}>

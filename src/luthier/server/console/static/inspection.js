@@ -76,6 +76,7 @@ export function Inspection({ verdict, complete, report, address, columns, valida
       ]} />
       <${Labels} balance=${report.summaries?.balance} />
       ${rules.length > 0 && html`<h3>Findings</h3>`}
+      ${fixable.length > 0 && html`<p class="soft">A fix removes or changes the rows in a new file. Your file does not change.</p>`}
       ${fixable.length > 1 && html`<div class="actions"><${FixButton} rules=${fixable} source=${source} onfixed=${onfixed} /></div>`}
       ${rules.map((rule) => html`
         <${Rule} rule=${rule}>

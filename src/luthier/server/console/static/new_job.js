@@ -96,6 +96,7 @@ function JobForm({ models, start, rows, read }) {
   const canEstimate = !isDistillation && chosen && (isHere(chosen) || download.value);
   const proposed = proposeName(training.value.name, base.value, opened);
   const about = problem.value && fieldOf(problem.value.parameter);
+  const hasOwn = SETTINGS.some(([id, , { value = "" }]) => (draft[id] ?? value) !== value) || Boolean(draft["adaptation.method"] || draft.settings);
   useEffect(() => {
     if (!problem.value) return;
     const field = document.getElementById(about);
@@ -271,6 +272,11 @@ function JobForm({ models, start, rows, read }) {
         <${Columns} key=${training.value.address} address=${training.value.address} columns=${columns} onchange=${forgetRows}
           onpreview=${previewed} />
       </fieldset>
+      ${working.value?.background && html`<${Working} ...${working.value} />`}
+      <${Shown} content=${!inspection.value?.background && inspection.value}>${inspection.value && html`
+        <${Inspection} ...${inspection.value} address=${training.value.address} columns=${columns.value}
+          validation=${validation.value.address} onfixed=${useCleaned} showRows=${showRowsOf(training.value.address, lines)} />
+      `}<//>
       <fieldset hidden=${!hasRows} inert=${isStarting}>
         <legend>Model</legend>
         <div class="fields">
@@ -291,25 +297,25 @@ function JobForm({ models, start, rows, read }) {
         </div>
       </fieldset>
       <fieldset hidden=${!hasRows} inert=${isStarting}>
-        <legend>Settings</legend>
-        <p class="soft">
-          Empty settings are chosen from the data and the model. The page of the job shows the reasons. The tab keeps your settings.
-          ${" "}<button type="reset" class="quiet">Reset</button>
-        </p>
-        <div class="fields">
-          ${SETTINGS.map(([id, label, { value, ...kept }]) => row(id, label, html`
-            <input ...${field(id)} type="number" placeholder="automatic" defaultValue=${value} ...${kept} onchange=${changed} />
-          `, { hidden: id === SETTINGS[0][0] && validation.value.address !== null }))}
-          ${row("adaptation.method", "Adaptation", html`
-            <select ...${field("adaptation.method")} onchange=${changed}>${options(ADAPTATIONS)}</select>
-          `)}
-        </div>
-        <details class="further" open=${about === "settings"}>
-          <summary>More settings</summary>
-          ${row("settings", "Recipe settings, as JSON", html`
-            <textarea ...${field("settings")} rows="4" spellcheck="false" class="code" onchange=${changed}
-              placeholder='{"training": {"seed": 1}}'></textarea>
-          `, { help: "Grouped as in a recipe. These settings override the fields above." })}
+        <details class="rule" id="own-settings" open=${hasOwn || isSetting(about)} onInvalidCapture=${(event) => (event.currentTarget.open = true)}>
+          <summary>Settings <span class="soft">(empty ones are chosen from the data and the model)</span></summary>
+          <div class="inside">
+            <p class="soft">
+              The page of the job shows the reasons. The tab keeps your settings.${" "}<button type="reset" class="quiet">Reset</button>
+            </p>
+            <div class="fields">
+              ${SETTINGS.map(([id, label, { value, ...kept }]) => row(id, label, html`
+                <input ...${field(id)} type="number" placeholder="automatic" defaultValue=${value} ...${kept} onchange=${changed} />
+              `, { hidden: id === SETTINGS[0][0] && validation.value.address !== null }))}
+              ${row("adaptation.method", "Adaptation", html`
+                <select ...${field("adaptation.method")} onchange=${changed}>${options(ADAPTATIONS)}</select>
+              `)}
+            </div>
+            ${row("settings", "More settings, as JSON", html`
+              <textarea ...${field("settings")} rows="3" spellcheck="false" class="code" onchange=${changed}
+                placeholder='{"training": {"seed": 1}}'></textarea>
+            `, { help: "Grouped as in a recipe. These settings override the fields above." })}
+          </div>
         </details>
       </fieldset>
       <fieldset hidden=${!hasRows} inert=${isStarting}>
@@ -340,12 +346,8 @@ function JobForm({ models, start, rows, read }) {
         </button>
       </div>
       <div class="outcome">
-        ${working.value ? html`<${Working} ...${working.value} />` : outcome.value && html`<p class="soft">${outcome.value}</p>`}
+        ${isBusy(working.value) ? html`<${Working} ...${working.value} />` : outcome.value && html`<p class="soft">${outcome.value}</p>`}
       </div>
-      <${Shown} content=${!inspection.value?.background && inspection.value}>${inspection.value && html`
-        <${Inspection} ...${inspection.value} address=${training.value.address} columns=${columns.value}
-          validation=${validation.value.address} onfixed=${useCleaned} showRows=${showRowsOf(training.value.address, lines)} />
-      `}<//>
     </form>
     ${hasRows && !training.value.address.endsWith("/") && html`
       <${Rows} key=${training.value.address} address=${training.value.address} columns=${columns.value} lines=${lines} />
@@ -406,8 +408,11 @@ export function fieldOf(parameter) {
   const [first, ...rest] = (parameter ?? "").split(/[.[]/);
   if (first !== "settings") return first;
   const setting = rest.join(".");
-  return [...SETTINGS.map(([name]) => name), "adaptation.method"].includes(setting) ? setting : "settings";
+  return isSetting(setting) ? setting : "settings";
 }
+
+/** Return whether a field is one of the settings, which are folded. */
+const isSetting = (id) => [...SETTINGS.map(([name]) => name), "adaptation.method", "settings"].includes(id);
 
 /** Return settings by group, from `{"training.seed": 1}` or `{"training": {"seed": 1}}`. */
 export function byGroup(settings) {

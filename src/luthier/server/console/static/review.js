@@ -226,7 +226,7 @@ function Rating({ model }) {
     <progress max=${rated + done + remaining || 1} value=${rated + done} aria-label="Rated answers" />
     <p class="soft" id="progress">${number(rated + done)} rated by you, ${number(remaining)} to rate</p>
     ${first ? html`<${Card} key=${`${first.request} ${first.position}`} answer=${first} nameOf=${nameOf} />` : !error && html`
-      <${Empty} text=${models.length ? "No complete answer waits for your rating." : "No answer is captured yet. Turn the capture on, then query a model."}>
+      <${Empty} text=${models.length ? "No complete answer waits for your rating." : "No answer is captured yet. Capture requests, then query a model: the answers appear here."}>
         ${may("invoke") && html`<a class="button" href=${link("playground")}>Talk to a model</a>`}
       <//>
     `}
@@ -252,11 +252,11 @@ function Rating({ model }) {
         ${given && html`<button type="button" onclick=${edit}>Edit <kbd>e</kbd></button>`}
         <button type="button" onclick=${() => rate(null)}>Skip <kbd>s</kbd></button>
       `}
-      <button type="button" disabled=${!queue.current.pending} onclick=${undo}>Undo <kbd>z</kbd></button>
+      ${(first || done > 0) && html`<button type="button" disabled=${!queue.current.pending} onclick=${undo}>Undo <kbd>z</kbd></button>`}
     </div>
     ${model.value && may("read") && html`<${RaterAgreement} key=${done} model=${model.value} />`}
     ${may("develop") && models.length > 0 && html`
-      <details class="rule" open=${sent.value} ontoggle=${(event) => (sent.value = event.target.open)}>
+      <details class="rule" open=${sent.value || (!first && done > 0)} ontoggle=${(event) => (sent.value = event.target.open)}>
         <summary>Make rows from these</summary>
         <div class="inside"><${Rows} models=${models} nameOf=${nameOf} chosen=${model.value} kind=${hasLabels.current ? "classification" : "sft"} before=${() => queue.current.send()} /></div>
       </details>
