@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data.loader import MixedSet, RowOrder
+from luthier.data.loader import MixedSet, RowOrder, one_pass
 
 PROPERTY = settings(max_examples=60, deadline=None, database=None)
 rows = st.integers(1, 40)
@@ -108,6 +108,12 @@ def test_every_batch_holds_the_sets_in_proportion(
     for step in range(order.steps_per_epoch - 1):
         main = sum(i < rows for i in order.batch(step))
         assert abs(main - 4) <= 2
+
+
+def test_one_pass_has_the_proportions_of_an_epoch() -> None:
+    mixed = (MixedSet(rows=4, drawn=2), MixedSet(rows=2, drawn=3))
+    assert one_pass(9, mixed) == [0, 1, 2, 3, 5, 7, 7, 8]
+    assert one_pass(3, ()) == [0, 1, 2]
 
 
 def test_order_without_mixed_sets_follows_seed() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import luthier
+from luthier.data.loader import MixedSet
 from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.evaluation.significance import RowScores
 from luthier.models.folder import ModelFolder
@@ -88,6 +89,21 @@ def test_fitted_head_lowers_multi_label_loss(family_folder: Callable[[str], Path
 
 def test_the_same_rows_give_the_same_head(family_folder: Callable[[str], Path]) -> None:
     heads = [score_layer(started(family_folder("bert"))[0].model) for _ in range(2)]
+    assert heads[0] is not None and heads[1] is not None
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
+def test_head_starts_from_the_shares_of_mixed_rows(family_folder: Callable[[str], Path]) -> None:
+    heads = []
+    for mixed in ((MixedSet(rows=12, drawn=2),), ()):
+        network, objective, examples, _ = started(family_folder("bert"), probe=False)
+        first = len(examples) - 12
+        given = examples if mixed else [*examples[:first], examples[first], examples[first + 6]]
+        objective = objective.model_copy(update={"probe": True})
+        start = RunStart(network, given, 2048, True, 0, 0, 0, print, mixed)
+        with torch.no_grad():
+            Classification.prepare(objective, start)
+        heads.append(score_layer(network.model))
     assert heads[0] is not None and heads[1] is not None
     assert torch.equal(heads[0].weight, heads[1].weight)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +24,19 @@ class MixedSet:
     """Rows of the set."""
     drawn: int
     """Rows used per pass over the main set; above ``rows``, rows repeat."""
+
+
+def one_pass(rows: int, mixed: Sequence[MixedSet]) -> list[int]:
+    """Return the indices of a pass over the main set, of ``rows`` rows with the mixed-in sets.
+
+    Of each mixed-in set, as many rows as a pass draws are evenly spaced.
+    """
+    first = rows - sum(each.rows for each in mixed)
+    places = [*range(first)]
+    for each in mixed:
+        places += (first + number * each.rows // each.drawn for number in range(each.drawn))
+        first += each.rows
+    return places
 
 
 @dataclass(frozen=True)

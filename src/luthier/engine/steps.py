@@ -18,6 +18,7 @@ import torch
 
 from luthier.chat_models.base import SamplingSpec
 from luthier.data.inputs import PLURAL
+from luthier.data.loader import one_pass
 from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.job import TrainingJob, prepare_refit
 from luthier.engine.loop import row_gradients
@@ -88,7 +89,10 @@ class Preparation(TrainingStep):
         objective, budget = job.data.objective, trainer.reading_budget
         network.model.eval()
         with trainer.clock.part("begin"):
-            if fit := network.fit_rows(job.data.train, budget):
+            seen, mixed = job.data.train, job.data.mixed
+            if network.is_fitted and mixed:
+                seen = [seen[place] for place in one_pass(len(seen), mixed)]
+            if fit := network.fit_rows(seen, budget):
                 note(fit)
                 prepared = PreparedRows(job.data.train, head_fitted=True)
             else:
@@ -113,6 +117,7 @@ def _run_start(trainer: Trainer, job: TrainingJob) -> RunStart:
         job.new_head,
         *count_rows(job),
         trainer.reporter.note,
+        job.data.mixed,
     )
 
 

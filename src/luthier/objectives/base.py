@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from luthier.data.conversations.chat import ChatFormat
+    from luthier.data.loader import MixedSet
     from luthier.models.folder import ModelFolder
     from luthier.models.networks.network import Network, TreeBatch
 
@@ -124,6 +125,8 @@ class RunStart:
     """Number of calibration rows of the adaptation."""
     note: Callable[[str], None]
     """Function to print a line."""
+    mixed: Sequence[MixedSet] = ()
+    """Sizes of the mixed-in sets, stored after the main set in ``examples``."""
 
 
 @dataclass(frozen=True)

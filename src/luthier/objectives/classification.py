@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from luthier.data.loader import one_pass
 from luthier.data.shapes.base import Labelled, is_multi_label
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.significance import RowScores
@@ -323,7 +324,9 @@ class Classification(Objective):
         layer, classes = score_layer(network.model), len(self.labels or ())
         if not start.new_head or not self.starts_head or layer is None:
             return plain
-        labelled = [n for n, e in enumerate(examples) if np.asarray(e.target).min() != NO_LABEL]
+        # With all rows of a mixed-in set, the head would start from other proportions than it learns.
+        read = one_pass(len(examples), start.mixed)
+        labelled = [n for n in read if np.asarray(examples[n].target).min() != NO_LABEL]
         if not labelled:
             return plain
         # Every n-th row, because `prepare` must not draw. Only these rows are read from disk.
