@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { age, dateOf, number, time } from "./format.js";
 import {
-  Chip, DataTable, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, confirmed, html, link, options, toast, useAction,
+  Age, Chip, DataTable, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, confirmed, html, link, options, toast, useAction,
   useData, useEffect, usePages, useRef, useSignal,
 } from "./ui.js";
 
@@ -34,7 +34,7 @@ export function Administration() {
       { name: "Requests, 30 days", kind: "number", value: (each) => used[each.name]?.requests ?? 0, show: (each) => number(used[each.name]?.requests ?? 0) },
       { name: "Tokens", kind: "number", value: (each) => used[each.name]?.tokens ?? 0, show: (each) => number(used[each.name]?.tokens ?? 0) },
       { name: "Models", value: (each) => [...(used[each.name]?.models ?? [])].join(", ") },
-      { name: "Created", kind: "nowrap", value: (each) => each.created, show: (each) => html`<span title=${time(each.created)}>${age(each.created)}</span>` },
+      { name: "Created", kind: "nowrap", value: (each) => each.created, show: (each) => html`<${Age} at=${each.created} />` },
     ]} />
     <${NewUser} done=${read} />
     <h2>Keys</h2>

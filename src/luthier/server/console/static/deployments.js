@@ -1,12 +1,12 @@
 // Deployments: names that applications send, the models behind the names, promotion and rollback.
 
 import { call, may } from "./api.js";
-import { age, duration, number, percent, scoreText, shortName, time, words } from "./format.js";
+import { duration, number, percent, scoreText, shortName, time, words } from "./format.js";
 import { Calls } from "./model.js";
 import { allModels } from "./models.js";
 import { Schedule } from "./schedule.js";
 import {
-  Chip, Empty, ErrorBox, Facts, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, html, link,
+  Age, Chip, Empty, ErrorBox, Facts, Field, Heading, PageButtons, Pending, Section, Table, bound, confirmed, html, link,
   options, toast, useAction, useData, usePages, usePolling, useSignal,
 } from "./ui.js";
 
@@ -41,7 +41,7 @@ export function Deployments({ query }) {
     html`<${Chip} kind=${STATES[each.status]}>${each.status}<//>${each.failure && html`<p class="soft">${each.failure}</p>`}`,
     html`<a href=${link("models", each.model)}><bdi>${each.model}</bdi></a>`,
     each.canary_share ? `${each.next_model}: ${percent(each.canary_share)}` : each.next_model ? `${each.next_model}: loading` : "–",
-    html`<span title=${time(each.modified)}>${age(each.modified)}</span>`,
+    html`<${Age} at=${each.modified} />`,
     chosen && may("develop") && html`<a href=${`${link("deployments", each.deployment)}${chosen}`}>Promote here<span class="visually-hidden">: ${each.deployment}</span></a>`,
   ]);
   const empty = html`<${Empty} text="Nothing is deployed yet. A deployment is a name that applications use while you change the model behind the name." />`;

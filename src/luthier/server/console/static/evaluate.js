@@ -4,11 +4,11 @@ import { call, may } from "./api.js";
 import { resultView } from "./certificate.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { learnNames, sentence, withNames } from "./files.js";
-import { age, bytes, duration, number, scoreText, time, words } from "./format.js";
+import { bytes, duration, number, scoreText, time, words } from "./format.js";
 import { hasEnded, modelNames } from "./jobs.js";
 import { allModels, nameOf } from "./models.js";
 import {
-  Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Said, Section, Table, bound, confirmed, html, link, options,
+  Age, Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Said, Section, Table, bound, confirmed, html, link, options,
   toast, useAction, useData, usePages, usePolling, useSignal,
 } from "./ui.js";
 import { ScoreBars } from "./verdict.js";
@@ -55,7 +55,7 @@ function List({ kind, title }) {
     html`<a href=${link(kind, each.id)}><bdi>${each.models.map(named.data).join(", ")}</bdi></a>`,
     html`<${Chip} kind=${STATES[each.state]}>${each.state}<//>`,
     withNames(each.request.rows),
-    html`<span title=${time(each.created)}>${age(each.created)}</span>`,
+    html`<${Age} at=${each.created} />`,
   ]);
   return html`
     <section>

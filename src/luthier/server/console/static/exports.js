@@ -1,9 +1,9 @@
 // Exports of one model for other software, and a form for new exports.
 
 import { call, may } from "./api.js";
-import { age, bytes, number, percent, time } from "./format.js";
+import { bytes, number, percent } from "./format.js";
 import { hasEnded } from "./jobs.js";
-import { Chip, ErrorBox, Field, PageButtons, Table, bound, html, options, useAction, useData, usePages, usePolling, useSignal } from "./ui.js";
+import { Age, Chip, ErrorBox, Field, PageButtons, Table, bound, html, options, useAction, useData, usePages, usePolling, useSignal } from "./ui.js";
 
 const FORMATS = [
   ["safetensors", "safetensors: transformers, PEFT, diffusers"],
@@ -56,7 +56,7 @@ function rowOf(each, stop) {
       ${result && html`<p class="soft">${result}</p>`}
     `,
     html`<${Address} output=${each.result?.address ?? each.output} files=${Object.values(each.result?.files ?? {})} />`,
-    html`<span title=${time(each.created)}>${age(each.created)}</span>`,
+    html`<${Age} at=${each.created} />`,
     !ended && may("develop") && html`
       <button type="button" data-export=${each.id} aria-label=${`Stop the export as ${each.format}`} onclick=${() => stop(each.id)}>
         Stop

@@ -1,9 +1,9 @@
 // The list of jobs, and the states and progress of jobs.
 
 import { call, may } from "./api.js";
-import { age, dateOf, duration, number, shortName, time } from "./format.js";
+import { dateOf, duration, number, shortName } from "./format.js";
 import { allModels, nameOf } from "./models.js";
-import { Chip, Empty, ErrorBox, Heading, PageButtons, Table, html, link, options, useData, usePages, usePolling } from "./ui.js";
+import { Age, Chip, Empty, ErrorBox, Heading, PageButtons, Table, html, link, options, useData, usePages, usePolling } from "./ui.js";
 
 const PAGE = 25;
 const BUSY_SECONDS = 4;
@@ -79,7 +79,7 @@ function rowOf(job, nameOf) {
       job.queue_position && html`<small class="soft">${queuePlace(job)}</small>`,
       !job.details?.progress && !job.queue_position && html`<span class="soft">–</span>`,
     ],
-    html`<time datetime=${job.created} title=${time(job.created)}>${age(job.created)}</time>`,
+    html`<${Age} at=${job.created} />`,
   ];
 }
 

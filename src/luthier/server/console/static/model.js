@@ -4,11 +4,11 @@ import { ApiError, call, may } from "./api.js";
 import { Certificate, CertificateDownload } from "./certificate.js";
 import { ModelEvaluations } from "./evaluate.js";
 import { Exports } from "./exports.js";
-import { age, bytes, number, time } from "./format.js";
+import { age, bytes, number } from "./format.js";
 import { BaseLink, MADE_FOR, StatusChip, allModels, deploymentsOf, languagesOf, loadedModels, nameOf, whereOf } from "./models.js";
 import { snippets } from "./snippets.js";
 import {
-  Chip, ErrorBox, Facts, Heading, Pending, announce, confirmed, html, link, toast, useAction, useData, usePolling, useSignal,
+  Age, Chip, ErrorBox, Facts, Heading, Pending, announce, confirmed, html, link, toast, useAction, useData, usePolling, useSignal,
 } from "./ui.js";
 
 const SECONDS = 10;
@@ -58,7 +58,7 @@ export function Model({ params }) {
       ["Trained from", model.base && html`<${BaseLink} arn=${model.base} models=${models} />`],
       ["Created by job", model.job && html`<a href=${link("jobs", model.job)}>${model.job}</a>`],
       ["Imported from", model.source && html`<code>${model.source}</code>`],
-      ["Created", model.created && html`<span title=${time(model.created)}>${age(model.created)}</span>`],
+      ["Created", model.created && html`<${Age} at=${model.created} />`],
       ["Deployed as", deployments.length > 0 ? html`<${DeploymentLinks} names=${deployments} />` : null],
       ["Method", model.abilities?.method],
       ["Use", isCustom ? null : (MADE_FOR[model.base_kind] ?? model.base_kind)],

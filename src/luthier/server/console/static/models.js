@@ -3,9 +3,9 @@
 import { call, may } from "./api.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { idOf } from "./files.js";
-import { age, bytes, compact, scoreText, shortName, time, words } from "./format.js";
+import { bytes, compact, scoreText, shortName, words } from "./format.js";
 import {
-  Chip, DataTable, Empty, ErrorBox, Heading, Pending, html, link, toast, useAction, useData, usePolling, useRef, useSignal,
+  Age, Chip, DataTable, Empty, ErrorBox, Heading, Pending, html, link, toast, useAction, useData, usePolling, useRef, useSignal,
 } from "./ui.js";
 
 const SECONDS = 15;
@@ -146,7 +146,7 @@ function Custom({ models, all, loaded }) {
     { name: "Created by", value: originOf, show: madeBy },
     {
       name: "Age", kind: "nowrap", value: (model) => model.created,
-      show: (model) => html`<span title=${time(model.created)}>${age(model.created)}</span>`,
+      show: (model) => html`<${Age} at=${model.created} />`,
     },
     { name: "In memory", kind: "nowrap", value: (model) => memoryOf(loaded[model.id]) },
     { name: "Playground", hidden: true, show: (model) => model.status === "Active" && tryLink(model) },

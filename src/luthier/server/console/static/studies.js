@@ -2,10 +2,10 @@
 
 import { call, may } from "./api.js";
 import { learnNames, withNames } from "./files.js";
-import { age, shortName, time } from "./format.js";
+import { shortName } from "./format.js";
 import { hasEnded } from "./jobs.js";
 import {
-  Chip, Empty, ErrorBox, Field, Heading, PageButtons, Pending, Said, Section, Table, bound, confirmed, html, link, options, toast,
+  Age, Chip, Empty, ErrorBox, Field, Heading, PageButtons, Pending, Said, Section, Table, bound, confirmed, html, link, options, toast,
   useAction, useData, usePages, usePolling, useSignal,
 } from "./ui.js";
 
@@ -51,7 +51,7 @@ function List() {
   const rows = data.measurements.map((each) => [
     html`<a href=${link("studies", each.id)}><bdi>${each.models.map(shortName).join(", ")}</bdi></a>`, topicOf(each.request),
     html`<${Chip} kind=${STATES[each.state]}>${each.state}<//>`, withNames(each.request.training),
-    html`<span title=${time(each.created)}>${age(each.created)}</span>`,
+    html`<${Age} at=${each.created} />`,
   ]);
   return html`
     <section>

@@ -1,6 +1,7 @@
 // Preact, htm and signals, with the hooks and components that all pages share. Text of data is never parsed as HTML.
 
 import { may, messageOf } from "./api.js";
+import { age, time } from "./format.js";
 import htm from "./vendor/htm.js";
 import { useEffect, useLayoutEffect, useRef } from "./vendor/preact-hooks.js";
 import { h, render } from "./vendor/preact.js";
@@ -231,6 +232,9 @@ export function ErrorBox({ error, again, children }) {
 
 /** A coloured word; `kind` is good, note, warning, error or empty. */
 export const Chip = ({ kind = "", children }) => html`<span class=${`chip ${kind}`}>${children}</span>`;
+
+/** An age with the moment as tooltip. */
+export const Age = ({ at }) => html`<time datetime=${at} title=${time(at)}>${age(at)}</time>`;
 
 /** A place without content: a text, and links or buttons that change that. */
 export const Empty = ({ text, children }) => html`
