@@ -1,9 +1,8 @@
 // The certificate of a model: whether the model learned, its checks, its data and its training.
 
-import { call, messageOf } from "./api.js";
 import { LineChart } from "./charts.js";
 import { bytes, duration, number, scoreText, shortName, time, words } from "./format.js";
-import { Chip, Facts, Said, Section, Table, html, link, useAction } from "./ui.js";
+import { Chip, Facts, Said, Section, Table, html, link } from "./ui.js";
 import { verdictOf } from "./verdict.js";
 
 /** Rows of a table of a report that are shown. */
@@ -38,20 +37,6 @@ export function Certificate({ view, models, job = null }) {
     <${Section} title="Unknown">
       ${certificate.missing?.length > 0 && html`<ul>${certificate.missing.map((each) => html`<li>${each}</li>`)}</ul>`}
     <//>
-  `;
-}
-
-/** A button that saves certificate.json with the exact bytes that are certified. */
-export function CertificateDownload({ model }) {
-  const { error, run } = useAction(async () => {
-    const path = `/api/v1/models/${encodeURIComponent(model.id)}/certificate.json`;
-    const file = URL.createObjectURL(await call("GET", path, { accept: "application/octet-stream" }));
-    Object.assign(document.createElement("a"), { href: file, download: `${model.name}-certificate.json` }).click();
-    setTimeout(() => URL.revokeObjectURL(file), 10_000);
-  });
-  return html`
-    <button type="button" onclick=${run}>Download certificate.json</button>
-    ${error && html`<span class="error" role="alert">${messageOf(error)}</span>`}
   `;
 }
 

@@ -7,7 +7,7 @@ import { addressOf, idOf, learnNames, remember, withNames } from "./files.js";
 import { bytes, number, shortName, time } from "./format.js";
 import { Inspection, Working, inspect, tokensView } from "./inspection.js";
 import {
-  Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, confirmed, go, html, link, options, toast,
+  Chip, DataTable, Download, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, confirmed, go, html, link, options, toast,
   useAction, useData, usePages, useSignal,
 } from "./ui.js";
 
@@ -89,7 +89,7 @@ export function Data({ params, query }) {
   return html`
     <p class="soft"><a href=${link("data")}>Data</a> /</p>
     <${Heading} title=${known.data} tab=${`Data: ${known.data}`}>
-      ${idOf(address) && html`<${Download} id=${idOf(address)} name=${known.data} />`}
+      ${idOf(address) && html`<${Download} path=${`/v1/files/${encodeURIComponent(idOf(address))}/content`} name=${known.data} />`}
       ${may("develop") && html`<a class="button primary" href=${trainLink}>Train on these rows</a>`}
     <//>
     ${may("develop") && html`<${Columns} address=${address} columns=${columns} onchange=${() => {}} />`}
@@ -102,15 +102,6 @@ export function Data({ params, query }) {
     `}
     <${Rows} key=${lines.value.lines} address=${address} columns=${columns.value} lines=${lines} />
   `;
-}
-
-function Download({ id, name }) {
-  const { busy, error, run } = useAction(async () => {
-    const file = URL.createObjectURL(await call("GET", `/v1/files/${encodeURIComponent(id)}/content`, { accept: "application/octet-stream" }));
-    Object.assign(document.createElement("a"), { href: file, download: name }).click();
-    setTimeout(() => URL.revokeObjectURL(file), 10_000);
-  });
-  return html`<button type="button" disabled=${busy} onclick=${run}>Download</button><${ErrorBox} error=${error} />`;
 }
 
 /** Return a function that shows the rows of a rule; the lines of a folder belong to several files. */

@@ -8,7 +8,7 @@ import { bytes, duration, number, scoreText, time, words } from "./format.js";
 import { hasEnded, modelNames } from "./jobs.js";
 import { allModels, nameOf } from "./models.js";
 import {
-  Age, Chip, DataTable, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Said, Section, Table, bound, confirmed, html, link, options,
+  Age, Chip, DataTable, Download, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Said, Section, Table, bound, confirmed, html, link, options,
   toast, useAction, useData, usePages, usePolling, useSignal,
 } from "./ui.js";
 import { ScoreBars } from "./verdict.js";
@@ -174,7 +174,7 @@ function Measured({ kind, id }) {
   return html`
     <p class="soft"><a href=${link("evaluations")}>Evaluate and compare</a> /</p>
     <${Heading} title=${title} chips=${html`<${Chip} kind=${STATES[data.state]}>${data.state}<//>`}>
-      ${data.state === "Completed" && html`<${Download} path=${path} name=${kind} />`}
+      ${data.state === "Completed" && html`<${Download} path=${`${path}/report`} name=${`${kind}-report.html`} label="Download the report" accept="text/html" />`}
       ${may("develop") && (hasEnded(data.state)
         ? html`<button type="button" class="danger" onclick=${remove.run}>Delete</button>`
         : html`<button type="button" class="danger" onclick=${stop.run}>Stop</button>`)}
@@ -188,15 +188,6 @@ function Measured({ kind, id }) {
     `}
     ${report && (kind === "evaluations" ? html`<${EvaluationReport} report=${report} sets=${sets} />` : html`<${ComparisonReport} report=${report} sets=${sets} />`)}
   `;
-}
-
-function Download({ path, name }) {
-  const { error, run } = useAction(async () => {
-    const file = URL.createObjectURL(await call("GET", `${path}/report`, { accept: "text/html" }));
-    Object.assign(document.createElement("a"), { href: file, download: `${name}-report.html` }).click();
-    setTimeout(() => URL.revokeObjectURL(file), 10_000);
-  });
-  return html`<button type="button" onclick=${run}>Download the report</button><${ErrorBox} error=${error} />`;
 }
 
 /** Return bars for `ScoreBars` from scores `[name, value, interval, isTuned]` of one measure. */

@@ -1,14 +1,14 @@
 // One model: facts, certificate, memory, snippets, exports and deletion.
 
 import { ApiError, call, may } from "./api.js";
-import { Certificate, CertificateDownload } from "./certificate.js";
+import { Certificate } from "./certificate.js";
 import { ModelEvaluations } from "./evaluate.js";
 import { Exports } from "./exports.js";
 import { age, bytes, number } from "./format.js";
 import { BaseLink, MADE_FOR, StatusChip, allModels, deploymentsOf, languagesOf, loadedModels, nameOf, whereOf } from "./models.js";
 import { snippets } from "./snippets.js";
 import {
-  Age, Chip, ErrorBox, Facts, Heading, Pending, announce, confirmed, html, link, toast, useAction, useData, usePolling, useSignal,
+  Age, Chip, Download, ErrorBox, Facts, Heading, Pending, announce, confirmed, html, link, toast, useAction, useData, usePolling, useSignal,
 } from "./ui.js";
 
 const SECONDS = 10;
@@ -50,7 +50,7 @@ export function Model({ params }) {
         <a class="button" href=${`${link("deployments")}?model=${model.id}`}>Deploy or promote</a>
       `}
       ${active && may("read") && html`<a class="button" href=${link("health", model.name)}>Health</a>`}
-      ${active && may("read") && html`<${CertificateDownload} model=${model} />`}
+      ${active && may("read") && html`<${Download} path=${`${path}/certificate.json`} name=${`${model.name}-certificate.json`} label="Download certificate.json" />`}
     <//>
     ${model.failure && html`<p class="box error">${model.failure}</p>`}
     <${Facts} pairs=${[

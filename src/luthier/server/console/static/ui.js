@@ -1,6 +1,6 @@
 // Preact, htm and signals, with the hooks and components that all pages share. Text of data is never parsed as HTML.
 
-import { may, messageOf } from "./api.js";
+import { call, may, messageOf } from "./api.js";
 import { age, time } from "./format.js";
 import htm from "./vendor/htm.js";
 import { useEffect, useLayoutEffect, useRef } from "./vendor/preact-hooks.js";
@@ -228,6 +228,16 @@ export function ErrorBox({ error, again, children }) {
       ${again && error.status !== 404 && html`<button type="button" onclick=${again}>Try again</button>`}
     </div>
   `;
+}
+
+/** A button that saves the response of a path as a file. */
+export function Download({ path, name, label = "Download", accept = "application/octet-stream" }) {
+  const { busy, error, run } = useAction(async () => {
+    const file = URL.createObjectURL(await call("GET", path, { accept }));
+    Object.assign(document.createElement("a"), { href: file, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(file), 10_000);
+  });
+  return html`<button type="button" disabled=${busy} onclick=${run}>${label}</button><${ErrorBox} error=${error} />`;
 }
 
 /** A coloured word; `kind` is good, note, warning, error or empty. */
