@@ -22,6 +22,7 @@ from pages import (
     diseases,
     domain_text,
     mail,
+    old_scripts,
     pictures,
     recommendation,
     route_messages,
@@ -61,6 +62,7 @@ PARTS = (
     recommendation,
     brand_copy,
     translation,
+    old_scripts,
 )
 """The use cases in the order of the index page."""
 USES = {part.USE.name: part.USE for part in PARTS}
