@@ -5,18 +5,16 @@ import { resultView } from "./certificate.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { learnNames, sentence, withNames } from "./files.js";
 import { bytes, duration, number, scoreText, time, words } from "./format.js";
-import { hasEnded, modelNames } from "./jobs.js";
+import { modelNames } from "./jobs.js";
 import { allModels, nameOf } from "./models.js";
+import { ReportList, ReportPage, pathOf } from "./reports.js";
 import {
-  Age, Chip, DataTable, Download, Empty, ErrorBox, ExampleCard, Field, Heading, PageButtons, Pending, Said, Section, Table, bound, confirmed, html, link, options,
-  toast, useAction, useData, usePages, usePolling, useSignal,
+  DataTable, Download, Empty, ErrorBox, ExampleCard, Field, Heading, Pending, Said, Section, Table, bound, html, link, options, useAction,
+  useData, useSignal,
 } from "./ui.js";
 import { ScoreBars } from "./verdict.js";
 
-const SECONDS = 4;
-const PAGE = 25;
 const KINDS = { evaluations: "Evaluate a model", comparisons: "Compare with the base and simple methods" };
-const STATES = { Completed: "good", Failed: "error", Running: "note" };
 /** Rows of a comparison that are shown with the answers of all models. */
 const SHOWN = 3;
 /** Worst answers that are shown without a click. */
@@ -27,8 +25,6 @@ const MOST_CELLS = 25;
 const SHADES = 4;
 /** Evaluations in the table of a model. */
 const MOST_SHOWN = 10;
-
-const pathOf = (kind, id) => `/api/v1/${kind}/${encodeURIComponent(id)}`;
 
 /** The lists of evaluations and comparisons, and a form. */
 export function Evaluations({ query }) {
@@ -41,30 +37,10 @@ export function Evaluations({ query }) {
 }
 
 function List({ kind, title }) {
-  const pages = usePages();
-  const position = pages.value.at(-1);
   const named = useData(modelNames);
-  const { data, error, read } = useData(async (signal) => {
-    const found = await call("GET", `/api/v1/${kind}`, { query: { limit: PAGE, position }, signal });
-    await learnNames(found.measurements.map((each) => each.request.rows), signal);
-    return found;
-  }, [position]);
-  usePolling(SECONDS, async () => data?.measurements.some((each) => !hasEnded(each.state)) && read());
-  if (!data || !named.data) return html`<${ErrorBox} error=${error} again=${read} />`;
-  const rows = data.measurements.map((each) => [
-    html`<a href=${link(kind, each.id)}><bdi>${each.models.map(named.data).join(", ")}</bdi></a>`,
-    html`<${Chip} kind=${STATES[each.state]}>${each.state}<//>`,
-    withNames(each.request.rows),
-    html`<${Age} at=${each.created} />`,
-  ]);
-  return html`
-    <section>
-      <h2>${title}</h2>
-      <${ErrorBox} error=${error} again=${read} />
-      <${Table} caption=${`${title}, newest first`} columns=${["Models", "State", "Rows", { name: "Age", kind: "nowrap" }]} rows=${rows}
-        empty=${html`<${Empty} text=${`There are no ${kind} yet. Choose a model and a file with rows that the model has not learned.`} />`} />
-      <${PageButtons} pages=${pages} next=${data.next} noun=${kind} />
-    </section>
+  return named.data && html`
+    <${ReportList} kind=${kind} title=${title} member="rows" columns=${["Models"]} cells=${(each) => [each.models.map(named.data).join(", ")]}
+      empty=${`There are no ${kind} yet. Choose a model and a file with rows that the model has not learned.`} />
   `;
 }
 
@@ -151,42 +127,14 @@ export const Evaluation = ({ params }) => html`<${Measured} kind="evaluations" i
 export const Comparison = ({ params }) => html`<${Measured} kind="comparisons" id=${params.id} />`;
 
 function Measured({ kind, id }) {
-  const path = pathOf(kind, id);
   const named = useData(modelNames);
-  const { data, error, read } = useData(async (signal) => {
-    const found = await call("GET", path, { signal });
-    await learnNames([found.request.rows], signal);
-    return found;
-  });
-  usePolling(SECONDS, async () => data && !hasEnded(data.state) && read());
-  const stop = useAction(() => call("POST", `${path}/stop`).then(read));
-  const remove = useAction(async () => {
-    if (!(await confirmed({ title: "Delete this report?", text: "The models and the rows stay.", verb: "Delete", danger: true }))) return null;
-    await call("DELETE", path);
-    toast("The report was deleted.");
-    return link("evaluations");
-  });
-  if (!data || !named.data) return html`<${Pending} title="Evaluation" error=${error} read=${read} />`;
-  const { report, progress } = data;
-  const sets = { errors: new Set(data.lower_is_better) };
-  const models = data.models.map(named.data);
-  const title = kind === "evaluations" ? `Evaluation of ${models[0]}` : `Comparison of ${models.join(" and ")}`;
+  if (!named.data) return html`<${Pending} title="Evaluation" ...${named} />`;
+  const title = ({ models }) => (kind === "evaluations" ? `Evaluation of ${named.data(models[0])}` : `Comparison of ${models.map(named.data).join(" and ")}`);
+  const actions = ({ state }) => state === "Completed" &&
+    html`<${Download} path=${`${pathOf(kind, id)}/report`} name=${`${kind}-report.html`} label="Download the report" accept="text/html" />`;
+  const show = ({ report, lower_is_better: lower }) => html`<${kind === "evaluations" ? EvaluationReport : ComparisonReport} report=${report} sets=${{ errors: new Set(lower) }} />`;
   return html`
-    <p class="soft"><a href=${link("evaluations")}>Evaluate and compare</a> /</p>
-    <${Heading} title=${title} chips=${html`<${Chip} kind=${STATES[data.state]}>${data.state}<//>`}>
-      ${data.state === "Completed" && html`<${Download} path=${`${path}/report`} name=${`${kind}-report.html`} label="Download the report" accept="text/html" />`}
-      ${may("develop") && (hasEnded(data.state)
-        ? html`<button type="button" class="danger" onclick=${remove.run}>Delete</button>`
-        : html`<button type="button" class="danger" onclick=${stop.run}>Stop</button>`)}
-    <//>
-    <p class="soft">Rows: ${withNames(data.request.rows)}</p>
-    <${ErrorBox} error=${error} /><${ErrorBox} error=${stop.error} /><${ErrorBox} error=${remove.error} />
-    ${data.failure && html`<p class="box error" role="alert"><${Said} text=${withNames(data.failure)} /></p>`}
-    ${!hasEnded(data.state) && html`
-      <p class="soft">${progress?.phase ?? "Waiting for a worker …"}</p>
-      ${progress?.total && html`<progress max=${progress.total} value=${progress.done} aria-label=${progress.phase} />`}
-    `}
-    ${report && (kind === "evaluations" ? html`<${EvaluationReport} report=${report} sets=${sets} />` : html`<${ComparisonReport} report=${report} sets=${sets} />`)}
+    <${ReportPage} kind=${kind} id=${id} member="rows" noun="report" home=${["evaluations", "Evaluate and compare"]} title=${title} actions=${actions} show=${show} />
   `;
 }
 

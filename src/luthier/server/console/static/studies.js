@@ -1,19 +1,12 @@
 // Studies: trainings with different settings of a job, side by side, with table, pictures and the winner.
 
 import { call, may } from "./api.js";
-import { learnNames, withNames } from "./files.js";
 import { shortName } from "./format.js";
-import { hasEnded } from "./jobs.js";
-import {
-  Age, Chip, Empty, ErrorBox, Field, Heading, PageButtons, Pending, Said, Section, Table, bound, confirmed, html, link, options, toast,
-  useAction, useData, usePages, usePolling, useSignal,
-} from "./ui.js";
+import { ReportList, ReportPage } from "./reports.js";
+import { Empty, ErrorBox, Field, Heading, Said, Section, Table, bound, html, link, options, useAction, useData, useSignal } from "./ui.js";
 
-const SECONDS = 4;
-const PAGE = 25;
 /** Newest jobs in the menu of a new study. */
 const MOST_JOBS = 100;
-const STATES = { Completed: "good", Failed: "error", Running: "note" };
 const QUESTIONS = [
   ["methods", "Which method is best?"], ["layers", "How many layers need training?"],
   ["rate", "Is the learning rate right?"], ["rows", "Would more rows help?"],
@@ -27,40 +20,13 @@ const DATA = ["long_rows", "validation_share", "columns", "severity", "augmentat
 const METHODS = ["methods", "layers", "bits"];
 const TITLES = { cost: "Score against cost", forgotten: "Score against drift", earlier: "Score against the earlier task", line: "Score by value" };
 
-const pathOf = (id) => `/api/v1/studies/${encodeURIComponent(id)}`;
-
 /** The list of studies, and a form. */
 export function Studies({ query }) {
   return html`
     <${Heading} title="Compare settings" tab="Studies" />
     ${may("develop") && html`<${NewStudy} chosen=${query.get("job")} />`}
-    <${List} />
-  `;
-}
-
-function List() {
-  const pages = usePages();
-  const position = pages.value.at(-1);
-  const { data, error, read } = useData(async (signal) => {
-    const found = await call("GET", "/api/v1/studies", { query: { limit: PAGE, position }, signal });
-    await learnNames(found.measurements.map((each) => each.request.training), signal);
-    return found;
-  }, [position]);
-  usePolling(SECONDS, async () => data?.measurements.some((each) => !hasEnded(each.state)) && read());
-  if (!data) return html`<${ErrorBox} error=${error} again=${read} />`;
-  const rows = data.measurements.map((each) => [
-    html`<a href=${link("studies", each.id)}><bdi>${each.models.map(shortName).join(", ")}</bdi></a>`, topicOf(each.request),
-    html`<${Chip} kind=${STATES[each.state]}>${each.state}<//>`, withNames(each.request.training),
-    html`<${Age} at=${each.created} />`,
-  ]);
-  return html`
-    <section>
-      <h2>Studies</h2>
-      <${ErrorBox} error=${error} again=${read} />
-      <${Table} caption="Studies, newest first" columns=${["Base", "Varied", "State", "Rows", { name: "Age", kind: "nowrap" }]} rows=${rows}
-        empty=${html`<${Empty} text="There are no studies yet. Choose a job and a question." />`} />
-      <${PageButtons} pages=${pages} next=${data.next} noun="studies" />
-    </section>
+    <${ReportList} kind="studies" title="Studies" member="training" columns=${["Base", "Varied"]}
+      cells=${(each) => [each.models.map(shortName).join(", "), topicOf(each.request)]} empty="There are no studies yet. Choose a job and a question." />
   `;
 }
 
@@ -124,42 +90,12 @@ function settingsOf({ base, recipe, details }, preset, vary) {
 }
 
 /** The page of one study. */
-export function StudyPage({ params }) {
-  const path = pathOf(params.id);
-  const { data, error, read } = useData(async (signal) => {
-    const found = await call("GET", path, { signal });
-    await learnNames([found.request.training], signal);
-    return found;
-  });
-  usePolling(SECONDS, async () => data && !hasEnded(data.state) && read());
-  const stop = useAction(() => call("POST", `${path}/stop`).then(read));
-  const remove = useAction(async () => {
-    if (!(await confirmed({ title: "Delete this study?", text: "Models and rows stay.", verb: "Delete", danger: true }))) return null;
-    await call("DELETE", path);
-    toast("The study was deleted.");
-    return link("studies");
-  });
-  if (!data) return html`<${Pending} title="Study" error=${error} read=${read} />`;
-  const { report, progress } = data;
-  return html`
-    <p class="soft"><a href=${link("studies")}>Studies</a> /</p>
-    <${Heading} title=${`${topicOf(data.request)} on ${data.models.map(shortName).join(", ")}`} tab="Study"
-      chips=${html`<${Chip} kind=${STATES[data.state]}>${data.state}<//>`}>
-      ${report?.keep && may("develop") && html`<${Keep} keep=${report.keep} name=${report.chosen} />`}
-      ${may("develop") && html`
-        <button type="button" class="danger" onclick=${hasEnded(data.state) ? remove.run : stop.run}>${hasEnded(data.state) ? "Delete" : "Stop"}</button>
-      `}
-    <//>
-    <p class="soft">Rows: ${withNames(data.request.training)}</p>
-    <${ErrorBox} error=${error} /><${ErrorBox} error=${stop.error} /><${ErrorBox} error=${remove.error} />
-    ${data.failure && html`<p class="box error" role="alert"><${Said} text=${withNames(data.failure)} /></p>`}
-    ${!hasEnded(data.state) && html`
-      <p class="soft" role="status">${progress?.phase ?? (data.state === "Queued" ? "Waiting for a worker …" : "Starting …")}</p>
-      ${progress && html`<progress max=${progress.total} value=${progress.done} aria-label="Steps of this training" />`}
-    `}
-    ${report && html`<${Report} report=${report} />`}
-  `;
-}
+export const StudyPage = ({ params }) => html`
+  <${ReportPage} kind="studies" id=${params.id} member="training" noun="study" home=${["studies", "Studies"]} tab="Study"
+    title=${({ request, models }) => `${topicOf(request)} on ${models.map(shortName).join(", ")}`}
+    actions=${({ report }) => report?.keep && may("develop") && html`<${Keep} keep=${report.keep} name=${report.chosen} />`}
+    show=${({ report }) => html`<${Report} report=${report} />`} />
+`;
 
 function Report({ report }) {
   const { rows, table, verdict, remarks, pictures } = report;
