@@ -563,6 +563,15 @@ def test_default_learning_rate_matches_paper() -> None:
     assert defaults.learning_rate(10**13)[0] >= 1e-4
 
 
+def test_lstm_has_a_higher_learning_rate() -> None:
+    rates = []
+    for family in ("lstm", "llama"):
+        facts = NetworkFacts(1_000_000, embedding=0, context=128, tokens=1000, family=family)
+        training, _ = defaults.choose(PretrainRecipe.model_fields["training"].default, facts)
+        rates.append(training.learning_rate or 0)
+    assert rates[0] > 5 * rates[1]
+
+
 @pytest.mark.parametrize(
     ("tokens", "passes"), [(20_000_000, 1.0), (19_999_999, 2.0), (7_000_000, 3.0), (1000, 4.0)]
 )

@@ -218,7 +218,8 @@ def _job(
     weights, embedding = _count(start, data.objective.head())
     training: Training = recipe.training
     if recipe.network.base is None:  # continued pre-training uses the defaults of tuning
-        facts = NetworkFacts(weights, embedding, parts.context, data.counts["tokens"])
+        family = start.network.fields["model_type"]
+        facts = NetworkFacts(weights, embedding, parts.context, data.counts["tokens"], family)
         training, more = choose(training, facts)
         if note := shortage(facts, training):
             reporter.note(note)

@@ -20,6 +20,8 @@ MAX_PASSES = 4
 LARGEST_BATCH = 1 << 15
 SMALLEST_BATCH = 1 << 11
 VALIDATION_SEQUENCES = 200
+RECURRENT_RATE = 0.01
+"""Of 0.001 to 0.02, measured with LSTMs of 1 and 9 million weights (docs/log/models.md)."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class NetworkFacts:
     context: int
     tokens: int
     """Tokens of the training text."""
+    family: str = "llama"
 
 
 def plan(recipe: PretrainRecipe, statistics: Survey) -> tuple[PretrainRecipe, list[Choice]]:
@@ -69,6 +72,8 @@ def choose(training: Training, facts: NetworkFacts) -> tuple[Training, list[Choi
         choices.append(("training.batch_size", batch, reason))
     if training.learning_rate is None:
         rate, reason = learning_rate(facts.weights - facts.embedding)
+        if facts.family == "lstm":
+            rate, reason = RECURRENT_RATE, "measured for LSTMs"
         rate *= training.learning_rate_multiplier
         training = training.model_copy(update={"learning_rate": rate})
         choices.append(("training.learning_rate", rate, reason))
