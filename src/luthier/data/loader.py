@@ -29,7 +29,7 @@ class MixedSet:
 def one_pass(rows: int, mixed: Sequence[MixedSet]) -> list[int]:
     """Return the indices of a pass over the main set, of ``rows`` rows with the mixed-in sets.
 
-    Of each mixed-in set, as many rows as a pass draws are evenly spaced.
+    The rows of a mixed-in set are evenly spaced, as many as a pass draws.
     """
     first = rows - sum(each.rows for each in mixed)
     places = [*range(first)]

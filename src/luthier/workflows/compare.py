@@ -396,10 +396,8 @@ def compare(
         )
     writers = [each for each in tuned if each.writes]
     readers = [each for each in tuned if not each.writes]
-    if base and readers and not begins_random(base.id):
-        # A reader of text lines predicts without training; most encoders need a new head.
-        unchanged = sole_objective(base.kind) == readers[0].objective.method
-        readers += [base] * unchanged
+    if base and _predicts_untrained(base, readers):
+        readers.append(base)
     generators = [*writers, *generative]
     writes = bool(generators or rivals)
     row_questions, train_questions = questions_with_labels(rows, train) if writes else ([], [])
@@ -441,7 +439,7 @@ def compare(
     contenders: list[Contender] = []
     names = [*(each.id for each in generators), *(each.name for each in rivals)]
     measures = {name: "accuracy" if labelled else next(iter(opened)) for name in names}
-    for contender in contest.predict(readers, rows, show):
+    for contender in contest.predict(readers, rows, show, base):
         measures[contender.name] = next(iter(contender.scores))
         contenders.append(contender)
     if base and train and (labelled or not generative):
@@ -513,11 +511,23 @@ def check_models(
     names = [each.id for each in (base, *tuned) if each]
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise RecipeError(f"{duplicate} is listed twice. Name each model once.")
-    if len(tuned) + bool(base and base.writes) + rivals < 2 and not has_train:
+    answers = base is not None and (base.writes or _predicts_untrained(base, tuned))
+    if len(tuned) + answers + rivals < 2 and not has_train:
         raise RecipeError(
             "a comparison needs two contenders. Give a generative base model, training rows for "
             "baselines, or several tuned models."
         )
+
+
+def _predicts_untrained(base: StoredModel, tuned: Sequence[StoredModel]) -> bool:
+    """Return whether ``base`` predicts what the first predictor of ``tuned`` does.
+
+    A recognizer of text lines does, and an encoder of texts needs a new head.
+    """
+    first = next((each for each in tuned if not each.writes), None)
+    if first is None or base.writes or begins_random(base.id):
+        return False
+    return sole_objective(base.kind) == first.objective.method
 
 
 def check_measures(measures: Mapping[str, str]) -> None:

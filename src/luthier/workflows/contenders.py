@@ -126,9 +126,16 @@ class Contest:
     finished: int = 0
 
     def predict(
-        self, models: Sequence[StoredModel], rows: Sequence[Row], show: int
+        self,
+        models: Sequence[StoredModel],
+        rows: Sequence[Row],
+        show: int,
+        base: StoredModel | None = None,
     ) -> list[Contender]:
-        """Measure models that predict, with the predictions for the first ``show`` rows."""
+        """Measure models that predict, with the predictions for the first ``show`` rows.
+
+        ``base`` is the model without tuning.
+        """
         contenders, passes = list[Contender](), dict[str, Callable[[], object]]()
         for stored in models:
             base_memory = begin_peak_memory()
@@ -142,7 +149,7 @@ class Contest:
                 raise RecipeError(f"{stored.id} has no scores per row for this kind of rows")
             task, answers = predictor.objective.task, predictor.answers(rows[:show])
             contender = Contender(
-                stored.id, "fine-tuning" if stored.manifest.recipe else "zero-shot", score,
+                stored.id, "zero-shot" if stored is base else "fine-tuning", score,
                 evaluation.scores, 0.0,
                 model_bytes=_weight_bytes(stored), memory_bytes=peak_memory() - base_memory,
                 preparation_seconds=_training(stored, "seconds"),

@@ -11,7 +11,7 @@ from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.errors import LocationRefused
+from luthier.errors import RefusedInput
 from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
@@ -95,8 +95,8 @@ class NewComparison(_NewMeasurement):
     base: Model | None = None
     """Model without tuning. The default is the foundation model of the first model."""
     training: Address | None = None
-    """Rows for examples and baselines. The default are the rows of the first model's job, if the job
-    has a single address and the rows still exist."""
+    """Rows for examples and baselines. The default are the rows of the first model's job, if they have
+    a single address, and answers."""
     prompts: dict[str, str] = Field(default_factory=dict, max_length=10)
     """Own instructions or templates with ``{column}``, by name."""
     max_tokens: int = Field(default=64, ge=1, le=8192)
@@ -249,7 +249,7 @@ def _create(
     request["columns"] = body.columns or _present(call, learned, request["rows"])
     # One set of columns must read both files.
     if kind == COMPARISON and not request["training"] and request["columns"] == learned:
-        request["training"] = _training_rows(call, models[0])
+        request["training"] = _training_rows(call, models[0], learned)
     check_measurement(context.locations, call.account, kind, request, models)
     with context.database.write() as session:
         limits = context.quotas(call.account)
@@ -260,8 +260,11 @@ def _create(
     return view
 
 
-def _training_rows(call: Call, model: MeasuredModel) -> str | None:
-    """Return the address of the rows of the model's job; ``None`` for several, or without rows."""
+def _training_rows(call: Call, model: MeasuredModel, columns: dict[str, str]) -> str | None:
+    """Return the address of the rows of the model's job, if a comparison can use the rows."""
+    from luthier.library.models import describe
+    from luthier.workflows.prompting import questions_of
+
     made = (CustomModel.account == call.account) & (CustomModel.stored_id == model["stored_id"])
     with call.context.database.read() as session:
         job = session.scalar(
@@ -272,7 +275,11 @@ def _training_rows(call: Call, model: MeasuredModel) -> str | None:
         return None
     try:
         call.context.locations.check(call.account, sources[0])
-    except LocationRefused:
+        if describe(model["stored_id"]).writes:
+            rows = peek_rows(call.context.locations, call.account, sources[0], columns).rows
+            # Raw text and prompts without replies are no examples.
+            return sources[0] if rows and questions_of(rows) else None
+    except RefusedInput:
         return None
     return sources[0]
 
