@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import VisionEncoderDecoderModel
 
+import luthier
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, CaptionedImage
 from luthier.errors import RecipeError
+from luthier.library import models as store
 from luthier.media.objectives.image_to_text import ImageToText
 from luthier.models.folder import ModelFolder
 from luthier.models.formats.tensors import load_tensors
@@ -226,3 +230,30 @@ def test_reader_of_columns_without_head_is_an_encoder(
     network = as_network(model, CPU, torch.float32)
     (batch,) = network.batches(reader[2], 100)
     assert network.row_states(batch, "last").shape == (len(LINES), 8)
+
+
+def test_training_from_an_adapter_keeps_the_rows_of_learned_letters(
+    family_folder: Callable[[str], Path], tmp_path: Path, luthier_home: Path
+) -> None:
+    lines = [replace(row, caption=text) for row, text in zip(rows(), ["yo", "zen"], strict=False)]
+    for row in lines:
+        Image.fromarray(np.asarray(row.media.array)).save(tmp_path / f"{row.line}.png")
+    file = tmp_path / "rows.jsonl"
+    texts = [{"image": f"{row.line}.png", "caption": row.caption} for row in lines]
+    file.write_text("\n".join(map(json.dumps, texts)))
+    settings: dict[str, Any] = {"adaptation.method": "lora", "training.max_steps": 1}
+    luthier.tune(file, base=str(family_folder("pp_ocr")), name="first", **settings)
+    first = store.find("pp_ocr:first")
+    # Other letters, as many as before.
+    other = [replace(row, caption=text) for row, text in zip(lines, ["bu", "no"], strict=True)]
+    fitted = ImageToText().fit(other, first.chat)
+    second = fitted.bind(RunModels(first.chat, first.network, first.objective))
+    assert (first.objective.head().letters, second.letters) == ("enoyz", "enoyzbu")
+    learned = store.load(first, torch.float32, CPU).get_parameter("head.head.weight")
+    model: Any = store.load(first, torch.float32, CPU, second.head())
+    assert model.config.letters == "aeno yzbu"
+    known, new = model.head.head.weight.split([len(learned), 2])
+    torch.testing.assert_close(known, learned)
+    assert new.abs().min() > 0
+    base = load_tensors(family_folder("pp_ocr") / "model.safetensors")["head.head.weight"]
+    assert not torch.equal(learned[: len(base)], base)

@@ -84,7 +84,8 @@ class ImageToText(Objective):
     )
 
     def bind(self, models: RunModels) -> Self:
-        """Reject networks without a text decoder, and choose the weight of CTC for the encoder."""
+        """Reject networks without a text decoder, choose the weight of CTC for the encoder, and keep
+        the letters of a custom model."""
         chat, network = models.chat, models.network
         # The format of a network without a decoder does not say what the network predicts.
         reads = chat.decoder is not None or network is None or "letters" in network.fields
@@ -95,6 +96,10 @@ class ImageToText(Objective):
                 "as TrOCR",
                 rule="objective.network",
             )
+        if chat.decoder is None and isinstance(models.learned, ImageToText):
+            # The head of a custom model has its letters before all new letters.
+            letters = _distinct(models.learned.letters + self.letters)
+            return self.model_copy(update={"letters": letters})
         if network is None or chat.decoder is None or self.ctc_weight is not None:
             return super().bind(models)
         encoder = network.fields.get("encoder", {})
@@ -256,6 +261,10 @@ def _column_scores(network: Network, batch: TreeBatch) -> Tensor:
     layout: Any = network.layout
     scores_RSV: Tensor = layout.scores(network.model, batch.plan)
     return scores_RSV
+
+
+def _distinct(letters: str) -> str:
+    return "".join(dict.fromkeys(letters))
 
 
 @lru_cache(maxsize=8)

@@ -11,7 +11,13 @@ from luthier.errors import CorruptFile
 from luthier.files import write_bytes
 from luthier.models.formats.pipelines import tokenizer_folder
 from luthier.models.formats.tensors import load_tensors, save_tensors
-from luthier.models.networks.heads import INNER_HEADS, head_kind, head_weights, set_new_weights
+from luthier.models.networks.heads import (
+    INNER_HEADS,
+    head_kind,
+    head_weights,
+    reads_columns,
+    set_new_weights,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -110,6 +116,12 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
     with torch.random.fork_rng([]), leave_undrawn():
         adaptation.attach(model)
     new = head_weights(model)
+    if reads_columns(model):
+        # Letters that a later training adds are the last rows, and keep their initial weights.
+        for name in new & (own := adapter_tensors(model)).keys():
+            stored = stored_name(model, adaptation, name)
+            if stored in saved:
+                saved[stored] = torch.cat([saved[stored], own[name][len(saved[stored]) :].cpu()])
     weights = {
         stored_name(model, adaptation, n): p
         for n, p in adapter_tensors(model).items()
