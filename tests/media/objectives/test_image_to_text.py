@@ -19,7 +19,7 @@ import luthier
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, CaptionedImage
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, RowRefused
 from luthier.library import models as store
 from luthier.media.objectives.image_to_text import ImageToText
 from luthier.models.folder import ModelFolder
@@ -220,6 +220,25 @@ def test_columns_are_read_without_repetitions_and_blanks(
     assert any(answer["text"] for answer in answers.values())
     metrics = objective.validation_metrics(network, examples, 2)
     assert metrics["cer"] > 0 and metrics["loss"] > 0
+
+
+@torch.no_grad()
+def test_texts_of_more_letters_than_columns_are_refused(
+    reader: tuple[Network, ImageToText, list[Example]],
+) -> None:
+    network, objective, examples = reader
+    columns = network.model(pixels_of(examples[:1])).last_hidden_state.shape[1]
+    assert columns == 8
+    fits, doubled, longer = (
+        replace(examples[0], target=np.array([*map(ord, text)]))
+        for text in ("yesyesye", "yesyesee", "yesyesyes")
+    )
+    assert objective.length_problem(fits, 1) is None
+    for example in (doubled, longer):
+        problem = objective.length_problem(example, 1)
+        assert problem is not None and problem.rule == "row.too_long"
+        with pytest.raises(RowRefused):
+            objective.truncate(example, 1)
 
 
 @torch.no_grad()

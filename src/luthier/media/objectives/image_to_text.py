@@ -30,10 +30,11 @@ from pydantic import Field
 
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.media import CaptionedImage, MediaRow
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.transcription import character_errors, word_errors
 from luthier.media.tasks import TRANSCRIPTION
 from luthier.models.networks.heads import Head
+from luthier.models.networks.modalities import COLUMN_WIDTH
 from luthier.objectives.base import Objective, RunModels, TrainingDefaults, chat_of
 from luthier.objectives.means import MOST_ROW_SCORES
 from luthier.tasks import Task
@@ -149,6 +150,29 @@ class ImageToText(Objective):
             ids_T = chat.decoder.ids(row.caption, chat.text_tokenizer)
         weight_T = (np.arange(len(ids_T)) > 0).astype(np.float32)
         return Example(ids_T, weight_T, index, media=media)
+
+    def length_problem(self, example: Example, context: int) -> RowRefused | None:
+        """Return a problem if the text needs more columns than the image has, without a decoder."""
+        text = example.target
+        if text is None or example.media is None:
+            return super().length_problem(example, context)
+        columns = example.media.processor.shape[-1] // COLUMN_WIDTH
+        # CTC separates equal neighbours by a blank column.
+        needed = len(text) + np.count_nonzero(text[1:] == text[:-1])
+        if needed <= columns:
+            return None
+        return RowRefused(
+            "row.too_long",
+            f"the text needs {needed} columns: a column per letter and a column between equal "
+            f"letters. The network has {columns} columns.",
+            "Cut the line into two images, or set `data.long_rows=drop`.",
+        )
+
+    def truncate(self, example: Example, context: int) -> Example:
+        """Truncate the text. Without a decoder, reject the row: the image would show more letters."""
+        if example.target is not None and (problem := self.length_problem(example, context)):
+            raise problem
+        return super().truncate(example, context)
 
     def describe(self, example: Example) -> str:
         """Return the text, if the tokens do not contain the text."""

@@ -36,6 +36,8 @@ _MEDIA_CLASSES = (
 COLUMN_READERS = frozenset({"pp_ocrv6_small_rec"})
 """Families with scores of all letters for each column of a text line, and without a decoder. The field
 ``letters`` of the configuration lists the letters of all classes except the first, the blank."""
+COLUMN_WIDTH = 8
+"""Width of a column of :data:`COLUMN_READERS` in pixels, the product of all strides."""
 IMAGES_IN_TEXT = frozenset({"idefics3", "smolvlm"})
 """Families that luthier loads whole, for images between the tokens of a text
 (:mod:`luthier.models.networks.vision_language`)."""
