@@ -75,7 +75,7 @@ const NO_SHARES = /^(reward|pearson|cosine|psnr|degraded_psnr)$|(loss|error|marg
  * Return a score as text. Shares have one decimal as in the CLI, so that 99.96 % does not read as 100 %. `shares` are
  * measures from 0 to 1, `errors` measures where lower is better; other values from 0 to 1 are shares.
  */
-export function scoreText(name, value, { shares = new Set(), errors }) {
+export function scoreText(name, value, { shares = new Set(), errors = new Set() } = {}) {
   const isShare = shares.has(name) || (value >= 0 && value <= 1 && !errors.has(name) && !NO_SHARES.test(name));
   return isShare ? `${(100 * value).toFixed(1)}\u00a0%` : number(value, 4);
 }

@@ -3,9 +3,13 @@
 import { call, may } from "./api.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { learnNames, withNames } from "./files.js";
-import { percent, time, words } from "./format.js";
-import { Chip, ErrorBox, Field, Section, Table, confirmed, html, link, options, toast, useAction, useData, useSignal } from "./ui.js";
+import { scoreText, time, words } from "./format.js";
+import { hasEnded } from "./jobs.js";
+import {
+  Chip, ErrorBox, Field, Section, Table, confirmed, html, link, options, toast, useAction, useData, usePolling, useSignal,
+} from "./ui.js";
 
+const SECONDS = 5;
 const PERIODS = [["day", "each day"], ["week", "each week"]];
 
 /** The schedule of a deployment; without a schedule, a form if `isNew` is true. */
@@ -17,6 +21,8 @@ export function Schedule({ deployment, isNew }) {
     if (schedule) await learnNames([schedule.request.rows], signal);
     return { schedule };
   });
+  const schedule = data?.schedule;
+  usePolling(SECONDS, async () => schedule && !hasEnded(schedule.results.at(-1)?.state) && read());
   const start = useAction(async (event) => {
     await call("PUT", path, { body: { every: event.target.elements.every.value, rows: rows.value.address } });
     rows.value = EMPTY;
@@ -29,7 +35,6 @@ export function Schedule({ deployment, isNew }) {
     toast("The scheduled evaluations have ended.");
     await read();
   });
-  const schedule = data?.schedule;
   const offered = data && !schedule && isNew && may("develop");
   if (!error && !schedule && !offered) return null;
   return html`
@@ -63,7 +68,7 @@ function Results({ results }) {
     <${Table} caption="Scheduled evaluations, newest first" columns=${["Time", "Model", { name: "Score", kind: "number" }, "Change"]}
       rows=${results.toReversed().map((each) => [
         html`<a href=${link("evaluations", each.evaluation)}>${time(each.created)}</a>`, each.model,
-        each.measure ? `${words(each.measure)} ${percent(each.score)}` : each.failure ?? each.state,
+        each.measure ? `${words(each.measure)} ${scoreText(each.measure, each.score)}` : each.failure ?? each.state,
         each.change?.is_fall && each.change.significant ? html`<${Chip} kind="warning">significant fall<//>` : "–",
       ])} empty="The first evaluation starts soon." />
   `;
