@@ -239,6 +239,15 @@ def test_scheduled_evaluation_of_several_files(server: Served) -> None:
     assert server.ask("DELETE", path)[0] == 200
 
 
+def test_schedule_uses_the_columns_of_the_training(server: Served) -> None:
+    path = "/api/v1/deployments/live/schedule"
+    body = {"rows": "s3://bucket/renamed.jsonl", "every": "week"}
+    status, made = server.ask("PUT", path, body)
+    assert status == 200, made
+    assert made["request"]["columns"] == {"prompt": "asked", "completion": "said"}
+    assert server.ask("DELETE", path)[0] == 200
+
+
 @pytest.mark.slow
 def test_schedule_with_command(server: Served) -> None:
     def files() -> int:

@@ -16,7 +16,7 @@ from luthier.errors import QuotaExceeded
 from luthier.limits import AccountQuotas
 from luthier.server.auto_retraining import request_draft
 from luthier.server.identifiers import model_name, stored_id_of
-from luthier.server.jobs.measurements import check_measurement
+from luthier.server.jobs.measurements import check_measurement, columns_of
 from luthier.server.jobs.submit import submit_report
 from luthier.server.periodic import PeriodicThread
 from luthier.server.promotion import UnknownName, find_deployment
@@ -48,8 +48,9 @@ def set_schedule(
 ) -> None:  # fmt: skip
     """Evaluate a deployment now and then every ``day`` or ``week``.
 
-    Replaces the schedule of the deployment, and begins a new series. The file with the id ``file`` is
-    deleted together with the schedule.
+    Replaces the schedule of the deployment, and begins a new series. Without ``columns``, the columns
+    of the model's training rows apply if the rows have them. The file with the id ``file`` is deleted
+    together with the schedule.
 
     Raises:
         RefusedInput: for an unknown deployment, or for evaluations that would fail.
@@ -58,9 +59,11 @@ def set_schedule(
     with database.read() as session:
         endpoint = find_deployment(session, arns, account, deployment)
         measured = _model_of(session, endpoint)
+    columns = request["columns"] or columns_of(locations, account, measured, request["rows"])
+    request = {**request, "columns": columns}
     check_measurement(locations, account, EVALUATION, request, [measured])
     made = EvaluationSchedule(
-        id=new_id(), account=account, endpoint=endpoint.id, every=every, request=dict(request),
+        id=new_id(), account=account, endpoint=endpoint.id, every=every, request=request,
         next_run=now(), created=now(), file=file,
     )  # fmt: skip
     with database.write() as session:

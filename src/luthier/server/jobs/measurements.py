@@ -30,6 +30,26 @@ def graders_of(request: Mapping[str, Any]) -> dict[str, Grader] | None:
     return parse_graders({name: check_client_grader(each) for name, each in named.items()})
 
 
+def learned_columns(model: MeasuredModel) -> dict[str, str]:
+    """Return the column names of the model's training rows by key."""
+    from luthier.library.models import describe
+
+    recipe = describe(model["stored_id"]).manifest.recipe or {}
+    return recipe.get("data", {}).get("columns") or {}
+
+
+def columns_of(
+    locations: Locations, account: str, model: MeasuredModel, address: str
+) -> dict[str, str]:
+    """Return the learned columns of a model if the rows at ``address`` have the columns."""
+    columns = learned_columns(model)
+    wanted = {name for name in columns.values() if name}
+    if not wanted:
+        return {}
+    records = peek_rows(locations, account, address).records
+    return columns if records and wanted <= records[0].keys() else {}
+
+
 def check_measurement(
     locations: Locations,
     account: str,

@@ -16,7 +16,7 @@ from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.server.http.messages import Fault
 from luthier.server.http.routes import Name
 from luthier.server.jobs.data import peek_rows
-from luthier.server.jobs.measurements import check_measurement
+from luthier.server.jobs.measurements import check_measurement, columns_of, learned_columns
 from luthier.server.jobs.submit import submit_report
 from luthier.server.native.operations import (
     Call,
@@ -239,14 +239,13 @@ for _kind in (EVALUATION, COMPARISON):
 def _create(
     call: Call, kind: str, body: _NewMeasurement, models: Sequence[MeasuredModel]
 ) -> MeasurementView:
-    from luthier.library.models import describe
-
     context = call.context
     call.record(f"{kind}/*")
     request = request_of(context.locations, call.account, body)
-    recipe = describe(models[0]["stored_id"]).manifest.recipe or {}
-    learned: dict[str, str] = recipe.get("data", {}).get("columns") or {}
-    request["columns"] = body.columns or _present(call, learned, request["rows"])
+    learned = learned_columns(models[0])
+    request["columns"] = body.columns or columns_of(
+        context.locations, call.account, models[0], request["rows"]
+    )
     # One set of columns must read both files.
     if kind == COMPARISON and not request["training"] and request["columns"] == learned:
         request["training"] = _training_rows(call, models[0], learned)
@@ -282,15 +281,6 @@ def _training_rows(call: Call, model: MeasuredModel, columns: dict[str, str]) ->
     except RefusedInput:
         return None
     return sources[0]
-
-
-def _present(call: Call, columns: dict[str, str], address: str) -> dict[str, str]:
-    """Return ``columns`` if the rows at ``address`` have them."""
-    wanted = {name for name in columns.values() if name}
-    if not wanted:
-        return {}
-    records = peek_rows(call.context.locations, call.account, address).records
-    return columns if records and wanted <= records[0].keys() else {}
 
 
 def request_of(locations: Locations, account: str, body: Input) -> dict[str, Any]:
