@@ -13,12 +13,14 @@ const ABOUT = {
 };
 const LIFETIMES = [["30", "30 days"], ["90", "90 days"], ["365", "a year"], ["", "no limit"]];
 const PAGE = 50;
+const UNUSED = { requests: 0, tokens: 0, models: new Set() };
 
 /** The page. */
 export function Administration() {
   const { data, error, read } = useData((signal) => call("GET", "/api/v1/users", { signal }));
   const made = useSignal(null);
-  const used = useData(usageOfUsers).data ?? {};
+  const usage = useData(usageOfUsers);
+  const usedBy = ({ name }) => usage.data && (usage.data[name] ?? UNUSED);
   if (!data) return html`<${Pending} title="Administration" error=${error} read=${read} />`;
   const { users } = data;
   const keys = users.flatMap((user) => user.keys.map((each) => ({ ...each, user: user.name, isOwn: each.id === data.key })));
@@ -26,14 +28,15 @@ export function Administration() {
     <${Heading} title="Administration"><a class="button" href=${link("usage")}>Usage and quotas</a><//>
     <${ErrorBox} error=${error} again=${read} />
     <h2>Users</h2>
+    <${ErrorBox} error=${usage.error} again=${usage.read} />
     <${DataTable} caption="Users" rows=${users} columns=${[
       { name: "Name", value: (each) => each.name },
       { name: "Role", value: (each) => each.role, show: (each) => html`${each.role} <small class="soft">${ABOUT[each.role]}</small>` },
       { name: "State", value: (each) => (each.disabled ? "disabled" : "active") },
       { name: "Keys", kind: "number", value: (each) => each.keys.length },
-      { name: "Requests, 30 days", kind: "number", value: (each) => used[each.name]?.requests ?? 0, show: (each) => number(used[each.name]?.requests ?? 0) },
-      { name: "Tokens", kind: "number", value: (each) => used[each.name]?.tokens ?? 0, show: (each) => number(used[each.name]?.tokens ?? 0) },
-      { name: "Models", value: (each) => [...(used[each.name]?.models ?? [])].join(", ") },
+      { name: "Requests, 30 days", kind: "number", value: (each) => usedBy(each)?.requests, show: (each) => number(usedBy(each)?.requests) },
+      { name: "Tokens, 30 days", kind: "number", value: (each) => usedBy(each)?.tokens, show: (each) => number(usedBy(each)?.tokens) },
+      { name: "Models, 30 days", value: (each) => [...(usedBy(each)?.models ?? [])].join(", ") || "–" },
       { name: "Created", kind: "nowrap", value: (each) => each.created, show: (each) => html`<${Age} at=${each.created} />` },
     ]} />
     <${NewUser} done=${read} />
