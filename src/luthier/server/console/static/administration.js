@@ -1,6 +1,6 @@
 // Administration: users with their keys, and the audit log.
 
-import { call } from "./api.js";
+import { call, pathOf } from "./api.js";
 import { age, dateOf, number, time } from "./format.js";
 import {
   Age, Chip, DataTable, ErrorBox, Field, Heading, PageButtons, Pending, Section, Table, confirmed, html, link, options, toast, useAction,
@@ -107,14 +107,14 @@ function Keys({ keys, made, done }) {
     if (!(await confirmed({ title: "Create a key to replace this key?", text, verb: "Create the key" }))) return;
     const body = { label: key.label, ...(key.role && { role: key.role }) };
     if (key.expires) body.days = Math.max(1, Math.ceil((dateOf(key.expires) - dateOf(key.created)) / 86_400_000));
-    made.value = await call("POST", `/api/v1/users/${encodeURIComponent(key.user)}/keys`, { body });
+    made.value = await call("POST", `${pathOf("users", key.user)}/keys`, { body });
     await done();
   });
   const { error, run } = useAction(async (key) => {
     const own = key.isOwn ? " You are signed in with this key: the console signs you out." : "";
     const text = `Requests with the key ${key.begins}… of ${key.user} are refused from now on.${own}`;
     if (!(await confirmed({ title: "Revoke this key?", text, verb: "Revoke", danger: true }))) return;
-    await call("DELETE", `/api/v1/keys/${encodeURIComponent(key.id)}`);
+    await call("DELETE", pathOf("keys", key.id));
     toast("The key was revoked.");
     await done();
   });
@@ -142,7 +142,7 @@ function NewKey({ users, made, done }) {
   const { busy, error, run } = useAction(async (event) => {
     const { user, label, days } = event.target.elements;
     const body = { label: label.value.trim(), ...(days.value && { days: Number(days.value) }) };
-    made.value = await call("POST", `/api/v1/users/${encodeURIComponent(user.value)}/keys`, { body });
+    made.value = await call("POST", `${pathOf("users", user.value)}/keys`, { body });
     await done();
   });
   return html`

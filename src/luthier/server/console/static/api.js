@@ -60,6 +60,9 @@ export function messageOf(error) {
   return `The console failed: ${error?.message ?? error}. Reload the page.`;
 }
 
+/** Return the address of an object such as a model in the API. */
+export const pathOf = (kind, id) => `/api/v1/${kind}/${encodeURIComponent(id)}`;
+
 /** Send a request with `{body, query, signal, keepalive}` and return the JSON of the answer; a Blob if `accept` is given. */
 export async function call(method, path, { accept, ...options } = {}) {
   const response = await request(method, path, { accept, ...options });

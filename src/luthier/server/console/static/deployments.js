@@ -1,7 +1,8 @@
 // Deployments: names that applications send, the models behind the names, promotion and rollback.
 
-import { call, may } from "./api.js";
+import { call, may, pathOf } from "./api.js";
 import { duration, number, percent, scoreText, shortName, time, words } from "./format.js";
+import { weekHealth } from "./health.js";
 import { Calls } from "./model.js";
 import { allModels } from "./models.js";
 import { Schedule } from "./schedule.js";
@@ -15,9 +16,6 @@ const PAGE = 25;
 const SHARES = [["", "all requests at once"], ["0.05", "5 % of users first"], ["0.1", "10 % of users first"], ["0.25", "25 % of users first"]];
 const STATES = { Ready: "good", Failed: "error", Creating: "note" };
 const CHANGES = { switched: "good", canary: "note", preparing: "note", ended: "warning" };
-
-/** Return the address of a deployment in the API. */
-export const pathOf = (name) => `/api/v1/deployments/${encodeURIComponent(name)}`;
 
 /** Return the name of a model with the score on the held-out rows of its training. */
 const labelOf = ({ name, measure, score }) => (measure ? `${name} (${words(measure).toLowerCase()} ${scoreText(measure, score, { errors: new Set() })})` : name);
@@ -90,11 +88,11 @@ function NewDeployment({ chosen }) {
 
 /** One deployment. */
 export function Deployment({ params, query }) {
-  const path = pathOf(params.name);
+  const path = pathOf("deployments", params.name);
   const { data, error, read } = useData((signal) => call("GET", path, { signal }));
-  const watch = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(params.name)}/health`, { query: { since: "7d", answers: false }, signal }));
+  const watch = useData((signal) => weekHealth(params.name, signal));
   const capture = useData((signal) => call("GET", "/api/v1/capture", { signal }));
-  const serving = useData((signal) => data && call("GET", `/api/v1/models/${encodeURIComponent(shortName(data.model_arn))}`, { signal }), [data?.model_arn]);
+  const serving = useData((signal) => data && call("GET", pathOf("models", shortName(data.model_arn)), { signal }), [data?.model_arn]);
   usePolling(SECONDS, read);
   const back = useAction(async () => {
     const pending = data.history.some((each) => ["preparing", "canary"].includes(each.state));

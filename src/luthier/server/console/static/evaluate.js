@@ -1,13 +1,13 @@
 // Evaluations of a model and comparisons of models as jobs, with their reports.
 
-import { call, may } from "./api.js";
+import { call, may, pathOf } from "./api.js";
 import { resultView } from "./certificate.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { learnNames, sentence, withNames } from "./files.js";
 import { bytes, duration, number, scoreText, time, words } from "./format.js";
 import { modelNames } from "./jobs.js";
 import { allModels, nameOf } from "./models.js";
-import { ReportList, ReportPage, pathOf } from "./reports.js";
+import { ReportList, ReportPage } from "./reports.js";
 import {
   DataTable, Download, Empty, ErrorBox, ExampleCard, Field, Heading, Pending, Said, Section, Table, bound, html, link, options, useAction,
   useData, useSignal,

@@ -1,6 +1,6 @@
 // Exports of one model for other software, and a form for new exports.
 
-import { call, may } from "./api.js";
+import { call, may, pathOf } from "./api.js";
 import { bytes, number, percent } from "./format.js";
 import { hasEnded } from "./jobs.js";
 import { Age, Chip, ErrorBox, Field, PageButtons, Table, bound, html, options, useAction, useData, usePages, usePolling, useSignal } from "./ui.js";
@@ -24,7 +24,7 @@ export function Exports({ model }) {
     if (data?.exports.some((each) => !hasEnded(each.state))) await read();
   });
   const stop = useAction(async (id) => {
-    await call("POST", `/api/v1/exports/${encodeURIComponent(id)}/stop`).finally(read);
+    await call("POST", `${pathOf("exports", id)}/stop`).finally(read);
   });
   return html`
     <section id="exports">
@@ -86,7 +86,7 @@ function ExportForm({ model, started }) {
     const body = { output: output.value.trim(), format: format.value };
     if (merged.value) body.merged = merged.value === "true";
     if (format.value === "gguf" && type.value) body.quantization = type.value;
-    await call("POST", `/api/v1/models/${encodeURIComponent(model.id)}/exports`, { body });
+    await call("POST", `${pathOf("models", model.id)}/exports`, { body });
     started();
   });
   return html`

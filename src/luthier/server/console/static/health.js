@@ -1,6 +1,6 @@
 // Health of a model or deployment: figures of captured requests over weeks or days, with intervals.
 
-import { call, may } from "./api.js";
+import { call, may, pathOf } from "./api.js";
 import { LineChart } from "./charts.js";
 import { number, percent, time, words } from "./format.js";
 import { modelNames } from "./jobs.js";
@@ -28,11 +28,16 @@ export function figureText(figure) {
   return `${show(figure.value)}${interval}`;
 }
 
+const healthPath = (model) => `${pathOf("models", model)}/health`;
+
+/** Return the figures of a model or deployment in the last 7 days, without reading the answers. */
+export const weekHealth = (model, signal) => call("GET", healthPath(model), { query: { since: "7d", answers: false }, signal });
+
 /** The page. */
 export function HealthPage({ params }) {
   const since = useSignal("30d");
   const measure = useSignal("");
-  const path = `/api/v1/models/${encodeURIComponent(params.name)}/health`;
+  const path = healthPath(params.name);
   const { data, error, read } = useData((signal) => call("GET", path, { query: { since: since.value }, signal }), [since.value]);
   const drift = useData((signal) => call("GET", path, { query: { since: "7d", drift: true }, signal }));
   const alerts = useData((signal) => call("GET", "/api/v1/alerts", { query: { subject: params.name, limit: ALERTS }, signal }));

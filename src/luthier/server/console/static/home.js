@@ -1,8 +1,9 @@
 // The first page: bring a file, try a sample, talk to a model; below what runs and what is ready.
 
-import { call, may } from "./api.js";
+import { call, may, pathOf } from "./api.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { age, dateOf, number } from "./format.js";
+import { weekHealth } from "./health.js";
 import { Progress, StateChip, hasEnded } from "./jobs.js";
 import { nameOf, writes } from "./models.js";
 import { ErrorBox, Heading, Section, Table, html, link, useAction, useData, usePolling, useSignal } from "./ui.js";
@@ -69,14 +70,14 @@ function Deployed() {
 
 /** The figures of the last week in a sentence; deployments without captured requests have no figures. */
 function Week({ deployment }) {
-  const { data } = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(deployment)}/health`, { query: { since: "7d", answers: false }, signal }));
+  const { data } = useData((signal) => weekHealth(deployment, signal));
   return data ? html`<a href=${link("health", deployment)}>${data.summary}</a>` : "–";
 }
 
 function Samples() {
   const { data, error, read } = useData(async (signal) => (await call("GET", "/api/v1/examples", { signal })).examples);
   const { busy, error: failed, run } = useAction(async (name) => {
-    const { files } = await call("POST", `/api/v1/examples/${encodeURIComponent(name)}`);
+    const { files } = await call("POST", pathOf("examples", name));
     return formFor(files["train.jsonl"]);
   });
   const list = (samples) => html`

@@ -1,6 +1,6 @@
 // One job: progress and curves while it runs; afterwards verdict, examples, baselines, label issues and rows.
 
-import { call, events, may } from "./api.js";
+import { call, events, may, pathOf } from "./api.js";
 import { baselines } from "./certificate.js";
 import { LineChart } from "./charts.js";
 import { learnNames, sentence, withNames } from "./files.js";
@@ -39,7 +39,7 @@ const WAITING = {
 
 /** The page. */
 export function Job({ params }) {
-  const path = `/api/v1/jobs/${encodeURIComponent(params.name)}`;
+  const path = pathOf("jobs", params.name);
   const found = useData(async (signal) => {
     const job = await call("GET", path, { signal });
     const [nameOf] = await Promise.all([modelNames(signal), learnNames(job.details.sources ?? [], signal)]);
@@ -247,7 +247,7 @@ function Completed({ job }) {
   const found = useData(async (signal) => {
     const [view, base] = await Promise.all([
       certificateOf(job, signal),
-      call("GET", `/api/v1/models/${encodeURIComponent(job.base)}`, { signal }).catch(() => null),
+      call("GET", pathOf("models", job.base), { signal }).catch(() => null),
     ]);
     return view && { view, base };
   });

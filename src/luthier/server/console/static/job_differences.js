@@ -1,6 +1,6 @@
 // Two jobs side by side: only what differs, and both curves.
 
-import { call, events } from "./api.js";
+import { call, events, pathOf } from "./api.js";
 import { LineChart } from "./charts.js";
 import { learnNames, withNames } from "./files.js";
 import { number, time, words } from "./format.js";
@@ -51,7 +51,7 @@ export function JobDifferences({ params }) {
 }
 
 async function loaded(name, signal) {
-  const path = `/api/v1/jobs/${encodeURIComponent(name)}`;
+  const path = pathOf("jobs", name);
   const job = await call("GET", path, { signal });
   const losses = new Map();
   for await (const { kind, data } of events(`${path}/events`, { query: { follow: false }, signal }))

@@ -1,6 +1,6 @@
 // The list of jobs, and the states and progress of jobs.
 
-import { call, may } from "./api.js";
+import { call, may, pathOf } from "./api.js";
 import { dateOf, duration, number, shortName } from "./format.js";
 import { allModels, nameOf } from "./models.js";
 import { Age, Chip, Empty, ErrorBox, Heading, PageButtons, Table, html, link, options, useData, usePages, usePolling } from "./ui.js";
@@ -109,7 +109,7 @@ export async function modelNames(signal) {
 
 /** Return the certificate of the model of a completed job; null if a later model has the name of the deleted one. */
 export async function certificateOf(job, signal) {
-  const view = await call("GET", `/api/v1/models/${encodeURIComponent(job.model_name)}/certificate`, { signal });
+  const view = await call("GET", `${pathOf("models", job.model_name)}/certificate`, { signal });
   return view.certificate.id === job.result.stored_id ? view : null;
 }
 

@@ -1,6 +1,6 @@
 // Labels of a completed job that may be wrong: keep or change each, then write a corrected file.
 
-import { call, may } from "./api.js";
+import { call, may, pathOf } from "./api.js";
 import { idOf, learnNames, placeOf, remember } from "./files.js";
 import { number, percent } from "./format.js";
 import { ErrorBox, Table, html, link, toast, useAction, useData, useSignal } from "./ui.js";
@@ -12,7 +12,7 @@ export function LabelIssues({ job }) {
   const { issues, rows } = job.result.label_issues;
   const [found, next, decided, written] = [useSignal([]), useSignal(0), useSignal({}), useSignal([])];
   const page = useData(async (signal) => {
-    const path = `/api/v1/jobs/${encodeURIComponent(job.name)}/label-issues`;
+    const path = `${pathOf("jobs", job.name)}/label-issues`;
     const loaded = await call("GET", path, { query: { limit: PAGE, position: next.value }, signal });
     await learnNames(loaded.issues.map((each) => each.file), signal);
     found.value = [...found.value, ...loaded.issues];

@@ -1,6 +1,6 @@
 // One model: facts, certificate, memory, snippets, exports and deletion.
 
-import { ApiError, call, may } from "./api.js";
+import { ApiError, call, may, pathOf } from "./api.js";
 import { Certificate } from "./certificate.js";
 import { ModelEvaluations } from "./evaluate.js";
 import { Exports } from "./exports.js";
@@ -19,7 +19,7 @@ const ABILITIES = {
 
 /** The page. */
 export function Model({ params }) {
-  const path = `/api/v1/models/${encodeURIComponent(params.id)}`;
+  const path = pathOf("models", params.id);
   const found = useData(async (signal) => {
     const model = await call("GET", path, { signal });
     const [certified, models, loaded, deployments] = await Promise.all([

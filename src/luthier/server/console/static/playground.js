@@ -1,8 +1,7 @@
 // The playground of a model: one form for each ability of the model.
 
-import { call, may } from "./api.js";
+import { call, may, pathOf } from "./api.js";
 import { Chat } from "./chat.js";
-import { pathOf } from "./deployments.js";
 import { shortName } from "./format.js";
 import { MADE_FOR, StatusChip, allDeployments, allModels, nameOf, writes } from "./models.js";
 import { Prediction, Reconstruction, Samples, Similarity } from "./predictions.js";
@@ -68,11 +67,11 @@ export function Playground({ params }) {
 
 /** Return a model, or a deployment as the serving model under the name of the deployment. As in requests, a deployment precedes models. */
 async function targetOf(name, signal) {
-  const read = (id) => call("GET", `/api/v1/models/${encodeURIComponent(id)}`, { signal });
+  const read = (id) => call("GET", pathOf("models", id), { signal });
   const missing = (error) => (error.status === 404 ? null : Promise.reject(error));
   const model = await read(name).catch((error) => (may("read") ? missing(error) : Promise.reject(error)));
   if (model?.id === name || !may("read")) return model;
-  const deployment = await call("GET", pathOf(name), { signal }).catch(missing);
+  const deployment = await call("GET", pathOf("deployments", name), { signal }).catch(missing);
   // The server names the missing model.
   return deployment ? { ...(await read(shortName(deployment.model_arn))), id: name, name, deployed: deployment.model } : model ?? read(name);
 }

@@ -1,7 +1,7 @@
 // Forms of the playground: predictions for text, images, sound and values, similarity, and image generation.
 
 import { cosine, likeliest, spansOf } from "./answers.js";
-import { InputError, call, may } from "./api.js";
+import { InputError, call, may, pathOf } from "./api.js";
 import { number, percent } from "./format.js";
 import { Chip, ErrorBox, Field, Table, announce, html, link, options, useAction, useData, useEffect, useLeaving, useSignal } from "./ui.js";
 
@@ -104,7 +104,7 @@ export function Similarity({ model }) {
 }
 
 async function predict(model, inputs, signal) {
-  const path = `/api/v1/models/${encodeURIComponent(model.id)}/predictions`;
+  const path = `${pathOf("models", model.id)}/predictions`;
   return (await call("POST", path, { body: { inputs }, signal })).answers;
 }
 
@@ -209,7 +209,7 @@ export function Samples({ model }) {
     const body = { count: fields.count.valueAsNumber };
     for (const name of ["seed", "steps"]) if (fields[name]?.value) body[name] = fields[name].valueAsNumber;
     for (const name of ["label", "prompt"]) if (fields[name]?.value.trim()) body[name] = fields[name].value;
-    const made = await call("POST", `/api/v1/models/${encodeURIComponent(model.id)}/images`, { body, signal });
+    const made = await call("POST", `${pathOf("models", model.id)}/images`, { body, signal });
     return html`
       <section>
         <h2>Images</h2>
@@ -245,7 +245,7 @@ export function Reconstruction({ model }) {
   const ask = async ({ image }, signal) => {
     const file = image.files[0];
     const body = { images: [await base64Of(file, "an image")] };
-    const found = await call("POST", `/api/v1/models/${encodeURIComponent(model.id)}/reconstructions`, { body, signal });
+    const found = await call("POST", `${pathOf("models", model.id)}/reconstructions`, { body, signal });
     const restored = found.compression_ratio === null;
     return html`
       <section>

@@ -1,6 +1,6 @@
 // The list and the page of work that ends with a report: evaluations, comparisons and studies.
 
-import { call, may } from "./api.js";
+import { call, may, pathOf } from "./api.js";
 import { learnNames, withNames } from "./files.js";
 import { hasEnded } from "./jobs.js";
 import {
@@ -10,9 +10,6 @@ import {
 const SECONDS = 4;
 const PAGE = 25;
 const STATES = { Completed: "good", Failed: "error", Running: "note" };
-
-/** Return the address of a report in the API. */
-export const pathOf = (kind, id) => `/api/v1/${kind}/${encodeURIComponent(id)}`;
 
 const stateChip = ({ state }) => html`<${Chip} kind=${STATES[state]}>${state}<//>`;
 

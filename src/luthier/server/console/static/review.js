@@ -1,7 +1,7 @@
 // Review: captured answers to rate by keyboard, and training rows from the ratings.
 
 import { likeliest, nearestText } from "./answers.js";
-import { call, may } from "./api.js";
+import { call, may, pathOf } from "./api.js";
 import { number, percent, time, words } from "./format.js";
 import { modelNames } from "./jobs.js";
 import {
@@ -265,7 +265,7 @@ function Rating({ model }) {
 }
 
 function RaterAgreement({ model }) {
-  const { data } = useData((signal) => call("GET", `/api/v1/models/${encodeURIComponent(model)}/agreement`, { signal }));
+  const { data } = useData((signal) => call("GET", `${pathOf("models", model)}/agreement`, { signal }));
   const shown = ({ name, answers, alpha, low, high }) =>
     `${name}: alpha ${number(alpha)} (${number(low)} to ${number(high)}) on ${number(answers)} answers`;
   return html`<p class="soft">Agreement of raters: ${data?.agreement.map(shown).join("; ") || "no answer has two raters"}.</p>`;

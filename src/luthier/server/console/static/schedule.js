@@ -1,6 +1,6 @@
 // Scheduled evaluations of a deployment: the series of results, and a form.
 
-import { call, may } from "./api.js";
+import { call, may, pathOf } from "./api.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { learnNames, withNames } from "./files.js";
 import { scoreText, time, words } from "./format.js";
@@ -14,7 +14,7 @@ const PERIODS = [["day", "each day"], ["week", "each week"]];
 
 /** The schedule of a deployment; without a schedule, a form if `isNew` is true. */
 export function Schedule({ deployment, isNew }) {
-  const path = `/api/v1/deployments/${encodeURIComponent(deployment)}/schedule`;
+  const path = `${pathOf("deployments", deployment)}/schedule`;
   const rows = useSignal(EMPTY);
   const { data, error, read } = useData(async (signal) => {
     const schedule = await call("GET", path, { signal }).catch((failure) => (failure.status === 404 ? null : Promise.reject(failure)));

@@ -1,11 +1,13 @@
 // Commands and programs that query a model on this server.
 
+import { pathOf } from "./api.js";
+
 const KEY = '-H "Authorization: Bearer $OPENAI_API_KEY"';
 
 /** Return `{name, about, code}` for a model of `GET /api/v1/models/ID`; `storedId` is its id in the CLI, or null. */
 export function snippets({ origin, model, storedId }) {
   const { does = [], reads = ["text"], reads_prompts: prompts } = model.abilities ?? {};
-  const path = `/api/v1/models/${encodeURIComponent(model.id)}`;
+  const path = pathOf("models", model.id);
   const curl = (operation, ...more) => curlCommand(`${origin}${path}/${operation}`, ...more);
   const found = [];
   if (does.includes("write")) found.push(...writing(origin, model));

@@ -1,6 +1,6 @@
 // The verdict on a finished job in one sentence, its picture, and three rows with the answers of both models.
 
-import { call } from "./api.js";
+import { call, pathOf } from "./api.js";
 import { number, scoreText, words } from "./format.js";
 import { Empty, ErrorBox, ExampleCard, announce, html, link, useAction, useSignal } from "./ui.js";
 
@@ -139,7 +139,7 @@ async function answerOf(model, row) {
     if (found !== null) return found;
   }
   const inputs = [{ text: row.text ?? row.messages.at(-1).content }];
-  const { answers: [{ label, rating, score, tags, text }] } = await call("POST", `/api/v1/models/${encodeURIComponent(model)}/predictions`, { body: { inputs } });
+  const { answers: [{ label, rating, score, tags, text }] } = await call("POST", `${pathOf("models", model)}/predictions`, { body: { inputs } });
   return textOf(label ?? rating ?? tags ?? text ?? score);
 }
 
