@@ -18,7 +18,7 @@ const STATES = { Ready: "good", Failed: "error", Creating: "note" };
 const CHANGES = { switched: "good", canary: "note", preparing: "note", ended: "warning" };
 
 /** Return the name of a model with the score on the held-out rows of its training. */
-const labelOf = ({ name, measure, score }) => (measure ? `${name} (${words(measure).toLowerCase()} ${scoreText(measure, score, { errors: new Set() })})` : name);
+const labelOf = ({ name, measure, score }) => (measure ? `${name} (${words(measure).toLowerCase()} ${scoreText(measure, score)})` : name);
 
 /** Return the active custom models of the account, newest first. */
 async function deployableModels(signal) {

@@ -15,7 +15,6 @@ const PAGE = 1000;
 const EACH_TIME = 200;
 /** Rounds between two requests for the longest lists: five minutes. */
 const MOST_ROUNDS = 20;
-const NONE = new Set();
 const STATUS = { Active: "good", ACTIVE: "good", Creating: "note", Failed: "error" };
 /** Kinds of base models (luthier/models/base_kinds.py) and their use. */
 export const MADE_FOR = {
@@ -161,7 +160,7 @@ function Custom({ models, all, loaded }) {
 
 /** Return the score on the held-out rows of the training. */
 function qualityOf({ measure, score }) {
-  return measure ? html`${scoreText(measure, score, { errors: NONE })} <small class="soft">${words(measure)}</small>` : "–";
+  return measure ? html`${scoreText(measure, score)} <small class="soft">${words(measure)}</small>` : "–";
 }
 
 const originOf = ({ job, source }) => (job ? "job" : source ? "import" : "–");
