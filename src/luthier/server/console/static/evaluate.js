@@ -39,7 +39,7 @@ export function Evaluations({ query }) {
 function List({ kind, title }) {
   const named = useData(modelNames);
   return named.data && html`
-    <${ReportList} kind=${kind} title=${title} member="rows" columns=${["Models"]} cells=${(each) => [each.models.map(named.data).join(", ")]}
+    <${ReportList} kind=${kind} title=${title} rowsField="rows" columns=${["Models"]} cells=${(each) => [each.models.map(named.data).join(", ")]}
       empty=${`There are no ${kind} yet. Choose a model and a file with rows that the model has not learned.`} />
   `;
 }
@@ -132,9 +132,9 @@ function Measured({ kind, id }) {
   const title = ({ models }) => (kind === "evaluations" ? `Evaluation of ${named.data(models[0])}` : `Comparison of ${models.map(named.data).join(" and ")}`);
   const actions = ({ state }) => state === "Completed" &&
     html`<${Download} path=${`${pathOf(kind, id)}/report`} name=${`${kind}-report.html`} label="Download the report" accept="text/html" />`;
-  const show = ({ report, lower_is_better: lower }) => html`<${kind === "evaluations" ? EvaluationReport : ComparisonReport} report=${report} sets=${{ errors: new Set(lower) }} />`;
+  const renderReport = ({ report, lower_is_better: lower }) => html`<${kind === "evaluations" ? EvaluationReport : ComparisonReport} report=${report} sets=${{ errors: new Set(lower) }} />`;
   return html`
-    <${ReportPage} kind=${kind} id=${id} member="rows" noun="report" home=${["evaluations", "Evaluate and compare"]} title=${title} actions=${actions} show=${show} />
+    <${ReportPage} kind=${kind} id=${id} rowsField="rows" noun="report" list=${["evaluations", "Evaluate and compare"]} title=${title} actions=${actions} renderReport=${renderReport} />
   `;
 }
 

@@ -13,20 +13,20 @@ const STATES = { Completed: "good", Failed: "error", Running: "note" };
 
 const stateChip = ({ state }) => html`<${Chip} kind=${STATES[state]}>${state}<//>`;
 
-/** A list, newest first; `columns` and `cells` precede state, rows and age. `member` of the request has the rows. */
-export function ReportList({ kind, title, member, columns, cells, empty }) {
+/** A list, newest first; `columns` and `cells` precede state, rows and age. The field `rowsField` of the request has the rows. */
+export function ReportList({ kind, title, rowsField, columns, cells, empty }) {
   const pages = usePages();
   const position = pages.value.at(-1);
   const { data, error, read } = useData(async (signal) => {
     const found = await call("GET", `/api/v1/${kind}`, { query: { limit: PAGE, position }, signal });
-    await learnNames(found.measurements.map((each) => each.request[member]), signal);
+    await learnNames(found.measurements.map((each) => each.request[rowsField]), signal);
     return found;
   }, [position]);
   usePolling(SECONDS, async () => data?.measurements.some((each) => !hasEnded(each.state)) && read());
   if (!data) return html`<${ErrorBox} error=${error} again=${read} />`;
   const rows = data.measurements.map((each) => {
     const [first, ...others] = cells(each);
-    return [html`<a href=${link(kind, each.id)}><bdi>${first}</bdi></a>`, ...others, stateChip(each), withNames(each.request[member]), html`<${Age} at=${each.created} />`];
+    return [html`<a href=${link(kind, each.id)}><bdi>${first}</bdi></a>`, ...others, stateChip(each), withNames(each.request[rowsField]), html`<${Age} at=${each.created} />`];
   });
   return html`
     <section>
@@ -39,12 +39,12 @@ export function ReportList({ kind, title, member, columns, cells, empty }) {
   `;
 }
 
-/** A page; `title`, `actions` and `show` get the work of the API. `home` is the page of the list and its name. */
-export function ReportPage({ kind, id, member, noun, home: [page, name], tab, title, actions, show }) {
+/** A page; `title`, `actions` and `renderReport` get the work of the API. `list` has the address and the name of the list. */
+export function ReportPage({ kind, id, rowsField, noun, list: [page, name], tab, title, actions, renderReport }) {
   const path = pathOf(kind, id);
   const { data, error, read } = useData(async (signal) => {
     const found = await call("GET", path, { signal });
-    await learnNames([found.request[member]], signal);
+    await learnNames([found.request[rowsField]], signal);
     return found;
   });
   usePolling(SECONDS, async () => data && !hasEnded(data.state) && read());
@@ -64,13 +64,13 @@ export function ReportPage({ kind, id, member, noun, home: [page, name], tab, ti
       ${actions(data)}
       ${may("develop") && html`<button type="button" class="danger" onclick=${ended ? remove.run : stop.run}>${ended ? "Delete" : "Stop"}</button>`}
     <//>
-    <p class="soft">Rows: ${withNames(data.request[member])}</p>
+    <p class="soft">Rows: ${withNames(data.request[rowsField])}</p>
     <${ErrorBox} error=${error} /><${ErrorBox} error=${stop.error} /><${ErrorBox} error=${remove.error} />
     ${failure && html`<p class="box error" role="alert"><${Said} text=${withNames(failure)} /></p>`}
     ${!ended && html`
       <p class="soft" role="status">${progress?.phase ?? (state === "Queued" ? "Waiting for a worker …" : "Starting …")}</p>
       ${progress?.total && html`<progress max=${progress.total} value=${progress.done} aria-label=${progress.phase} />`}
     `}
-    ${report && show(data)}
+    ${report && renderReport(data)}
   `;
 }

@@ -25,7 +25,7 @@ export function Studies({ query }) {
   return html`
     <${Heading} title="Compare settings" tab="Studies" />
     ${may("develop") && html`<${NewStudy} chosen=${query.get("job")} />`}
-    <${ReportList} kind="studies" title="Studies" member="training" columns=${["Base", "Varied"]}
+    <${ReportList} kind="studies" title="Studies" rowsField="training" columns=${["Base", "Varied"]}
       cells=${(each) => [each.models.map(shortName).join(", "), topicOf(each.request)]} empty="There are no studies yet. Choose a job and a question." />
   `;
 }
@@ -91,10 +91,10 @@ function settingsOf({ base, recipe, details }, preset, vary) {
 
 /** The page of one study. */
 export const StudyPage = ({ params }) => html`
-  <${ReportPage} kind="studies" id=${params.id} member="training" noun="study" home=${["studies", "Studies"]} tab="Study"
+  <${ReportPage} kind="studies" id=${params.id} rowsField="training" noun="study" list=${["studies", "Studies"]} tab="Study"
     title=${({ request, models }) => `${topicOf(request)} on ${models.map(shortName).join(", ")}`}
     actions=${({ report }) => report?.keep && may("develop") && html`<${Keep} keep=${report.keep} name=${report.chosen} />`}
-    show=${({ report }) => html`<${Report} report=${report} />`} />
+    renderReport=${({ report }) => html`<${Report} report=${report} />`} />
 `;
 
 function Report({ report }) {
