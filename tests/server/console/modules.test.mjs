@@ -335,6 +335,14 @@ test("a later model of the same name has no certificate of the job", async () =>
   }
 });
 
+test("training files have the names of the sources, files of folders keep theirs", async () => {
+  const { withSources } = await import(`${folder}/files.js`);
+  const sources = ["s3://bucket/intents.csv", "s3://bucket/more/"];
+  assert.equal(withSources("t01-00001.csv:12", sources), "intents.csv:12");
+  for (const name of ["t02-00003.jsonl", "h01-00001.jsonl", "rows.csv"]) assert.equal(withSources(name, sources), name);
+  assert.equal(withSources("t01-00001.csv", []), "t01-00001.csv");
+});
+
 test("corrected labels are grouped by file", () => {
   const issues = [{ file: "a", line: 3, likely_label: "x" }, { file: "b", row: 1, likely_label: "y" }, { file: "a", line: 9, likely_label: "z" }];
   assert.deepEqual(labelsByFile(issues), { a: { 3: "x", 9: "z" }, b: { 1: "y" } });

@@ -1,6 +1,7 @@
 // The certificate of a model: whether the model learned, its checks, its data and its training.
 
 import { LineChart } from "./charts.js";
+import { withSources } from "./files.js";
 import { bytes, duration, number, scoreText, shortName, time, words } from "./format.js";
 import { Chip, Facts, Said, Section, Table, html, link } from "./ui.js";
 import { verdictOf } from "./verdict.js";
@@ -14,25 +15,26 @@ const GATES = { passed: "good", warnings: "warning", refused: "error" };
 
 /**
  * All parts of a certificate. `view` is the answer of `GET /api/v1/models/ID/certificate`; `models` of the account have
- * the names of the lineage; `job` created the model.
+ * the names of the lineage; `job` of the API created the model.
  */
 export function Certificate({ view, models, job = null }) {
   const { certificate, lineage, shares, lower_is_better: errors } = view;
   const record = certificate.record ?? {};
   const metrics = record.metrics ?? {};
   const sets = { shares: new Set(shares), errors: new Set(errors) };
+  const fileName = (path) => withSources(shortName(path), job?.details.sources ?? []);
   return html`
     <${Section} title="Verdict">
       ${verdict(record, metrics, sets)} ${scores(metrics, sets)}
       ${baselines(metrics.comparison, sets)} ${curves(certificate)}
     <//>
     <${Section} title="Checks">
-      ${gate(record.data_report)} ${labelIssues(metrics.label_issues, job)} ${parity(record.parity)}
-      ${imported(record.checks)} ${reports(certificate.reports)}
+      ${gate(record.data_report, fileName)} ${labelIssues(metrics.label_issues, job)} ${parity(record.parity)}
+      ${imported(record.checks)} ${reports(certificate.reports, fileName)}
     <//>
-    <${Section} title="Lineage and data">${chain(certificate, lineage, models)} ${dataFiles(record)}<//>
+    <${Section} title="Lineage and data">${chain(certificate, lineage, models)} ${dataFiles(record, fileName)}<//>
     <${Section} title="Training">
-      ${made(record, certificate)} ${settings(record.recipe)} ${forecast(certificate.forecast)} ${energy(certificate.compute)}
+      ${made(record, certificate)} ${settings(record.recipe, fileName)} ${forecast(certificate.forecast)} ${energy(certificate.compute)}
     <//>
     <${Section} title="Unknown">
       ${certificate.missing?.length > 0 && html`<ul>${certificate.missing.map((each) => html`<li>${each}</li>`)}</ul>`}
@@ -112,7 +114,7 @@ function curves(certificate) {
   return html`<${LineChart} title="Loss during training" x="step" series=${series} />`;
 }
 
-function gate(report) {
+function gate(report, fileName) {
   if (!report) return null;
   const { rules = [], checks = [] } = report;
   return [
@@ -130,14 +132,14 @@ function gate(report) {
         html`<code>${each.rule}</code>`,
         html`<${Chip} kind=${each.severity}>${words(each.severity)}<//>`,
         number(each.count),
-        (each.first ?? []).map(shortName).join(", "),
+        (each.first ?? []).map(fileName).join(", "),
       ])} />`,
   ];
 }
 
 function labelIssues(found, job) {
   if (!found) return null;
-  const rows = found.issues > 0 && job && html`${" "}<a href=${link("jobs", job)}>Show the rows</a>`;
+  const rows = found.issues > 0 && job && html`${" "}<a href=${link("jobs", job.id)}>Show the rows</a>`;
   return html`<p>Label issues: ${number(found.issues)} of ${number(found.rows)} labels.${rows}</p>`;
 }
 
@@ -165,7 +167,7 @@ function imported(checks) {
     rows=${rows.map(([name, value]) => [words(name), shorten(textOf(value))])} />`;
 }
 
-function reports(kept) {
+function reports(kept, fileName) {
   if (!kept?.length) return null;
   return html`
     <h3>Reports stored with the model</h3>
@@ -176,7 +178,7 @@ function reports(kept) {
           <div class="inside">
             <${Facts} pairs=${[
               ["File", html`<code>${file}</code>`],
-              ["Measured on", Object.keys(report.data).map((name) => html`<div>${shortName(name)}</div>`)],
+              ["Measured on", Object.keys(report.data).map((name) => html`<div>${fileName(name)}</div>`)],
             ]} />
             ${resultView(report.result)}
           </div>
@@ -256,7 +258,7 @@ function relativeFacts(relative) {
   `;
 }
 
-function dataFiles(record) {
+function dataFiles(record, fileName) {
   const files = Object.entries(record.data?.sha256 ?? {});
   if (!files.length) return null;
   const { rows, validation_rows: held, dropped, truncated, tokens } = record.data;
@@ -270,7 +272,7 @@ function dataFiles(record) {
       ["Rows truncated", truncated ? number(truncated) : null],
     ]} />
     <${Table} caption="Hashes of the data files" columns=${["File", { name: "SHA-256", kind: "code" }]}
-      rows=${files.map(([name, digest]) => [shortName(name), html`<code>${digest}</code>`])} />
+      rows=${files.map(([name, digest]) => [fileName(name), html`<code>${digest}</code>`])} />
   `;
 }
 
@@ -291,14 +293,14 @@ function made({ metrics = {}, ...record }, certificate) {
   ]} />`;
 }
 
-function settings(recipe) {
+function settings(recipe, fileName) {
   if (!recipe) return null;
   const rows = Object.entries(recipe).flatMap(([group, fields]) =>
     fields && typeof fields === "object" && !Array.isArray(fields)
       ? Object.entries(fields).map(([name, value]) => [`${group}.${name}`, value])
       : [[group, fields]],
   );
-  const shown = (name, value) => (name.startsWith("data.") && typeof value === "string" ? shortName(value) : textOf(value));
+  const shown = (name, value) => (name.startsWith("data.") && typeof value === "string" ? fileName(value) : textOf(value));
   return html`
     <details>
       <summary>All settings</summary>

@@ -39,6 +39,16 @@ export async function learnNames(texts, signal) {
 /** Return a text with the known names of files instead of their addresses. */
 export const withNames = (text) => text.replace(ADDRESS, (address, id) => names.get(id) ?? address);
 
+/**
+ * Return a text with the names of a job's training files. Jobs store the files of the first source as `t01-00001.csv`,
+ * `t01-00002.csv` and so on. Files of a folder keep these names.
+ */
+export const withSources = (text, sources) =>
+  text.replace(/\bt(\d{2,})-\d{5}(\.\w+)*/g, (own, number) => {
+    const address = sources[number - 1] ?? "/";
+    return address.endsWith("/") ? own : shortName(withNames(address));
+  });
+
 /** Return the name of a file with the line, or with the number of a row that is no line. */
 export function placeOf({ file, line, row }) {
   const name = shortName(withNames(file ?? ""));

@@ -4,6 +4,7 @@ import { ApiError, call, may, pathOf } from "./api.js";
 import { Certificate } from "./certificate.js";
 import { ModelEvaluations } from "./evaluate.js";
 import { Exports } from "./exports.js";
+import { learnNames } from "./files.js";
 import { age, bytes, number } from "./format.js";
 import { BaseLink, MADE_FOR, StatusChip, allModels, deploymentsOf, languagesOf, loadedModels, nameOf, whereOf } from "./models.js";
 import { snippets } from "./snippets.js";
@@ -22,16 +23,17 @@ export function Model({ params }) {
   const path = pathOf("models", params.id);
   const found = useData(async (signal) => {
     const model = await call("GET", path, { signal });
-    const [certified, models, loaded, deployments] = await Promise.all([
+    const [certified, job, models, loaded, deployments] = await Promise.all([
       readCertificate(path, model, signal),
+      model.job && may("read") ? readJob(model.job, signal) : null,
       allModels(signal),
       model.kind === "custom" ? loadedModels(signal) : null,
       model.kind === "custom" && may("read") ? deploymentsOf(model, signal) : [],
     ]);
-    return { model, certified, models, loaded, deployments };
+    return { model, certified, job, models, loaded, deployments };
   });
   if (!found.data) return html`<${Pending} title="Model" ...${found} />`;
-  const { model, certified, models, loaded, deployments } = found.data;
+  const { model, certified, job, models, loaded, deployments } = found.data;
   const isCustom = model.kind === "custom";
   const active = isCustom && model.status === "Active";
   const certificate = certified?.certificate;
@@ -56,7 +58,7 @@ export function Model({ params }) {
     <${Facts} pairs=${[
       ["Id", html`<code>${model.id}</code>`],
       ["Trained from", model.base && html`<${BaseLink} arn=${model.base} models=${models} />`],
-      ["Created by job", model.job && html`<a href=${link("jobs", model.job)}>${model.job}</a>`],
+      ["Created by job", model.job && html`<a href=${link("jobs", model.job)}><bdi>${job?.name ?? model.job}</bdi></a>`],
       ["Imported from", model.source && html`<code>${model.source}</code>`],
       ["Created", model.created && html`<${Age} at=${model.created} />`],
       ["Deployed as", deployments.length > 0 ? html`<${DeploymentLinks} names=${deployments} />` : null],
@@ -68,7 +70,7 @@ export function Model({ params }) {
     <p class="soft">ARN <code>${model.arn}</code></p>
     ${active && html`<${Memory} path=${path} model=${model} first=${loaded[model.id]} />`}
     <${ErrorBox} error=${certified?.error} />
-    ${certificate && html`<${Certificate} view=${certified} models=${models} job=${model.job} />`}
+    ${certificate && html`<${Certificate} view=${certified} models=${models} job=${job} />`}
     ${(active || !isCustom) && may("read") && html`<${ModelEvaluations} model=${model} />`}
     ${(active || !isCustom) && html`<${Calls} model=${model} storedId=${certificate?.id ?? (isCustom ? null : model.name)} />`}
     ${active && may("read") && html`<${Exports} model=${model} />`}
@@ -100,6 +102,18 @@ async function readCertificate(path, model, signal) {
     return await call("GET", `${path}/certificate`, { signal });
   } catch (error) {
     if (error instanceof ApiError && error.status !== 401 && error.status !== 0) return { error };
+    throw error;
+  }
+}
+
+/** Return the job of a model, and learn the names of the job's files; null for a deleted job. */
+async function readJob(id, signal) {
+  try {
+    const job = await call("GET", pathOf("jobs", id), { signal });
+    await learnNames(job.details.sources ?? [], signal);
+    return job;
+  } catch (error) {
+    if (error.status === 404) return null;
     throw error;
   }
 }
