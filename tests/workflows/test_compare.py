@@ -28,7 +28,13 @@ from luthier.graders import Exact, Similarity
 from luthier.library.models import StoredModel, find
 from luthier.library.reports import reports_of
 from luthier.types import Message
-from luthier.workflows.compare import HeadToHead, check_leakage, check_measures, comparison_page
+from luthier.workflows.compare import (
+    HeadToHead,
+    check_leakage,
+    check_measures,
+    comparison_page,
+    unseen_labels,
+)
 from luthier.workflows.contenders import Contender, Contest, equal_pairs
 from luthier.workflows.estimate.budget import Prices, TokenPrices
 from luthier.workflows.evaluate import open_graders
@@ -52,6 +58,14 @@ def contender(
 def head_to_head(*contenders: Contender, **more: Any) -> HeadToHead:
     ordered = sorted(contenders, key=lambda each: -each.score.value)
     return HeadToHead("exact", len(contenders[0].score), ordered, **more)
+
+
+def test_rows_whose_label_has_no_training_row_are_counted() -> None:
+    held, train = (
+        [LabelledText("f", number, text=f"row {number}", label=label) for number, label in rows]
+        for rows in ([(1, "a"), (2, "b"), (3, ("a", "b"))], [(1, "a")])
+    )
+    assert (unseen_labels(held, train), unseen_labels(train, held)) == (2, 0)
 
 
 def test_a_difference_is_significant_after_holm_s_correction() -> None:

@@ -30,6 +30,7 @@ from luthier.files import read_text
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
+    from luthier.types import Row
     from luthier.workflows.compare import HeadToHead
 
 
@@ -120,10 +121,18 @@ def compare(
     chosen = resolve_graders(graders, grader_settings or {})
     rows = load_graded(data, columns, (chosen or {}).values())
     known, train_columns = models[0].manifest.recipe or {}, columns
+    further: list[Row] = []
     learned = known.get("data", {}).get("train")
     if train is None and isinstance(learned, str) and Path(learned).exists():
         train, train_columns = learned, known["data"].get("columns")
-        reporter.note(f"Examples: {learned}, the training rows of {models[0].id}")
+        mixed = [
+            each["train"] for each in known["data"].get("mix", ()) if Path(each["train"]).exists()
+        ]
+        further = [
+            row for path in mixed for row in load_rows(path, train_columns, accepts_own_keys=True)
+        ]
+        files = ", ".join([learned, *mixed])
+        reporter.note(f"Examples: {files}, the training rows of {models[0].id}")
     if local := next((each for each in rival if "url" not in address_fields(each)), None):
         raise RecipeError(f"the rival {local} is no address. Write https://host/v1#model")
     prompts = {path.name: read_text(path).strip() for path in prompt}
@@ -132,7 +141,7 @@ def compare(
             rows,
             find(base or models[0].root),
             models,
-            load_rows(train, train_columns) if train is not None else (),
+            [*load_rows(train, train_columns), *further] if train is not None else (),
             load_texts(documents),
             chosen,
             max_tokens,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.chat_models.base import ChatModel
 from luthier.data.shapes import of_shape
+from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.texts import LabelledText
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.significance import Difference, RowScores, as_gain, differences
@@ -389,6 +390,11 @@ def compare(
     # Before the first contender, because a wrong column must not cost a comparison.
     groups = _groups(rows, records or {}, paraphrases) if paraphrases is not None else []
     labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
+    if train and (unseen := unseen_labels(rows, train)):
+        remarks.append(
+            f"{unseen:,} of {len(rows):,} rows have a label of no training row, which examples and "
+            "baselines cannot give"
+        )
     generative = [base] if base and base.writes else []
     if judge is not None and (labelled or not generative):
         raise RecipeError(
@@ -528,6 +534,12 @@ def _predicts_untrained(base: StoredModel, tuned: Sequence[StoredModel]) -> bool
     if first is None or base.writes or begins_random(base.id):
         return False
     return sole_objective(base.kind) == first.objective.method
+
+
+def unseen_labels(rows: Sequence[Row], train: Sequence[Row]) -> int:
+    """Return the number of rows with a label that no training row has."""
+    known = {name for row in train if isinstance(row, Labelled) for name in row.labels}
+    return sum(isinstance(row, Labelled) and not known.issuperset(row.labels) for row in rows)
 
 
 def check_measures(measures: Mapping[str, str]) -> None:
