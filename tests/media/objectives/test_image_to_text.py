@@ -155,6 +155,16 @@ def test_a_network_without_a_decoder_is_refused(family_folder: Callable[[str], P
     assert refused.value.rule == "objective.network"
 
 
+def test_letters_are_added_to_letters_of_rows_without_decoder_only(
+    chat: ChatFormat, family_folder: Callable[[str], Path]
+) -> None:
+    line = replace(rows()[0], caption="nana")
+    fitted = ImageToText(letters="zza").fit([line], load_chat_format(family_folder("pp_ocr")))
+    assert fitted.letters == "zan"
+    with pytest.raises(RecipeError):
+        ImageToText(letters="z").bind(RunModels(chat))
+
+
 LINES = ["no one", "ẽn", "yes"]
 """Texts with letters that the tiny reader of columns knows, and with new letters."""
 

@@ -70,7 +70,7 @@ class ImageToText(Objective):
     """Weight of CTC on image columns. Default: 0.5 for new line encoders, otherwise 0."""
 
     letters: str = ""
-    """Letters to read with a network without a decoder. Default: the letters of the training rows."""
+    """Letters to read in addition to letters of the training rows, without a decoder."""
 
     task: ClassVar[Task] = TRANSCRIPTION
     shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image"})
@@ -97,6 +97,12 @@ class ImageToText(Objective):
                 "as TrOCR",
                 rule="objective.network",
             )
+        if chat.decoder is not None and self.letters:
+            raise RecipeError(
+                "`objective.letters` does not apply to a network with a decoder, whose tokenizer "
+                "has all letters. Remove the setting",
+                setting="objective.letters",
+            )
         if chat.decoder is None and isinstance(models.learned, ImageToText):
             # The head of a custom model has its letters before all new letters.
             letters = _distinct(models.learned.letters + self.letters)
@@ -111,8 +117,8 @@ class ImageToText(Objective):
         """Set the maximum number of tokens from the longest text, or the letters from all texts."""
         texts = [row.caption for row in rows if isinstance(row, CaptionedImage)]
         if chat.decoder is None:
-            letters = self.letters or "".join(sorted({*"".join(texts)}))
-            return self.model_copy(update={"letters": letters})
+            letters = "".join(sorted({*"".join(texts)}))
+            return self.model_copy(update={"letters": _distinct(self.letters + letters)})
         if self.max_tokens is not None:
             return self
         longest = max(len(chat.text_tokenizer.tokens(text, first=False)) for text in texts)
