@@ -170,7 +170,7 @@ def load_model(
         model.base_model.pooler = None
     other = {name for name, *_ in loaded["mismatched_keys"]}
     if head.letters:
-        other -= _restore_letters(model, folder, other)
+        other -= _restore_letters(model, folder, other & head_weights(model))
     absent = set(loaded["missing_keys"]) | other
     # transformers would initialize missing weights with only a warning.
     check_complete(absent - _head_names(model) - unused, f"{folder} ({kind})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
@@ -19,11 +20,11 @@ import luthier
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, CaptionedImage
-from luthier.errors import RecipeError, RowRefused
+from luthier.errors import RecipeError, RowRefused, UnknownModel
 from luthier.library import models as store
 from luthier.media.objectives.image_to_text import ImageToText
 from luthier.models.folder import ModelFolder
-from luthier.models.formats.tensors import load_tensors
+from luthier.models.formats.tensors import load_tensors, save_tensors
 from luthier.models.load import as_network, load_model
 from luthier.models.networks.heads import EMBEDDING_HEAD
 from luthier.models.networks.network import Network
@@ -193,6 +194,17 @@ def test_new_letters_are_added_and_known_letters_keep_their_weights(
     torch.testing.assert_close(known, stored["head.head.weight"])
     assert new.abs().min() > 0
     torch.testing.assert_close(network.model.head.head.bias[:6], stored["head.head.bias"])
+
+
+def test_wrong_shape_outside_the_head_is_refused_with_new_letters(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(family_folder("pp_ocr"), tmp_path / "reader")
+    weights = load_tensors(folder / "model.safetensors")
+    name = next(name for name, weight in weights.items() if weight.dim() == 4)
+    save_tensors(weights | {name: weights[name][:1]}, folder / "model.safetensors")
+    with pytest.raises(UnknownModel):
+        load_model(folder, torch.float32, CPU, ImageToText(letters="z").head())
 
 
 @torch.no_grad()
