@@ -81,7 +81,8 @@ class ImageToText(Objective):
         min_epochs=3,
         max_epochs=20,
         bases={"image": "pp-ocrv6-small"},
-        min_steps=3_000,  # the network must learn where to look before any letter
+        min_steps=240,
+        scratch_steps=3_000,  # the network must learn where to look before any letter
     )
 
     def bind(self, models: RunModels) -> Self:
