@@ -88,7 +88,7 @@ PP_OCRV6_SMALL = CatalogEntry(
     licence="Apache-2.0",
     download_bytes=27_288_134,
     disk_bytes=100_000_000,
-    about="PP-OCRv6 small (Baidu, 2026), reader of printed lines of 18,709 letters; reads 48 x 960",
+    about="PP-OCRv6 small (Baidu, 2026), CTC text recognizer of 18,709 letters; reads 48 x 960",
     config=CONFIG,
     media="image",
 )

@@ -1,4 +1,4 @@
-"""Conversion of PP-OCR's reader of text lines from ONNX into a Hugging Face folder.
+"""Conversion of PP-OCR's CTC text recognizer from ONNX into a Hugging Face folder.
 
 The network is transformers' ``PPOCRV6SmallRecForTextRecognition``: convolutions (PP-LCNetV4), two
 transformer layers over the columns of a line (SVTR, Du et al. 2022, arXiv:2205.00159), and a linear
@@ -30,7 +30,7 @@ _WEIGHTS = ("conv2d_", "batch_norm2d_", "linear_", "helper.reshape.", "p2o.pd_op
 
 
 def convert_pp_ocr(name: str, folder: Path, target: Path) -> None:
-    """Write the reader in the ONNX file ``folder/name`` as a Hugging Face folder in float32.
+    """Write the network in the ONNX file ``folder/name`` as a Hugging Face folder in float32.
 
     Raises:
         CorruptFile: if the file contains another network.

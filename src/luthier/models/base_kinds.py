@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from luthier.errors import UnknownModel
 from luthier.models.formats.pipelines import MODEL_TYPE
-from luthier.models.networks.modalities import COLUMN_READERS
+from luthier.models.networks.modalities import CTC_FAMILIES
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ KINDS = {
     "adversarial": BaseKind("gan", ("TEXT", "IMAGE"), families=("dcgan",)),
     "denoising": BaseKind("diffusion", ("TEXT", "IMAGE"), families=("unet", MODEL_TYPE)),
     "image_to_text": BaseKind(
-        "image_to_text", ("IMAGE", "TEXT"), families=("vision-encoder-decoder", *COLUMN_READERS)
+        "image_to_text", ("IMAGE", "TEXT"), families=("vision-encoder-decoder", *CTC_FAMILIES)
     ),
 }
 """Kinds by name, as manifests and the catalogue store them."""

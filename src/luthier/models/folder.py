@@ -43,6 +43,7 @@ from luthier.models.networks.heads import FITTED, Head, HeadKind, has_masks, hea
 from luthier.models.networks.modalities import (
     context_length,
     input_shape,
+    is_ctc_recognizer,
     media_config,
     text_fields,
     text_part_config,
@@ -288,7 +289,7 @@ def for_head(config: Any, head: Head) -> Any:
         config.rescale_every = 0
     if hasattr(config, "encoder") and head.kind in ("embedding", "token_classification"):
         config.is_encoder_decoder = False  # T5Gemma encodes texts without the decoder
-    if head.letters and hasattr(config, "letters"):
+    if head.letters and is_ctc_recognizer(config):
         new = (letter for letter in head.letters if letter not in config.letters)
         config.letters += "".join(new)
         config.head_out_channels = 1 + len(config.letters)

@@ -528,7 +528,7 @@ def check_models(
 def _predicts_untrained(base: StoredModel, tuned: Sequence[StoredModel]) -> bool:
     """Return whether ``base`` predicts what the first predictor of ``tuned`` does.
 
-    A recognizer of text lines does, and an encoder of texts needs a new head.
+    A CTC text recognizer does, and a text encoder needs a new head.
     """
     first = next((each for each in tuned if not each.writes), None)
     if first is None or base.writes or begins_random(base.id):

@@ -167,12 +167,12 @@ def test_letters_are_added_to_letters_of_rows_without_decoder_only(
 
 
 LINES = ["no one", "ẽn", "yes"]
-"""Texts with letters that the tiny reader of columns knows, and with new letters."""
+"""Texts with letters that the tiny CTC text recognizer knows, and with new letters."""
 
 
 @pytest.fixture
 def reader(family_folder: Callable[[str], Path]) -> tuple[Network, ImageToText, list[Example]]:
-    """Return a reader of columns with the letters of :data:`LINES`, the objective and examples."""
+    """Return a CTC text recognizer with the letters of :data:`LINES`, the objective and examples."""
     folder = family_folder("pp_ocr")
     chat = load_chat_format(folder)
     images = [replace(row, caption=text) for row, text in zip(rows(), LINES, strict=False)]
@@ -264,7 +264,7 @@ def test_texts_of_more_letters_than_columns_are_refused(
 
 
 @torch.no_grad()
-def test_reader_of_columns_without_head_is_an_encoder(
+def test_ctc_recognizer_without_head_is_an_encoder(
     reader: tuple[Network, ImageToText, list[Example]], family_folder: Callable[[str], Path]
 ) -> None:
     model = load_model(family_folder("pp_ocr"), torch.float32, CPU, EMBEDDING_HEAD)

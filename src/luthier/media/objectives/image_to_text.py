@@ -34,7 +34,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.transcription import character_errors, word_errors
 from luthier.media.tasks import TRANSCRIPTION
 from luthier.models.networks.heads import Head
-from luthier.models.networks.modalities import COLUMN_WIDTH
+from luthier.models.networks.modalities import COLUMN_WIDTH, is_ctc_recognizer
 from luthier.objectives.base import Objective, RunModels, TrainingDefaults, chat_of
 from luthier.objectives.means import MOST_ROW_SCORES
 from luthier.tasks import Task
@@ -90,12 +90,16 @@ class ImageToText(Objective):
         the letters of a custom model."""
         chat, network = models.chat, models.network
         # The format of a network without a decoder does not say what the network predicts.
-        reads = chat.decoder is not None or network is None or "letters" in network.fields
+        reads = (
+            chat.decoder is not None
+            or network is None
+            or is_ctc_recognizer(network.config(self.head()))
+        )
         if chat.media is None or not reads:
             raise RecipeError(
-                "image_to_text needs an image encoder with a text decoder, or a reader of columns. Use "
-                "base=pp-ocrv6-small, base=small-ocr, or a VisionEncoderDecoder of transformers such "
-                "as TrOCR",
+                "image_to_text needs an image encoder with a text decoder, or a CTC text recognizer. "
+                "Use base=pp-ocrv6-small, base=small-ocr, or a VisionEncoderDecoder of transformers "
+                "such as TrOCR",
                 rule="objective.network",
             )
         if chat.decoder is not None and self.letters:
@@ -190,16 +194,16 @@ class ImageToText(Objective):
         training. Without a decoder, return the CTC loss alone."""
         from luthier.objectives.logprobs import weighted_nll
 
+        layout: Any = network.layout
         if chat_of(network).decoder is None:
             classes = _classes(network.model.config.letters)
             rows = [map(chr, row.target) for row in batch.tree.examples if row.target is not None]
             # Letters of held-out rows alone have no class.
             known = [[classes[letter] for letter in row if letter in classes] for row in rows]
             texts = [np.array(row, dtype=np.int64) for row in known]
-            return Loss(ctc_loss(_column_scores(network, batch), texts, BLANK))
+            return Loss(ctc_loss(layout.scores(network.model, batch.plan), texts, BLANK))
         if not (self.ctc_weight and network.model.training):
             return Loss(weighted_nll(network, batch))
-        layout: Any = network.layout
         encoded_RSH = layout.encode(network.model, batch.plan)
         batch = replace(batch, plan=replace(batch.plan, encoded_RSH=encoded_RSH))
         nll = weighted_nll(network, batch)
@@ -240,8 +244,7 @@ class ImageToText(Objective):
         """Return text and probability of each row in the order of the tree.
 
         ``probability`` covers all tokens, including the end token; without a decoder, the classes of
-        all columns. A text of ``max_tokens`` tokens
-        without an end token has ``"cut": True``.
+        all columns. A text of ``max_tokens`` tokens without an end token has ``"cut": True``.
         """
         from luthier.models.decoding.sampler import sample
         from luthier.models.decoding.sampling import Sampling
@@ -288,12 +291,6 @@ def ctc_loss(scores_RSV: Tensor, texts: Sequence[IntArray], blank: int) -> Tenso
     return loss
 
 
-def _column_scores(network: Network, batch: TreeBatch) -> Tensor:
-    layout: Any = network.layout
-    scores_RSV: Tensor = layout.scores(network.model, batch.plan)
-    return scores_RSV
-
-
 def _distinct(letters: str) -> str:
     return "".join(dict.fromkeys(letters))
 
@@ -307,8 +304,9 @@ def _read_columns(network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
     """Return text and probability of the likeliest classes of the columns of each row."""
     import torch
 
+    layout: Any = network.layout
     letters = network.model.config.letters
-    best_RS = _column_scores(network, batch).float().log_softmax(-1).max(-1)
+    best_RS = layout.scores(network.model, batch.plan).float().log_softmax(-1).max(-1)
     answers = []
     for class_S, logp_S in zip(best_RS.indices, best_RS.values, strict=True):
         found = torch.unique_consecutive(class_S).tolist()

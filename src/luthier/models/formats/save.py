@@ -15,7 +15,7 @@ from luthier.models.networks.heads import (
     INNER_HEADS,
     head_kind,
     head_weights,
-    reads_columns,
+    scores_letters,
     set_new_weights,
 )
 
@@ -116,7 +116,7 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
     with torch.random.fork_rng([]), leave_undrawn():
         adaptation.attach(model)
     new = head_weights(model)
-    if reads_columns(model):
+    if scores_letters(model):
         # Letters that a later training adds are the last rows, and keep their initial weights.
         for name in new & (own := adapter_tensors(model)).keys():
             stored = stored_name(model, adaptation, name)

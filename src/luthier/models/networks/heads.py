@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from luthier.errors import RecipeError
 from luthier.files import read_json
 from luthier.models.networks.modalities import (
-    COLUMN_READERS,
     input_shape,
+    is_ctc_recognizer,
     is_dual_encoder,
     media_config,
     reads_images_in_text,
@@ -124,7 +124,7 @@ class Head:
     pooling: Literal["mean"] | None = None
     """Pooling of a BERT classifier. Default: the family's pooling."""
     letters: str = ""
-    """Letters that a reader of image columns must know, in addition to the stored letters."""
+    """Letters of a CTC text recognizer in addition to the stored letters."""
 
     def settings(self) -> dict[str, Any]:
         """Return the corresponding fields of transformers' configuration."""
@@ -291,9 +291,9 @@ def peft_task(model: nn.Module) -> str:
     return "SEQ_2_SEQ_LM" if kind == "causal_lm" and decoder_of(model) else HEADS[kind].peft
 
 
-def reads_columns(model: Any) -> bool:
-    """Return True for networks with scores of letters for each column of a text line."""
-    return head_kind(model) == "image_to_text" and model.config.model_type in COLUMN_READERS
+def scores_letters(model: Any) -> bool:
+    """Return True for CTC text recognizers; their backbone alone is an image encoder."""
+    return head_kind(model) == "image_to_text" and is_ctc_recognizer(model.config)
 
 
 def frozen_parts(model: nn.Module) -> tuple[str, ...]:
@@ -332,7 +332,7 @@ def head_modules(model: nn.Module) -> list[str]:
     """
     from torch import nn
 
-    if HEADS[head_kind(model)].pretrained and not reads_columns(model):
+    if HEADS[head_kind(model)].pretrained and not scores_letters(model):
         return []
     prefix = getattr(model, "base_model_prefix", "")
     shared = {id(weight) for weight in model.base_model.parameters()}  # type: ignore[union-attr]

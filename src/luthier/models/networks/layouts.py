@@ -95,7 +95,7 @@ class Layout:
 def layout_of(model: Any, is_bidirectional: bool) -> Layout:
     """Return the layout of ``model``. For the flat layout, the model's attention is replaced."""
     if media_config(model.config) is not None:
-        if heads.reads_columns(model):
+        if heads.scores_letters(model):
             return ImageColumns()
         if text_config(model.config) is None:
             return MediaLayout(model)

@@ -33,11 +33,11 @@ _MEDIA_CLASSES = (
     "AutoModelForTextRecognition",
 )
 """Automatic classes of networks without a vocabulary, for images or spectrograms."""
-COLUMN_READERS = frozenset({"pp_ocrv6_small_rec"})
-"""Families with scores of all letters for each column of a text line, and without a decoder. The field
-``letters`` of the configuration lists the letters of all classes except the first, the blank."""
+CTC_FAMILIES = frozenset({"pp_ocrv6_small_rec"})
+"""Families of CTC text recognizers: scores of all letters for each column of a text line, and no
+decoder. The field ``letters`` of the configuration lists all classes except the first, the blank."""
 COLUMN_WIDTH = 8
-"""Width of a column of :data:`COLUMN_READERS` in pixels, the product of all strides."""
+"""Width of a column of :data:`CTC_FAMILIES` in pixels, the product of all strides."""
 IMAGES_IN_TEXT = frozenset({"idefics3", "smolvlm"})
 """Families that luthier loads whole, for images between the tokens of a text
 (:mod:`luthier.models.networks.vision_language`)."""
@@ -152,6 +152,11 @@ def reads_images_in_text(config: Any) -> bool:
 def is_dual_encoder(config: Any) -> bool:
     """Return True for networks with one encoder for images and one encoder for text."""
     return getattr(config, "model_type", "") in _PARTS and not config.is_encoder_decoder
+
+
+def is_ctc_recognizer(config: Any) -> bool:
+    """Return True for CTC text recognizers that list their letters."""
+    return config.model_type in CTC_FAMILIES and hasattr(config, "letters")
 
 
 def reads_sound(config: Any) -> bool:
