@@ -263,13 +263,16 @@ def measure_of(found: Found) -> str:
 
 
 def differences(stored: Mapping[str, Found]) -> list[tuple[str, float, float]]:
-    """Return name, difference and error of all configurations with a score in percent."""
+    """Return name, difference and error of the configurations with a score in percent.
+
+    Prompts are left out, because replies of an untuned base are 100 points worse.
+    """
     return [
         (f"{preset}, {name}: {row['name']}", 100 * row["difference"], 100 * row["difference_error"])
         for preset, sets in stored.items()
         for name, each in sets.items()
         for row in each["rows"]
-        if row.get("is_share") and "difference" in row
+        if row.get("is_share") and "difference" in row and preset != "prompts"
     ]
 
 
