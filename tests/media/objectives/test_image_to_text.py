@@ -201,7 +201,8 @@ def test_wrong_shape_outside_the_head_is_refused_with_new_letters(
 ) -> None:
     folder = shutil.copytree(family_folder("pp_ocr"), tmp_path / "reader")
     weights = load_tensors(folder / "model.safetensors")
-    name = next(name for name, weight in weights.items() if weight.dim() == 4)
+    backbone = (name for name in weights if name.startswith("model."))
+    name = next(name for name in backbone if weights[name].dim() == 4 and len(weights[name]) > 1)
     save_tensors(weights | {name: weights[name][:1]}, folder / "model.safetensors")
     with pytest.raises(UnknownModel):
         load_model(folder, torch.float32, CPU, ImageToText(letters="z").head())
