@@ -90,7 +90,7 @@ def grouped(rows: Iterable[Found], *keys: str) -> dict[tuple[Any, ...], list[Fou
 
 
 def mean_of(rows: Iterable[Found], key: str) -> float:
-    return mean(row[key] for row in rows)
+    return float(mean(row[key] for row in rows))
 
 
 def tables(found: Found) -> dict[str, str]:

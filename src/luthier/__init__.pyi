@@ -328,7 +328,7 @@ def predict(
     reporter: Reporter | None = None,
 ) -> Predictions: ...
 def pretrain(
-    data: str | Path | Rows,
+    data: str | Path | Rows | Sequence[str | Path],
     *,
     resume: bool = False,
     processes: int = 1,

@@ -22,6 +22,7 @@ from luthier.models.process_group import ProcessGroup
 _SOURCES = ("data", "source", "prompts", "input", "validation", "test", "train", "corpus")
 """Parameters for rows."""
 _SOURCE_TYPE = "str | Path | Rows"
+_FILES = "Sequence[str | Path]"
 _PATHS = (Path | str, Path | str | None)
 _FIELDS = inspect.Parameter.VAR_KEYWORD
 _HELD_OUT = ("evaluate", "compare", "predict", "judge")
@@ -134,6 +135,7 @@ def _public_signature(function: Callable[..., Any], own: inspect.Signature) -> i
         elif each.name in _SOURCES and not (each.name in ("validation", "test") and each.default):
             rest = [one for one in str(kind).split(" | ") if one not in ("str", "Path")]
             text = [_SOURCE_TYPE] + [one for one in ("Recipe",) if one in rest]
+            text += [_FILES] * ("Sequence[" in str(kind))
             kind = " | ".join(text + (["None"] if each.default is None else []))
         elif kind in (Path, Path | None):
             kind = kind | str
