@@ -121,6 +121,7 @@ def predict(
         RefusedInput: for unreadable rows, or a model that generates text or images.
     """
     with heavy_imports():
+        from luthier.data.inputs import is_media
         from luthier.data.prompts import input_row
         from luthier.engine.metrics import Reporter
         from luthier.inference.prediction import Predictor
@@ -146,6 +147,8 @@ def predict(
     is_shared = shared.check(input, output)
     stored = check_active(find(model, is_able=Predictor.is_able))
     objective = Predictor.check(stored)
+    if text and is_media(text) and stored.chat.reads != "text" and not Path(text).is_file():
+        raise RecipeError(f"There is no file {text}. Check the path for a spelling mistake.")
     threshold = objective.decision_threshold
     if ignores_classes(stored):
         reporter.note(f"{stored.id} has classes of its pre-training only: the output is embeddings")
