@@ -140,8 +140,8 @@ def write_page() -> None:
     """Write the tables of the page and the figures."""
     found, text = json.loads(STORED.read_text()), PAGE.read_text()
     for name, body in tables(found).items():
-        mark = re.compile(rf"(<!-- {name}: .*? -->\n).*?(\n<!-- end -->)", re.S)
-        text = mark.sub(lambda match, body=body: match[1] + body + match[2], text)  # type: ignore[misc]
+        mark = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- end -->)", re.S)
+        text = mark.sub(lambda match, body=body: match[1] + body + "\n" + match[2], text)  # type: ignore[misc]
     PAGE.write_text(text)
     for name, paint in (("recurrence", paint_lengths), ("normalization", paint_places)):
 
