@@ -208,7 +208,7 @@ def test_problems_of_same_cause_are_grouped(tmp_path: Path, tiny_model_folder: P
 @pytest.mark.parametrize(
     ("more", "kind", "text"),
     [
-        (["--base", "no-such-model"], "UnknownModel", "smollm2-135m-instruct"),
+        (["--base", "no-such-model"], "UnknownModel", "no-such-model"),
         (["--base", "./no/such/folder"], "UnknownModel", "no/such/folder"),
         (["--base", "tiny-llama:none"], "UnknownModel", "tiny-llama:none"),
         (["--set", "adaptation.rnk=8"], "RecipeError", "did you mean `adaptation.rank`?"),

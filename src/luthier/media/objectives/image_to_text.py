@@ -195,7 +195,7 @@ class ImageToText(Objective):
         from luthier.objectives.logprobs import weighted_nll
 
         layout: Any = network.layout
-        if chat_of(network).decoder is None:
+        if is_ctc_recognizer(network.model.config):
             classes = _classes(network.model.config.letters)
             rows = [map(chr, row.target) for row in batch.tree.examples if row.target is not None]
             # Letters of held-out rows alone have no class.
