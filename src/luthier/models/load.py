@@ -170,7 +170,9 @@ def load_model(
         model.base_model.pooler = None
     other = {name for name, *_ in loaded["mismatched_keys"]}
     if head.letters:
-        other -= _restore_letters(model, folder, other & head_weights(model))
+        known = other & head_weights(model)
+        _restore_letters(model, folder, known)
+        other -= known
     absent = set(loaded["missing_keys"]) | other
     # transformers would initialize missing weights with only a warning.
     check_complete(absent - _head_names(model) - unused, f"{folder} ({kind})")
@@ -182,16 +184,12 @@ def load_model(
 
 
 @torch.no_grad()
-def _restore_letters(model: nn.Module, folder: Path, names: Collection[str]) -> set[str]:
-    """Copy the stored scores of known letters into a head with new letters behind the known ones.
-
-    Returns the names of the weights.
-    """
+def _restore_letters(model: nn.Module, folder: Path, names: Collection[str]) -> None:
+    """Copy the stored scores of known letters into a head with new letters behind the known ones."""
     for path in weight_files(folder) if names else ():
         for name, stored in load_tensors(path).items():
             if name in names:
                 model.get_parameter(name)[: len(stored)] = stored
-    return set(names)
 
 
 @torch.no_grad()

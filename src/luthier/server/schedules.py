@@ -16,7 +16,7 @@ from luthier.errors import QuotaExceeded
 from luthier.limits import AccountQuotas
 from luthier.server.auto_retraining import request_draft
 from luthier.server.identifiers import model_name, stored_id_of
-from luthier.server.jobs.measurements import check_measurement, columns_of
+from luthier.server.jobs.measurements import check_measurement, columns_of, learned_columns
 from luthier.server.jobs.submit import submit_report
 from luthier.server.periodic import PeriodicThread
 from luthier.server.promotion import UnknownName, find_deployment
@@ -59,7 +59,9 @@ def set_schedule(
     with database.read() as session:
         endpoint = find_deployment(session, arns, account, deployment)
         measured = _model_of(session, endpoint)
-    columns = request["columns"] or columns_of(locations, account, measured, request["rows"])
+    columns = request["columns"] or columns_of(
+        locations, account, learned_columns(measured), request["rows"]
+    )
     request = {**request, "columns": columns}
     check_measurement(locations, account, EVALUATION, request, [measured])
     made = EvaluationSchedule(

@@ -39,10 +39,9 @@ def learned_columns(model: MeasuredModel) -> dict[str, str]:
 
 
 def columns_of(
-    locations: Locations, account: str, model: MeasuredModel, address: str
+    locations: Locations, account: str, columns: dict[str, str], address: str
 ) -> dict[str, str]:
-    """Return the learned columns of a model if the rows at ``address`` have the columns."""
-    columns = learned_columns(model)
+    """Return ``columns``, learned by a model, if the rows at ``address`` have the columns."""
     wanted = {name for name in columns.values() if name}
     if not wanted:
         return {}

@@ -244,7 +244,7 @@ def _create(
     request = request_of(context.locations, call.account, body)
     learned = learned_columns(models[0])
     request["columns"] = body.columns or columns_of(
-        context.locations, call.account, models[0], request["rows"]
+        context.locations, call.account, learned, request["rows"]
     )
     # One set of columns must read both files.
     if kind == COMPARISON and not request["training"] and request["columns"] == learned:
