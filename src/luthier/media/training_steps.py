@@ -152,7 +152,8 @@ class GenerativeVerdict(TrainingStep):
         if copied := objective.describe_copies(network, examples, trainer.reading_budget):
             verdict = replace(verdict, text=f"{verdict.text}. {copied}")
         steps = trainer.progress.step
-        if not trainer.is_final and (usual := advised_steps(trainer.job, steps)):
+        overfitted = verdict.outcome == "overfitted"
+        if not (trainer.is_final or overfitted) and (usual := advised_steps(trainer.job, steps)):
             noun = PLURAL[trainer.job.chat.reads]
             advice = (
                 f"{steps:,} steps from random weights are few for {noun}: try "
