@@ -21,6 +21,7 @@ from pages import (
     device,
     diseases,
     domain_text,
+    drawing_style,
     mail,
     old_scripts,
     pictures,
@@ -63,6 +64,7 @@ PARTS = (
     brand_copy,
     translation,
     old_scripts,
+    drawing_style,
 )
 """The use cases in the order of the index page."""
 USES = {part.USE.name: part.USE for part in PARTS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from defaults import rows_of
-from pages.bench import ROWS, Bench, Colours, Found, Use, first_rows, percent
+from pages.bench import PACKED, Bench, Colours, Found, Use, first_rows, percent
 
 WITHOUT, WITH = "task alone", "text first"
 """Configurations of the preset `domain`."""
@@ -66,7 +66,7 @@ USE = Use(
     "entity F1",
     "Rows: SOFC-Exp corpus (Friedrich et al. 2020), CC BY 4.0; a cut. Papers: CC BY, their "
     "authors are listed in NOTICE.md.",
-    tuple(f"examples/domain-text/{name}" for name in (*ROWS, "papers.jsonl.gz")),
+    tuple(f"examples/domain-text/{name}" for name in (*PACKED, "papers.jsonl.gz")),
     "Entity F1 with and without the text stage, with intervals and seeds",
     paint,
     collect,

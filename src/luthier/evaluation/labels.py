@@ -32,6 +32,19 @@ def single_labels(
     return pairs if len(pairs) == len(rows) else []
 
 
+def certainty(answer: Mapping[str, Any]) -> float:
+    """Return the margin between the two most likely labels; with several labels, the smallest
+    distance of a probability from 0.5.
+
+    Rows with the least margin teach a classifier most (margin sampling, Scheffer et al. 2001,
+    doi:10.1007/3-540-44816-0_31).
+    """
+    probabilities = sorted(answer["scores"].values())
+    if not isinstance(answer["label"], str):
+        return min(abs(each - 0.5) for each in probabilities)
+    return float(probabilities[-1] - probabilities[-2])
+
+
 def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return remarks about single labels: uncertainty and frequent mistakes.
 

@@ -123,19 +123,30 @@ class Predictor:
                 own = [next(predictions) for _ in parts]
                 answers.append(self.objective.task.combine(own, self.threshold))
         keep_likeliest(answers, top)
+        row_of = [index for index, parts in enumerate(sides) for _ in parts]
         for index in truncated:
-            answers[index]["truncated"] = True
+            answers[row_of[index]]["truncated"] = True
         return answers
 
     def embed_rows(
-        self, rows: Sequence[Row], done: Done = lambda count: None
+        self,
+        rows: Sequence[Row],
+        done: Done = lambda count: None,
+        on_truncated: Done = lambda count: None,
     ) -> NDArray[np.float32]:
         """Return embeddings ``[N, H]`` of bare rows; the latents of an autoencoder.
 
+        Args:
+            rows: the rows; rows longer than the context are truncated.
+            done: receives the number of embedded rows.
+            on_truncated: receives the number of truncated rows, if any.
+
         Raises:
-            DataError: with every row that is unreadable or longer than the context.
+            DataError: with every unreadable row.
         """
-        examples, _ = self._encode_rows(rows)
+        examples, truncated = self._encode_rows(rows)
+        if truncated:
+            on_truncated(len(truncated))
         arrays: list[NDArray[np.float32]] = []
         for start in range(0, len(examples), BLOCK_ROWS):
 
@@ -254,14 +265,15 @@ class Predictor:
         """Return the encoded rows, and the indices of truncated rows.
 
         Raises:
-            DataError: with every unsupported row, and every long row if the objective does not
-                truncate.
+            DataError: with every unsupported row, and every long row if neither the objective nor
+                an embedding truncates.
         """
         examples, truncated, problems = list[Example](), list[int](), list[Problem]()
+        truncates = self.objective.task.embeds or self.objective.long_rows() == "truncate"
         for index, row in enumerate(rows):
             try:
                 example = self.encode(row, index)
-                if len(example) > self.context and self.objective.long_rows() == "truncate":
+                if len(example) > self.context and truncates:
                     example = self.objective.truncate(example, self.context)
                     truncated.append(index)
                 if len(example) > self.context:

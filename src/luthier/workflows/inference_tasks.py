@@ -37,6 +37,8 @@ REASONING = "reasoning"
 """Key of the reasoning before a completion, in printed and written records."""
 NUMBERS = "numbers"
 """Count of the numbers of all embeddings."""
+TRUNCATED = "truncated"
+"""Count of the rows that were longer than the context."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,11 @@ class EmbedTask(InferenceTask):
 
         def answer(rows: Sequence[InputRow], done: OnDone) -> ShardAnswer:
             contents: list[Row] = [row.content for row in rows]
-            row_NH = predictor.embed_rows(contents, done)
-            counts = {NUMBERS: row_NH.size}
+            counts = {NUMBERS: 0, TRUNCATED: 0}
+            row_NH = predictor.embed_rows(
+                contents, done, lambda count: counts.update({TRUNCATED: count})
+            )
+            counts[NUMBERS] = row_NH.size
             if self.form == "npy":
                 return ShardAnswer(row_NH.astype("<f4").tobytes(), counts)
             found = zip(self.records(rows), contents, row_NH, strict=True)

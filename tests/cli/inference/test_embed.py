@@ -109,6 +109,22 @@ def test_images_are_named_with_their_class(
     assert refused.code == 2 and "photos" in refused.err
 
 
+def test_embed_truncates_long_text_and_reports_the_number(
+    tuned: Callable[..., str], rows: Path, tmp_path: Path
+) -> None:
+    model_id, source = tuned(rows, "bert"), tmp_path / "long.jsonl"
+    texts = ["fine", "word " * 3_000, "word " * 4_000]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name, options in (("one", ()), ("shared", ("--processes", "2"))):
+        target = tmp_path / f"{name}.npy"
+        answer = Answer("embed", model_id, str(source), "--output", str(target), *options)
+        assert answer.code == 0 and "2 of the texts" in answer.err, answer.err
+        found = np.load(target)
+        assert found.shape[0] == 3 and np.allclose(found[1], found[2])
+        assert not np.allclose(found[0], found[1])
+    assert np.array_equal(luthier.load(model_id).embed(texts), np.load(tmp_path / "one.npy"))
+
+
 def test_embed_reports_invalid_rows(
     tuned: Callable[..., str], rows: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -121,8 +137,6 @@ def test_embed_reports_invalid_rows(
         assert answer.code == 2 and not output.exists(), answer.out
         return answer.err
 
-    said = refusal({}, {"text": "word " * 3_000})
-    assert "odd.jsonl:2: [row.too_long]" in said
     said = refusal({}, {}, {"embedding": [0.5]})
     assert "odd.jsonl:3: [row.predicted]" in said and '"embedding"' in said
     said = refusal({}, {"other": "another text"})

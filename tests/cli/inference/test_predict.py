@@ -1,4 +1,4 @@
-"""Tuning and prediction on a time series with the commands."""
+"""Tuning and prediction with the commands."""
 
 from __future__ import annotations
 
@@ -101,3 +101,31 @@ def test_inspect_shows_example_for_clip(
     data.write_text("\n".join(rows))
     answer = Answer("inspect", str(data), "--base", str(family_folder("clip")))
     assert "contrastive on" in answer.out and "<image>" in answer.out, answer.err
+
+
+def test_least_certain_rows_come_first(luthier_home: Path, tmp_path: Path) -> None:
+    import luthier
+
+    words = {"bike": ("chain", "pedal", "saddle"), "shop": ("invoice", "refund", "parcel")}
+    rows = [
+        {"text": f"my {word} number {n}", "label": label}
+        for label, some in words.items()
+        for word in some
+        for n in range(6)
+    ]
+    luthier.tune(rows, base="tfidf", name="doors", data__validation_share=0)
+    pool = tmp_path / "pool.jsonl"
+    texts = ["my chain and saddle", "my pedal and invoice", "my refund and parcel"]
+    pool.write_text("".join(json.dumps({"text": text, "id": text[3:5]}) + "\n" for text in texts))
+    options = ("--least-certain", "2", "--output", str(tmp_path / "next.jsonl"))
+    answer = Answer("predict", "tfidf:doors", "--input", str(pool), *options)
+    assert answer.code == 0, answer.err
+    chosen = [json.loads(line) for line in (tmp_path / "next.jsonl").read_text().splitlines()]
+    assert len(chosen) == 2 and chosen[0]["text"] == texts[1] and chosen[0]["id"] == "pe"
+    margins = [abs(2 * row["predicted"]["scores"]["bike"] - 1) for row in chosen]
+    assert margins == sorted(margins)
+    for wrong in (("--top", "1"), ("--processes", "2")):
+        refused = Answer("predict", "tfidf:doors", "--input", str(pool), *options, *wrong)
+        assert refused.code == 2 and "least_certain" in refused.err
+    alone = Answer("predict", "tfidf:doors", "my chain", "--least-certain", "2")
+    assert alone.code == 2 and "--input" in alone.err

@@ -80,10 +80,14 @@ def embed(
         from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find
         from luthier.objectives.base import has_codes
-        from luthier.workflows.inference_tasks import NUMBERS, EmbedTask
+        from luthier.workflows.inference_tasks import NUMBERS, TRUNCATED, EmbedTask
 
     def has_vectors(objective: Objective) -> bool:
         return gives_embeddings(objective) or has_codes(objective)
+
+    def note_truncated(count: int) -> None:
+        if count:
+            reporter.note(f"{count:,} of the texts are longer than the context and were truncated")
 
     reporter = reporter or Reporter()
     form = embedding_format(output)
@@ -99,12 +103,15 @@ def embed(
     if is_shared:
         task = EmbedTask(model=stored.id, source=str(data), columns=columns or {}, form=form)
         answers = shared.answer(task, output, reporter)
+        note_truncated(answers.counts[TRUNCATED])
         return Embeddings(answers, answers.counts[NUMBERS] // answers.rows)
     with embedding_writer(output, rows) as write:
         predictor = Predictor.open(stored)
         started = time.monotonic()
         row_NH = predictor.embed_rows(
-            [row for _, row in rows], lambda done: reporter.progress(done, len(rows), "embed")
+            [row for _, row in rows],
+            lambda done: reporter.progress(done, len(rows), "embed"),
+            note_truncated,
         )
         seconds = time.monotonic() - started
         write(row_NH)

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,7 @@ def predict(
     output: Path | None = None,
     columns: Mapped = None,
     top: OptionalAtLeastOne = None,
+    least_certain: OptionalAtLeastOne = None,
     explain: bool = False,
     html: Path | None = None,
     overwrite: bool = False,
@@ -106,6 +107,7 @@ def predict(
         output: File for the result (JSONL); standard output by default.
         columns: Column of a key, e.g. prompt=question; repeatable.
         top: Number of classes; 5 for a text, all for a file by default.
+        least_certain: Number of rows to label next: the least certain only.
         explain: Add the contribution of each word or image cell.
         html: Page with marked words or heat maps; needs --explain.
         overwrite: Replace an existing file.
@@ -140,6 +142,8 @@ def predict(
         raise RecipeError(f"{text} is a file or folder of rows. Use --input {shlex.quote(text)}")
     if html is not None and (not explain or output is not None):
         raise RecipeError("`html` needs `explain`, and excludes `output`")
+    if least_certain and (input is None or top or processes or ray_address):
+        raise RecipeError("`least_certain` needs --input, and excludes --top and --processes")
     check_json_lines(output)
     check_output(html, input)
     check_output(output, input, overwrite=overwrite)
@@ -159,7 +163,9 @@ def predict(
     if is_shared and output is not None:
         return Predictions(shared.answer(work, output, reporter), objective.task, threshold)
     with heavy_imports():
-        if input is not None:
+        if least_certain:
+            answers = _least_certain(answer_rows(work, None, reporter), least_certain, output)
+        elif input is not None:
             answers = answer_rows(work, output, reporter)
         else:
             row = input_row(text or "", "the command line")
@@ -171,6 +177,26 @@ def predict(
     if html is not None:
         write_page(html, _explanation_page(answers), reporter)
     return Predictions(answers, objective.task, threshold)
+
+
+def _least_certain(answers: RowAnswers, count: int, output: Path | None) -> RowAnswers:
+    """Return the ``count`` least certain rows, the least certain first.
+
+    Raises:
+        RecipeError: for predictions without scores of labels.
+    """
+    from luthier.data.files.writers import write_packed
+    from luthier.evaluation.labels import certainty
+    from luthier.files import json_lines
+
+    rows = [json.loads(line) for line in answers.lines.splitlines()]
+    if any(len(row["predicted"].get("scores", ())) < 2 for row in rows):
+        raise RecipeError(f"{answers.model} has no scores of several labels. Use a classifier")
+    chosen = sorted(rows, key=lambda row: certainty(row["predicted"]))[:count]
+    answers = replace(answers, rows=len(chosen), output=output, lines=json_lines(chosen))
+    if output is not None:
+        write_packed(output, answers.lines.encode())
+    return answers
 
 
 def _explanation_page(answers: RowAnswers) -> str:
