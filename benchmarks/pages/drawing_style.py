@@ -80,7 +80,7 @@ def collect(bench: Bench) -> Found:
         "small-unet:faces": RowScores.of(right.reshape(-1, COUNT).mean(1)),
         RIVAL: RowScores.of((rival @ wanted.T).argmax(1) == np.arange(len(test))),
     }
-    gain = paired_differences({"": (scores["small-unet:faces"], scores[RIVAL])})[""]
+    gain = paired_differences({"": (scores[RIVAL], scores["small-unet:faces"])})[""]
     to_known = (generated @ known.T).max(1)
     copies = float(np.mean(to_known > (generated * wanted[own]).sum(1)))
     worst = int(np.argmin((generated * wanted[own]).sum(1).reshape(-1, COUNT).mean(1)))
@@ -148,7 +148,7 @@ def plain(content: bytes, edge: int | None = None) -> str:
 def show(axes: Any, place: tuple[float, float, float, float], content: str) -> None:
     image = Image.open(io.BytesIO(base64.b64decode(content)))
     part = axes.inset_axes(place)
-    part.imshow(np.asarray(image), interpolation="bilinear")
+    part.imshow(np.asarray(image), interpolation="none")
     part.set_axis_off()
 
 

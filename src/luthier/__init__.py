@@ -19,6 +19,7 @@ _HOMES = {
     name: f"luthier.{module}"
     for module, names in {
         "cli.advise": ["advise"],
+        "cli.models.app": ["list_models", "remove_model"],
         "cli.models.certificate": ["certificate", "verify"],
         "cli.compare": ["compare"],
         "cli.data": ["clean", "convert", "inspect", "split"],

@@ -308,6 +308,7 @@ def launch(
     track: list[str] | None = None,
     **fields: Any,
 ) -> str: ...
+def list_models(*, database: str | None = None) -> dict[str, Any]: ...
 def pipeline(
     file: Path | str, *, check: bool = False, reporter: Reporter | None = None
 ) -> PipelineResult: ...
@@ -319,6 +320,7 @@ def predict(
     output: Path | str | None = None,
     columns: Mapping[str, str] | None = None,
     top: int | None = None,
+    least_certain: int | None = None,
     explain: bool = False,
     html: Path | str | None = None,
     overwrite: bool = False,
@@ -358,6 +360,9 @@ def push(
     public: bool = False,
     reporter: Reporter | None = None,
 ) -> Push: ...
+def remove_model(
+    model: str, *, force: bool = False, database: str | None = None
+) -> dict[str, Any]: ...
 def safety(
     model: str,
     *,
@@ -430,6 +435,7 @@ def tune(
     data: str | Path | Rows | Recipe,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     processes: int = 1,
     max_minutes: float | None = None,
     max_cost: float | None = None,

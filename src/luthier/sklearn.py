@@ -17,6 +17,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 import luthier
+from luthier.engine.metrics import Reporter
 from luthier.models import TEXT_ENCODER
 
 
@@ -46,14 +47,17 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         adaptation: str | None = None,
         seed: int = 0,
         settings: dict[str, Any] | None = None,
+        verbose: bool = False,
     ) -> None:
-        """Create a classifier; ``settings`` are other fields, such as ``adaptation__rank``."""
+        """Create a classifier; ``settings`` are other fields, such as ``adaptation__rank``, and
+        ``verbose`` shows the progress of :func:`luthier.tune`."""
         self.base = base
         self.epochs = epochs
         self.learning_rate = learning_rate
         self.adaptation = adaptation
         self.seed = seed
         self.settings = settings
+        self.verbose = verbose
 
     def fit(self, X: Any, y: Any) -> Self:
         """Tune the base on texts and labels."""
@@ -70,7 +74,12 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         fields |= {"base": self.base, "seed": self.seed, **(self.settings or {})}
         request = json.dumps([rows, fields], sort_keys=True, default=str)
         name = f"fit-{hashlib.sha256(request.encode()).hexdigest()[:16]}"
-        self.result_ = luthier.tune(rows, name=name, resume=True, **fields)
+        reporter = None if self.verbose else Reporter()
+        try:
+            self.result_ = luthier.tune(rows, name=name, resume=True, reporter=reporter, **fields)
+        except luthier.Interrupted as stopped:
+            # scikit-learn counts an Exception as a failed fit, and starts the next one.
+            raise KeyboardInterrupt(str(stopped)) from stopped
         self.model_id_ = self.result_.model_id
         return self
 

@@ -47,6 +47,10 @@ class Model:
         else:
             self.opened = Generator.open(self.stored)
 
+    def __repr__(self) -> str:
+        """Return the id and the objective of the model."""
+        return f"<luthier.Model {self.stored.id}, {self.stored.objective.method}>"
+
     @property
     def generator(self) -> Generator:
         """Generator of text; raises for models that generate no text."""

@@ -35,12 +35,18 @@ def public(function: Callable[..., Any]) -> Callable[..., Any]:
     signature = _public_signature(function, own)
     settings = next((each.name for each in own.parameters.values() if each.kind is _FIELDS), "")
     paths = [each.name for each in signature.parameters.values() if each.annotation in _PATHS]
+    lists = [
+        name for name in own.parameters
+        if "Sequence[" in str(signature.parameters.get(name, "")) and name not in _SOURCES
+    ]  # fmt: skip
 
     @wraps(function)
     def call(*positional: Any, **keywords: Any) -> Any:
         given = own.bind(*positional, **keywords).arguments
         given |= given.pop(settings, {})
         given |= {name: Path(given[name]) for name in paths if isinstance(given.get(name), str)}
+        # A text is a sequence of its characters.
+        given |= {name: [given[name]] for name in lists if isinstance(given.get(name), str | Path)}
         _store_sources(function.__name__, given, own.parameters, settings)
         if "reporter" not in own.parameters or given.get("reporter") is not None:
             return function(**given)

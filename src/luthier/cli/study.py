@@ -84,7 +84,7 @@ def study(
     check_output(html)
     recipe = tuning_recipe(data, fields)
     # An invalid grid is an error before torch is loaded.
-    grid, dimensions = grid_from(preset, [vary] if isinstance(vary, str) else vary, search)
+    grid, dimensions = grid_from(preset, [_dotted(each) for each in vary], search)
     check_grid(grid, dimensions, recipe, seeds, search)
     paths = {field_path(name, value, TUNING) for name, value in fields.items()}
     if twice := paths & {key for each in grid for key in each.settings}:
@@ -115,6 +115,15 @@ def study(
     if html is not None:
         write_page(html, found.html(), reporter)
     return found
+
+
+def _dotted(text: str) -> str:
+    """Return ``KEY=a,b,c`` with the path of a field that has a short name in ``luthier tune``."""
+    key, equals, values = text.partition("=")
+    name = key.strip().replace("-", "_")
+    whole = name in ("objective", "adaptation")  # the values are methods
+    path = key if whole else field_path(name, None, TUNING)
+    return f"{path if name in TUNING else key}{equals}{values}"
 
 
 def _parse_limits(texts: str | Sequence[str]) -> Mapping[str, float]:

@@ -45,7 +45,7 @@ from luthier.library.folders import (
     working_folders,
 )
 from luthier.models.manifest import MANIFEST
-from luthier.pages import PAGE, Displayed, Table, png_address, summary_page
+from luthier.pages import PAGE, Table, Tabular, png_address, summary_page
 from luthier.recipe import NAME_PATTERN
 from luthier.types import dotted_items
 
@@ -79,7 +79,7 @@ START, TOKENS = "start", "tokens"
 
 
 @dataclass(frozen=True, repr=False)
-class Result(Displayed):
+class Result(Tabular):
     """The result of a finished run."""
 
     model_id: str
@@ -129,6 +129,13 @@ class Result(Displayed):
         if self.comparison is not None and self.comparison.verdict:
             lines.append(self.comparison.verdict)
         return [*lines, f'Use the model: luthier.load("{self.model_id}")']
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return the measurements of the run: ``step``, ``event`` (``train`` or ``validation``),
+        ``loss`` and other metrics."""
+        from luthier.engine.metrics import MetricsFile
+
+        return [dict(line) for line in MetricsFile(Path(self.run_dir) / METRICS).read()]
 
     def html(self, layout: str = PAGE) -> str:
         """Return the verdict, the comparison and the curves of the run as a page or fragment."""
@@ -219,18 +226,18 @@ class Run:
         stored = (self.model_folder / MANIFEST).is_file()
         if (self.folder / RUN_REQUEST).is_file():
             run = "a finished run" if stored else "an unfinished run"
-            advice = "Choose" if stored else "Resume with --resume, choose"
+            advice = "" if stored else "resume it with `resume`, "
             why = ""
             if not stored and (reason := self.failure()):
-                run, advice, why = "a run", "Choose", f" and would fail again: {reason}"
+                run, advice, why = "a run", "", f" and would fail again: {reason}"
             raise RunConflict(
-                f"{run} {self.model_id} exists already{why}. {advice} another --name, or remove "
-                f"the run with `luthier models remove {self.model_id}`",
-                rule="run.name_taken",
-            )
+                f"{run} {self.model_id} exists already{why}",
+                rule="run.name_taken", value=self.model_id,
+                advice=f"To continue, {advice}replace it with `overwrite`, or choose another `name`.",
+            )  # fmt: skip
         if stored:
             raise RunConflict(
-                f"a model {self.model_id} exists already. Choose another --name",
+                f"a model {self.model_id} exists already. Choose another `name`",
                 rule="run.name_taken",
             )
 

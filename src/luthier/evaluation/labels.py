@@ -39,10 +39,10 @@ def certainty(answer: Mapping[str, Any]) -> float:
     Rows with the least margin teach a classifier most (margin sampling, Scheffer et al. 2001,
     doi:10.1007/3-540-44816-0_31).
     """
-    probabilities = sorted(answer["scores"].values())
+    probabilities: list[float] = sorted(answer["scores"].values())
     if not isinstance(answer["label"], str):
         return min(abs(each - 0.5) for each in probabilities)
-    return float(probabilities[-1] - probabilities[-2])
+    return probabilities[-1] - probabilities[-2]
 
 
 def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> list[str]:

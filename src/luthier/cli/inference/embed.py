@@ -85,11 +85,12 @@ def embed(
     def has_vectors(objective: Objective) -> bool:
         return gives_embeddings(objective) or has_codes(objective)
 
+    progress = reporter or Reporter()
+
     def note_truncated(count: int) -> None:
         if count:
-            reporter.note(f"{count:,} of the texts are longer than the context and were truncated")
+            progress.note(f"{count:,} of the texts are longer than the context and were truncated")
 
-    reporter = reporter or Reporter()
     form = embedding_format(output)
     shared = RowProcesses(processes, ray_address, ray_gpus)
     is_shared = shared.check(data, output)
@@ -99,10 +100,10 @@ def embed(
     if not has_codes(stored.objective):
         check_embeds(stored, stored.objective)
     for text in embedding_notes(stored):
-        reporter.note(text)
+        progress.note(text)
     if is_shared:
         task = EmbedTask(model=stored.id, source=str(data), columns=columns or {}, form=form)
-        answers = shared.answer(task, output, reporter)
+        answers = shared.answer(task, output, progress)
         note_truncated(answers.counts[TRUNCATED])
         return Embeddings(answers, answers.counts[NUMBERS] // answers.rows)
     with embedding_writer(output, rows) as write:
@@ -110,7 +111,7 @@ def embed(
         started = time.monotonic()
         row_NH = predictor.embed_rows(
             [row for _, row in rows],
-            lambda done: reporter.progress(done, len(rows), "embed"),
+            lambda done: progress.progress(done, len(rows), "embed"),
             note_truncated,
         )
         seconds = time.monotonic() - started

@@ -219,12 +219,17 @@ class Study(Tabular):
         return [Table.of(caption, headings, rows, strong=strong)]
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """Return the settings and the mean measurement of each configuration."""
+        """Return settings, mean measurement, error and costs of each configuration."""
+        figures = ("processor_seconds", "peak_memory_bytes", "trained_weights", "saved_bytes",
+                   "milliseconds")  # fmt: skip
         return [
-            {**row.configuration.settings, row.measure: row.value}
+            {
+                "name": row.name, **row.configuration.settings, row.measure: row.value,
+                "error": row.error, "gain": row.gain, **{each: row.figure(each) for each in figures},
+            }
             for row in self.rows
             if row.is_measured
-        ]
+        ]  # fmt: skip
 
     @cached_property
     def measured(self) -> list[StudyRow]:

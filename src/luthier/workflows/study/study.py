@@ -357,18 +357,17 @@ class _Work:
         cells are better.
         """
         if known:
-            seconds, at_most = mean(known), ""
+            seconds = mean(known)
         else:
             self.reporter.stage("Estimating the time of the first training")
             try:
                 seconds = estimate(cell.recipe, Reporter()).seconds.value
             except (Diverged, RefusedInput):  # the cell will be a row with the reason
                 return 0.0
-            at_most = "at most "
         seconds += PROCESS_SECONDS
         total = seconds * missing / self.parallel
-        end = ", less if they stop early" if at_most else ", as the measured trainings did"
-        text = f"{missing} trainings take {at_most or 'about '}{format_duration(total)}{end}"
+        end = ", as the measured trainings did" if known else ", less if they stop early"
+        text = f"{missing} trainings take about {format_duration(total)}{end}"
         self.reporter.note(text)
         if self.max_minutes is not None and total > 60 * self.max_minutes:
             text = f"some trainings may not start within {self.max_minutes:g} minutes"
