@@ -76,3 +76,18 @@ def test_checks_of_scikit_learn_without_a_fit(estimator: type[Any], check: str) 
     from sklearn.utils import estimator_checks  # imports all estimators, for seconds
 
     getattr(estimator_checks, check)(estimator.__name__, estimator())
+
+
+def test_interrupted_fit_ends_the_search(
+    classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = []
+
+    def interrupted(*rows: object, **fields: object) -> None:
+        fits.append(rows)
+        raise luthier.Interrupted("stopped after step 1")
+
+    monkeypatch.setattr(luthier, "tune", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="step 1"):
+        cross_val_score(clone(classifier), ["a", "b", "c", "d"], [0, 1, 0, 1], cv=2)
+    assert len(fits) == 1

@@ -310,3 +310,37 @@ def test_documented_programs_pass_strict_type_checks(tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_overwrite_replaces_the_model_of_a_cell(luthier_home: Path) -> None:
+    rows = [{"text": f"{word} {n}", "label": word} for word in ("door", "bell") for n in range(8)]
+    first = luthier.tune(rows, base="tfidf", name="cell")
+    with pytest.raises(luthier.RunConflict, match="overwrite"):
+        luthier.tune(rows[1:], base="tfidf", name="cell")
+    again = luthier.tune(rows[1:], base="tfidf", name="cell", overwrite=True)
+    assert (first.model_id, first.rows - 1) == (again.model_id, again.rows)
+    with pytest.raises(luthier.RecipeError, match="exclude"):
+        luthier.tune(rows, base="tfidf", name="cell", overwrite=True, resume=True)
+    assert "tfidf:cell" in repr(luthier.load("tfidf:cell"))
+    assert [model["id"] for model in luthier.list_models()["custom"]] == ["tfidf:cell"]
+    assert luthier.remove_model("tfidf:cell")["removed"]
+    assert luthier.list_models()["custom"] == []
+
+
+def test_one_text_for_a_sequence(luthier_home: Path) -> None:
+    rows = [{"text": "a", "label": "b"}]
+    with pytest.raises(luthier.UnknownModel, match="tfidf:none"):
+        luthier.compare(rows, tuned="tfidf:none")
+    with pytest.raises(luthier.RecipeError, match="learning_rate`"):
+        luthier.study(rows, vary="learning_rate=1e-4")
+
+
+def test_measured_steps_as_rows(family_folder: Callable[[str], Path], luthier_home: Path) -> None:
+    rows = [{"text": f"{word} {n}", "label": word} for word in ("door", "bell") for n in range(8)]
+    found = luthier.tune(
+        rows, base=str(family_folder("bert")), name="x", training__max_steps=2,
+        data__validation_share=0.25,
+    )  # fmt: skip
+    events = [(row["event"], row["step"]) for row in found.to_rows()]
+    assert ("train", 2) in events and ("validation", 2) in events
+    assert set(found.to_pandas().event) >= {"train", "validation"}

@@ -222,7 +222,7 @@ def test_gain_on_two_rows_gives_few_rows_advice() -> None:
 
 def test_perfect_base_needs_no_more_rows() -> None:
     found = scored([[1] * 40, [1] * 40], fitted_head=True)
-    assert (found.outcome, found.cause, found.advice) == ("hardly_learned", "", "")
+    assert (found.outcome, found.cause, found.advice) == ("learned", "", "")
 
 
 def test_unlearnable_labels_are_reported() -> None:

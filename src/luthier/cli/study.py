@@ -126,9 +126,9 @@ def _dotted(text: str) -> str:
     return f"{path if name in TUNING else key}{equals}{values}"
 
 
-def _parse_limits(texts: str | Sequence[str]) -> Mapping[str, float]:
+def _parse_limits(texts: Sequence[str]) -> Mapping[str, float]:
     limits: dict[str, float] = {}
-    for text in [texts] if isinstance(texts, str) else texts:
+    for text in texts:
         name, _, value = (part.strip() for part in text.partition("="))
         if name in limits:
             raise RecipeError(f"`--at-most {name}` is given twice. Keep one.", setting="at_most")

@@ -155,10 +155,10 @@ def test_limit_of_zero_or_less_is_rejected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "named"), [("ms=x", "'ms=x'"), (["ms=1", "ms=2"], "twice"), ("ms=-1", "above 0")]
+    ("given", "named"), [(["ms=x"], "'ms=x'"), (["ms=1", "ms=2"], "twice"), (["ms=-1"], "above 0")]
 )
 def test_invalid_limit_of_command_is_rejected(given: Any, named: str, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a", "label": "b"}\n')
     with pytest.raises(RecipeError, match=named):
-        study(str(rows), vary="training.epochs=1,2", at_most=given)
+        study(str(rows), vary=["training.epochs=1,2"], at_most=given)
