@@ -22,6 +22,7 @@ _STEPS = {
     "predict": "Predict",
     "nearest": "Search",
     "generate": "Generate a reply",
+    "sample": "Generate images",
 }
 """Heading of a notebook's cell by command."""
 _IMPORTS = "import sys\nfrom pathlib import Path\n\nimport luthier"
