@@ -43,13 +43,19 @@ _FORGETTING = {
 def _draw_points(axes: Any, colours: dict[str, str], found: Study, name: str, label: str) -> None:
     """Draw the score against a figure; against the cost, with the front of the best by cost."""
     points = [(row.figure(name) or 0.0, row.value, row) for row in found.measured]
-    for place, value, row in points:
-        axes.errorbar(place, value, yerr=_bar(found, row), fmt="o", color=colours["point"])
+    for number, (place, value, row) in enumerate(sorted(points, key=lambda point: point[:2])):
+        low, high = _ends(found, row)
+        axes.errorbar(
+            place, value, yerr=[[value - low], [high - value]], fmt="o", color=colours["point"]
+        )
+        # Methods of similar cost and score: every second name stands below on the left.
+        side = -1 if number % 2 else 1
         axes.annotate(
-            row.name, (place, value), (6, 4), textcoords="offset points", fontsize=8,
-            color=colours["text"],
+            row.name, (place, value), (6 * side, 4 if side > 0 else -11),
+            textcoords="offset points", fontsize=8, color=colours["text"],
+            ha="left" if side > 0 else "right",
         )  # fmt: skip
-    axes.margins(x=0.2)
+    axes.margins(x=0.25)
     if name == _COST:
         front, best = [], None
         for cost, value, row in sorted(points, key=lambda point: point[0]):
@@ -76,10 +82,9 @@ def _draw_line(axes: Any, colours: dict[str, str], found: Study) -> None:
         points.sort(key=lambda point: point[0])
         places = [place for place, _ in points]
         values = [row.value for _, row in points]
-        errors = [_bar(found, row) for _, row in points]
         colour = colours["point"] if len(lines) == 1 else f"C{number}"
         axes.plot(places, values, "o-", color=colour, label=label)
-        low, high = zip(*((v - e, v + e) for v, e in zip(values, errors, strict=True)), strict=True)
+        low, high = zip(*(_ends(found, row) for _, row in points), strict=True)
         axes.fill_between(places, low, high, color=colour, alpha=0.2)
     _scale(axes, [place for points in lines.values() for place, _ in points])
     axes.set(xlabel=ordered.key, ylabel=_label(found))
@@ -87,12 +92,15 @@ def _draw_line(axes: Any, colours: dict[str, str], found: Study) -> None:
         axes.legend(frameon=False, labelcolor=colours["text"])
 
 
-def _bar(found: Study, row: StudyRow) -> float:
-    """Return half of the 95 % interval of the difference from the best row, which has none.
+def _ends(found: Study, row: StudyRow) -> tuple[float, float]:
+    """Return the ends of the bar: half of the 95 % interval of the difference from the best row on
+    each side. The best row has no bar.
 
     The interval of a score itself is wider, because all rows have the same easy and hard questions.
     """
-    return 0.0 if row is found.best else CHANCE * found.apart[row.name].error
+    half = 0.0 if row is found.best else CHANCE * found.apart[row.name].error
+    low, high = row.value - half, row.value + half
+    return (max(0.0, low), min(1.0, high)) if row.is_share else (low, high)
 
 
 def _scale(axes: Any, places: Sequence[float]) -> None:
