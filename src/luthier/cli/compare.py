@@ -77,7 +77,7 @@ def compare(
         prices: Price table; prices.toml in LUTHIER_HOME by default.
         encoder: Model whose embeddings also select examples.
         judge: Judge of replies: model, https://host/v1#model or TOML.
-        show: Number of rows to print with the replies.
+        show: Number of rows to print with the replies, worst first.
         seeds: Replies sampled per row, to measure consistency.
         per_month: Answers a month, for monthly costs and the break-even.
         paraphrases: Column that paraphrases share, to measure consistency.

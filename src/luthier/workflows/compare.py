@@ -37,6 +37,7 @@ from luthier.workflows.contenders import (
     Contest,
     count_tokens,
     graders_for,
+    worst_rows,
 )
 from luthier.workflows.estimate.budget import BreakEven
 from luthier.workflows.evaluate import open_graders
@@ -266,6 +267,8 @@ class HeadToHead(Tabular):
         if not fastest or slowest / fastest < EQUAL_TIME_RATIO:  # a constant answer takes no time
             return ""
         faster = rival if tuned.seconds > rival.seconds else tuned
+        if faster is tuned and rival.technique == "simple baselines":
+            return ""  # the time of a baseline includes the fit
         ratio = slowest / fastest
         text = f"Speed: {faster.name} is {ratio:,.{1 if ratio < 10 else 0}f} times as fast"
         spent = tuned.preparation_seconds - rival.preparation_seconds
@@ -359,7 +362,7 @@ def compare(
         prompts: own instructions or templates by name (:func:`own_prompts`).
         records: columns of the rows, for placeholders.
         rivals: models at endpoints.
-        show: number of rows whose replies of base and tuned models are returned.
+        show: number of rows whose replies of base and tuned models are returned, the worst first.
         seeds: number of sampled replies to each row, for the consistency of base and tuned models.
         per_month: number of answers in a month, for monthly costs.
         paraphrases: column that is equal for paraphrases of a question, for the consistency of
@@ -474,7 +477,9 @@ def compare(
         remarks.append(
             f"nearly all replies score 0 by {measure}. If replies are right, use a different grader"
         )
-    shown = _rows_to_show(rows[:show], contenders)
+    first = next((each for each in contenders if each.is_tuned), contenders[0])
+    numbers = contest.shown or worst_rows(measure, first.score, show)
+    shown = _rows_to_show(rows, numbers, contenders)
     return HeadToHead(measure, len(rows), contenders, remarks, prices, shown, per_month)
 
 
@@ -498,10 +503,13 @@ def _groups(rows: Sequence[Row], records: Records, column: str) -> list[list[int
     return found
 
 
-def _rows_to_show(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[ShownRow]:
+def _rows_to_show(
+    rows: Sequence[Row], numbers: Sequence[int], contenders: Sequence[Contender]
+) -> list[ShownRow]:
     chosen = [each for each in contenders if each.technique in SHOWN]
     shown = []
-    for number, row in enumerate(rows):
+    for number in numbers:
+        row = rows[number]
         asked = row.prompt_turns()
         prompt = asked[-1].content if asked else row.plain_text()
         expected = row.target() if (reply := row.expected_reply()) is None else reply

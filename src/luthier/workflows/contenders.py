@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from luthier.chat_models.base import ChatModel, Failure, SamplingSpec, writer_of
 from luthier.data.conversations.citations import DECLINED
 from luthier.data.shapes import of_shape
@@ -22,7 +24,7 @@ from luthier.evaluation.baselines import (
     fit_and_score,
 )
 from luthier.evaluation.evaluate import default_graders, grade, median_words
-from luthier.evaluation.significance import RowScores
+from luthier.evaluation.significance import RowScores, as_gain
 from luthier.files import folder_size
 from luthier.graders import Exact, Similarity
 from luthier.inference.generation import Generator
@@ -89,7 +91,7 @@ class Contender:
     model_bytes: int = 0
     """Size of the weights, including the base model's."""
     memory_bytes: int = 0
-    """Peak of resident memory with weights, beyond the memory before loading."""
+    """Weights in memory, and the growth of resident memory while the model answers."""
     preparation_seconds: float = 0.0
     """Duration of the tuning."""
     preparation_tokens: float = 0.0
@@ -124,6 +126,8 @@ class Contest:
     groups: Sequence[Sequence[int]] = ()
     """Numbers of the rows with paraphrases of a question, by question."""
     finished: int = 0
+    shown: Sequence[int] = ()
+    """Numbers of the rows whose predictions are shown."""
 
     def predict(
         self,
@@ -132,29 +136,36 @@ class Contest:
         show: int,
         base: StoredModel | None = None,
     ) -> list[Contender]:
-        """Measure models that predict, with the predictions for the first ``show`` rows.
+        """Measure models that predict, with the predictions for ``show`` rows, those first on which
+        the first model is worst.
 
         ``base`` is the model without tuning.
         """
         contenders, passes = list[Contender](), dict[str, Callable[[], object]]()
         for stored in models:
-            base_memory = begin_peak_memory()
             predictor = Predictor.open(stored)
+            predictor.answers(rows[:1])
+            resident = begin_peak_memory()
             evaluation = score_predictions(predictor, rows, self._done)
+            growth = peak_memory() - resident
             self.finished += len(rows)
-            score = next(iter(evaluation.row_scores.values()))
+            measure, score = next(iter(evaluation.row_scores.items()))
             if not isinstance(score, RowScores) or not len(score) == len(evaluation.rows) == len(
                 rows
             ):
                 raise RecipeError(f"{stored.id} has no scores per row for this kind of rows")
-            task, answers = predictor.objective.task, predictor.answers(rows[:show])
+            self.shown = self.shown or worst_rows(measure, score, show)
+            task, replies = predictor.objective.task, [""] * len(rows)
+            answers = predictor.answers([rows[number] for number in self.shown])
+            for number, each in zip(self.shown, answers, strict=True):
+                replies[number] = task.show(each, predictor.threshold, 1).strip()
             contender = Contender(
                 stored.id, "zero-shot" if stored is base else "fine-tuning", score,
                 evaluation.scores, 0.0,
-                model_bytes=_weight_bytes(stored), memory_bytes=peak_memory() - base_memory,
+                model_bytes=_weight_bytes(stored), memory_bytes=_weight_bytes(stored) + growth,
                 preparation_seconds=_training(stored, "seconds"),
                 preparation_tokens=_training(stored, "tokens"),
-                replies=[task.show(each, predictor.threshold, 1).strip() for each in answers],
+                replies=replies,
             )  # fmt: skip
             contenders.append(contender)
             passes[stored.id] = partial(predictor.answers, rows[:TIMED_ROWS])
@@ -171,13 +182,12 @@ class Contest:
         is_tuned: bool = False,
     ) -> list[Contender]:
         """Open a generative model and measure it in several variants."""
-        memory = begin_peak_memory()
         generator = Generator.open(stored)
-        parts = ("seconds", "tokens")
+        parts, size = ("seconds", "tokens"), _weight_bytes(stored)
         seconds, tokens = (_training(stored, name) if is_tuned else 0.0 for name in parts)
         return [
             replace(
-                each, model_bytes=_weight_bytes(stored), memory_bytes=each.memory_bytes - memory,
+                each, model_bytes=size, memory_bytes=size + each.memory_bytes,
                 preparation_seconds=seconds, preparation_tokens=tokens,
             )
             for each in self.write(generator, stored.id, rows, questions, variants, is_tuned)
@@ -212,17 +222,18 @@ class Contest:
             tokens = sum(map(generator.prompt_tokens, prompts)) / len(prompts)
             if not contenders:  # the first batch also loads kernels
                 generator.replies(prompts[:1], replace(sampling, max_tokens=1))
-            begin_peak_memory()
+            resident = begin_peak_memory()
             graded = grade_replies(
                 generator, prompt_rows, self.graders, self.max_tokens, self._done,
                 known=dict.fromkeys(variant.declined, DECLINED),
             )  # fmt: skip
+            growth = peak_memory() - resident
             self.finished += len(rows)
             replies = [each["reply"] for each in graded.records]
             contenders.append(
                 Contender(
                     name, technique, first_score(graded), graded.scores,
-                    graded.reply_seconds / len(rows), tokens, memory_bytes=peak_memory(),
+                    graded.reply_seconds / len(rows), tokens, memory_bytes=growth,
                     replies=replies, paraphrase_consistency=self._paraphrase_consistency(replies),
                     consistency=self._consistency(generator, prompts) if technique in SHOWN else None,
                 )
@@ -397,6 +408,12 @@ class Contest:
 
     def _done(self, count: int) -> None:
         self.on_progress(self.finished + count, self.total)
+
+
+def worst_rows(measure: str, score: RowScores, count: int) -> list[int]:
+    """Return the numbers of ``count`` rows, the worst first."""
+    gain_R = as_gain(measure, 1.0) * (score.parts_R - score.wholes_R)
+    return [int(number) for number in np.argsort(gain_R, kind="stable")[:count]]
 
 
 def _weight_bytes(stored: StoredModel) -> int:

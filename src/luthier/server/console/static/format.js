@@ -33,7 +33,7 @@ export function bytes(value) {
 export function duration(seconds) {
   if (!isNumber(seconds)) return "–";
   if (seconds <= 0) return "0 s";
-  if (seconds < 10) return seconds < 0.01 ? "under 0.01 s" : `${number(seconds, 2)} s`;
+  if (seconds < 10) return seconds < 0.01 ? `${number(1000 * seconds, 1)} ms` : `${number(seconds, 2)} s`;
   const whole = Math.round(seconds);
   if (whole < 60) return `${whole} s`;
   if (whole < 3600) return pair(whole, 60, "min", "s");
