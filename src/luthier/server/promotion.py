@@ -147,7 +147,7 @@ def roll_back(session: Session, arns: Arns, account: str, deployment: str, user:
     if open_change(session, endpoint.id) is not None:
         endpoint.end_change(session, f"{STOPPED}{user}.")
         return endpoint
-    earlier = [each for each in changes_of(session, endpoint.id) if each.state == SWITCHED]
+    earlier = _switches(session, endpoint)
     target = earlier[-1].previous if earlier else None
     if target is None:
         raise WrongState("The deployment has no earlier model.")
@@ -158,6 +158,10 @@ def roll_back(session: Session, arns: Arns, account: str, deployment: str, user:
     change = DeploymentChange.of(endpoint.id, ROLL_BACK, target, previous, user)
     endpoint.begin_change(session, change)
     return endpoint
+
+
+def _switches(session: Session, endpoint: Endpoint) -> list[DeploymentChange]:
+    return [each for each in changes_of(session, endpoint.id) if each.state == SWITCHED]
 
 
 def check_task(
@@ -196,6 +200,8 @@ def describe(session: Session, endpoint: Endpoint) -> dict[str, Any]:
         "model_arn": endpoint.model,
         "history": [_change(each, model_name(session, each.model)) for each in changes],
     }
+    if (switches := _switches(session, endpoint)) and (earlier := switches[-1].previous):
+        found["earlier"] = model_name(session, earlier)
     change = open_change(session, endpoint.id)
     if change is not None and change.state == CANARY:
         answers, tests = harm_tests(session, endpoint.account, change)

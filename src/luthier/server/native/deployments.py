@@ -118,6 +118,8 @@ class DeploymentView(View):
     model: str
     """Name of the serving model."""
     model_arn: str
+    earlier: str | None = None
+    """Name of the model that a rollback restores; missing without an earlier model."""
     canary: CanaryView | None = None
     history: list[ChangeView]
     """Changes, oldest first."""

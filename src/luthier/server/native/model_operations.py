@@ -79,6 +79,8 @@ class ListedFacts:
     """Name of the score; missing for unmeasured models."""
     score: float | None = None
     """Score on the held-out rows of the training."""
+    score_rows: int | None = None
+    """Number of these rows."""
 
 
 def listed_facts(model: AnyModel) -> ListedFacts:
@@ -111,7 +113,9 @@ def _stored_facts(home: Path, stored_id: str, created: datetime) -> ListedFacts:
     names = (metrics.get("comparison") or {}).get("measure"), *scores, "loss"
     measure = next((name for name in names if name in kept), None)
     score = finite_or_none(kept[measure]) if measure is not None else None
-    return ListedFacts(_writes(stored, stored.objective), measure, score)
+    data = stored.manifest.data
+    rows = data.validation_rows if data is not None and measure is not None else None
+    return ListedFacts(_writes(stored, stored.objective), measure, score, rows)
 
 
 @lru_cache

@@ -97,6 +97,8 @@ class ModelView(View):
     """Name of the score of a custom model."""
     score: float | None = None
     """Score of a custom model on the held-out rows of its training."""
+    score_rows: int | None = None
+    """Number of these rows. Other models have other rows."""
     bytes: int | None = None
     """Size of a custom model's own files."""
     facts: BaseFacts | None = None

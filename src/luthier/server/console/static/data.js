@@ -108,7 +108,7 @@ export function Data({ params, query }) {
 export function showRowsOf(address, lines) {
   if (address.endsWith("/")) return null;
   return (rule) => {
-    lines.value = { rule: rule.rule, lines: [...new Set(rule.places.map((each) => each.line ?? each.row).filter(Boolean))].join(",") };
+    lines.value = { rule: rule.rule, lines: [...new Set(rule.places.flatMap((each) => [each, ...(each.others ?? [])]).map((each) => each.line ?? each.row).filter(Boolean))].join(",") };
     document.getElementById("rows").scrollIntoView();
   };
 }

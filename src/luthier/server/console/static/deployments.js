@@ -18,7 +18,8 @@ const STATES = { Ready: "good", Failed: "error", Creating: "note" };
 const CHANGES = { switched: "good", canary: "note", preparing: "note", ended: "warning" };
 
 /** Return the name of a model with the score on the held-out rows of its training. */
-const labelOf = ({ name, measure, score }) => (measure ? `${name} (${words(measure).toLowerCase()} ${scoreText(measure, score)})` : name);
+const labelOf = ({ name, measure, score, score_rows }) =>
+  measure ? `${name} (${words(measure).toLowerCase()} ${scoreText(measure, score)}${score_rows ? ` of ${number(score_rows)} own rows` : ""})` : name;
 
 /** Return the active custom models of the account, newest first. */
 async function deployableModels(signal) {
@@ -86,6 +87,8 @@ function NewDeployment({ chosen }) {
   `;
 }
 
+const isPending = ({ history }) => history.some((each) => ["preparing", "canary"].includes(each.state));
+
 /** One deployment. */
 export function Deployment({ params, query }) {
   const path = pathOf("deployments", params.name);
@@ -95,8 +98,8 @@ export function Deployment({ params, query }) {
   const serving = useData((signal) => data && call("GET", pathOf("models", shortName(data.model_arn)), { signal }), [data?.model_arn]);
   usePolling(SECONDS, read);
   const back = useAction(async () => {
-    const pending = data.history.some((each) => ["preparing", "canary"].includes(each.state));
-    const text = pending ? "The pending change ends. The model that answers now stays." : "The model before answers again.";
+    const pending = isPending(data);
+    const text = pending ? `The pending change ends. ${data.model} goes on answering.` : `${data.earlier} answers again, instead of ${data.model}.`;
     if (!(await confirmed({ title: `Roll back ${params.name}?`, text, verb: "Roll back", danger: true }))) return;
     await call("POST", `${path}/rollback`);
     toast(pending ? "The pending change has ended." : "The rollback has begun.");
@@ -116,7 +119,7 @@ export function Deployment({ params, query }) {
     <${Heading} title=${data.deployment} chips=${html`<${Chip} kind=${STATES[data.status]}>${data.status}<//>`}>
       ${data.status === "Ready" && may("invoke") && html`<a class="button primary" href=${link("playground", data.deployment)}>Playground</a>`}
       <a class="button" href=${link("health", data.deployment)}>Health</a>
-      ${may("develop") && history.length > 1 && html`<button type="button" class="danger" onclick=${back.run}>Roll back</button>`}
+      ${may("develop") && (data.earlier || isPending(data)) && html`<button type="button" class="danger" onclick=${back.run}>Roll back</button>`}
       ${may("develop") && data.status !== "Creating" && html`<button type="button" class="danger" id="delete" disabled=${removal.busy} onclick=${removal.run}>Delete</button>`}
     <//>
     <${ErrorBox} error=${error} /><${ErrorBox} error=${back.error} /><${ErrorBox} error=${removal.error} />
@@ -184,6 +187,7 @@ function Promotion({ path, deployment, chosen, done }) {
       <${ErrorBox} error=${models.error} again=${models.read} />
       ${models.data && !others.length && html`<p class="soft">There is no other model. <a href=${link("new")}>Train a new one</a>.</p>`}
       ${others.length > 0 && html`
+        <p class="soft">Scores are on rows of each model's own training. <a href=${link("evaluate")}>Compare the models</a> on the same rows before you decide.</p>
         <form onsubmit=${run}>
           <div class="fields">
             <${Field} id="promoted" label="Model">

@@ -13,6 +13,15 @@ const QUESTIONS = [
   ["augmentation", "Do random changes help?"], ["bits", "What do fewer bits cost?"],
   ["", "Other fields"],
 ];
+const TRAININGS = {
+  methods: "Up to 5 trainings: full, LoRA, DoRA, the lower half of the layers frozen, and biases only.",
+  layers: "4 trainings: all layers, and the upper three, two and one quarters.",
+  rate: "4 trainings: a tenth, a third, once and three times the rate.",
+  rows: "7 trainings: from an eighth of the rows to all rows.",
+  augmentation: "A training for each kind of change that fits the rows, and one without.",
+  bits: "4 trainings: LoRA on 16, 8 and 4 bits (NF4 and FP4).",
+  "": "To compare two methods: adaptation.method=lora,full",
+};
 /** Groups and fields of a recipe that the study takes from a job. */
 const GROUPS = ["training", "adaptation", "objective"];
 const DATA = ["long_rows", "validation_share", "columns", "severity", "augmentation"];
@@ -23,7 +32,7 @@ const TITLES = { cost: "Score against cost", forgotten: "Score against drift", e
 /** The list of studies, and a form. */
 export function Studies({ query }) {
   return html`
-    <${Heading} title="Compare settings" tab="Studies" />
+    <${Heading} title="Studies" />
     ${may("develop") && html`<${NewStudy} chosen=${query.get("job")} />`}
     <${ReportList} kind="studies" title="Studies" rowsField="training" columns=${["Base", "Varied"]}
       cells=${(each) => [each.models.map(shortName).join(", "), topicOf(each.request)]} empty="There are no studies yet. Choose a job and a question." />
@@ -64,7 +73,7 @@ function NewStudy({ chosen }) {
               ${(jobs.data?.found ?? []).map((each) => html`<option value=${each.id} selected=${[each.id, each.name].includes(chosen)}>${each.name}</option>`)}
             </select>
           <//>
-          <${Field} id="preset" label="Question"><select id="preset" ...${bound(preset)}>${options(QUESTIONS)}</select><//>
+          <${Field} id="preset" label="Question" help=${TRAININGS[preset.value]}><select id="preset" ...${bound(preset)}>${options(QUESTIONS)}</select><//>
           <${Field} id="vary" label="Varied fields" hidden=${preset.value !== ""} help="One field per line, with values: training.epochs=1,3">
             <textarea id="vary" name="vary" rows="3" class="code" spellcheck="false" />
           <//>
@@ -110,6 +119,10 @@ function Report({ report }) {
       ${remarks.map((each) => html`<p><${Said} text=${each} /></p>`)}
     </div>
     <${Table} caption="Configurations; the choice is bold" columns=${["", ...columns.map((name) => ({ name, kind: "number" }))]} rows=${cells} />
+    <p class="help">
+      A star marks configurations within chance of the best. Steps, CPU s and GB (memory) are of the training, trained counts the
+      weights that change, MB is the stored model, ms is the time of an answer.
+    </p>
     ${Object.entries(pictures).map(([name, { light, dark }]) => html`
       <${Section} title=${TITLES[name] ?? name}>
         <picture>
@@ -131,7 +144,7 @@ function Keep({ keep, name }) {
     return link("jobs", model);
   });
   return html`
-    <button type="button" class="primary" disabled=${busy} title=${`Train ${name} as a model`} onclick=${run}>Keep the winner</button>
+    <button type="button" class="primary" disabled=${busy} title=${`Train ${name} as a model`} onclick=${run}>Keep the winner: ${name}</button>
     <${ErrorBox} error=${error} />
   `;
 }
