@@ -134,9 +134,11 @@ def test_promotion_and_rollbacks(deployed: Deployed, own_home: Path) -> None:
     assert deployed.shown()["updateDetails"]["updateStatus"] == "UpdateCompleted"
     deployed.native("deployments/answers/promote", {"model": "third"})
     deployed.until(lambda: deployed.shown()["modelArn"] == third)
-    assert live("rollback", "answers")["model"] == "second"
+    back = live("rollback", "answers")
+    assert (back["model"], back["earlier"]) == ("second", "colours")
     deployed.native("deployments/answers/rollback", {})
     deployed.until(deployed.says_black)
+    assert "earlier" not in deployed.native("deployments/answers")
     assert "no earlier model" in Answer("live", "rollback", "answers").refused()
     deployed.bedrock.update_custom_model_deployment(
         customModelDeploymentIdentifier="answers", modelArn=third
