@@ -319,6 +319,7 @@ def predict(
     output: Path | str | None = None,
     columns: Mapping[str, str] | None = None,
     top: int | None = None,
+    least_certain: int | None = None,
     explain: bool = False,
     html: Path | str | None = None,
     overwrite: bool = False,
