@@ -12,7 +12,7 @@ import numbers
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,10 +70,11 @@ def is_columns(value: object) -> bool:
 
 
 def _is_column(value: Any) -> bool:
-    listed = isinstance(value, list | tuple) or any(hasattr(value, each) for each in _TO_LIST)
+    if isinstance(value, str | bytes):
+        return False
+    listed = isinstance(value, Sequence) or any(hasattr(value, each) for each in _TO_LIST)
     # `to_list` of a `datasets.Dataset` returns rows.
-    rows = hasattr(value, "columns") or (listed and isinstance(next(iter(value), None), Mapping))
-    return listed and not rows
+    return listed and not isinstance(next(iter(value), None), Mapping)
 
 
 def is_missing(value: object) -> bool:
