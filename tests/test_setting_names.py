@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import luthier
-from luthier.formatting import command_option, map_code
+from luthier.formatting import command_option, map_code, python_keyword
 from luthier.gate.checks import all_rules
 from luthier.recipe import Recipe, Training
 from luthier.server.bedrock.hyperparameters import HYPERPARAMETERS
@@ -118,6 +118,19 @@ def test_setting_names_per_api(api: str, code: str, name: str) -> None:
 )
 def test_advice_names_options_of_commands(code: str, option: str) -> None:
     assert command_option(code) == option
+
+
+@pytest.mark.parametrize(
+    ("code", "keyword"),
+    [
+        ("data.columns.prompt=Q=A", 'columns={"prompt": "Q=A"}'),
+        ("data.columns.intent=", 'columns={"intent": ""}'),
+        ("data.columns.intent", "data.columns.intent"),
+        ("training.epochs=3", "training.epochs=3"),
+    ],
+)
+def test_advice_names_keywords_of_functions(code: str, keyword: str) -> None:
+    assert python_keyword(code) == keyword
 
 
 def test_only_code_is_changed() -> None:

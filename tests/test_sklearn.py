@@ -51,6 +51,17 @@ def test_series_and_frames(classifier: TextClassifier) -> None:
         classifier.predict(frame)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), None, 5])
+def test_wrong_values_name_the_row(wrong: object) -> None:
+    texts, labels = [*TEXTS[:3], wrong], ["a", "b", "a", wrong]
+    with pytest.raises(ValueError, match=r"X\[3\]"):
+        TextClassifier().fit(texts, labels)
+    with pytest.raises(ValueError, match=r"X\[3\]"):
+        TextEncoder().transform(np.array(texts, object))
+    with pytest.raises(ValueError, match=r"y\[3\]"):
+        TextClassifier().fit(TEXTS[:4], labels)
+
+
 def test_embedder_of_other_libraries(luthier_home: Path, tiny_model_folder: Path) -> None:
     rows = [{"query": text, "positive": f"{text} again"} for text in TEXTS]
     made = luthier.tune(rows, base=str(tiny_model_folder), name="pairs", training__max_steps=1)

@@ -40,7 +40,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
-_IN_MEMORY = re.compile(r"rows-[0-9a-f]{16}\.jsonl$")
+_IN_MEMORY = re.compile(r"(?:(rows|train|validation|test|corpus)-[0-9a-f]{16}\.jsonl|(\w+)\[\])$")
+"""Stored rows of a program (``luthier.data.in_memory``), or ``NAME[]`` for an argument."""
 _DOCUMENTS = re.compile(r"documents-[0-9a-f]{16}\.jsonl$")
 
 
@@ -53,13 +54,17 @@ class RowNumber(int):
 
 def location_text(file: str, line: int) -> str:
     """Return ``file:line``, ``file row N``, ``rows[index]`` for a row that a program passed, or the
-    name of a document that became a row."""
+    name of a document that became a row.
+
+    Line 0 is the whole file.
+    """
+    in_memory = _IN_MEMORY.search(file)
     if not line:
-        return file
+        return in_memory[in_memory.lastindex or 0] if in_memory else file
     if _DOCUMENTS.search(file) and line <= len(names := _document_names(file)):
         return names[line - 1]
-    if _IN_MEMORY.search(file):
-        return f"rows[{line - 1}]"
+    if in_memory:
+        return f"{location_text(file, 0)}[{line - 1}]"
     return f"{file} {line_text(line)}" if isinstance(line, RowNumber) else f"{file}:{line}"
 
 
@@ -73,8 +78,10 @@ def _document_names(file: str) -> list[str]:
         return []
 
 
-def line_text(line: int) -> str:
-    """Return ``line N`` or ``row N``."""
+def line_text(line: int, file: str = "") -> str:
+    """Return ``line N``, ``row N``, or ``rows[index]`` for a row that a program passed."""
+    if _IN_MEMORY.search(file):
+        return location_text(file, line)
     return f"{'row' if isinstance(line, RowNumber) else 'line'} {line}"
 
 

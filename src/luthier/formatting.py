@@ -138,6 +138,14 @@ def command_option(code: str) -> str:
     return f"--set {code}" if setting.startswith(_GROUPS) else code
 
 
+def python_keyword(code: str) -> str:
+    """Return the keyword argument for the setting of a column; other code unchanged."""
+    setting, equals, column = code.partition("=")
+    if not (equals and setting.startswith("data.columns.")):
+        return code
+    return f'columns={{"{setting.removeprefix("data.columns.")}": "{column}"}}'
+
+
 def column_options(columns: Mapping[str, str]) -> list[str]:
     """Return the command options for columns by key; an empty column ignores the key."""
     pairs = ((["--map", f"{k}={c}"] if c else ["--ignore", k]) for k, c in columns.items())

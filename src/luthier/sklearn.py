@@ -17,7 +17,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 import luthier
+from luthier.data.in_memory import is_missing, texts_of
 from luthier.engine.metrics import Reporter
+from luthier.errors import DataError
 from luthier.models import TEXT_ENCODER
 
 
@@ -30,9 +32,31 @@ def _texts(X: Any) -> list[str]:
     values = np.asarray(X, dtype=object)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
-    if values.ndim != 1 or not len(values) or not all(isinstance(each, str) for each in values):
+    if values.ndim != 1 or not len(values):
         raise ValueError("X must be one column of texts with at least one row")
-    return list(values)
+    try:
+        return texts_of(values, "X")
+    except DataError as error:
+        raise ValueError(str(error)) from None
+
+
+def _check_labels(y: Any) -> None:
+    """Reject a missing label, and texts among numbers.
+
+    Raises:
+        ValueError: with the first wrong row.
+    """
+    labels = np.asarray(y, dtype=object).ravel()  # numpy would convert NaN to the text "nan"
+    for index, label in enumerate(labels):
+        if is_missing(label):
+            raise ValueError(
+                f"y[{index}] is missing (NaN). Remove rows without a label: `dropna()`"
+            )
+        if isinstance(label, str) != isinstance(labels[0], str):
+            raise ValueError(
+                f"y[{index}] is of type {type(label).__name__}, but y[0] of type "
+                f"{type(labels[0]).__name__}. Convert the labels to text: `astype(str)`"
+            )
 
 
 class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -63,6 +87,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Tune the base on texts and labels."""
         texts = _texts(X)
         check_consistent_length(texts, y)
+        _check_labels(y)
         check_classification_targets(y)
         self.classes_, index_N = np.unique(np.asarray(y), return_inverse=True)
         names = [str(each) for each in self.classes_]

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from thinking_models import THOUGHT
 
 import luthier
-from luthier.errors import RecipeError
+from luthier.errors import DataError, RecipeError
 from luthier.models.decoding.sampling import Sampling
 from luthier.types import Message
 
@@ -68,6 +69,19 @@ def test_predict_rejects_non_text_input(
     for wrong in (None, 5):
         with pytest.raises(RecipeError, match="`texts`"):
             model.predict(wrong)  # type: ignore[call-overload]
+    for wrong, rule in (
+        (float("nan"), "field.missing"),
+        (None, "field.missing"),
+        (5, "field.type"),
+    ):
+        for texts in (["fox", wrong], np.array(["fox", wrong], object)):
+            with pytest.raises(DataError, match=r"texts\[1\]") as refused:
+                model.embed(texts)
+            assert refused.value.rule == rule
+    with pytest.raises(DataError, match=r"among\[2\]"):
+        model.nearest("fox", ["fox", "dog", None])  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r'columns=\{"text": "body"\}'):
+        model.predict([{"body": "fox"}])
     with pytest.raises(RecipeError, match=r"embed\(\)"):
         model.generate("Hello")
 

@@ -85,10 +85,27 @@ class LabelledSet(list[dict[str, Any]]):
 
 @pytest.mark.parametrize(
     "convert",
-    [list, iter, PandasFrame, PolarsFrame, lambda rows: LabelledSet()],
-    ids=["list", "iterator", "pandas-methods", "polars-methods", "dataset-methods"],
+    [
+        list,
+        iter,
+        PandasFrame,
+        PolarsFrame,
+        lambda rows: LabelledSet(),
+        lambda rows: {key: [row[key] for row in rows] for key in rows[0]},
+        lambda rows: {key: np.array([row[key] for row in rows]) for key in rows[0]},
+    ],
+    ids=[
+        "list",
+        "iterator",
+        "pandas-methods",
+        "polars-methods",
+        "dataset-methods",
+        "dict-of-lists",
+        "dict-of-arrays",
+    ],
 )
 def test_rows_in_memory_are_one_file(convert: Callable[[Any], Any], luthier_home: Path) -> None:
+    assert in_memory.is_rows(convert(ROWS)) and not in_memory.is_splits(convert(ROWS))
     path, again = store_rows(convert(ROWS)), store_rows(ROWS)
     assert path == again and path.parent == luthier_home / "rows"
     assert [json.loads(line) for line in path.read_text().splitlines()] == ROWS
@@ -132,10 +149,17 @@ def test_numbers_arrays_and_missing_values() -> None:
     [
         ([], "no rows"),
         ([{"text": "a"}, 5], r"rows\[1\].*int"),
+        ([("a", "b")], r"rows\[0\].*tuple.* frame"),
+        ([["a", "b"]], r"rows\[0\].*list"),
+        (["a", "b"], "`data` is a list.* frame"),
+        ({"text": "a"}, "`data` is a dict"),
+        ({"text": ["a", "b"], "label": ["x"]}, '"text" has 2, "label" has 1'),
         ([{"text": b"a"}], r'rows\[0\].*text.*bytes'),
         (({"text": str(n)} for n in count()), "itertools.islice"),
     ],
-    ids=["none", "no-dictionary", "bytes", "endless"],
+    ids=[
+        "none", "no-dictionary", "tuples", "lists", "texts", "text", "lengths", "bytes", "endless"
+    ],
 )  # fmt: skip
 def test_rows_that_cannot_be_stored(
     rows: Any, message: str, monkeypatch: pytest.MonkeyPatch, luthier_home: Path
@@ -143,7 +167,7 @@ def test_rows_that_cannot_be_stored(
     monkeypatch.setattr(in_memory, "MOST_ROWS", 50)
     with pytest.raises(luthier.RefusedInput, match=message):
         luthier.inspect(rows)
-    assert not [*(luthier_home / "rows").iterdir()]
+    assert not [*(luthier_home / "rows").glob("*")]
 
 
 def test_relative_paths_of_images_are_stored_as_absolute_paths(
@@ -163,6 +187,23 @@ def test_findings_name_the_index_of_the_row(family_folder: Callable[[str], Path]
     assert report.exit_code == 2
     places = [str(each.place) for found in report.findings.examples.values() for each in found]
     assert "rows[40]" in places
+    held = [*ROWS, {"text": "fox"}]
+    places = [
+        str(each.place)
+        for found in luthier.inspect(ROWS, validation=held, base=None).findings.examples.values()
+        for each in found
+    ]
+    assert "validation[40]" in places and "rows[40]" not in places
+
+
+def test_advice_names_columns_as_keywords(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": row["text"], "intent": row["label"]} for row in ROWS]
+    with pytest.raises(luthier.DataError, match=r"rows: .*`columns=\{\"label\": \"intent\"\}`"):
+        luthier.tune(rows, base=str(tiny_model_folder), name="x")
+    report = luthier.inspect(rows, base=None, columns={"label": "intent"})
+    assert report.exit_code == 0 and report.summaries["balance"]["labels"] == 2
 
 
 def test_data_set_with_splits(family_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from luthier.errors import DataError
 from luthier.media.image_grid import encode_png
 from luthier.types import Message, Row
 
+LABELLED = {**TEXT, "label": "a"}
 PROPERTY = settings(max_examples=150, deadline=None, database=None)
 AWKWARD = [
     "\u2028",
@@ -304,6 +305,16 @@ def test_boolean_labels(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "label": true}\n{"label": [false, true], "text": "b"}\n')
     assert [row.record()["label"] for row in load_rows(path)] == ["true", ["false", "true"]]
+
+
+@pytest.mark.parametrize("rows", [[TEXT, LABELLED], [LABELLED, TEXT]])
+def test_row_without_a_key_of_the_other_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """The message names the key, in the row or in the first row."""
+    (problem,) = problems_of(write(folder, *rows))
+    (absent,) = rows[0].keys() ^ rows[1].keys()
+    assert (problem.rule, problem.line) == ("row.mixed_shapes", 2)
+    assert f'"{absent}" is missing' in problem.message and f'Add "{absent}"' in problem.advice
+    assert ("the first row" in problem.advice) == (absent in rows[1])
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,7 @@ def test_several_findings_show_the_general_fix() -> None:
         assert ("Add 1 row with a." in text) == alone and (rule.fix in text) != alone
         assert ("Add 1 row with a." in warnings(report)[0]) == alone
     assert warnings(report)[0].endswith(f"a has 7 rows. 2 more findings. {rule.fix}")
+    assert "a.jsonl:1: " in warnings(report)[0]
 
 
 def test_token_runs_merge_neighbours_and_shorten_long_rows() -> None:
@@ -292,6 +293,8 @@ def test_places_name_their_file_once() -> None:
     places = [Place("x/a", 1), Place("x/a", 2), Place("b", 3), Place("b", 4)]
     assert list_places(places, 3) == "a:1, 2, b:3 and 1 more"
     assert list_places([Place("a", RowNumber(n)) for n in (1, 2)], 3) == "a row 1, 2"
+    stored = f"/home/rows/rows-{16 * '0'}.jsonl"
+    assert list_places([Place(stored, n) for n in (1, 2)], 3) == "rows[0], rows[1]"
 
 
 def test_findings_name_rows_of_a_one_line_file(tmp_path: Path) -> None:

@@ -118,6 +118,11 @@ def test_reward_model_prefers_chosen_replies(
         out = runner.invoke(app, ["evaluate", result.model_id, str(write(asked, rows)), "--json"])
         (problem,) = json.loads(out.stdout)["error"]["problems"]
         assert (out.exit_code, problem["rule"]) == (2, rule)
+    write(asked, [{"text": "x", "intent": "a"}])
+    out = runner.invoke(app, ["evaluate", result.model_id, str(asked), "--json"])
+    unread, unsupported = json.loads(out.stdout)["error"]["problems"]
+    assert (unread["rule"], unsupported["rule"]) == ("column.unread", "row.objective")
+    assert "data.columns.label=intent" in unread["advice"]
 
 
 def test_the_answers_of_an_evaluation_are_written(base: str, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def compare(
         from luthier.data.rows import load_rows
         from luthier.documents.readers import load_texts
         from luthier.engine.metrics import Reporter
-        from luthier.evaluation.evaluate import load_graded
+        from luthier.evaluation.evaluate import load_graded, with_unread_columns
         from luthier.library.models import find
         from luthier.library.reports import check_attachable
         from luthier.workflows.compare import compare as run
@@ -136,7 +136,7 @@ def compare(
     if local := next((each for each in rival if "url" not in address_fields(each)), None):
         raise RecipeError(f"the rival {local} is no address. Write https://host/v1#model")
     prompts = {path.name: read_text(path).strip() for path in prompt}
-    with open_search(index) as search_index:
+    with open_search(index) as search_index, with_unread_columns(data, columns):
         found = run(
             rows,
             find(base or models[0].root),

@@ -111,9 +111,11 @@ class Model:
 
     def reconstruct(self, images: Sequence[str]) -> list[Reconstruction]:
         """Return the reconstruction and error of each image, given by path."""
+        from luthier.data.in_memory import texts_of
         from luthier.data.prompts import input_row
 
-        rows = [input_row(path, "reconstruct()", n) for n, path in enumerate(images, 1)]
+        paths = texts_of(images, "images")
+        rows = [input_row(path, "images[]", n) for n, path in enumerate(paths, 1)]
         return self.image_generator.reconstruct(rows)
 
     @overload
@@ -212,7 +214,8 @@ class Model:
             top: number of classes in ``scores``, the most likely classes first.
             columns: column names of rows by luthier's keys, such as ``{"text": "question"}``.
         """
-        from luthier.data.in_memory import values_of
+        from luthier.cli.python import python_settings
+        from luthier.data.in_memory import values_of, wrong_value
 
         if isinstance(texts, str | Mapping):
             return self.predict([texts], top=top, columns=columns)[0]
@@ -235,17 +238,22 @@ class Model:
         if not texts:
             return []
         problems: list[Problem] = []
-        checker = InputChecker("predict()", problems, columns, PREDICTED)
+        checker = InputChecker("texts[]", problems, columns, PREDICTED)
         rows: list[Row | None] = []
         for index, text in enumerate(texts, 1):
             if isinstance(text, str):
-                rows.append(input_row(text, "predict()", index))
+                rows.append(input_row(text, "texts[]", index))
             elif isinstance(text, Mapping):
                 rows.append(checker.row(index, dict(text)))
             else:
-                rows.append(TaggedWords("predict()", index, tuple(text), None))
+                words = values_of(text)
+                if isinstance(words, Sequence) and all(isinstance(each, str) for each in words):
+                    rows.append(TaggedWords("texts[]", index, tuple(words), None))
+                else:
+                    problems.append(wrong_value(text, "a text", "texts[]", index))
         if problems:
-            raise DataError(problems)
+            with python_settings():
+                raise DataError(problems)
         answers = self.opened.answers([row for row in rows if row], top=top)
         return [
             {**text, PREDICTED: answer} if isinstance(text, Mapping) else answer
@@ -267,6 +275,7 @@ class Model:
         # Two sequences of characters would be rewarded pair by pair.
         if isinstance(prompts, str) or isinstance(completions, str):
             raise RecipeError("`prompts` and `completions` must be two texts or two lists")
+        from luthier.data.in_memory import texts_of
         from luthier.data.shapes.conversations import PromptCompletion
         from luthier.inference.prediction import Predictor
         from luthier.tasks import REWARD
@@ -274,8 +283,9 @@ class Model:
         opened = self.opened
         if not isinstance(opened, Predictor) or opened.objective.task is not REWARD:
             raise RecipeError(f"{self.stored.id} is not a reward model")
-        pairs = enumerate(zip(prompts, completions, strict=True), 1)
-        rows = [PromptCompletion("rewards()", n, p, c) for n, (p, c) in pairs]
+        sides = texts_of(prompts, "prompts"), texts_of(completions, "completions")
+        pairs = enumerate(zip(*sides, strict=True), 1)
+        rows = [PromptCompletion("completions[]", n, p, c) for n, (p, c) in pairs]
         return [answer["reward"] for answer in opened.answers(rows)]
 
     def rank(self, query: str, documents: Sequence[str]) -> list[dict[str, Any]]:
@@ -283,13 +293,14 @@ class Model:
 
         The model is of objective ``reranker``. Documents are truncated to the context.
         """
+        from luthier.data.in_memory import texts_of
         from luthier.inference.prediction import Predictor
 
         if not isinstance(self.opened, Predictor):
             raise RecipeError(
                 f"{self.stored.id} is no reranker. Train one with `--objective reranker`"
             )
-        scores = self.opened.rank(query, documents)
+        scores = self.opened.rank(query, texts_of(documents, "documents"))
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
         return [{"index": index, "score": scores[index]} for index in order]
 
@@ -375,6 +386,7 @@ class Model:
             index: file for embeddings; the next call embeds only new rows.
             columns: column names of rows by luthier's keys, such as ``{"text": "question"}``.
         """
+        from luthier.data.in_memory import texts_of
         from luthier.data.prompts import input_row, load_inputs
         from luthier.inference.nearest import find_nearest
         from luthier.inference.prediction import Predictor
@@ -384,9 +396,10 @@ class Model:
         if isinstance(among, str | Path):
             rows = [row for _, row in load_inputs(among, columns)]
         else:
-            rows = [input_row(given, "nearest()", n) for n, given in enumerate(among, 1)]
-        asked = [query] if isinstance(query, str) else list(query)
-        queries = [input_row(given, "nearest()", n) for n, given in enumerate(asked, 1)]
+            texts = texts_of(among, "among")
+            rows = [input_row(given, "among[]", n) for n, given in enumerate(texts, 1)]
+        asked = [query] if isinstance(query, str) else texts_of(query, "query")
+        queries = [input_row(given, "query[]", n) for n, given in enumerate(asked, 1)]
         file = Path(index) if index is not None else None
         found = find_nearest(self.opened, self.stored, queries, rows, count, file).neighbours
         return found[0] if isinstance(query, str) else found

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, ForwardRef, get_args, get_origin
 
 from luthier.cli.terminal.bridge import KeywordOptions
-from luthier.errors import RecipeError
+from luthier.errors import LuthierError, RecipeError
+from luthier.formatting import map_code, python_keyword
 from luthier.models.process_group import ProcessGroup
 
 _SOURCES = ("data", "source", "prompts", "input", "validation", "test", "train", "corpus")
 """Parameters for rows."""
+_NAMED = ("train", "validation", "test", "corpus")
+"""Sources whose rows have the name of the parameter in findings, unless it is the first source."""
 _SOURCE_TYPE = "str | Path | Rows"
 _FILES = "Sequence[str | Path]"
 _PATHS = (Path | str, Path | str | None)
@@ -47,17 +50,28 @@ def public(function: Callable[..., Any]) -> Callable[..., Any]:
         given |= {name: Path(given[name]) for name in paths if isinstance(given.get(name), str)}
         # A text is a sequence of its characters.
         given |= {name: [given[name]] for name in lists if isinstance(given.get(name), str | Path)}
-        _store_sources(function.__name__, given, own.parameters, settings)
-        if "reporter" not in own.parameters or given.get("reporter") is not None:
-            return function(**given)
-        with _reporter(bool(given.get("resume"))) as reporter:
-            return function(**{**given, "reporter": reporter})
+        with python_settings():
+            _store_sources(function.__name__, given, own.parameters, settings)
+            if "reporter" not in own.parameters or given.get("reporter") is not None:
+                return function(**given)
+            with _reporter(bool(given.get("resume"))) as reporter:
+                return function(**{**given, "reporter": reporter})
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     # Pickle finds a function by module and name.
     call.__module__ = "luthier"
     call.__qualname__ = function.__name__
     return call
+
+
+@contextmanager
+def python_settings() -> Iterator[None]:
+    """Name settings as Python keywords in the message of an error."""
+    try:
+        yield
+    except LuthierError as error:
+        error.args = (map_code(str(error), python_keyword),)
+        raise
 
 
 def _store_sources(
@@ -70,7 +84,7 @@ def _store_sources(
     sources = [each for each in _SOURCES if each in given]
     if not any(not isinstance(given[each], str) for each in sources):
         return
-    from luthier.data.in_memory import is_rows, is_splits, store_rows, values_of
+    from luthier.data.in_memory import ROWS_FIX, is_rows, is_splits, store_rows, values_of
 
     for source in sources:
         if is_splits(given[source]):
@@ -81,8 +95,15 @@ def _store_sources(
             rows = values_of(rows)
         # A list of `input` has texts, other lists have names of files.
         if is_rows(rows) or (source == "input" and isinstance(rows, list | tuple)):
-            path = store_rows(rows, "prompt" if source == "prompts" else "text")
+            named = source in _NAMED and source != sources[0]
+            key = "prompt" if source == "prompts" else "text"
+            path = store_rows(rows, key, source if named else "rows")
             given[source] = path if source in parameters and source != "input" else str(path)
+        elif isinstance(rows, list | tuple | Mapping):
+            if "Sequence" in str(parameters.get(source)):  # several files
+                continue
+            message = f"`{source}` is a {type(rows).__name__} of texts."
+            raise RecipeError(message, setting=source, advice=f"{ROWS_FIX} Or name a file.")
 
 
 def _splits(

@@ -168,6 +168,8 @@ def _label_name(value: object, description: str = "{}") -> str:
         return value
     kind = "empty" if isinstance(value, str) else json_kind(value)
     fix = 'Write {"text": "...", "label": "name"}, or ["a", "b"] for several labels.'
+    if value is None or value == "":
+        fix = "Write the label, or remove the row."
     if type(value) is float:
         fix += " For a rating, set `data.columns.rating=label`."
     raise RowRefused(
@@ -275,6 +277,7 @@ class FieldChecker:
             self.report("field.missing", f"{name} is missing; the keys are {keys}.", fix)
         elif not isinstance(value, str):
             fix = f"Write {name} as one string in double quotes."
+            fix = f"Write {name}, or remove the row." if value is None else fix
             self.report("field.type", f"{name} must be a string, but is {json_kind(value)}.", fix)
         else:
             blank = "holds only white space" if value else "is empty"

@@ -12,15 +12,15 @@ import numbers
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
 from luthier.data.inputs import is_media
-from luthier.errors import RefusedInput, location_text
+from luthier.errors import DataError, Location, Problem, RefusedInput, location_text
 from luthier.files import disk_errors, luthier_home, new_file
 
 
@@ -32,34 +32,92 @@ class Frame(Protocol):
         """Names of the columns."""
 
 
-Rows = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]] | Frame
-"""Rows in memory, or such rows by split."""
+Rows = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Any]] | Frame
+"""Rows in memory, such rows by split, or columns by name."""
 
+_TO_LIST = ("to_list", "tolist")
+"""Methods of arrays and series."""
+ROWS_FIX = 'Give a list of dictionaries, such as [{"text": "...", "label": "..."}], or a frame.'
+"""Fix for other values than rows."""
 MOST_ROWS = 10_000_000
 """Maximum number of rows, so that an endless iterator ends."""
 
 
 def is_rows(value: object) -> bool:
-    """Return whether ``value`` holds rows; a list of strings holds file names."""
+    """Return whether ``value`` holds rows; a list of strings holds file names.
+
+    Other lists count as rows, so that :func:`store_rows` reports a value that is no row.
+    """
     if isinstance(value, list | tuple):
-        return not value or isinstance(value[0], Mapping)
+        return not value or not isinstance(value[0], str | os.PathLike)
     # A recipe iterates over its fields.
     if isinstance(value, str | bytes | os.PathLike | Mapping | BaseModel):
-        return False
+        return is_columns(value)
     kinds = ("collect_schema", "to_pylist")  # a lazy frame of polars, a table of pyarrow
     return isinstance(value, Iterable) or any(hasattr(value, name) for name in kinds)
 
 
 def is_splits(value: object) -> bool:
     """Return whether ``value`` maps names of splits to rows, as ``datasets.DatasetDict`` does."""
-    return isinstance(value, Mapping) and bool(value) and all(map(is_rows, value.values()))
+    if not isinstance(value, Mapping) or not value or is_columns(value):
+        return False
+    return all(map(is_rows, value.values()))
 
 
-def store_rows(rows: Any, key: str = "text", name: Literal["rows", "documents"] = "rows") -> Path:
+def is_columns(value: object) -> bool:
+    """Return whether ``value`` maps names to columns: lists, arrays or series."""
+    return isinstance(value, Mapping) and bool(value) and all(map(_is_column, value.values()))
+
+
+def _is_column(value: Any) -> bool:
+    if isinstance(value, str | bytes):
+        return False
+    listed = isinstance(value, Sequence) or any(hasattr(value, each) for each in _TO_LIST)
+    # `to_list` of a `datasets.Dataset` returns rows.
+    return listed and not isinstance(next(iter(value), None), Mapping)
+
+
+def is_missing(value: object) -> bool:
+    """Return whether a value is ``None``, NaN, or a missing value of pandas."""
+    if isinstance(value, numbers.Real):
+        return bool(value != value)
+    return value is None or type(value).__name__ in ("NAType", "NaTType")
+
+
+def wrong_value(value: object, noun: str, file: str, line: int) -> Problem:
+    """Return the problem of a value that must be ``noun``, such as ``a text``."""
+    name = type(value).__name__
+    rule, what, fix = "field.type", f"of type {name}", ROWS_FIX
+    if is_missing(value):
+        rule, what = "field.missing", "missing (NaN)"
+        fix = "Fill in the value, or remove the row: `dropna()`."
+    elif isinstance(value, numbers.Number):
+        what, fix = f"a number ({name})", "Convert the numbers to text: `astype(str)`."
+    return Problem(rule, f"the value is {what}, not {noun}.", fix, Location(file, line))
+
+
+def texts_of(values: Any, name: str) -> list[str]:
+    """Return the texts of a list, an array or a series in the argument ``name``.
+
+    Raises:
+        DataError: with each value that is no text.
+    """
+    texts = list(values_of(values))
+    problems = [
+        wrong_value(each, "a text", f"{name}[]", line)
+        for line, each in enumerate(texts, 1)
+        if not isinstance(each, str)
+    ]
+    if problems:
+        raise DataError(problems)
+    return texts
+
+
+def store_rows(rows: Any, key: str = "text", name: str = "rows") -> Path:
     """Write rows as JSON Lines to LUTHIER_HOME, and return the file.
 
     A text instead of a row becomes a row with ``key``. Missing values are omitted. Findings name
-    rows of ``documents`` by the value of ``source``.
+    rows as in ``rows[3]``, and ``documents`` by the value of ``source``.
 
     Raises:
         RefusedInput: for no rows, too many rows, or a value that JSON does not have.
@@ -92,7 +150,7 @@ def values_of(data: Any) -> Any:
     """Return a frame as a list of rows, and an array or series as a list; others unchanged."""
     if hasattr(data, "columns") or hasattr(data, "to_pylist"):
         return [_plain(row, "rows") for row in _records(data)]
-    for method in ("to_list", "tolist"):
+    for method in _TO_LIST:
         if hasattr(data, method):
             return getattr(data, method)()
     return data
@@ -107,6 +165,8 @@ def _records(data: Any) -> Iterator[Any]:
         return iter(data.to_dict("records"))
     if hasattr(data, "to_pylist"):  # pyarrow
         return iter(data.to_pylist())
+    if is_columns(data):
+        return _rows_of_columns(data)
     features = getattr(data, "features", None)
     names = {
         name: kind.names
@@ -114,6 +174,15 @@ def _records(data: Any) -> Iterator[Any]:
         if hasattr(kind, "int2str")
     }
     return (_with_class_names(row, names) for row in data) if names else iter(data)
+
+
+def _rows_of_columns(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len({*lengths.values()}) > 1:
+        counts = ", ".join(f'"{name}" has {count:,}' for name, count in lengths.items())
+        raise RefusedInput(f"the columns have different numbers of values: {counts}")
+    values = (values_of(column) for column in columns.values())
+    return (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
 
 
 def _with_class_names(row: Mapping[str, Any], names: Mapping[str, list[str]]) -> dict[str, Any]:
@@ -128,14 +197,11 @@ def _with_class_names(row: Mapping[str, Any], names: Mapping[str, list[str]]) ->
 
 
 def _line(row: Any, number: int, key: str) -> bytes:
-    where = location_text("rows-0000000000000000.jsonl", number)
+    where = location_text("rows[]", number)
     if isinstance(row, str):
         row = {key: row}
     if not isinstance(row, Mapping):
-        raise RefusedInput(
-            f"{where}: a row is a dictionary such as {{'text': …, 'label': …}}, not "
-            f"{type(row).__name__}"
-        )
+        raise DataError([wrong_value(row, "a text or a dictionary", "rows[]", number)])
     plain = {str(name): _plain(value, where, str(name)) for name, value in row.items()}
     kept = {name: _media_path(value) for name, value in plain.items() if value is not None}
     return (json.dumps(kept, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
@@ -149,12 +215,12 @@ def _media_path(value: Any) -> Any:
 
 def _plain(value: Any, *place: str) -> Any:
     """Return a value for JSON; ``None`` for a missing value such as NaN."""
-    if value is None or isinstance(value, str | bool | int):
+    if isinstance(value, str | bool | int):
         return value
-    if isinstance(value, float):
-        return float(value) if value == value else None
-    if type(value).__name__ in ("NAType", "NaTType"):  # pandas
+    if is_missing(value):
         return None
+    if isinstance(value, float):
+        return float(value)
     if isinstance(value, Mapping):
         return {str(name): _plain(each, *place) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -56,7 +56,8 @@ class PromptChecker(Checker):
         key = "prompt" if "prompt" in record else "messages"
         self.first = self.first or (key, line)
         if self.form is None and self.first[0] != key:
-            message = f'The row has "{key}", unlike the first row ({line_text(self.first[1])}).'
+            first = line_text(self.first[1], self.file)
+            message = f'The row has "{key}", unlike the first row ({first}).'
             self.report("prompt.mixed", message, "Move the row to another file.")
             return None
         try:

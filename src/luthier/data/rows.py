@@ -83,6 +83,8 @@ class Checker(FieldChecker):
         self._seen_keys: set[str] = set()
         self.first: tuple[str, int] | None = None
         self.first_file = file
+        self._first_keys = frozenset[str]()
+        """Keys of the first row that its shape needs."""
         self.form: Form | None = None
         """Form of the first row; ``None`` for a luthier shape."""
         self.names = self._names_of({})
@@ -252,15 +254,29 @@ class Checker(FieldChecker):
             **{key: self.columns.get(form_key) or form_key for key, form_key in names.items()},
         }
 
-    def _report_mixed(self, what: str) -> None:
-        """Report a row that differs from the first row."""
+    def _report_mixed(self, what: str, keys: frozenset[str] = frozenset()) -> None:
+        """Report a row that differs from the first row.
+
+        Args:
+            what: form or shape of the row.
+            keys: keys of the row that the shape needs.
+        """
         assert self.first is not None
         first = self.form.name if self.form else self.first[0]
         line = self.first[1]
         same = self.first_file == self.file
-        where = line_text(line) if same else location_text(self.first_file, line)
+        where = line_text(line, self.file) if same else location_text(self.first_file, line)
         message = f"The row is {what}, but the first row ({where}) is {first}."
         fix = f"Rewrite the row as {first}, or move the row to another file."
+        absent = list_keys(self.names.get(key) or key for key in sorted(keys ^ self._first_keys))
+        if keys and keys < self._first_keys:
+            message = f"{absent} is missing or empty, unlike in the first row ({where})."
+            fix = f"Add {absent}, or remove the row."
+        elif self._first_keys and self._first_keys < keys:
+            message = (
+                f"{absent} is missing or empty in the first row ({where}), unlike in this row."
+            )
+            fix = f"Add {absent} to the first row, or remove the first row."
         self.report("row.mixed_shapes", message, fix)
 
     def check_id(self, value: object) -> None:
@@ -273,7 +289,7 @@ class Checker(FieldChecker):
         first = self.line_of_id.setdefault(value, self.line)
         if first != self.line:
             name = quote(str(value))
-            message = f"The id {name} is already used on {line_text(first)}."
+            message = f"The id {name} is already used on {line_text(first, self.file)}."
             self.report("id.duplicate", message, "Use unique ids, or remove the copy.")
 
     def shape_of(self, record: Record) -> type[Shape] | None:
@@ -310,11 +326,13 @@ class Checker(FieldChecker):
             return None
         kind = shapes[0]
         title = kind.title_of(record)
+        needed = frozenset(kind.keys).union(*kind.complete) & record.keys()
         if self.first is None:
             self.first, self.first_file = (title, self.line), self.file
+            self._first_keys = needed
         # A form may convert rows with a system prompt to messages and other rows to pairs.
         if self.form is None and title != self.first[0]:
-            self._report_mixed(title)
+            self._report_mixed(title, needed)
             return None
         return kind
 

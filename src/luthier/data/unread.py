@@ -235,7 +235,7 @@ def _fix(name: str, key: str, kind: type[Shape]) -> str:
     read = f"`data.columns.{key}={name}`"
     if kind is RawText and key == "completion":
         read = f"`data.columns.prompt=text` and {read}"
-    return f"Learn {quote(name)} with {read}, or leave it out with {ignore}."
+    return f"Read {quote(name)} with {read}, or leave it out with {ignore}."
 
 
 class UnreadColumns:

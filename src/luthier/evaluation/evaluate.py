@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
@@ -18,10 +19,11 @@ from luthier.data.conversations.citations import (
 from luthier.data.files.sources import Source
 from luthier.data.languages import detect_languages
 from luthier.data.prompts import load_prompts
-from luthier.data.rows import load_rows
+from luthier.data.rows import ROWS_CHECKED, RowReader, load_rows
 from luthier.data.shapes import describe_shapes, of_shape
 from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.passages import CitedAnswer
+from luthier.data.unread import UNREAD
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.breakdown import Calibration, LabelCounts, Slice, worst_rows
 from luthier.evaluation.significance import LESS_IS_BETTER, Interval, RowScores, Score, values
@@ -197,6 +199,20 @@ class Evaluation(Tabular):
         if self.slices:
             found["slices"] = [each.plain() for each in self.slices]
         return found | ({"remarks": self.remarks} if self.remarks else {})
+
+
+@contextmanager
+def with_unread_columns(source: Source, columns: Mapping[str, str] | None) -> Iterator[None]:
+    """Add the unread columns that may be targets to the errors of :func:`check_shapes`."""
+    try:
+        yield
+    except DataError as error:
+        if error.rule != "row.objective":
+            raise
+        reader = RowReader(source, columns)
+        reader.first(ROWS_CHECKED)
+        unread = [each for each in reader.unread_problems() if each.rule == UNREAD]
+        raise DataError([*unread, *error.problems]) from None
 
 
 def check_shapes(rows: Sequence[Row], objective: Objective) -> None:

@@ -171,7 +171,8 @@ def list_places(places: Sequence[Place], count: int) -> str:
     """Format the first ``count`` places. A file name appears once for consecutive lines."""
     parts, file = [], ""
     for each in places[:count]:
-        parts.append(short_place(each) if each.file != file else str(each.line))
+        number = line_text(each.line, each.file).rpartition(" ")[2]
+        parts.append(short_place(each) if each.file != file else number)
         file = each.file
     more = f" and {len(places) - count:,} more" if len(places) > count else ""
     return ", ".join(parts) + more
@@ -190,7 +191,7 @@ class TokenRun:
 def shown_place(report: Report, split: Split, row: Mapping[str, Any]) -> str:
     """Format the line of a shown row, with the file name if the split has several files."""
     place = Place.of(row)
-    return short_place(place) if len(report.files[split]) > 1 else line_text(place.line)
+    return short_place(place) if len(report.files[split]) > 1 else line_text(place.line, place.file)
 
 
 def token_runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[TokenRun]:
@@ -405,9 +406,13 @@ def warnings(report: Report) -> list[str]:
             continue
         first = found.examples[rule.id][0]
         if rule.whole:
-            text, fix = first.message, first.closest_fix
+            where = f"{first.place}: " if first.place.line else ""
+            text, fix = f"{where}{first.message}", first.closest_fix
             if (more := found.counts[rule.id] - 1) and len(found.examples[rule.id]) > 1:
-                text, fix = f"{text} {more:,} more findings.", rule.fix or first.fix
+                text, fix = (
+                    f"{text} {more:,} more finding{'s' * (more > 1)}.",
+                    rule.fix or first.fix,
+                )
             lines.append(f"warning: [{rule.id}] {text} {fix}".rstrip())
             continue
         by_row = True

@@ -45,6 +45,7 @@ from luthier.evaluation.evaluate import (
     grade,
     load_graded,
     questions,
+    with_unread_columns,
 )
 from luthier.evaluation.long_rows import FittingRows, fit_rows, reject_long_rows
 from luthier.evaluation.preferences import Likelihood, pair_scores, thumb_scores
@@ -135,7 +136,8 @@ def evaluate(
         check_attachable(stored)
     objective = stored.objective
     if collection is None:
-        check_shapes(rows, objective)
+        with with_unread_columns(data, columns):
+            check_shapes(rows, objective)
     for by in slices:  # reject unknown columns before the model is loaded
         slice_keys(rows, by)
 

@@ -17,6 +17,7 @@ from luthier.formatting import (
     map_code,
     one_line,
     printable,
+    python_keyword,
 )
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -237,8 +238,8 @@ class ProgramReporter(LiveReporter):
     override = "keywords such as training__epochs=3"
 
     def map_settings(self, text: str) -> str:
-        """Return ``text``, which names settings as Python does."""
-        return text
+        """Return ``text`` with columns as keywords; other settings are named as in Python."""
+        return map_code(text, python_keyword)
 
 
 class NotebookReporter(ProgramReporter):
