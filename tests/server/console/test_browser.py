@@ -77,6 +77,22 @@ window.fetch = (url, options) => {
 };
 """
 """Answer chats with a number from now on."""
+ISSUES = """
+const real = window.fetch;
+const issue = { file: "rows.csv", text: "a fox", label: "cat", likely_label: "dog", probability: 0.9 };
+const answers = {
+  "/api/v1/jobs/checked": {
+    name: "checked", state: "Completed", base: "tiny", model_name: "checked", details: {}, recipe: {},
+    created: "2026-01-01T00:00:00Z", result: { label_issues: { issues: 2, rows: 24 } },
+  },
+  "/api/v1/jobs/checked/label-issues": { issues: [2, 3].map((line) => ({ ...issue, line })) },
+};
+window.fetch = async (url, options) => {
+  const answer = answers[new URL(url).pathname];
+  return answer ? Response.json(answer) : real(url, options);
+};
+"""
+"""Add a job with two label issues from now on."""
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +312,21 @@ def test_fix_on_form_shows_all_rows_of_new_file(
     page.until_text("24 rows", "#found")
     assert "Rows of" not in page.text("#rows")
     check_quiet(page)
+
+
+def test_decisions_on_label_issues_stay(server: Served, page: Browser) -> None:
+    page.sign_in(KEY)
+    page.script(ISSUES)
+    page.script("location.hash = '#/jobs/checked'")
+    page.click("#label-issues tbody tr:last-child td:last-child button:last-child")
+    page.until_text("1 changed label", "#label-issues .primary")
+    page.script("location.hash = '#/jobs'")
+    page.until_text("Jobs", "h1")
+    page.script("history.back()")
+    page.until_text("1 changed label", "#label-issues .primary")
+    page.click("#account button")
+    page.until("document.querySelector('#key') !== null")
+    assert page.script("return Object.keys(sessionStorage)") == []
 
 
 @pytest.mark.slow

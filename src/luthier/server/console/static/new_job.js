@@ -40,7 +40,7 @@ const LONGEST_NAME = 63;
 /** Patterns of names with the help text, by field. */
 const NAMES = {
   name: [/[a-zA-Z0-9][a-zA-Z0-9+\-.]*/, `Letters, digits, -, + and .; at most ${LONGEST_NAME}. Unique in the account.`],
-  model_name: [/([a-zA-Z0-9][_\-]?)+/, `Letters, digits, - and _; at most ${LONGEST_NAME}.`],
+  model_name: [/([a-zA-Z0-9][_\-]?)+/, `Letters and digits, with single - or _ between them; at most ${LONGEST_NAME}.`],
 };
 /** Fields whose values the tab keeps, and the key of the values in the session storage. */
 const KEPT = [...SETTINGS.map(([id]) => id), "adaptation.method", "settings", "teacher", "grader", "base", "customization_type"];
