@@ -412,7 +412,8 @@ class NameInUse(RefusedInput):
     def __init__(self, kind: str) -> None:
         # Airflow's Bedrock operator compares this message byte for byte.
         text = f"The provided {kind} name is currently in use."
-        super().__init__(text, rule=f"{kind}.name_taken")
+        field = "name" if kind == "job" else "model_name"
+        super().__init__(text, rule=f"{kind}.name_taken", location=Location(field=field))
 
 
 class QuotaExceeded(RefusedInput):

@@ -373,12 +373,33 @@ test("an answer whose rating fails returns behind the answer that is edited", as
   assert.deepEqual(sent.map(({ body }) => JSON.parse(body)), [{ request: "a", position: 0, thumb: "up" }]);
 });
 
+test("the last rating can be undone until the next rating, however late", async (t) => {
+  const sent = stubFetch(t, () => Response.json({}));
+  globalThis.document = { getElementById: () => null };
+  t.after(() => delete globalThis.document);
+  t.mock.timers.enable({ apis: ["setTimeout"] });
+  const queue = new Queue("");
+  queue.update({ answers: ["a", "b", "c", "d", "e"].map((request) => ({ request, position: 0 })) });
+  const first = () => queue.state.value.answers[0].request;
+  queue.rate({ thumb: "up" });
+  t.mock.timers.tick(3_600_000);
+  queue.undo();
+  assert.deepEqual([first(), sent.length], ["a", 0]);
+  queue.rate({ thumb: "down" });
+  queue.rate({ thumb: "up" });
+  queue.undo();
+  queue.undo();
+  assert.deepEqual([first(), queue.state.value.done], ["b", 1]);
+  assert.deepEqual(sent.map(({ body }) => JSON.parse(body)), [{ request: "a", position: 0, thumb: "down" }]);
+});
+
 test("the next rating clears the error, and a sign-out sends the rating with the key", async (t) => {
   const sent = stubFetch(t, () => Response.json({}));
   const tab = Object.assign(new EventTarget(), { location: { origin: "http://127.0.0.1" } });
   const kept = { "luthier.key": "sk-1" };
   globalThis.window = tab;
-  const storage = { getItem: (name) => kept[name] ?? null, removeItem: (name) => delete kept[name] };
+  const clear = () => Object.keys(kept).forEach((name) => delete kept[name]);
+  const storage = { getItem: (name) => kept[name] ?? null, clear };
   Object.defineProperty(globalThis, "sessionStorage", { value: storage, configurable: true });
   const queue = new Queue("");
   queue.update({ answers: ["a", "b", "c", "d", "e"].map((request) => ({ request, position: 0 })), error: new Error("busy") });

@@ -77,6 +77,22 @@ window.fetch = (url, options) => {
 };
 """
 """Answer chats with a number from now on."""
+ISSUES = """
+const real = window.fetch;
+const issue = { file: "rows.csv", text: "a fox", label: "cat", likely_label: "dog", probability: 0.9 };
+const answers = {
+  "/api/v1/jobs/checked": {
+    name: "checked", state: "Completed", base: "tiny", model_name: "checked", details: {}, recipe: {},
+    created: "2026-01-01T00:00:00Z", result: { label_issues: { issues: 2, rows: 24 } },
+  },
+  "/api/v1/jobs/checked/label-issues": { issues: [2, 3].map((line) => ({ ...issue, line })) },
+};
+window.fetch = async (url, options) => {
+  const answer = answers[new URL(url).pathname];
+  return answer ? Response.json(answer) : real(url, options);
+};
+"""
+"""Add a job with two label issues from now on."""
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +257,9 @@ def test_unknown_page_and_job_show_error(server: Served, page: Browser) -> None:
     assert "Try again" not in page.text("main")
 
 
-def test_validation_error_is_shown_at_form_field(server: Served, page: Browser, rows: Path) -> None:
+def test_names_are_checked_at_their_fields_and_used_once(
+    server: Served, page: Browser, rows: Path
+) -> None:
     page.sign_in(KEY)
     page.click('#navigation a[href="#/new"]')
     page.until("document.querySelector('#base option') !== null")
@@ -250,9 +268,65 @@ def test_validation_error_is_shown_at_form_field(server: Served, page: Browser, 
     page.choose("#base", BASE)
     page.fill("#name", HOSTILE)
     page.click(".submit .primary")
+    assert page.script("return document.querySelector('#name').validity.patternMismatch")
+    page.until("location.hash.includes('rows=')")
+    address = page.script("return new URLSearchParams(location.hash.split('?')[1]).get('rows')")
+    job = {"name": "taken", "model_name": "taken", "base": BASE, "training": [address]}
+    assert server.ask("POST", "/api/v1/jobs", job)[0] == 201
+    page.fill("#name", "taken")
+    page.fill("#model_name", "own")
+    page.click(".submit .primary")
     page.until("document.querySelector('#name').getAttribute('aria-invalid') === 'true'")
-    assert page.text("#problem-name")
+    assert page.text("#problem-name") and not page.texts("form .box.error")
+    page.fill("#name", "fresh")
+    page.click(".submit .primary")
+    page.until("location.hash === '#/jobs/fresh'")
+    for name in ("taken", "fresh"):
+        server.ask("POST", f"/api/v1/jobs/{name}/stop")
+    page.script("location.hash = '#/new'")
+    page.until("document.querySelector('#name') !== null")
+    for field, used in (("name", "fresh"), ("model_name", "own")):
+        assert page.script(f"return document.querySelector('#{field}').value") not in ("", used)
     assert page.script("return window.hit ?? null") is None
+
+
+@pytest.mark.slow
+def test_fix_on_form_shows_all_rows_of_new_file(
+    server: Served, page: Browser, tmp_path: Path
+) -> None:
+    lines = [{"text": f"{HOSTILE} {n}", "label": f"team {n % 2}"} for n in range(24)]
+    table = tmp_path / "crews.jsonl"
+    table.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *lines[:2]]))
+    page.sign_in(KEY)
+    page.click('#navigation a[href="#/new"]')
+    page.until("document.querySelector('#base option') !== null")
+    page.write("#training-file", str(table))
+    page.until("document.querySelector('.inspection details.rule button') !== null", 120)
+    page.script("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+    copies = "each.innerText.includes('duplicate.exact')"
+    rules = f"[...document.querySelectorAll('details.rule')].filter((each) => {copies})"
+    page.script(f"{rules}[0].querySelector('button').click()")
+    page.until_text("Rows of duplicate.exact", "#rows")
+    page.script(f"[...{rules}[0].querySelectorAll('button')].at(-1).click()")
+    page.until_text("crews-clean.jsonl", ".drop", 120)
+    page.until_text("24 rows", "#found")
+    assert "Rows of" not in page.text("#rows")
+    check_quiet(page)
+
+
+def test_decisions_on_label_issues_stay(server: Served, page: Browser) -> None:
+    page.sign_in(KEY)
+    page.script(ISSUES)
+    page.script("location.hash = '#/jobs/checked'")
+    page.click("#label-issues tbody tr:last-child td:last-child button:last-child")
+    page.until_text("1 changed label", "#label-issues .primary")
+    page.script("location.hash = '#/jobs'")
+    page.until_text("Jobs", "h1")
+    page.script("history.back()")
+    page.until_text("1 changed label", "#label-issues .primary")
+    page.click("#account button")
+    page.until("document.querySelector('#key') !== null")
+    assert page.script("return Object.keys(sessionStorage)") == []
 
 
 @pytest.mark.slow

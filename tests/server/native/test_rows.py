@@ -21,7 +21,7 @@ ROWS = [
     }
     for n in range(12)
 ]
-ADDRESS = "s3://rows/rows.jsonl"
+ADDRESS, PICTURE = "s3://rows/rows.jsonl", "s3://rows/picture.csv"
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def client(luthier_home: Path) -> Iterator[TestClient]:
     database = Database()
     Base.metadata.create_all(database.engine)
     rows = "".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[3]])
-    put_objects(database, ACCOUNT, {"rows.jsonl": rows.encode()})
+    picture = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+    put_objects(database, ACCOUNT, {"rows.jsonl": rows.encode(), "picture.csv": picture})
     yield native_client(native_context(database))
     database.close()
 
@@ -56,6 +57,14 @@ def test_rows_match_filter(
     assert found["labels"] == [{"label": "dog", "rows": 7}, {"label": "cat", "rows": 6}]
 
 
+def test_unreadable_file_has_the_reason_of_the_inspection(client: TestClient) -> None:
+    refused = client.get("/api/v1/rows", params={"address": PICTURE})
+    report = client.post("/api/v1/inspections", json={"training": PICTURE, "base": "none"}).json()
+    places = [place for rule in report["report"]["rules"] for place in rule["places"]]
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith(places[0]["message"])
+
+
 def test_single_row_is_shown_with_tokens(client: TestClient) -> None:
     body = {"training": ADDRESS, "line": 4, "base": "none"}
     report = client.post("/api/v1/inspections", json=body).json()["report"]
@@ -71,5 +80,8 @@ def test_cleaning_writes_file_with_fixes_and_corrected_labels(client: TestClient
     assert made["changed"] == {"relabel": 1} and made["dropped"] == {"duplicate.exact": 1}
     found = client.get("/api/v1/rows", params={"address": made["address"]}).json()
     assert [each["labels"] for each in found["rows"][:2]] == [["wolf"], ["dog"]]
+    for address, name in ((ADDRESS, "rows-clean-2"), (made["address"], "rows-clean-3")):
+        again = client.post("/api/v1/cleanings", json={**body, "training": address}).json()
+        assert again["name"] == f"{name}.jsonl"
     unknown = client.post("/api/v1/cleanings", json={"training": ADDRESS, "rules": ["amount.few"]})
     assert unknown.json()["error"]["parameter"] == "rules"

@@ -34,8 +34,7 @@ SPELLING = Rule(
     "warning",
     "Labels differ in letter case, white space, punctuation or hidden characters only.",
     "The model learns two classes with the same meaning.",
-    "Use one spelling, or run `luthier clean SOURCE TARGET --merge-labels` to use the most frequent "
-    "spelling.",
+    "Use the most frequent spelling.",
     whole=True,
 )
 UNEVEN = Rule(

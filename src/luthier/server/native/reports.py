@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -236,8 +237,9 @@ def clean_data(call: NativeCall, body: Cleaning) -> CleaningView:
         if rows.is_dir():
             text = f"{body.training} has several files. Clean each file."
             raise Fault("Validation", text, parameter="training")
-        # A file that was cleaned before keeps its name.
-        target = folder / Path(target_of(str(rows))).name.replace("-clean-clean.", "-clean.")
+        # A file that was cleaned before keeps its name, with the next number.
+        cleaned = re.sub(r"-clean(-\d+)?-clean\.", "-clean.", Path(target_of(str(rows))).name)
+        target = folder / call.context.locations.uploads.free_name(call.account, cleaned)
         addresses[str(target)] = target.name
         command = ["clean", str(rows), str(target), *column_options(body.columns)]
         for name, values in cleaning_options(body.rules).items():

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from luthier.data.files.read import find_container, read_records
 from luthier.data.rows import Checker
+from luthier.errors import Problem
 from luthier.gate.checks.balance import labels_of
 from luthier.server.http.messages import Fault
 from luthier.server.native.operations import (
@@ -157,8 +158,11 @@ class _Reading:
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any], list[str]]]:
         is_cut = self.path.stat().st_size > MOST_BYTES
-        container = find_container(self.path, [])
-        if container is None or (is_cut and (container.packing or container.kind != "jsonl")):
+        problems: list[Problem] = []
+        container = find_container(self.path, problems)
+        if container is None:
+            raise Fault("Validation", problems[0].text)
+        if is_cut and (container.packing or container.kind != "jsonl"):
             raise Fault("Validation", "Only rows of files up to 32 MB or JSON Lines are shown.")
         checker = Checker(str(self.path), [])
         for line, record in read_records(self.path, [], whole=False):

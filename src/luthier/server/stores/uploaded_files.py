@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from itertools import chain, count
+from pathlib import PurePath
 from typing import Any
 
 from sqlalchemy import Select, or_, select, update
@@ -118,6 +120,14 @@ class UploadedFiles:
                 _visible(account).where(UploadedFile.id == file_id)
             )
             return found
+
+    def free_name(self, account: str, name: str) -> str:
+        """Return ``name``, with the first free number if a file of the account has the name."""
+        path = PurePath(name)
+        numbered = (f"{path.stem}-{number}{path.suffix}" for number in count(2))
+        with self.database.read() as session:
+            used = {*session.scalars(_visible(account).with_only_columns(UploadedFile.name))}
+        return next(each for each in chain([name], numbered) if each not in used)
 
     def with_names(self, account: str, text: str) -> str:
         """Return ``text`` with names and ids of the account's files in place of addresses."""

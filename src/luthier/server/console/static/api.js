@@ -39,7 +39,8 @@ export function signOut(reason = "") {
   if (key() === null) return;
   // Pages send what waits while requests still have the key.
   window.dispatchEvent(new Event("luthier:signing-out"));
-  sessionStorage.removeItem(KEY);
+  // The next user of the tab starts without the forms of this user.
+  sessionStorage.clear();
   window.dispatchEvent(new CustomEvent("luthier:signed-out", { detail: reason }));
 }
 

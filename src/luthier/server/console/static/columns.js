@@ -5,6 +5,8 @@ import { withNames } from "./files.js";
 import { ErrorBox, Table, html, options, useData, useRef } from "./ui.js";
 
 const IGNORE = "ignore:";
+/** Form of rows without labels or answers. */
+const TEXT_ONLY = '{"text"}';
 
 /**
  * A menu for each column; `columns` is a signal with columns by key, where an empty column ignores its key.
@@ -37,6 +39,7 @@ export function Columns({ address, columns, onchange, onpreview = () => {} }) {
     </select>
   `;
   return html`
+    ${form === TEXT_ONLY && html`<p class="box note">Rows have text only: the model learns to continue text. To classify text, add a “label” to each row.</p>`}
     <details class="further columns" open=${isOpen.current}>
       <summary>Columns${form ? `: read as ${form}` : ""}</summary>
       ${problem && html`

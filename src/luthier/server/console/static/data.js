@@ -17,6 +17,8 @@ const ROWS = 20;
 const LONGEST_VALUE = 600;
 /** Milliseconds after the last key until a search begins. */
 const PATIENCE = 300;
+/** The filter of `Rows` that shows all rows. */
+export const ALL = { rule: "", lines: "" };
 
 /** The list of files. */
 export function Files() {
@@ -83,14 +85,14 @@ export function Data({ params, query }) {
     if (may("develop")) await inspect(body, signal, (report) => (found.value = { ...report, state }));
     return state;
   }, [state]);
-  const lines = useSignal({ rule: "", lines: query.get("lines") ?? "" });
+  const lines = useSignal({ ...ALL, lines: query.get("lines") ?? "" });
   if (!known.data) return html`<${Pending} title="Data" ...${known} />`;
   const trainLink = `${link("new")}?${new URLSearchParams({ rows: address, columns: JSON.stringify(columns.value) })}`;
   return html`
     <p class="soft"><a href=${link("data")}>Data</a> /</p>
     <${Heading} title=${known.data} tab=${`Data: ${known.data}`}>
       ${idOf(address) && html`<${Download} path=${`/v1/files/${encodeURIComponent(idOf(address))}/content`} name=${known.data} />`}
-      ${may("develop") && html`<a class="button primary" href=${trainLink}>Train on these rows</a>`}
+      ${may("develop") && found.value?.verdict !== "refused" && html`<a class="button primary" href=${trainLink}>Train on these rows</a>`}
     <//>
     ${may("develop") && html`<${Columns} address=${address} columns=${columns} onchange=${() => {}} />`}
     <${ErrorBox} error=${checks.error} again=${checks.read} />
@@ -149,7 +151,7 @@ export function Rows({ address, columns, lines }) {
       </div>
       ${lines.value.lines && html`
         <p><${Chip} kind="note">${lines.value.rule ? `Rows of ${lines.value.rule}` : "Chosen rows"}<//>
-          ${" "}<button type="button" class="quiet" onclick=${() => (lines.value = { rule: "", lines: "" })}>Show all rows</button></p>
+          ${" "}<button type="button" class="quiet" onclick=${() => (lines.value = ALL)}>Show all rows</button></p>
       `}
       <${ErrorBox} error=${error} again=${read} />
       <p class="soft" role="status" id="found">

@@ -199,7 +199,7 @@ function Confusion({ labels, mistakes }) {
     return html`<td class=${`shade-${shade}${isRight ? " right" : ""}`}>${rows || ""}</td>`;
   };
   return html`
-    <p class="help">Rows are the wanted labels, columns are the answers. A darker cell has a larger share of its row.</p>
+    <p class="help">Rows are the wanted labels, columns are the answers. A stronger colour means a larger share of the row.</p>
     <div class="matrix" tabindex="0" role="region" aria-label="Confusion matrix">
       <table>
         <caption class="visually-hidden">Confusion matrix</caption>

@@ -108,7 +108,7 @@ function Talk() {
   return html`
     <section class="box">
       <h2>Talk to a model</h2>
-      <p>Your newest models first. A base model knows nothing about your work yet.</p>
+      <p>Models that generate text, your own first. A base model knows nothing about your work yet.</p>
       <${ErrorBox} error=${error} again=${read} />
       <ul class="samples">
         ${writers.slice(0, RECENT).map((each) => html`<li><a href=${link("playground", each.id)}>${nameOf(each)}</a></li>`)}
@@ -127,7 +127,7 @@ function Recent({ data, error, read }) {
   ]);
   return html`
     <${Section} title="Recent jobs">
-      ${rows.length > 0 && html`<${Table} caption="Recent jobs" columns=${["Name", "State", { name: "Progress", kind: "wide" }]} rows=${rows} />`}
+      ${rows.length > 0 && html`<${Table} caption="Recent jobs" columns=${["Name", "State", { name: "Progress or age", kind: "wide" }]} rows=${rows} />`}
     <//>
   `;
 }

@@ -56,7 +56,8 @@ export function Inspection({ verdict, complete, report, address, columns, valida
   const count = (name) => rules.filter((rule) => rule.severity === name).reduce((sum, rule) => sum + rule.count, 0);
   const source = { training: address, columns, validation };
   const fixable = onfixed && may("develop") ? rules.filter((rule) => rule.fixable).map((rule) => rule.rule) : [];
-  const skipped = Object.entries(report.left_out ?? {}).map(([name, why]) => `${name} (${why})`);
+  // Checks without a base model are repeated by the job, or by "Inspect the data".
+  const skipped = Object.entries((report.base && report.left_out) || {}).map(([name, why]) => `${name} (${why})`);
   return html`
     <section class="inspection">
       <h2>Inspection</h2>

@@ -45,7 +45,7 @@ export function Job({ params }) {
     const [nameOf] = await Promise.all([modelNames(signal), learnNames(job.details.sources ?? [], signal)]);
     return { job, nameOf };
   });
-  if (!found.data) return html`<${Pending} title="Job" ...${found} />`;
+  if (!found.data) return html`<p class="soft"><a href=${link("jobs")}>Jobs</a> /</p><${Pending} title="Job" ...${found} />`;
   return html`<${Followed} path=${path} first=${found.data.job} nameOf=${found.data.nameOf} />`;
 }
 

@@ -10,7 +10,8 @@ const PAGE = 50;
 /** Rows with label issues, as a table that grows page by page. */
 export function LabelIssues({ job }) {
   const { issues, rows } = job.result.label_issues;
-  const [found, next, decided, written] = [useSignal([]), useSignal(0), useSignal({}), useSignal([])];
+  const kept = `luthier.labels.${job.name}`;
+  const [found, next, decided, written] = [useSignal([]), useSignal(0), useSignal(JSON.parse(sessionStorage.getItem(kept) ?? "{}")), useSignal([])];
   const page = useData(async (signal) => {
     const path = `${pathOf("jobs", job.name)}/label-issues`;
     const loaded = await call("GET", path, { query: { limit: PAGE, position: next.value }, signal });
@@ -18,7 +19,7 @@ export function LabelIssues({ job }) {
     found.value = [...found.value, ...loaded.issues];
     next.value = loaded.next ?? null;
   });
-  const changed = found.value.filter((each) => decided.value[keyOf(each)] === "change");
+  const changed = Object.values(decided.value).filter((each) => each.choice === "change");
   const write = useAction(async () => {
     const made = [];
     for (const [training, labels] of Object.entries(labelsByFile(changed)))
@@ -27,9 +28,12 @@ export function LabelIssues({ job }) {
     toast(`${number(changed.length)} labels are changed in a new file.`);
     written.value = made;
   });
-  const decide = (issue, choice) => () => (decided.value = { ...decided.value, [keyOf(issue)]: choice });
+  const decide = (issue, choice) => () => {
+    decided.value = { ...decided.value, [keyOf(issue)]: { ...issue, choice } };
+    sessionStorage.setItem(kept, JSON.stringify(decided.value));
+  };
   const button = (issue, choice, label) => html`
-    <button type="button" class="quiet" aria-pressed=${String(decided.value[keyOf(issue)] === choice)} onclick=${decide(issue, choice)}>
+    <button type="button" class="quiet" aria-pressed=${String(decided.value[keyOf(issue)]?.choice === choice)} onclick=${decide(issue, choice)}>
       ${label}<span class="visually-hidden">: ${placeOf(issue)}</span>
     </button>
   `;

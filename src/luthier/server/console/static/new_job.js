@@ -1,7 +1,7 @@
 // The form for a new job: data, base model, settings and names; inspection and estimate before the start.
 
 import { InputError, call, may } from "./api.js";
-import { Rows, showRowsOf } from "./data.js";
+import { ALL, Rows, showRowsOf } from "./data.js";
 import { DataField, EMPTY } from "./data_field.js";
 import { idOf, learnNames, remember, sentence, withNames } from "./files.js";
 import { Columns } from "./columns.js";
@@ -37,11 +37,14 @@ const ADAPTATIONS = [
 ];
 const KINDS = Object.entries(CUSTOMIZATIONS).map(([value, { name }]) => [value, name]);
 const LONGEST_NAME = 63;
+/** Patterns of names with the help text, by field. */
+const NAMES = {
+  name: [/[a-zA-Z0-9][a-zA-Z0-9+\-.]*/, `Letters, digits, -, + and .; at most ${LONGEST_NAME}. Unique in the account.`],
+  model_name: [/([a-zA-Z0-9][_\-]?)+/, `Letters and digits, with single - or _ between them; at most ${LONGEST_NAME}.`],
+};
 /** Fields whose values the tab keeps, and the key of the values in the session storage. */
 const KEPT = [...SETTINGS.map(([id]) => id), "adaptation.method", "settings", "teacher", "grader", "base", "customization_type"];
 const DRAFT = "luthier.job";
-// The next user of the tab starts with an empty form.
-globalThis.addEventListener?.("luthier:signed-out", () => sessionStorage.removeItem(DRAFT));
 /** Milliseconds from the last change to the estimate. */
 const PATIENCE = 800;
 
@@ -73,7 +76,7 @@ function JobForm({ models, start, rows, read }) {
   const base = useSignal(models.find((each) => wanted && [each.id, each.name, each.arn].includes(wanted))?.name ?? "");
   const names = useSignal(draft.names ?? {});
   const columns = useSignal(JSON.parse(read ?? "{}"));
-  const [working, lines] = [useSignal(null), useSignal({ rule: "", lines: "" })];
+  const [working, lines] = [useSignal(null), useSignal(ALL)];
   const outcome = useSignal("");
   const [inspection, problem, preview] = [useSignal(null), useSignal(null), useSignal(null)];
   const [changes, download] = [useSignal(0), useSignal(false)];
@@ -137,6 +140,7 @@ function JobForm({ models, start, rows, read }) {
   const forgetRows = () => {
     stop();
     inspection.value = preview.value = null;
+    lines.value = ALL;
     forget();
   };
   const changed = () => (changes.value += 1);
@@ -229,9 +233,9 @@ function JobForm({ models, start, rows, read }) {
   const startJob = (event) => {
     event.preventDefault();
     const work = async (signal) => {
-      const names = { name: valueOf("name"), model_name: valueOf("model_name") };
+      const named = { name: valueOf("name"), model_name: valueOf("model_name") };
       await chooseBase(signal);
-      const body = { ...common(), training: [training.value.address], ...names };
+      const body = { ...common(), training: [training.value.address], ...named };
       if (isDistillation) body.teacher = valueOf("teacher");
       const created = await call("POST", "/api/v1/jobs", { body, signal });
       names.value = {};
@@ -248,7 +252,7 @@ function JobForm({ models, start, rows, read }) {
     <${Field} id=${id} label=${label} help=${help} hidden=${hidden} problem=${about === id && problem.value.message}>${content}<//>
   `;
   const nameField = (id) => html`
-    <input ...${field(id)} type="text" required maxlength=${LONGEST_NAME} autocomplete="off" spellcheck="false"
+    <input ...${field(id)} type="text" required maxlength=${LONGEST_NAME} pattern=${NAMES[id][0].source} title=${NAMES[id][1]} autocomplete="off" spellcheck="false"
       value=${names.value[id] ?? proposed} oninput=${(event) => (names.value = { ...names.value, [id]: event.target.value })} />
   `;
   const changeKind = (event) => {
@@ -321,8 +325,8 @@ function JobForm({ models, start, rows, read }) {
       <fieldset hidden=${!hasRows} inert=${isStarting}>
         <legend>Names</legend>
         <div class="fields">
-          ${row("name", "Job", nameField("name"), { help: "Unique in the account." })}
-          ${row("model_name", "Model", nameField("model_name"), { help: "Letters, digits, - and _." })}
+          ${row("name", "Job", nameField("name"), { help: NAMES.name[1] })}
+          ${row("model_name", "Model", nameField("model_name"), { help: NAMES.model_name[1] })}
         </div>
       </fieldset>
       ${planned.value && (
@@ -337,7 +341,7 @@ function JobForm({ models, start, rows, read }) {
           ${" "}<button type="button" class="quiet" onclick=${() => (download.value = true)}>Estimate</button>
         </p>
       `}
-      <${ErrorBox} error=${problem.value} />
+      <${ErrorBox} error=${!document.getElementById(about) && problem.value} />
       <div class="actions submit" hidden=${!hasRows}>
         <button type="button" disabled=${!ready} onclick=${() => startInspection(false)}>Inspect the data</button>
         <button type="submit" class=${inspection.value?.verdict === "refused" ? null : "primary"} disabled=${!ready}

@@ -12,8 +12,6 @@ import {
 const PAGE = 10;
 /** Answers in the queue below which more are loaded. */
 const AHEAD = 3;
-/** A rating is sent after this time, or with the next rating; until then the user can undo the rating. */
-const UNDO_SECONDS = 6;
 /** Labels with scores in a card. */
 const SCORES = 3;
 const STARS = [1, 2, 3, 4, 5];
@@ -64,7 +62,7 @@ function CaptureState() {
   if (!data) return null;
   if (!data.enabled) return may("develop") ? html`<${CaptureSwitch} done=${read} />` : html`<span class="soft">The capture is off.</span>`;
   return html`
-    <span class="soft">Requests are captured for ${data.days} days.</span>
+    <span class="soft">Captured requests are kept for ${data.days} days.</span>
     ${data.redact && html`<details class="soft"><summary>Names are not hidden</summary>${HIDDEN}</details>`}
     ${may("develop") && html`
       <select aria-label="Raters of an answer" value=${String(data.second_rater ?? "")} onchange=${chooseRaters}>
@@ -116,21 +114,20 @@ export class Queue {
     }
   }
 
-  /** Remove the first answer with a rating, or without one to skip the answer. The rating is sent later. */
+  /** Remove the first answer with a rating, or without one to skip the answer. Until the next answer, the user can undo the rating. */
   rate(values, left) {
     const [answer, ...others] = this.state.value.answers;
     if (!answer) return;
     this.send();
     const rated = Boolean(values);
     this.update({ answers: others, done: this.state.value.done + rated, error: null });
-    this.pending = { answer, values, timer: rated && setTimeout(() => this.send(), 1000 * UNDO_SECONDS) };
+    this.pending = { answer, values };
     if (others.length < AHEAD) this.fill(left);
   }
 
   undo() {
-    if (!this.pending) return announce("The rating is already stored. Rate the answer again to change it.");
-    const { answer, values, timer } = this.pending;
-    clearTimeout(timer);
+    if (!this.pending) return toast("Only the last answer can be undone, until its rating is stored.");
+    const { answer, values } = this.pending;
     this.pending = null;
     this.update({ answers: [answer, ...this.state.value.answers], done: this.state.value.done - Boolean(values) });
     announce("Undone.");
@@ -141,7 +138,6 @@ export class Queue {
     const { pending } = this;
     this.pending = null;
     if (!pending?.values) return;
-    clearTimeout(pending.timer);
     this.update({});
     const { request, position } = pending.answer;
     try {
@@ -189,12 +185,16 @@ function Rating({ model }) {
     if (field !== "label") return rate({ corrected: value });
     const labels = Array.isArray(given) ? value.split(",").map((each) => each.trim()).filter(Boolean) : [value];
     const known = Object.keys(first.prediction.scores ?? {});
-    for (const label of labels.filter((each) => known.length > 0 && !known.includes(each) && !newLabels.has(each))) {
-      const text = `The answer has no score for this label. The nearest label is “${nearestText(label, known)}”.`;
-      if (!(await confirmed({ title: `Use the new label “${label}”?`, text, verb: "Use the new label" }))) return;
-      newLabels.add(label);
+    for (const [index, label] of labels.entries()) {
+      if (!known.length || known.includes(label) || newLabels.has(label)) continue;
+      const nearest = nearestText(label, known);
+      const text = `The answer has no score for the label “${label}”.`;
+      const chosen = await confirmed({ title: `Did you mean “${nearest}”?`, text, verb: `Use “${nearest}”`, other: `Use the new label “${label}”` });
+      if (!chosen) return;
+      if (chosen === "other") newLabels.add(label);
+      else labels[index] = nearest;
     }
-    rate({ label: Array.isArray(given) ? labels : value });
+    rate({ label: Array.isArray(given) ? [...new Set(labels)] : labels[0] });
   };
   const undo = () => {
     // The form belongs to the answer that is first before the undo.

@@ -41,7 +41,10 @@ function closeToast(shown) {
   toasts.value = toasts.value.filter((each) => each !== shown);
 }
 
-/** Ask `{title, text, verb, danger, typed}` in a dialog. Resolves to whether the user confirms; `typed` must be typed first. */
+/**
+ * Ask `{title, text, verb, other, danger, typed}` in a dialog. Resolves to whether the user confirms, or to "other" for the
+ * button `other`; `typed` must be typed first.
+ */
 export function confirmed(asked) {
   return new Promise((resolve) => (question.value = { ...asked, resolve }));
 }
@@ -63,7 +66,7 @@ export function Overlays() {
   `;
 }
 
-function Question({ title, text, verb, danger, typed, resolve }) {
+function Question({ title, text, verb, other, danger, typed, resolve }) {
   const dialog = useRef(null);
   const value = useSignal("");
   useEffect(() => {
@@ -75,7 +78,8 @@ function Question({ title, text, verb, danger, typed, resolve }) {
   }, []);
   const close = () => {
     question.value = null;
-    resolve(dialog.current.returnValue === "yes");
+    const { returnValue } = dialog.current;
+    resolve(returnValue === "other" ? "other" : returnValue === "yes");
   };
   return html`
     <dialog ref=${dialog} onclose=${close} aria-labelledby="question">
@@ -88,6 +92,7 @@ function Question({ title, text, verb, danger, typed, resolve }) {
         `}
         <div class="actions">
           <button value="yes" class=${danger ? "danger" : "primary"} disabled=${typed && value.value.trim() !== typed}>${verb}</button>
+          ${other && html`<button value="other">${other}</button>`}
           <button value="no" formnovalidate>Cancel</button>
         </div>
       </form>
@@ -225,7 +230,7 @@ export function ErrorBox({ error, again, children }) {
       <p><${Said} text=${messageOf(error)} /></p>
       ${error.parameter && html`<p class="soft">Parameter: <code>${error.parameter}</code></p>`}
       ${children && html`<p class="soft">${children}</p>`}
-      ${again && error.status !== 404 && html`<button type="button" onclick=${again}>Try again</button>`}
+      ${again && ![400, 404].includes(error.status) && html`<button type="button" onclick=${again}>Try again</button>`}
     </div>
   `;
 }
