@@ -1,6 +1,7 @@
 """Tests of errors: problems, composed message, transfer between processes."""
 
 import json
+import pickle
 
 import pytest
 
@@ -103,3 +104,14 @@ def test_foreign_error_classes_are_restored_as_nearest_base() -> None:
     restored = restore_error(report_error(Closer(3)))
     assert (type(restored), restored.rule, str(restored)) == (RecipeError, "closer", "code 3")
     assert type(restore_error(report_error(ValueError("x")))) is LuthierError
+
+
+def test_errors_survive_other_processes() -> None:
+    problem = Problem(
+        "row.too_long", "the row is long.", "Shorten the row.", Location("a.jsonl", 3)
+    )
+    for error in (DataError([problem], capped=True), RecipeError("no", setting="name"),
+                  RowRefused("field.empty", "empty.", "Write a text.")):  # fmt: skip
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error) and str(copy) == str(error)
+        assert copy.problems == error.problems and vars(copy) == vars(error)

@@ -86,12 +86,13 @@ def collect(bench: Bench) -> Found:
     worst = int(np.argmin((generated * wanted[own]).sum(1).reshape(-1, COUNT).mean(1)))
     closest = (generated @ known.T).reshape(len(test), COUNT, -1).mean(1).argmax(1)
     tuned, other = scores["small-unet:faces"], scores[RIVAL]
+    (size,) = (s["result"]["saved_bytes"] for s in bench.steps if "--name faces" in s["command"])
     is_won = gain.significant and gain.value > 0
     return {
         "rows": rows_of_archive(bench)[:2],
         "wrong": f"caption: {test[worst][0]}\n"
         f"answer:  a picture like the training picture “{train[closest[worst]][0]}”",
-        "headline": f"{'Tuning is worth it' if is_won else '**Do not tune 69 pictures for this**'}: "
+        "headline": f"{'Tuning is worth it' if is_won else '**Do not tune for this**'}: "
         f"the pictures have the style, and {percent(copies)} of {len(made)} are closer to a training "
         f"picture than to the wanted one. The wanted picture is recognized in "
         f"{percent(tuned.value)}, and in {percent(other.value)} of the {RIVAL}.",
@@ -99,7 +100,7 @@ def collect(bench: Bench) -> Found:
             "contenders": [
                 {"name": name, "technique": "fine-tuning" if name != RIVAL else "other",
                  "score": each.value, "interval": list(each.interval), "seconds": None,
-                 "model_bytes": 2_270_000 if name != RIVAL else 0}
+                 "model_bytes": size if name != RIVAL else 0}
                 for name, each in sorted(scores.items(), key=lambda item: -item[1].value)
             ],
             "rows": len(test),

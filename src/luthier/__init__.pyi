@@ -435,7 +435,6 @@ def tune(
     data: str | Path | Rows | Recipe,
     *,
     resume: bool = False,
-    overwrite: bool = False,
     processes: int = 1,
     max_minutes: float | None = None,
     max_cost: float | None = None,

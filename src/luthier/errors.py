@@ -202,6 +202,10 @@ class LuthierError(Exception):
         self.problems = (self.problem,)
         super().__init__(str(self.problem))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return the error for another process, such as a worker of joblib."""
+        return type(self).of_problems, (self.problems, self.args[0]), self.__dict__
+
     @property
     def rule(self) -> str:
         """Rule of the first problem."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
 import luthier
 from luthier.data.in_memory import is_missing, texts_of
@@ -88,6 +88,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         texts = _texts(X)
         check_consistent_length(texts, y)
         _check_labels(y)
+        y = column_or_1d(y)
         check_classification_targets(y)
         self.classes_, index_N = np.unique(np.asarray(y), return_inverse=True)
         names = [str(each) for each in self.classes_]

@@ -353,19 +353,30 @@ def test_documented_programs_pass_strict_type_checks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_overwrite_replaces_the_model_of_a_cell(luthier_home: Path) -> None:
+def test_models_are_listed_and_removed(luthier_home: Path) -> None:
     rows = [{"text": f"{word} {n}", "label": word} for word in ("door", "bell") for n in range(8)]
     first = luthier.tune(rows, base="tfidf", name="cell")
-    with pytest.raises(luthier.RunConflict, match="overwrite"):
+    with pytest.raises(luthier.RunConflict, match="remove"):
         luthier.tune(rows[1:], base="tfidf", name="cell")
-    again = luthier.tune(rows[1:], base="tfidf", name="cell", overwrite=True)
-    assert (first.model_id, first.rows - 1) == (again.model_id, again.rows)
-    with pytest.raises(luthier.RecipeError, match="exclude"):
-        luthier.tune(rows, base="tfidf", name="cell", overwrite=True, resume=True)
+    assert luthier.tune(rows, base="tfidf", name="cell", resume=True).rows == first.rows
     assert "tfidf:cell" in repr(luthier.load("tfidf:cell"))
     assert [model["id"] for model in luthier.list_models()["custom"]] == ["tfidf:cell"]
     assert luthier.remove_model("tfidf:cell")["removed"]
     assert luthier.list_models()["custom"] == []
+    with pytest.raises(luthier.UnknownModel):
+        luthier.remove_model("tfidf:cell")
+
+
+def test_predictions_in_a_file_are_rows(luthier_home: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"{word} {n}", "label": word} for word in ("door", "bell") for n in range(8)]
+    luthier.tune(rows, base="tfidf", name="cell")
+    found = luthier.predict("tfidf:cell", ["a door", "a bell"], output=tmp_path / "out.jsonl.gz")
+    assert [row["predicted"]["label"] for row in found.to_rows()] == ["door", "bell"]
+    unsure = luthier.predict("tfidf:cell", ["a door", "a bell", "one"], least_certain=1)
+    assert [row["text"] for row in unsure.to_rows()] == ["one"]
+    for wrong in ({"least_certain": 0}, {"top": 0}, {"least_certain": 1, "explain": True}):
+        with pytest.raises(luthier.RecipeError, match=next(iter(wrong))):
+            luthier.predict("tfidf:cell", ["a door"], **wrong)
 
 
 def test_one_text_for_a_sequence(luthier_home: Path) -> None:

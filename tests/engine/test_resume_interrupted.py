@@ -134,7 +134,7 @@ def test_a_resumed_run_must_be_the_same(
     assert "--name" in message
     message = forker.start(interrupted, command("lora")).refusal()
     assert "unfinished run tiny-llama:x" in message
-    assert "--resume" in message
+    assert "`resume`" in message
     arguments = command("lora", "--resume")
     arguments[1] = str(tmp_path / "other.jsonl")
     Path(arguments[1]).write_bytes(uneven_rows.read_bytes())

@@ -122,8 +122,7 @@ def _dotted(text: str) -> str:
     key, equals, values = text.partition("=")
     name = key.strip().replace("-", "_")
     whole = name in ("objective", "adaptation")  # the values are methods
-    path = key if whole else field_path(name, None, TUNING)
-    return f"{path if name in TUNING else key}{equals}{values}"
+    return f"{name if whole else field_path(name, None, TUNING)}{equals}{values}"
 
 
 def _parse_limits(texts: Sequence[str]) -> Mapping[str, float]:

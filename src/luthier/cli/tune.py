@@ -12,7 +12,6 @@ import typer
 
 from luthier.cli.terminal.console import heavy_imports, new_console
 from luthier.cli.terminal.options import AtLeastOne, DataSource, TuningFields, tuning_recipe
-from luthier.errors import RecipeError, RunConflict
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -26,7 +25,6 @@ def tune(
     data: DataSource,
     *,
     resume: bool = False,
-    overwrite: bool = False,
     processes: AtLeastOne = 1,
     max_minutes: Limit = None,
     max_cost: Limit = None,
@@ -41,7 +39,6 @@ def tune(
     Args:
         data: Data file, folder, documents, s3:// or recipe (.toml).
         resume: Resume an interrupted run.
-        overwrite: Remove a model or run of the same name first.
         processes: Processes of this machine that share each step.
         max_minutes: Reject a run that is estimated to take longer.
         max_cost: Reject a run that is estimated to cost more.
@@ -58,13 +55,10 @@ def tune(
     Raises:
         RefusedInput: before training, for invalid data or settings.
     """
-    if resume and overwrite:
-        raise RecipeError("`resume` and `overwrite` exclude each other.")
     if check_forgetting:
         fields = {"forgetting": {}, **fields}
     if accept_forgetting:
         fields = {**fields, "forgetting.accept": True}
-    from luthier.cli.models.app import remove_model
     from luthier.documents.readers import as_rows
 
     recipe = tuning_recipe(as_rows(data), fields)
@@ -85,14 +79,7 @@ def tune(
     with heavy_imports():
         from luthier.workflows.tuning import tune as run
 
-    try:
-        return run(recipe, resume, reporter, processes, opened)
-    except RunConflict as conflict:
-        if not overwrite or conflict.problem.value is None:
-            raise
-        # Only here is the model's id known: the base may follow from the rows.
-        remove_model(str(conflict.problem.value))
-    return run(recipe, reporter=reporter, processes=processes)
+    return run(recipe, resume, reporter, processes, opened)
 
 
 def print_result(result: Result) -> None:

@@ -44,7 +44,7 @@ MOST_ROWS = 10_000_000
 
 
 def is_rows(value: object) -> bool:
-    """Return whether ``value`` holds rows; a list of strings holds file names.
+    """Return whether ``value`` holds rows or columns; a list of strings holds file names.
 
     Other lists count as rows, so that :func:`store_rows` reports a value that is no row.
     """
@@ -65,16 +65,18 @@ def is_splits(value: object) -> bool:
 
 
 def is_columns(value: object) -> bool:
-    """Return whether ``value`` maps names to columns: lists, arrays or series."""
-    return isinstance(value, Mapping) and bool(value) and all(map(_is_column, value.values()))
+    """Return whether ``value`` maps names to columns: lists, arrays or series.
 
-
-def _is_column(value: Any) -> bool:
-    if isinstance(value, str | bytes):
+    Lists of rows alone are splits.
+    """
+    if not isinstance(value, Mapping) or not value or not all(map(_is_listed, value.values())):
         return False
-    listed = isinstance(value, Sequence) or any(hasattr(value, each) for each in _TO_LIST)
-    # `to_list` of a `datasets.Dataset` returns rows.
-    return listed and not isinstance(next(iter(value), None), Mapping)
+    return not all(isinstance(next(iter(each), None), Mapping) for each in value.values())
+
+
+def _is_listed(value: Any) -> bool:
+    is_array = hasattr(value, "__len__") and any(hasattr(value, each) for each in _TO_LIST)
+    return is_array or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
 def is_missing(value: object) -> bool:
@@ -87,7 +89,8 @@ def is_missing(value: object) -> bool:
 def wrong_value(value: object, noun: str, file: str, line: int) -> Problem:
     """Return the problem of a value that must be ``noun``, such as ``a text``."""
     name = type(value).__name__
-    rule, what, fix = "field.type", f"of type {name}", ROWS_FIX
+    fix = "Give a list of texts." if noun == "a text" else ROWS_FIX
+    rule, what = "field.type", f"of type {name}"
     if is_missing(value):
         rule, what = "field.missing", "missing (NaN)"
         fix = "Fill in the value, or remove the row: `dropna()`."

@@ -94,10 +94,17 @@ class EmbeddingRows:
     def add(self, gradient: Tensor) -> None:
         """Add a gradient of the whole table, sparse or dense, to the gradient sum."""
         if gradient.is_sparse:
-            # float32 first, so that sums do not round in bfloat16. `coalesce` sorts the row
-            # numbers, which makes the sums deterministic on every device.
-            gradient = gradient.float().coalesce()
-            ids_G, rows_GW = gradient.indices()[0], gradient.values()
+            # float32 first, so that sums do not round in bfloat16.
+            gradient = gradient.float()
+            if gradient.is_cpu:
+                # `coalesce` sorts equal row numbers in another order on each kind of processor.
+                # The rows of a batch are summed in their order instead, as in the full table.
+                ids_G, place_N = gradient._indices()[0].unique(return_inverse=True)
+                rows_GW = gradient._values().new_zeros(len(ids_G), gradient.shape[1])
+                rows_GW.index_add_(0, place_N, gradient._values())
+            else:  # without atomic additions, whose order varies
+                gradient = gradient.coalesce()
+                ids_G, rows_GW = gradient.indices()[0], gradient.values()
         else:
             # AdamW without decay would not move a row whose gradients are all 0.
             ids_G = gradient.any(1).nonzero()[:, 0]

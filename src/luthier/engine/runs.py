@@ -131,8 +131,8 @@ class Result(Tabular):
         return [*lines, f'Use the model: luthier.load("{self.model_id}")']
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """Return the measurements of the run: ``step``, ``event`` (``train`` or ``validation``),
-        ``loss`` and other metrics."""
+        """Return the measurements of the run: ``step``, ``event`` (``train``, ``validation`` or
+        ``refit``), ``loss`` and other metrics."""
         from luthier.engine.metrics import MetricsFile
 
         return [dict(line) for line in MetricsFile(Path(self.run_dir) / METRICS).read()]
@@ -225,16 +225,16 @@ class Run:
         """Raise :class:`RunConflict` if a model or a run with the name exists."""
         stored = (self.model_folder / MANIFEST).is_file()
         if (self.folder / RUN_REQUEST).is_file():
-            run = "a finished run" if stored else "an unfinished run"
-            advice = "" if stored else "resume it with `resume`, "
-            why = ""
-            if not stored and (reason := self.failure()):
-                run, advice, why = "a run", "", f" and would fail again: {reason}"
+            run, fix = "an unfinished run", "Resume the run with `resume`, or choose"
+            if stored:
+                run, fix = "a finished run", "For its result, set `resume`. Otherwise choose"
+            elif reason := self.failure():
+                run, fix = f"a run that would fail again ({reason})", "Choose"
             raise RunConflict(
-                f"{run} {self.model_id} exists already{why}",
-                rule="run.name_taken", value=self.model_id,
-                advice=f"To continue, {advice}replace it with `overwrite`, or choose another `name`.",
-            )  # fmt: skip
+                f"{run} {self.model_id} exists already. {fix} another `name`, or remove the model "
+                f"first: `luthier models remove {self.model_id}`",
+                rule="run.name_taken",
+            )
         if stored:
             raise RunConflict(
                 f"a model {self.model_id} exists already. Choose another `name`",

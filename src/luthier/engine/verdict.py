@@ -277,7 +277,7 @@ def judge_run(
     gained = fitted_head or not failed or (0 < rows < FEW_ROWS and course.training_learned())
     first, best, last = (_values(x, measure) for x in (course.first, course.kept, course.last))
     return RunVerdict(
-        "learned" if is_perfect else outcome,
+        "learned" if is_perfect and fitted_head else outcome,
         ". ".join(sentences),
         cause,
         advice[:1].upper() + advice[1:],

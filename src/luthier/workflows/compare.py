@@ -37,7 +37,7 @@ from luthier.workflows.contenders import (
     Contest,
     count_tokens,
     graders_for,
-    worst_rows,
+    hardest_rows,
 )
 from luthier.workflows.estimate.budget import BreakEven
 from luthier.workflows.evaluate import open_graders
@@ -478,7 +478,7 @@ def compare(
             f"nearly all replies score 0 by {measure}. If replies are right, use a different grader"
         )
     first = next((each for each in contenders if each.is_tuned), contenders[0])
-    numbers = contest.shown or worst_rows(measure, first.score, show)
+    numbers = contest.shown or hardest_rows(measure, first.score, show)
     shown = _rows_to_show(rows, numbers, contenders)
     return HeadToHead(measure, len(rows), contenders, remarks, prices, shown, per_month)
 

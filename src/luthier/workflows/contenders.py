@@ -91,7 +91,7 @@ class Contender:
     model_bytes: int = 0
     """Size of the weights, including the base model's."""
     memory_bytes: int = 0
-    """Weights in memory, and the growth of resident memory while the model answers."""
+    """Size of the weights, and growth of the resident memory while the model answers."""
     preparation_seconds: float = 0.0
     """Duration of the tuning."""
     preparation_tokens: float = 0.0
@@ -144,7 +144,7 @@ class Contest:
         contenders, passes = list[Contender](), dict[str, Callable[[], object]]()
         for stored in models:
             predictor = Predictor.open(stored)
-            predictor.answers(rows[:1])
+            predictor.answers(rows[:1])  # libraries would count as memory of the first model
             resident = begin_peak_memory()
             evaluation = score_predictions(predictor, rows, self._done)
             growth = peak_memory() - resident
@@ -154,7 +154,7 @@ class Contest:
                 rows
             ):
                 raise RecipeError(f"{stored.id} has no scores per row for this kind of rows")
-            self.shown = self.shown or worst_rows(measure, score, show)
+            self.shown = self.shown or hardest_rows(measure, score, show)
             task, replies = predictor.objective.task, [""] * len(rows)
             answers = predictor.answers([rows[number] for number in self.shown])
             for number, each in zip(self.shown, answers, strict=True):
@@ -410,7 +410,7 @@ class Contest:
         self.on_progress(self.finished + count, self.total)
 
 
-def worst_rows(measure: str, score: RowScores, count: int) -> list[int]:
+def hardest_rows(measure: str, score: RowScores, count: int) -> list[int]:
     """Return the numbers of ``count`` rows, the worst first."""
     gain_R = as_gain(measure, 1.0) * (score.parts_R - score.wholes_R)
     return [int(number) for number in np.argsort(gain_R, kind="stable")[:count]]

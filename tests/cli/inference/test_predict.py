@@ -128,4 +128,4 @@ def test_least_certain_rows_come_first(luthier_home: Path, tmp_path: Path) -> No
         refused = Answer("predict", "tfidf:doors", "--input", str(pool), *options, *wrong)
         assert refused.code == 2 and "least_certain" in refused.err
     alone = Answer("predict", "tfidf:doors", "my chain", "--least-certain", "2")
-    assert alone.code == 2 and "--input" in alone.err
+    assert alone.code == 2 and "`input`" in alone.err

@@ -69,8 +69,12 @@ class Predictions(Tabular):
         return found
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """Return each row with ``predicted``."""
-        found: list[dict[str, Any]] = self.answers.plain().get("answers", [])
+        """Return each row with ``predicted``, also from the file of the result."""
+        from luthier.data.files.read import read_records
+
+        if (output := self.answers.output) is not None:
+            return [dict(record) for _, record in read_records(output, [])]
+        found: list[dict[str, Any]] = self.answers.plain()["answers"]
         return found
 
     def plain(self) -> dict[str, Any]:
@@ -142,8 +146,12 @@ def predict(
         raise RecipeError(f"{text} is a file or folder of rows. Use --input {shlex.quote(text)}")
     if html is not None and (not explain or output is not None):
         raise RecipeError("`html` needs `explain`, and excludes `output`")
-    if least_certain and (input is None or top or processes or ray_address):
-        raise RecipeError("`least_certain` needs --input, and excludes --top and --processes")
+    for name, number in (("top", top), ("least_certain", least_certain)):
+        if number is not None and number < 1:
+            raise RecipeError(f"`{name}` must be at least 1, not {number}")
+    others = {"top": top, "explain": explain, "processes": processes, "ray_address": ray_address}
+    if least_certain is not None and (input is None or any(others.values())):
+        raise RecipeError(f"`least_certain` needs `input`, and excludes {', '.join(others)}")
     check_json_lines(output)
     check_output(html, input)
     check_output(output, input, overwrite=overwrite)
@@ -163,7 +171,7 @@ def predict(
     if is_shared and output is not None:
         return Predictions(shared.answer(work, output, reporter), objective.task, threshold)
     with heavy_imports():
-        if least_certain:
+        if least_certain is not None:
             answers = _least_certain(answer_rows(work, None, reporter), least_certain, output)
         elif input is not None:
             answers = answer_rows(work, output, reporter)

@@ -589,7 +589,7 @@ def remove_model(model: str, *, force: bool = False, database: ServiceDatabase =
     folders = [] if run is None else [run.model_folder, *working_folders(model)]
     if not any(each.exists() for each in ([fetched] if fetched is not None else folders)):
         made = [each.id for each in (*custom_models(), *pretrained_models())]
-        raise RecipeError(
+        raise UnknownModel(
             f"no model or run {model!r} exists on this machine. {suggest_models(model, made)}"
         )
     needed_by = dependents_of(model)

@@ -99,7 +99,7 @@ export function Deployment({ params, query }) {
   usePolling(SECONDS, read);
   const back = useAction(async () => {
     const pending = isPending(data);
-    const text = pending ? `The pending change ends. ${data.model} goes on answering.` : `${data.earlier} answers again, instead of ${data.model}.`;
+    const text = pending ? `The pending change ends. ${data.model} continues to answer.` : `${data.earlier} answers again, instead of ${data.model}.`;
     if (!(await confirmed({ title: `Roll back ${params.name}?`, text, verb: "Roll back", danger: true }))) return;
     await call("POST", `${path}/rollback`);
     toast(pending ? "The pending change has ended." : "The rollback has begun.");

@@ -14,12 +14,12 @@ const QUESTIONS = [
   ["", "Other fields"],
 ];
 const TRAININGS = {
-  methods: "Up to 5 trainings: full, LoRA, DoRA, the lower half of the layers frozen, and biases only.",
-  layers: "4 trainings: all layers, and the upper three, two and one quarters.",
-  rate: "4 trainings: a tenth, a third, once and three times the rate.",
-  rows: "7 trainings: from an eighth of the rows to all rows.",
-  augmentation: "A training for each kind of change that fits the rows, and one without.",
-  bits: "4 trainings: LoRA on 16, 8 and 4 bits (NF4 and FP4).",
+  methods: "Trains in full, with LoRA and DoRA, with the lower half of the layers frozen, and biases only.",
+  layers: "Trains all layers, and the upper three, two and one quarters.",
+  rate: "Trains with a tenth, a third, once and three times the rate.",
+  rows: "Trains on an eighth of the rows, and more, up to all rows.",
+  augmentation: "Trains with each kind of change that fits the rows, and without.",
+  bits: "Trains LoRA on 16, 8 and 4 bits (NF4 and FP4).",
   "": "To compare two methods: adaptation.method=lora,full",
 };
 /** Groups and fields of a recipe that the study takes from a job. */
