@@ -113,9 +113,10 @@ def test_labels_of_predictions(ask: Callable[..., str]) -> None:
     both = {"inputs": [{"text": "cheap pills"}, {"text": "hello"}]}
     first = ask("", path, both, position=1, label="ham")
     ask("", path, {"inputs": [{"text": "win"}]}, thumb="up")
-    assert rows("--to", "classification") == [
-        {"text": "hello", "label": "ham", "requests": [first]}
-    ]
+    ask("", path, {"inputs": [{"text": "lose"}]}, rating=2)
+    corrected, liked = rows("--to", "classification")
+    assert corrected == {"text": "hello", "label": "ham", "requests": [first]}
+    assert liked["text"] == "win"  # its label is right
     assert rows("--to", "classification", "--rating", ">4")[0]["text"] == "win"
     ask("", path, {"inputs": [{"text": "seven"}]}, label=7)
     assert rows("--to", "classification")[-1]["label"] == "7"

@@ -425,7 +425,8 @@ def training_rows(
     """Return the rows for a kind of training, without duplicates.
 
     ``requests`` of a row are the ids of the requests that the row comes from. With ``rated``, a
-    filter has accepted the answers, so that an answer without a correction counts as correct.
+    filter has accepted the answers, so that an answer without a correction counts as correct. A
+    label with a good rating counts as correct, too.
     """
     rows: dict[str, Row] = {}
     found = [*answers]
@@ -443,7 +444,7 @@ def _rows_of(answer: CapturedAnswer, kind: RowKind, rated: bool) -> Iterator[Row
     text = text_of(answer.reply)
     if kind in ("classification", "regression"):
         label = answer.latest("label")
-        if label is None and rated:
+        if label is None and (rated or (answer.rating or 0) >= GOOD):
             label = answer.reply.get("label", answer.reply.get("rating", answer.reply.get("score")))
         if label is None or not answer.text:
             return

@@ -154,7 +154,8 @@ def parse_dimensions(texts: Sequence[str]) -> list[Dimension]:
             raise RecipeError(f"`--vary {key}` is given twice. List all values once.", setting=key)
         if len(parts) < 2:
             raise RecipeError(
-                f"`--vary {key}` has a single value. Use `--set {key}={parts[0]}`.", setting=key
+                f"`--vary {key}` has a single value. List several values, or set `{key}` for all.",
+                setting=key,
             )
         if separator == ".." and not (
             len(parts) == 2 and all(type(each) in (int, float) for each in parts)

@@ -187,7 +187,7 @@ function Promotion({ path, deployment, chosen, done }) {
       <${ErrorBox} error=${models.error} again=${models.read} />
       ${models.data && !others.length && html`<p class="soft">There is no other model. <a href=${link("new")}>Train a new one</a>.</p>`}
       ${others.length > 0 && html`
-        <p class="soft">Scores are on rows of each model's own training. <a href=${link("evaluate")}>Compare the models</a> on the same rows before you decide.</p>
+        <p class="soft">Scores are on rows of each model's own training. <a href=${link("evaluations")}>Compare the models</a> on the same rows before you decide.</p>
         <form onsubmit=${run}>
           <div class="fields">
             <${Field} id="promoted" label="Model">

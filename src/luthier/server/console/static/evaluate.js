@@ -15,8 +15,8 @@ import {
 import { ScoreBars } from "./verdict.js";
 
 const KINDS = { evaluations: "Evaluate a model", comparisons: "Compare with the base and simple methods" };
-/** Rows of a comparison that are shown with the answers of all models. */
-const SHOWN = 3;
+/** Rows of a comparison that are shown with the answers of all models, the worst first. */
+const SHOWN = 10;
 /** Worst answers that are shown without a click. */
 const WORST = 3;
 /** Labels of a confusion matrix at most (luthier/evaluation/report_page.py); the table of mistakes has more labels. */
@@ -227,7 +227,8 @@ function ComparisonReport({ report, sets }) {
           duration(each.seconds), each.memory_bytes ? bytes(each.memory_bytes) : "–",
         ])} />
     <//>
-    <${Section} title="Answers">
+    <${Section} title="Worst answers">
+      ${shown.length > 0 && html`<p class="help">The ${number(shown.length)} rows on which the first model is worst. <a href=${link("evaluations")}>Evaluate a model</a> for all its wrong answers.</p>`}
       ${shown.map((row) => html`<${ExampleCard} title=${row.prompt} parts=${[...Object.entries(row.replies), ["Wanted", row.expected]]} />`)}
     <//>
   `;

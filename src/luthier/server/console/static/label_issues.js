@@ -25,7 +25,7 @@ export function LabelIssues({ job }) {
     for (const [training, labels] of Object.entries(labelsByFile(changed)))
       made.push(await call("POST", "/api/v1/cleanings", { body: { training, labels, columns: job.recipe.data?.columns } }));
     made.forEach(({ address, name }) => remember({ id: idOf(address), filename: name }));
-    toast(`${number(changed.length)} labels are changed in a new file.`);
+    toast(`Changed in a new file: ${number(changed.length)} ${changed.length === 1 ? "label" : "labels"}.`);
     written.value = made;
   });
   const decide = (issue, choice) => () => {

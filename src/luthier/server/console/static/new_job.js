@@ -74,6 +74,7 @@ function JobForm({ models, start, rows, read }) {
   const kind = useSignal(draft.customization_type ?? "FINE_TUNING");
   const wanted = start ?? draft.base;
   const base = useSignal(models.find((each) => wanted && [each.id, each.name, each.arn].includes(wanted))?.name ?? "");
+  const initial = useRef(base.value).current;
   const names = useSignal(draft.names ?? {});
   const columns = useSignal(JSON.parse(read ?? "{}"));
   const [working, lines] = [useSignal(null), useSignal(ALL)];
@@ -114,6 +115,8 @@ function JobForm({ models, start, rows, read }) {
     const { address, name, said } = validation.value;
     const kept = { names: names.value, ...(address && { validation: { ...EMPTY, address, name, said } }) };
     for (const id of KEPT) kept[id] = form.current.elements[id].value;
+    // The base model of a link is for this visit, unless the person chooses another one.
+    if (start && base.value === initial) kept.base = "";
     sessionStorage.setItem(DRAFT, JSON.stringify(kept));
   };
   useEffect(keep, [changes.value, validation.value.address, names.value]);

@@ -188,10 +188,12 @@ function Rating({ model }) {
     for (const [index, label] of labels.entries()) {
       if (!known.length || known.includes(label) || newLabels.has(label)) continue;
       const nearest = nearestText(label, known);
-      const text = `The answer has no score for the label “${label}”.`;
-      const chosen = await confirmed({ title: `Did you mean “${nearest}”?`, text, verb: `Use “${nearest}”`, other: `Use the new label “${label}”` });
+      const text = `The model does not know the label “${label}”.`;
+      const chosen = await confirmed(nearest
+        ? { title: `Did you mean “${nearest}”?`, text, verb: `Use “${nearest}”`, other: `Use the new label “${label}”` }
+        : { title: "Use a new label?", text, verb: `Use the new label “${label}”` });
       if (!chosen) return;
-      if (chosen === "other") newLabels.add(label);
+      if (chosen === "other" || !nearest) newLabels.add(label);
       else labels[index] = nearest;
     }
     rate({ label: Array.isArray(given) ? [...new Set(labels)] : labels[0] });
