@@ -34,6 +34,7 @@ def draw_study(found: Study, folder: Path) -> list[str]:
 
 
 _COST = "processor_seconds"
+_BARS = "bars: 95 % interval of the difference from the best"
 _FORGETTING = {
     "forgotten": "drift from the base, nats per token",
     "earlier": "change of the score of the earlier task",
@@ -64,7 +65,7 @@ def _draw_points(axes: Any, colours: dict[str, str], found: Study, name: str, la
                 best = gain
                 front.append((cost, value))
         axes.plot(*zip(*front, strict=True), color=colours["front"], drawstyle="steps-post")
-    axes.set(xlabel=label, ylabel=_label(found))
+    axes.set(xlabel=f"{label}\n{_BARS}", ylabel=_label(found))
     _scale(axes, [place for place, _, _ in points])
 
 
@@ -87,7 +88,7 @@ def _draw_line(axes: Any, colours: dict[str, str], found: Study) -> None:
         low, high = zip(*(_ends(found, row) for _, row in points), strict=True)
         axes.fill_between(places, low, high, color=colour, alpha=0.2)
     _scale(axes, [place for points in lines.values() for place, _ in points])
-    axes.set(xlabel=ordered.key, ylabel=_label(found))
+    axes.set(xlabel=f"{ordered.key}\n{_BARS}", ylabel=_label(found))
     if len(lines) > 1:
         axes.legend(frameon=False, labelcolor=colours["text"])
 
