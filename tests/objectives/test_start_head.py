@@ -179,7 +179,7 @@ def test_run_stops_early_after_repeated_perfect_scores(
     assert result.verdict.before["accuracy"] == 1.0
     assert result.verdict.stopped_early
     assert result.steps == 10
-    assert (result.verdict.outcome, result.verdict.cause) == ("hardly_learned", "")
+    assert (result.verdict.outcome, result.verdict.cause) == ("learned", "")
 
 
 @pytest.mark.parametrize("separable", [True, False])

@@ -71,6 +71,7 @@ test("the nearest text has the fewest changed letters, in any letter case", () =
   assert.equal(nearestText("card_arival", labels), "card_arrival");
   assert.equal(nearestText("Exchange rate", labels), "exchange_rate");
   assert.equal(nearestText("lost_card", labels), undefined);
+  assert.equal(nearestText("", ["b", "ab"]), "b");
   assert.equal(nearestText("a", []), undefined);
 });
 

@@ -33,11 +33,11 @@ export function likeliest(scores, most = 20) {
   return { shown: all.slice(0, most), further: Math.max(0, all.length - most) };
 }
 
-/** Return the text of `known` with the fewest changed letters; undefined if a third of the letters differ. */
+/** Return the text of `known` with the fewest changed letters; undefined if more than two and a third of the letters differ. */
 export function nearestText(text, known) {
   const changes = new Map(known.map((each) => [each, changedLetters(text.toLowerCase(), each.toLowerCase())]));
   const [nearest] = [...known].sort((a, b) => changes.get(a) - changes.get(b));
-  return changes.get(nearest) <= text.length / 3 ? nearest : undefined;
+  return changes.get(nearest) <= Math.max(2, text.length / 3) ? nearest : undefined;
 }
 
 /** Return the Levenshtein distance of two texts. */
