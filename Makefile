@@ -42,7 +42,7 @@ demo: $(RUNTIME)  ## tune SmolLM2 on the sample data and compare before and afte
 # new one: two new ones tell. The order of files is that of conftest.py.
 WORKERS = $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 
-test: $(INSTALLED)  ## the test suite (12 to 16 minutes on 2 cores)
+test: $(INSTALLED)  ## the test suite (9 to 16 minutes on 2 cores)
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-slow: $(INSTALLED)  ## tests of minutes, and further proofs of tested behaviour
