@@ -178,7 +178,14 @@ def load_model(
     check_complete(absent - _head_names(model) - unused, f"{folder} ({kind})")
     _check_finite(model, folder)
     start_bias(model, head.bias, absent)
-    set_new_weights(model, absent & head_weights(model))
+    new = absent & head_weights(model)
+    set_new_weights(model, new)
+    # transformers keeps loaded weights in float32, and creates a new head in `dtype`.
+    kept = {*(model._keep_in_fp32_modules_strict or ())}
+    for name in new:
+        if kept & {*name.split(".")}:
+            weight = model.get_parameter(name)
+            weight.data = weight.data.float()
     on_device: nn.Module = model.to(device)
     return on_device
 
@@ -223,6 +230,8 @@ def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Ne
     """Attach the layout to a transformers model, and compare results with the model's own forward."""
     kind = model.config.model_type  # type: ignore[union-attr]
     fix_convolutions(model)
+    if all(weight.dtype == torch.float32 for weight in model.parameters()):
+        dtype = torch.float32  # such as statistics, whose precision bfloat16 would lose
     with reject_configuration(UnknownModel, DOES_NOT_RUN.format(kind)):
         return _checked_network(model, device, dtype)
 

@@ -98,9 +98,7 @@ def classifier_input(model: Any, arrays: Tensor) -> Tensor:
 def media_scores(model: Any, states_RH: Tensor) -> Tensor:
     """Return class scores ``[R, C]`` of images or audio for the result of `classifier_input`."""
     for name in MEDIA_HEAD:
-        layer = getattr(model, name, nn.Identity())
-        # Below a new layer of bfloat16, statistics stay in float32.
-        states_RH = layer(states_RH.to(next(layer.parameters(), states_RH).dtype))
+        states_RH = getattr(model, name, nn.Identity())(states_RH)
     return states_RH
 
 

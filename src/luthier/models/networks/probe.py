@@ -384,9 +384,7 @@ def compute_in_float32(model: Any) -> Iterator[None]:
     if grouped:
         model.set_experts_implementation("eager")
     try:
-        # A network of bfloat16 rounds the states of a model whose weights stay in float32.
-        keeps = getattr(model, "_keep_in_fp32_modules_strict", None)
-        with nullcontext() if model.dtype == torch.float32 and not keeps else in_float32():
+        with nullcontext() if model.dtype == torch.float32 else in_float32():
             yield
     finally:
         if grouped:

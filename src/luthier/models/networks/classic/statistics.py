@@ -105,10 +105,7 @@ class StatisticsForImageClassification(StatisticsPreTrainedModel):
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutputWithNoAttention:
         """Map ``[R, C, H, W]`` to class scores."""
         found_RF = self.model(pixel_values).pooler_output
-        # A new classifier has the type of the machine, such as bfloat16; an identity has no weight.
-        dtype = getattr(self.classifier, "weight", found_RF).dtype
-        logits_RC = self.classifier(found_RF.to(dtype))
-        return ImageClassifierOutputWithNoAttention(logits=logits_RC)
+        return ImageClassifierOutputWithNoAttention(logits=self.classifier(found_RF))
 
 
 SHAPES: dict[MediaKind, tuple[int, int, int]] = {"image": (3, 32, 32), "audio": (1, 64, 101)}
