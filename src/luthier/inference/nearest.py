@@ -91,7 +91,7 @@ def find_nearest(
         raise RecipeError(f"`count` must be at least 1, not {count}.", setting="count")
     queries, rows = [row.bare() for row in queries], [row.bare() for row in rows]
     embeddings = EmbeddingIndex.open(index, stored)
-    query_QH = predictor.embed_rows(queries)
+    query_QH, _ = predictor.embed_rows(queries)
     row_NH, embedded = embeddings.embeddings_of(predictor, rows, on_progress)
     places_QK, scores_QK = nearest(query_QH, row_NH, count)
     neighbours = [
@@ -163,7 +163,8 @@ class EmbeddingIndex:
             if digest not in self._places
         }
         if new:
-            self._add([*new], predictor.embed_rows([*new.values()], on_progress))
+            new_NH, _ = predictor.embed_rows([*new.values()], on_progress)
+            self._add([*new], new_NH)
         return self._known_NH[[self._places[digest] for digest in digests]], len(new)
 
     def _add(self, digests: Sequence[bytes], new_NH: NDArray[np.float32]) -> None:

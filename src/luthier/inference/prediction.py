@@ -132,21 +132,14 @@ class Predictor:
         self,
         rows: Sequence[Row],
         done: Done = lambda count: None,
-        on_truncated: Done = lambda count: None,
-    ) -> NDArray[np.float32]:
-        """Return embeddings ``[N, H]`` of bare rows; the latents of an autoencoder.
-
-        Args:
-            rows: the rows; rows longer than the context are truncated.
-            done: receives the number of embedded rows.
-            on_truncated: receives the number of truncated rows, if any.
+    ) -> tuple[NDArray[np.float32], int]:
+        """Return embeddings ``[N, H]`` of bare rows, or the latents of an autoencoder, and the
+        number of rows that were truncated to the context.
 
         Raises:
             DataError: with every unreadable row.
         """
         examples, truncated = self._encode_rows(rows)
-        if truncated:
-            on_truncated(len(truncated))
         arrays: list[NDArray[np.float32]] = []
         for start in range(0, len(examples), BLOCK_ROWS):
 
@@ -161,7 +154,7 @@ class Predictor:
                 )
             # To float32 per block, because Python numbers take eight times the memory.
             arrays.append(np.array([answer["embedding"] for answer in answers], dtype=np.float32))
-        return np.concatenate(arrays)
+        return np.concatenate(arrays), len(truncated)
 
     def rank(self, query: str, documents: Sequence[str]) -> list[float]:
         """Return the relevance of each document to ``query``, each truncated to the context.

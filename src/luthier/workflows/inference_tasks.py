@@ -195,11 +195,8 @@ class EmbedTask(InferenceTask):
 
         def answer(rows: Sequence[InputRow], done: OnDone) -> ShardAnswer:
             contents: list[Row] = [row.content for row in rows]
-            counts = {NUMBERS: 0, TRUNCATED: 0}
-            row_NH = predictor.embed_rows(
-                contents, done, lambda count: counts.update({TRUNCATED: count})
-            )
-            counts[NUMBERS] = row_NH.size
+            row_NH, truncated = predictor.embed_rows(contents, done)
+            counts = {NUMBERS: row_NH.size, TRUNCATED: truncated}
             if self.form == "npy":
                 return ShardAnswer(row_NH.astype("<f4").tobytes(), counts)
             found = zip(self.records(rows), contents, row_NH, strict=True)

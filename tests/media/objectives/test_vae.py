@@ -109,7 +109,7 @@ def test_codes_are_decoded_to_the_copies(
 ) -> None:
     chat = load_chat_format(family_folder("vae"))
     rows = [BareImage("f", n, image(n)) for n in range(6)]
-    code_NZ = Predictor(network, VAE(), chat, 1 << 20).embed_rows(rows)
+    code_NZ, _ = Predictor(network, VAE(), chat, 1 << 20).embed_rows(rows)
     generator = ImageGenerator(network, VAE(), chat, "vae")
     copies = [each.copy for each in generator.reconstruct(rows)]
     decoded = generator.decode(code_NZ)

@@ -85,12 +85,7 @@ def embed(
     def has_vectors(objective: Objective) -> bool:
         return gives_embeddings(objective) or has_codes(objective)
 
-    progress = reporter or Reporter()
-
-    def note_truncated(count: int) -> None:
-        if count:
-            progress.note(f"{count:,} of the texts are longer than the context and were truncated")
-
+    reporter = reporter or Reporter()
     form = embedding_format(output)
     shared = RowProcesses(processes, ray_address, ray_gpus)
     is_shared = shared.check(data, output)
@@ -100,24 +95,28 @@ def embed(
     if not has_codes(stored.objective):
         check_embeds(stored, stored.objective)
     for text in embedding_notes(stored):
-        progress.note(text)
+        reporter.note(text)
     if is_shared:
         task = EmbedTask(model=stored.id, source=str(data), columns=columns or {}, form=form)
-        answers = shared.answer(task, output, progress)
-        note_truncated(answers.counts[TRUNCATED])
+        answers = shared.answer(task, output, reporter)
+        _note_truncated(answers.counts[TRUNCATED], reporter)
         return Embeddings(answers, answers.counts[NUMBERS] // answers.rows)
     with embedding_writer(output, rows) as write:
         predictor = Predictor.open(stored)
         started = time.monotonic()
-        row_NH = predictor.embed_rows(
-            [row for _, row in rows],
-            lambda done: progress.progress(done, len(rows), "embed"),
-            note_truncated,
+        row_NH, truncated = predictor.embed_rows(
+            [row for _, row in rows], lambda done: reporter.progress(done, len(rows), "embed")
         )
         seconds = time.monotonic() - started
         write(row_NH)
+    _note_truncated(truncated, reporter)
     count, dimension = row_NH.shape
     return Embeddings(RowAnswers(stored.id, count, seconds, output), dimension)
+
+
+def _note_truncated(count: int, reporter: Reporter) -> None:
+    if count:
+        reporter.note(f"{count:,} of the texts are longer than the context and were truncated")
 
 
 def show_embeddings(found: Embeddings) -> None:

@@ -11,7 +11,14 @@ from PIL import Image
 
 import luthier
 from luthier.evaluation.baselines import STATISTICS
-from luthier.models.networks.classic.statistics import QUANTILES, statistics_of
+from luthier.models.load import as_network, load_model
+from luthier.models.networks.classic.statistics import (
+    QUANTILES,
+    StatisticsConfig,
+    StatisticsModel,
+    statistics_of,
+)
+from luthier.models.networks.heads import Head
 
 
 @pytest.mark.parametrize(("lines", "shape"), [("channels", (2, 3, 4, 5)), ("rows", (2, 1, 4, 5))])
@@ -21,6 +28,14 @@ def test_statistics_equal_those_of_numpy(lines: str, shape: tuple[int, ...]) -> 
     expected = [flat.mean(-1), flat.std(-1), *np.quantile(flat, QUANTILES, axis=-1)]
     found = statistics_of(torch.from_numpy(values), lines)
     np.testing.assert_allclose(found, np.concatenate(expected, -1), rtol=1e-4, atol=1e-6)
+
+
+def test_new_head_stays_in_float32_where_others_have_bfloat16(tmp_path: Path) -> None:
+    StatisticsModel(StatisticsConfig(image_size=8)).save_pretrained(tmp_path)
+    cpu, head = torch.device("cpu"), Head("sequence_classification", ("red", "blue"))
+    model = load_model(tmp_path, torch.bfloat16, cpu, head)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert as_network(model, cpu, torch.bfloat16).dtype == torch.float32
 
 
 @pytest.mark.slow
