@@ -335,6 +335,13 @@ class RecipeError(RefusedInput):
     default_rule = "recipe.invalid"
 
 
+def check_at_least_one(**numbers: int | None) -> None:
+    """Raise :class:`RecipeError` for a given number below 1, by the name of its argument."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise RecipeError(f"`{name}` must be at least 1, not {number}", setting=name)
+
+
 class UnknownModel(RefusedInput):
     """An id of no base and no custom model."""
 

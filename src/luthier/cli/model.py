@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from luthier.errors import DataError, Problem, RecipeError
+from luthier.errors import DataError, Problem, RecipeError, check_at_least_one
 
 if TYPE_CHECKING:
     import numpy as np
@@ -233,8 +233,7 @@ class Model:
             raise RecipeError(
                 f"`texts` must be a text or a list of texts, not {type(texts).__name__}"
             )
-        if top is not None and top < 1:
-            raise RecipeError(f"`top` must be at least 1, not {top}")
+        check_at_least_one(top=top)
         if not texts:
             return []
         problems: list[Problem] = []

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.shapes.media import MediaRow
-from luthier.errors import CorruptFile, RecipeError
+from luthier.errors import CorruptFile, RecipeError, check_at_least_one
 from luthier.files import write_bytes
 from luthier.inference.embeddings import check_embeds
 
@@ -87,8 +87,7 @@ def find_nearest(
         raise RecipeError("The search needs at least one query and one row.")
     if len(rows) > MAX_ROWS:
         raise RecipeError(f"The collection has {len(rows):,} rows; the limit is {MAX_ROWS:,}.")
-    if count < 1:
-        raise RecipeError(f"`count` must be at least 1, not {count}.", setting="count")
+    check_at_least_one(count=count)
     queries, rows = [row.bare() for row in queries], [row.bare() for row in rows]
     embeddings = EmbeddingIndex.open(index, stored)
     query_QH, _ = predictor.embed_rows(queries)

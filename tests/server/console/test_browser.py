@@ -294,9 +294,7 @@ def test_names_are_checked_at_their_fields_and_used_once(
 def test_fix_on_form_shows_all_rows_of_new_file(
     server: Served, page: Browser, tmp_path: Path
 ) -> None:
-    lines = [{"text": f"{HOSTILE} {n}", "label": f"team {n % 2}"} for n in range(24)]
-    table = tmp_path / "crews.jsonl"
-    table.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *lines[:2]]))
+    table = with_copies(tmp_path / "crews.jsonl")
     page.sign_in(KEY)
     page.click('#navigation a[href="#/new"]')
     page.until("document.querySelector('#base option') !== null")
@@ -646,6 +644,13 @@ def watch_until_it_stops(server: Served, page: Browser, rows: Path) -> None:
     assert page.script("return sessionStorage.getItem('luthier.key')") == KEY
 
 
+def with_copies(path: Path) -> Path:
+    """Write 24 rows of two teams and two copies to ``path``, and return ``path``."""
+    lines = [{"text": f"{HOSTILE} {n}", "label": f"team {n % 2}"} for n in range(24)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *lines[:2]]))
+    return path
+
+
 def put(server: Served, path: Path) -> str:
     """Put a file into a bucket and return the address."""
     s3 = server.client("s3")
@@ -658,9 +663,7 @@ def put(server: Served, path: Path) -> str:
 def test_data_page_shows_findings_and_writes_cleaned_file(
     server: Served, page: Browser, tmp_path: Path
 ) -> None:
-    lines = [{"text": f"{HOSTILE} {n}", "label": f"team {n % 2}"} for n in range(24)]
-    table = tmp_path / "teams.jsonl"
-    table.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *lines[:2]]))
+    table = with_copies(tmp_path / "teams.jsonl")
     page.sign_in(KEY)
     page.click('#navigation a[href="#/data"]')
     page.until("document.querySelector('#opened-file') !== null")

@@ -23,7 +23,7 @@ from luthier.cli.terminal.console import (
     write_page,
 )
 from luthier.cli.terminal.options import Mapped, OptionalAtLeastOne, RayAddress
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, check_at_least_one
 from luthier.pages import PAGE, Table, Tabular, render_page, shorten, summary_page
 
 if TYPE_CHECKING:
@@ -146,9 +146,7 @@ def predict(
         raise RecipeError(f"{text} is a file or folder of rows. Use --input {shlex.quote(text)}")
     if html is not None and (not explain or output is not None):
         raise RecipeError("`html` needs `explain`, and excludes `output`")
-    for name, number in (("top", top), ("least_certain", least_certain)):
-        if number is not None and number < 1:
-            raise RecipeError(f"`{name}` must be at least 1, not {number}")
+    check_at_least_one(top=top, least_certain=least_certain)
     others = {"top": top, "explain": explain, "processes": processes, "ray_address": ray_address}
     if least_certain is not None and (input is None or any(others.values())):
         raise RecipeError(f"`least_certain` needs `input`, and excludes {', '.join(others)}")
