@@ -35,6 +35,7 @@ from luthier.gate.clean import CleaningSummary
 from luthier.gate.report import Report
 from luthier.graders import Spec
 from luthier.library.models import StoredModel
+from luthier.media.cutting import Cut
 from luthier.migrate.files import Import
 from luthier.recipe import Recipe as Recipe
 from luthier.workflows.advise.recommend import Advice
@@ -153,9 +154,10 @@ def convert(
     model: str | None = None,
     margin: float = 0.05,
     index: str | None = None,
+    seconds: float | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
-) -> Conversion | MinedNegatives: ...
+) -> Conversion | MinedNegatives | Cut: ...
 def distil(
     prompts: str | Path | Rows | None = None,
     *,

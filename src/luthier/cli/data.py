@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from luthier.gate.clean import CleaningSummary
     from luthier.gate.report import Report
     from luthier.gate.scan import ScanProgress
+    from luthier.media.cutting import Cut
     from luthier.workflows.hard_negatives import MinedNegatives
 
 SHOWN_ROWS = 5
@@ -243,15 +244,17 @@ def convert(
     model: str | None = None,
     margin: Annotated[float, typer.Option(min=0, max=1)] = 0.05,
     index: str | None = None,
+    seconds: float | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
-) -> Conversion | MinedNegatives:
+) -> Conversion | MinedNegatives | Cut:
     """Convert rows to a different format or file type.
 
     A field outside the target format is an error unless dropped. The formats are rows (the format
     of luthier), prompt-completion, chat, openai, bedrock, bedrock-conversation, sharegpt,
     alpaca and text. Hard negatives replace the negatives of rows with a query and a positive. With
-    an index, questions with an answer become rows with passages, and cite the right passage.
+    an index, questions with an answer become rows with passages, and cite the right passage. A
+    target rows.zip receives clips of long recordings, or lines of pages with ALTO or PAGE XML.
 
     Args:
         source: Data file, folder, 'pattern*' or s3://.
@@ -265,12 +268,14 @@ def convert(
         model: Embedding model that finds negatives; BM25 by default.
         margin: Share of the positive's score that is too close.
         index: Index of documents with passages for the questions.
+        seconds: Length of the clips of long recordings; default 1.
         overwrite: Replace an existing file.
         reporter: Receives progress; silent if not given.
 
     Returns:
         The recognized format of the source, the number of rows, and extra keys kept or dropped;
-        for hard negatives their number and that of the searched documents.
+        for hard negatives their number and that of the searched documents; for clips and lines
+        their number, by label.
 
     Raises:
         RefusedInput: for an unknown format, or with each row that is not readable or storable.
@@ -297,6 +302,17 @@ def convert(
             raise RefusedInput("--index writes rows as JSON Lines: name a file.jsonl, without --to")
         check_output(target, str(source), overwrite=overwrite)
         return _add_passages(source, target, index, columns, reporter)
+    if target.suffix == ".zip":
+        if to != "rows" or format or columns or drop_extra_keys:
+            raise RefusedInput("a target .zip receives clips or lines, without other options")
+        check_output(target, *([] if Path(source).is_dir() else [source]), overwrite=overwrite)
+        from luthier.media.cutting import cut
+
+        return cut(
+            Path(source), target, seconds, lambda done: reporter.progress(done, 100, "cut (%)")
+        )
+    if seconds is not None:
+        raise RefusedInput("`seconds` needs a target .zip, which receives the clips")
     if has_documents(source):
         check_output(target, str(source), overwrite=overwrite)
         return _convert_documents(Path(source), target, to)
@@ -349,10 +365,14 @@ def _add_passages(
     return Conversion(reader.recognition, len(drawn), "passages", "jsonl", (), ())
 
 
-def show_conversion(found: Conversion | MinedNegatives, target: Path, margin: float) -> None:
-    """Print the formats and the number of rows, or the numbers of negatives."""
+def show_conversion(found: Conversion | MinedNegatives | Cut, target: Path, margin: float) -> None:
+    """Print the formats and the number of rows, or the numbers of negatives, clips or lines."""
     from luthier.data.convert import Conversion
+    from luthier.media.cutting import Cut
 
+    if isinstance(found, Cut):
+        _show_cut(found, target)
+        return
     if not isinstance(found, Conversion):
         _show_mined(found, target, margin)
         return
@@ -363,6 +383,20 @@ def show_conversion(found: Conversion | MinedNegatives, target: Path, margin: fl
             print_text(f"{what}: {', '.join(map(one_line, names))}")
     if found.form == "passages":
         note(f"next: luthier tune {target} --base MODEL --name NAME")
+
+
+def _show_cut(found: Cut, target: Path) -> None:
+    one = "recording" if found.kind == "clips" else "page"
+    many = f"{found.sources:,} {one}{'s' * (found.sources != 1)}"
+    print_text(f"{found.rows:,} {found.kind} of {many} written to {target}")
+    if found.labels:
+        print_text(", ".join(f"{one_line(name)} {count:,}" for name, count in found.labels.items()))
+    if found.left_out:
+        reason = (
+            "a part of an event too small for its label" if found.kind == "clips"
+            else "no transcription or no outline"
+        )  # fmt: skip
+        print_text(f"{found.left_out:,} {found.kind} left out: {reason}")
 
 
 def _show_mined(found: MinedNegatives, target: Path, margin: float) -> None:

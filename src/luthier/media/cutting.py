@@ -1,0 +1,340 @@
+"""Rows from larger media: clips of long recordings, and lines of photographed pages.
+
+A zip archive receives the clips or lines and a ``metadata.jsonl`` with a row for each. Labels of
+recordings are label tracks of Audacity or selection tables of Raven; the outlines of lines are ALTO
+(https://www.loc.gov/standards/alto/) or PAGE (https://github.com/PRImA-Research-Lab/PAGE-XML).
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from luthier.data.inputs import media_kind, reason_of
+from luthier.errors import RefusedInput, RowRefused
+from luthier.files import json_lines, new_file
+from luthier.media.decoding import Pixels, decode_image
+
+CLIP_SECONDS = 1.0
+"""Default length of a clip: the networks take one second."""
+BACKGROUND = "background"
+"""Label of a clip without an event in a recording with labels."""
+SHARE = 0.5
+"""Smallest share of a clip, or of a shorter event, that the label needs."""
+_BEGIN, _END = "Begin Time (s)", "End Time (s)"
+_LABELS = ("Annotation", "Species", "Label", "Common Name")
+"""Columns of a selection table of Raven; the label's column has the name that its user chose."""
+
+File = Path | zipfile.Path
+Row = dict[str, Any]
+Piece = tuple[str, bytes, Row]
+"""Name in the archive, encoded clip or line, and the other keys of the row."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Clips or lines that were written."""
+
+    kind: str
+    """``clips`` or ``lines``."""
+    sources: int
+    """Number of recordings or pages."""
+    rows: int
+    labels: Mapping[str, int]
+    """Number of clips by label."""
+    left_out: int
+    """Number of clips with too small a part of an event, or of lines without a transcription next
+    to lines with one."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A labelled part of a recording, in seconds from the start."""
+
+    start: float
+    end: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a page."""
+
+    outline: NDArray[np.float64]
+    """Points ``[N, 2]`` as shares of the width and height of the page."""
+    text: str
+
+
+def cut(source: Path, target: Path, seconds: float | None, advance: Callable[[int], None]) -> Cut:
+    """Write the clips or lines of the recordings or pages of ``source`` to the archive ``target``.
+
+    Args:
+        source: a recording, or a folder or zip archive with recordings, or with images of pages and
+            an XML file for each.
+        target: the new zip archive.
+        seconds: length of a clip; default :data:`CLIP_SECONDS`.
+        advance: receives the percentage of finished recordings or pages.
+
+    Raises:
+        RefusedInput: for a source without recordings and pages, or with an unreadable file.
+    """
+    files = _files_of(source)
+    recordings = [name for name in files if media_kind(name) == "audio"]
+    pages = dict(_pages_of(files))
+    if pages and recordings:
+        raise RefusedInput(
+            f"{source} has recordings and pages. Convert each in a command of its own"
+        )
+    if not pages and not recordings:
+        raise RefusedInput(
+            f"{source} has no recordings, and no ALTO or PAGE XML with outlines of lines. Export the "
+            "outlines from eScriptorium or Transkribus; for print: `tesseract page.jpg page alto`"
+        )
+    if pages and seconds is not None:
+        raise RefusedInput("`seconds` is for recordings. Lines of pages have outlines")
+    if seconds is not None and not seconds > 0:
+        raise RefusedInput(f"`seconds` is {seconds:g}. Name a number above 0")
+    has_text = any(line.text for lines in pages.values() for line in lines)
+    sources = [*pages, *recordings]
+    rows, left_out = list[Row](), 0
+    with new_file(target) as stream, zipfile.ZipFile(stream, "w") as archive:
+        for index, name in enumerate(sources):
+            advance(100 * index // len(sources))
+            if pages:
+                pieces = _cut_lines(name, files[name], pages[name], has_text)
+            else:
+                events = _events_of(name, files)
+                pieces = _cut_clips(name, files[name], events, seconds or CLIP_SECONDS)
+            for piece in pieces:
+                if piece is None:
+                    left_out += 1
+                    continue
+                archive.writestr(piece[0], piece[1])
+                rows.append({"file_name": piece[0], **piece[2]})
+        if not rows:
+            raise RefusedInput(f"{source} has no {'lines' if pages else 'labelled clips'}")
+        archive.writestr("metadata.jsonl", json_lines(rows))
+    counts = Counter(row["label"] for row in rows if "label" in row)
+    kind = "lines" if pages else "clips"
+    return Cut(kind, len(sources), len(rows), dict(counts.most_common()), left_out)
+
+
+def _files_of(source: Path) -> dict[str, File]:
+    """Return the files of a folder or zip archive, or one file, by relative name."""
+    if not source.exists():
+        raise RefusedInput(f"{source} does not exist. Check the path for a spelling mistake")
+    if source.is_dir():
+        found = (path for path in source.rglob("*") if path.is_file())
+        return {path.relative_to(source).as_posix(): path for path in sorted(found)}
+    if not zipfile.is_zipfile(source):
+        tracks = sorted(source.parent.glob(f"{glob.escape(source.stem)}.*txt"))
+        return {path.name: path for path in (source, *tracks)}
+    archive = zipfile.ZipFile(source)
+    names = sorted(name for name in archive.namelist() if not name.endswith("/"))
+    return {name: zipfile.Path(archive, name) for name in names}
+
+
+def _cut_clips(
+    name: str, file: File, events: list[Event] | None, seconds: float
+) -> Iterator[Piece | None]:
+    """Yield the clips of a recording, ``None`` for a clip with too small a part of an event.
+
+    The recording is decoded in blocks, so memory does not grow with its length. A rest below half
+    of a clip is left out.
+    """
+    try:
+        import soundfile
+    except ImportError:
+        message = "clips of recordings need soundfile: pip install 'luthier[audio]'"
+        raise RefusedInput(message) from None
+    try:
+        with file.open("rb") as stream, soundfile.SoundFile(stream) as recording:
+            rate, length = recording.samplerate, round(seconds * recording.samplerate)
+            for index, samples_TC in enumerate(
+                recording.blocks(max(1, length), dtype="float32", always_2d=True)
+            ):
+                if index and len(samples_TC) < SHARE * length:
+                    return
+                start, end = index * length / rate, (index * length + len(samples_TC)) / rate
+                label = None if events is None else label_of(start, end, events)
+                if events is not None and label is None:
+                    yield None
+                    continue
+                row: Row = {
+                    "recording": name,
+                    "start_time": round(start, 3),
+                    "end_time": round(end, 3),
+                }
+                clip = io.BytesIO()
+                soundfile.write(clip, samples_TC.mean(1), rate, format="FLAC")
+                place = f"{name}/{start:010.3f}.flac"
+                yield place, clip.getvalue(), row if label is None else {**row, "label": label}
+    except (soundfile.SoundFileError, RuntimeError, OSError) as error:
+        raise RefusedInput(f"{name} cannot be decoded: {reason_of(error)}") from error
+
+
+def label_of(start: float, end: float, events: Iterable[Event]) -> str | None:
+    """Return the label of a clip, ``None`` for a clip with too small a part of an event.
+
+    An event counts with at least :data:`SHARE` of the clip, or of a shorter event.
+    """
+    parts = [(min(end, each.end) - max(start, each.start), each) for each in events]
+    parts = [
+        (part, each) for part, each in parts if part > 0 or start <= each.start == each.end < end
+    ]
+    if not parts:
+        return BACKGROUND
+    part, event = max(parts, key=lambda each: each[0])
+    return event.label if part >= SHARE * min(end - start, event.end - event.start) else None
+
+
+def _events_of(name: str, files: Mapping[str, File]) -> list[Event] | None:
+    """Return the labels of a recording, ``None`` without a label track or selection table.
+
+    Audacity exports ``forest.txt``, Raven ``forest.Table.1.selections.txt``.
+    """
+    stem = name[: name.rindex(".")]
+    tables = [each for each in files if each.endswith(".txt") and each.startswith(f"{stem}.")]
+    if not tables:
+        return None
+    return [event for each in tables for event in _parse_events(each, files[each])]
+
+
+def _parse_events(name: str, file: File) -> Iterator[Event]:
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    columns = [0, 1, 2]
+    if lines and _BEGIN in (heads := lines[0].split("\t")):
+        label = next((each for each in _LABELS if each in heads), None)
+        if label is None or _END not in heads:
+            raise RefusedInput(f"{name}:1: the labels need a column {' or '.join(_LABELS)}")
+        columns = [heads.index(each) for each in (_BEGIN, _END, label)]
+    for number, line in enumerate(lines, 1):
+        # Audacity writes the frequencies of a label into a line that begins with a backslash.
+        if not line.strip() or line.startswith("\\") or _BEGIN in line:
+            continue
+        cells = line.split("\t")
+        try:
+            start, end = (float(cells[column].replace(",", ".")) for column in columns[:2])
+            yield Event(start, end, cells[columns[2]].strip())
+        except (ValueError, IndexError):
+            raise RefusedInput(
+                f"{name}:{number}: {line[:60]!r} is not start, end and label, separated by tabs"
+            ) from None
+
+
+def _pages_of(files: Mapping[str, File]) -> Iterator[tuple[str, list[Line]]]:
+    """Yield the image and the lines of each ALTO or PAGE file."""
+    for name, file in files.items():
+        if not name.lower().endswith(".xml"):
+            continue
+        content = file.read_bytes()
+        # A document type declares entities, which can grow without bound. The formats have none.
+        if b"<!DOCTYPE" in content:
+            raise RefusedInput(f"{name}: a document type is not supported. Remove <!DOCTYPE …>")
+        try:
+            root = ElementTree.fromstring(content)  # noqa: S314 - no entities
+        except (ElementTree.ParseError, LookupError, ValueError) as error:
+            raise RefusedInput(f"{name}: the XML cannot be read: {reason_of(error)}") from error
+        for element in root.iter():
+            element.tag = element.tag.rpartition("}")[2]  # each version has a namespace
+        page = next(root.iter("Page"), None)
+        if page is None:  # such as the METS file of an export
+            continue
+        is_alto = root.tag == "alto"
+        named = page.get("imageFilename") or root.findtext(".//fileName") or ""
+        lines = [
+            _alto_line(each) if is_alto else _page_line(each) for each in page.iter("TextLine")
+        ]
+        width, height = (
+            float(page.get(key) or 1)
+            for key in (("WIDTH", "HEIGHT") if is_alto else ("imageWidth", "imageHeight"))
+        )
+        # Shares of the page: the unit of ALTO may be a tenth of a millimetre.
+        found = [Line(points / (width, height), text) for points, text in lines if len(points) > 1]
+        yield _image_of(name, named, files), found
+
+
+def _image_of(name: str, named: str, files: Mapping[str, File]) -> str:
+    """Return the image of the page ``name``: the one that it names, or the one with its name."""
+    folder = name.rpartition("/")[0]
+    wanted = f"{folder}/{PureWindowsPath(named).name}".lstrip("/")
+    stem = name.removesuffix(".xml") + "."
+    images = [each for each in files if media_kind(each) == "image"]
+    found = [each for each in images if each == wanted or each.startswith(stem)]
+    if not found:
+        raise RefusedInput(
+            f"{name}: there is no image {wanted or stem}. Put it next to the XML file"
+        )
+    return wanted if wanted in found else found[0]
+
+
+def _alto_line(line: ElementTree.Element) -> tuple[NDArray[np.float64], str]:
+    strings = [each.get("CONTENT", "") for each in line.iter("String")]
+    hyphen = "".join(each.get("CONTENT", "") for each in line.iter("HYP"))
+    shape = line.find("Shape/Polygon")
+    if shape is not None:
+        points = _points(shape.get("POINTS", ""))
+    else:
+        left, top, width, height = (
+            float(line.get(key) or 0) for key in ("HPOS", "VPOS", "WIDTH", "HEIGHT")
+        )
+        points = np.array([(left, top), (left + width, top + height)])
+    return points, (" ".join(strings) + hyphen).strip()
+
+
+def _page_line(line: ElementTree.Element) -> tuple[NDArray[np.float64], str]:
+    outline = line.find("Coords")
+    points = _points("" if outline is None else outline.get("points", ""))
+    return points, (line.findtext("TextEquiv/Unicode") or "").strip()
+
+
+def _points(text: str) -> NDArray[np.float64]:
+    """Parse ``x,y x,y`` of PAGE, or ``x y x y`` of ALTO."""
+    numbers = re.findall(r"-?[\d.]+", text)
+    return np.array(numbers[: len(numbers) // 2 * 2], np.float64).reshape(-1, 2)
+
+
+def _cut_lines(name: str, file: File, lines: list[Line], has_text: bool) -> Iterator[Piece | None]:
+    """Yield the lines of a page, ``None`` for a line without text if lines have text."""
+    try:
+        page_HW3 = decode_image(file.read_bytes())
+    except RowRefused as error:
+        raise RefusedInput(f"{name}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        pixels_HW3 = _crop(page_HW3, line.outline)
+        if not pixels_HW3.size or (has_text and not line.text):
+            yield None
+            continue
+        image = io.BytesIO()
+        Image.fromarray(pixels_HW3).save(image, "png")
+        row: Row = {"page": name, "line": number}
+        yield (
+            f"{name}/{number:04}.png", image.getvalue(),
+            {"text": line.text, **row} if has_text else row,
+        )  # fmt: skip
+
+
+def _crop(page_HW3: Pixels, outline: NDArray[np.float64]) -> Pixels:
+    """Return the box around an outline. Pixels outside of it get the median colour, the paper's."""
+    height, width = page_HW3.shape[:2]
+    points = np.clip(outline * (width, height), 0, (width, height))
+    left, top = np.floor(points.min(0)).astype(int)
+    right, bottom = np.ceil(points.max(0)).astype(int)
+    box_HW3 = page_HW3[top:bottom, left:right].copy()
+    if len(points) > 2 and box_HW3.size:
+        mask = Image.new("1", (right - left, bottom - top))
+        ImageDraw.Draw(mask).polygon([*map(tuple, points - (left, top))], fill=1)
+        box_HW3[~np.asarray(mask)] = np.median(box_HW3, (0, 1)).astype(np.uint8)
+    return box_HW3
