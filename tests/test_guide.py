@@ -203,6 +203,19 @@ def make_media(folder: Path) -> None:
                 with wave.open(str(path), "wb") as file:
                     file.setparams((1, 2, 8000, 0, "NONE", ""))
                     file.writeframes((wave_T * 32767).astype("<i2").tobytes())
+    (folder / "recordings").mkdir()
+    for name in ("recordings/forest", "recordings/lake", "night"):
+        tones = [
+            folder / "sounds" / tone / f"{n}.wav" for n in range(1, 9) for tone in ("low", "high")
+        ]
+        with wave.open(str(folder / f"{name}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            for path in tones:
+                with wave.open(str(path)) as tone_file:
+                    file.writeframes(tone_file.readframes(4000) + bytes(8000))
+        events = [f"{n}\t{n + 0.5}\t{path.parent.name}\n" for n, path in enumerate(tones)]
+        if name != "night":
+            (folder / f"{name}.txt").write_text("".join(events))
     with (folder / "recordings.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["audio", "label", "speaker"])
