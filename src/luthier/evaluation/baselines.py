@@ -49,6 +49,8 @@ NAIVE_BAYES = "naive Bayes on words"
 """Needs no base model, as ``fasttext`` needs none: both learn words and pairs of words."""
 TFIDF = "logistic regression on words (TF-IDF)"
 """The base model ``tfidf``."""
+SVM = "support vector machine on words (TF-IDF)"
+"""Features of the base model ``tfidf``."""
 ITEM_COUNTS = "items that were chosen together"
 """The base model ``item-counts``."""
 Z_SCORES = "z-scores"
@@ -402,6 +404,23 @@ def tfidf_classes(
     train_NV, query_QV = text_features(texts, queries)
     scores_QC = fit_logistic(train_NV, torch.from_numpy(class_N), classes).scores(query_QV)
     found: NDArray[np.int64] = scores_QC.argmax(-1).numpy()
+    return found
+
+
+def svm_classes(
+    texts: Sequence[str], class_N: NDArray[np.int64], queries: Sequence[str]
+) -> NDArray[np.int64]:
+    """Predict the classes of ``queries`` by a linear support vector machine on TF-IDF."""
+    from scipy.sparse import csr_array
+    from sklearn.svm import LinearSVC
+
+    from luthier.models.networks.classic.tfidf import text_features
+
+    train_NV, query_QV = (
+        csr_array((each.values().numpy(), each.indices().int().numpy()), shape=tuple(each.shape))
+        for each in text_features(texts, queries)
+    )
+    found: NDArray[np.int64] = LinearSVC().fit(train_NV, class_N).predict(query_QV)
     return found
 
 

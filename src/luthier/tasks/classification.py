@@ -18,6 +18,7 @@ from luthier.evaluation.baselines import (
     NAIVE_BAYES,
     NEAREST,
     STATISTICS,
+    SVM,
     TFIDF,
     WORD,
     Method,
@@ -25,6 +26,7 @@ from luthier.evaluation.baselines import (
     naive_bayes,
     nearest_classes,
     statistics_classes,
+    svm_classes,
     tfidf_classes,
 )
 from luthier.evaluation.baselines import Answers as Predicted
@@ -145,6 +147,8 @@ def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Itera
         yield Method(name, answers, reads_states=True)
     if any(map(WORD.search, texts)):
         yield Method(TFIDF, lambda _: answer(tfidf_classes(texts, class_N, asked, len(names))))
+        if len(names) > 1:
+            yield Method(SVM, lambda _: answer(svm_classes(texts, class_N, asked)))
     media, unseen = of_shape(LabelledImage, train), of_shape(LabelledImage, held)
     if media and unseen:
         yield Method(
