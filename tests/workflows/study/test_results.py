@@ -184,15 +184,17 @@ def test_nothing_measured_has_a_verdict_and_no_choice() -> None:
 
 
 def test_four_numbers_of_rows_predict_the_effect_of_more() -> None:
-    rights = {0.125: 300, 0.25: 330, 0.5: 350, 1.0: 365}
+    rights = {0.125: 300, 0.25: 330, 0.5: 363, 1.0: 365}
     rows = {
-        share: [replace(outcome(right), training_rows=round(800 * share))]
+        share: [replace(outcome(right, 100 * share), training_rows=round(800 * share))]
         for share, right in rights.items()
     }
     found = study_of(rows, key="data.train_share")
     assert found.more_rows is not None and found.more_rows.rows == 1600
     assert found.more_rows.gain > 0
-    assert study_of(rows, key="training.epochs").more_rows is None
+    assert (found.verdict(), found.chosen) == (found.more_rows.verdict(), found.best)
+    other = study_of(rows, key="training.epochs")
+    assert other.more_rows is None and other.chosen is not other.best
     losses = {
         share: [CellResult(value=1 + 0.5 * share**-0.5, training_rows=round(800 * share))]
         for share in rights

@@ -57,13 +57,13 @@ class MoreRows:
         return MoreRows(2 * points[-1].rows, measure, *extrapolate(points))
 
     def verdict(self) -> str:
-        """Return in a sentence whether more rows would help."""
+        """Return in a sentence the effect of more rows, which the curve's form makes positive."""
         sign = "+" if as_gain(self.measure, 1.0) > 0 else "-"
         low, high = self.interval
         return (
-            f"More rows of the same kind {'help' if low > 0 else 'are not shown to help'}: twice the "
-            f"rows ({self.rows:,}) would change {SCORES.get(self.measure, self.measure)} by about "
-            f"{sign}{self.gain:.3g} ({low:.3g} to {high:.3g})."
+            f"Twice the rows ({self.rows:,}) of the same kind would change "
+            f"{SCORES.get(self.measure, self.measure)} by about {sign}{self.gain:.3f} ({low:.3f} to "
+            f"{high:.3f}, by a power law)."
         )
 
 

@@ -306,13 +306,13 @@ class Study(Tabular):
     @cached_property
     def chosen(self) -> StudyRow | None:
         """The cheapest row within chance of the best row and within the limits, or the best of these
-        if no other is clearly cheaper, or in a search.
+        if no other is clearly cheaper, in a search, or among numbers of rows.
 
         If no row within chance of the best is within the limits, the best row within the limits.
         """
         able = [row for row in self.measured if self._is_allowed(row)]
         near = [row for row in able if self.is_within_chance(row)]
-        if self.is_search or not near:
+        if self.is_search or self.more_rows is not None or not near:
             return able[0] if able else None
         cheapest = min(near, key=StudyRow.cost_of_training)
         saved = 1 - cheapest.cost_of_training() / max(1e-9, near[0].cost_of_training())
@@ -335,9 +335,12 @@ class Study(Tabular):
         return f"{value:{sign}.1%}" if self.best.is_share else f"{value:{sign}.3f}"
 
     def verdict(self) -> str:
-        """Return the best configuration, and the cheapest configuration within chance."""
+        """Return the best configuration, and the cheapest configuration within chance; for numbers
+        of rows, whether more rows would help."""
         if not self.measured:
             return "No training finished."
+        if self.more_rows is not None:
+            return self.more_rows.verdict()
         best, measure = self.best, SCORES.get(self.best.measure, self.best.measure)
         text = f"Best: {best.name}, {measure} {self.text(best.value)}"
         near = [row for row in self.measured[1:] if self.is_within_chance(row)]
