@@ -51,6 +51,15 @@ class RowNumber(int):
     Examples are an array on one line, rows inside an object, Parquet and a folder of images.
     """
 
+    name: str
+    """Path of the row inside of a folder, such as a message; empty if rows have none."""
+
+    def __new__(cls, number: int, name: str = "") -> Self:
+        """Create the number of a row with a name."""
+        made = super().__new__(cls, number)
+        made.name = name
+        return made
+
 
 def location_text(file: str, line: int) -> str:
     """Return ``file:line``, ``file row N``, ``rows[index]`` for a row that a program passed, or the
@@ -65,7 +74,9 @@ def location_text(file: str, line: int) -> str:
         return names[line - 1]
     if in_memory:
         return f"{location_text(file, 0)}[{line - 1}]"
-    return f"{file} {line_text(line)}" if isinstance(line, RowNumber) else f"{file}:{line}"
+    if isinstance(line, RowNumber):
+        return f"{file}/{line.name}" if line.name else f"{file} {line_text(line)}"
+    return f"{file}:{line}"
 
 
 @lru_cache(maxsize=1)

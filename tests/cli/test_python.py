@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import luthier
 from luthier.cli.terminal.progress import NotebookReporter
@@ -177,6 +178,17 @@ def test_relative_paths_of_images_are_stored_as_absolute_paths(
     (tmp_path / "a.png").touch()
     stored = json.loads(store_rows([{"image": "a.png", "label": "b.png"}]).read_text())
     assert stored == {"image": str(tmp_path / "a.png"), "label": "b.png"}
+    assert json.loads(store_rows(["a.png"]).read_text()) == {"image": str(tmp_path / "a.png")}
+
+
+def test_rows_in_memory_name_images_in_any_folder(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"image": str(tmp_path / "a.png"), "label": "a"}
+    assert "media.outside" not in luthier.inspect([row], base=None).findings.examples
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "r.jsonl").write_text(json.dumps(row))
+    report = luthier.inspect(tmp_path / "rows" / "r.jsonl", base=None)
+    assert "media.outside" in report.findings.examples
 
 
 def test_findings_name_the_index_of_the_row(family_folder: Callable[[str], Path]) -> None:

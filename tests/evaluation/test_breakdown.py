@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from luthier.data.shapes.texts import LabelledText
+from luthier.data.shapes.texts import LabelledText, TaggedWords
 from luthier.evaluation import breakdown
 from luthier.evaluation.breakdown import (
+    NO_ENTITY,
     OTHERS,
     Calibration,
     LabelCounts,
@@ -140,3 +141,23 @@ def test_worst_rows_are_sorted_by_score_and_confidence() -> None:
     assert found.worst(2) == [1, 0]
     # A row without entities and without predicted entities is not wrong.
     assert worst_rows(RowScores.of([0, 1, 0], [0, 2, 2])).tolist() == [2, 1]
+
+
+def test_kinds_of_entities_are_counted_by_span() -> None:
+    words = ("Anna", "Lee", "met", "Bo", "in", "Rome")
+    truth = ("B-per", "I-per", "O", "B-per", "O", "B-loc")
+    given = ["B-per", "I-per", "O", "B-loc", "B-loc", "O"]
+    rows = [TaggedWords("f", 1, tokens=words, tags=truth)]
+    counts = LabelCounts.of(rows, [{"tags": given}])
+    assert counts is not None and counts.unit == "entities"
+    found = counts.scores()
+    assert list(found) == ["per", "loc"]
+    assert (found["per"]["entities"], found["per"]["recall"], found["per"]["precision"]) == (
+        2,
+        0.5,
+        1,
+    )
+    assert (found["loc"]["recall"], found["loc"]["precision"]) == (0, 0)
+    assert sorted(counts.mistakes()) == [
+        ("loc", NO_ENTITY, 1), (NO_ENTITY, "loc", 1), ("per", "loc", 1),
+    ]  # fmt: skip

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWords
+from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWords, entities
 from luthier.errors import DataError
 from luthier.evaluation.labels import label_remarks
 from luthier.evaluation.significance import values
 from luthier.tasks import CLASSIFICATION, RATING, TAGGING
-from luthier.tasks.tagging import entities
 
 
 def test_accuracy_and_f1_are_scikit_learn_s() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from luthier.data.shapes.texts import LabelledText, RatedText
+from luthier.data.shapes.texts import LabelledText, RatedText, TaggedWords
 from luthier.evaluation.breakdown import Calibration, slice_scores
 from luthier.evaluation.evaluate import Evaluation
-from luthier.evaluation.report_page import MOST_CELLS, page, part_tables
-from luthier.tasks import CLASSIFICATION, RATING
+from luthier.evaluation.report_page import MOST_CELLS, mark_entities, page, part_tables
+from luthier.tasks import CLASSIFICATION, RATING, TAGGING
 
 EVIL = '<script>alert("x")</script>'
 
@@ -74,3 +74,24 @@ def test_page_leaves_empty_sections_out() -> None:
     for absent in ("Slices", "Confusion matrix", "Calibration"):
         assert absent not in html
     assert re.findall(r"f:\d", html) == ["f:3", "f:3", "f:2", "f:2"]  # a tooltip and a cell each
+
+
+def test_entities_of_the_worst_rows_are_marked() -> None:
+    words, truth = ("Anna", "met", "Bo", EVIL), ("B-per", "O", "B-per", "O")
+    answer = {"tags": ["B-per", "B-per", "O", "O"]}
+    assert mark_entities(words, answer["tags"], truth) == [
+        ("Anna", "right", "per"), ("met", "invented", "per"), ("Bo", "missed", "per"), (EVIL, "", ""),
+    ]  # fmt: skip
+    assert mark_entities(words, answer["tags"])[1] == ("met", "right", "per")
+    rows = [TaggedWords("f", 1, tokens=words, tags=truth)]
+    html = page(Evaluation(TAGGING.scores(rows, [answer]), [*rows], records=[answer]), "m", "d")
+    assert EVIL not in html
+    assert [re.search(rf'<mark class="{mark}"', html) is not None
+            for mark in ("right", "missed", "invented")] == [True] * 3  # fmt: skip
+
+
+def test_pictures_of_the_worst_images() -> None:
+    found = evaluated(["yes", "no"])
+    worst = found.worst(1)[0]
+    html = page(replace(found, pictures={worst: "data:image/png;base64,AA=="}), "m", "d")
+    assert html.count("<img") == 1

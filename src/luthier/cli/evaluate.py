@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from luthier.evaluation.judges import JudgeAgreement
     from luthier.graders import Grader, Ruler, Spec
 
+SHOWN_LABELS = 20
+"""Maximum number of labels with a table in the terminal; the page and JSON have all."""
 Graders = Annotated[
     "Sequence[Spec] | Mapping[str, Spec] | None",
     FromText(list[str]),
@@ -132,6 +135,7 @@ def evaluate(
     if html is not None:
         from luthier.evaluation.report_page import page
 
+        found = _with_pictures(found)
         write_page(html, page(found, str(model), str(data)), reporter)
     if figure is not None:
         from luthier.workflows.figures import draw_bars
@@ -149,9 +153,22 @@ def evaluate(
     return found
 
 
+def _with_pictures(found: Evaluation) -> Evaluation:
+    """Return the evaluation with thumbnails of the worst images."""
+    from luthier.data.shapes.media import MediaRow
+    from luthier.evaluation.report_page import MOST_WORST
+    from luthier.media.image_grid import thumbnail
+
+    worst = ((number, found.rows[number]) for number in found.worst(MOST_WORST))
+    return replace(found, pictures={
+        number: thumbnail(row.media) for number, row in worst
+        if isinstance(row, MediaRow) and row.media.kind == "image"
+    })  # fmt: skip
+
+
 def show_evaluation(found: Evaluation, data: str | Path, output: Path | None) -> None:
     """Print scores, ways to search, slices and replies without a grade."""
-    from luthier.evaluation.report_page import part_tables
+    from luthier.evaluation.report_page import label_table, part_tables
 
     spent = f" of {len(found.rows):,} rows ({found.seconds:.0f} s)" if found.is_graded else ""
     for name, score in found.scores.items():
@@ -166,6 +183,9 @@ def show_evaluation(found: Evaluation, data: str | Path, output: Path | None) ->
         )
     for remark in found.remarks:
         print_text(remark)
+    counts = found.label_counts
+    if counts is not None and len(counts.labels) <= SHOWN_LABELS:
+        print_tables([label_table(counts)])
     print_tables(part_tables(found))
     if found.tokens:
         print_text(f"{found.tokens:,} tokens of {len(found.rows)} rows in {found.seconds:.0f} s")

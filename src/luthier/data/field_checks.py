@@ -25,6 +25,7 @@ from luthier.data.conversations.content_parts import join_parts
 from luthier.data.conversations.tool_forms import read_tools, unify_turns
 from luthier.data.conversations.turn_marks import read_marks
 from luthier.data.files.parsing import Record, json_kind, quote
+from luthier.data.in_memory import stored_rows
 from luthier.data.inputs import (
     LARGEST_VALUE,
     LONGEST_WINDOW,
@@ -334,8 +335,9 @@ class FieldChecker:
             exists = path.is_file()
         except (OSError, RuntimeError, ValueError):  # name too long, circular links
             path, exists = folder, False
-        # After symbolic links are resolved: rows of a client must not read files of the server.
-        if not path.is_relative_to(folder):
+        # After symbolic links are resolved: rows of a client must not read files of the server. Rows
+        # that a program passed are not a client's.
+        if not path.is_relative_to(folder) and folder != stored_rows():
             fix = "Move the file into the folder of the rows, or a subfolder."
             message = f"{quote(value)} is not below the folder of this file."
             self.report("media.outside", message, fix)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from luthier.data.inputs import is_media
+from luthier.data.inputs import is_media, media_kind
 from luthier.errors import DataError, Location, Problem, RefusedInput, location_text
 from luthier.files import disk_errors, luthier_home, new_file
 
@@ -116,16 +116,22 @@ def texts_of(values: Any, name: str) -> list[str]:
     return texts
 
 
+def stored_rows() -> Path:
+    """Return the folder of rows in memory that became files."""
+    return (luthier_home() / "rows").resolve()
+
+
 def store_rows(rows: Any, key: str = "text", name: str = "rows") -> Path:
     """Write rows as JSON Lines to LUTHIER_HOME, and return the file.
 
-    A text instead of a row becomes a row with ``key``. Missing values are omitted. Findings name
+    A text instead of a row becomes a row with ``key``, or an image or audio row if it is the path of
+    such a file. Missing values are omitted. Findings name
     rows as in ``rows[3]``, and ``documents`` by the value of ``source``.
 
     Raises:
         RefusedInput: for no rows, too many rows, or a value that JSON does not have.
     """
-    folder = luthier_home() / "rows"
+    folder = stored_rows()
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -202,7 +208,7 @@ def _with_class_names(row: Mapping[str, Any], names: Mapping[str, list[str]]) ->
 def _line(row: Any, number: int, key: str) -> bytes:
     where = location_text("rows[]", number)
     if isinstance(row, str):
-        row = {key: row}
+        row = {media_kind(row) if _is_media_path(row) else key: row}
     if not isinstance(row, Mapping):
         raise DataError([wrong_value(row, "a text or a dictionary", "rows[]", number)])
     plain = {str(name): _plain(value, where, str(name)) for name, value in row.items()}
@@ -212,8 +218,11 @@ def _line(row: Any, number: int, key: str) -> bytes:
 
 def _media_path(value: Any) -> Any:
     """Return the absolute path of an image or audio file: the rows are stored in another folder."""
-    is_path = isinstance(value, str) and is_media(value) and Path(value).is_file()
-    return str(Path(value).absolute()) if is_path else value
+    return str(Path(value).absolute()) if _is_media_path(value) else value
+
+
+def _is_media_path(value: Any) -> bool:
+    return isinstance(value, str) and is_media(value) and Path(value).is_file()
 
 
 def _plain(value: Any, *place: str) -> Any:

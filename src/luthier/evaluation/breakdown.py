@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -11,8 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.texts import Entities, TaggedWords, entities
 from luthier.evaluation.labels import single_labels
-from luthier.evaluation.significance import Interval, RowScores, Score, Statistic, values
+from luthier.evaluation.significance import (
+    Interval,
+    RowScores,
+    Score,
+    Statistic,
+    share_interval,
+    values,
+)
 from luthier.types import Row
 
 MOST_SLICES = 30
@@ -20,6 +29,8 @@ MOST_SLICES = 30
 CONFIDENCE_BINS = 15
 """Number of bins of equal width, as in Guo et al. 2017."""
 OTHERS = "all others"
+NO_ENTITY = "no entity"
+"""Kind of a span that is no entity of the row, or that the model did not find."""
 
 
 @dataclass(frozen=True)
@@ -94,37 +105,54 @@ def length_keys(lengths: ArrayLike) -> list[str]:
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """Confusion matrix of single labels."""
+    """Confusion matrix of single labels, or of the kinds of entities."""
 
     labels: list[str]
     """Labels of rows and predictions, most frequent label of the rows first."""
     count_TA: NDArray[np.int64]
-    """Number of rows by true label and predicted label."""
+    """Number of rows, or entities, by true label and predicted label."""
+    unit: str = "rows"
+    """``rows`` or ``entities``."""
 
     @staticmethod
     def of(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> LabelCounts | None:
-        """Count rows with one label each; ``None`` for all other rows."""
+        """Count rows with one label each, or entities; ``None`` for all other rows."""
         from sklearn.metrics import confusion_matrix
 
-        pairs = [(label, answer["label"]) for label, answer in single_labels(rows, answers)]
+        tagged = of_shape(TaggedWords, rows)
+        pairs = (
+            [(label, answer["label"]) for label, answer in single_labels(rows, answers)]
+            if tagged is None
+            else [
+                pair
+                for row, answer in zip(tagged, answers, strict=True)
+                for pair in _entity_pairs(entities(row.tags or ()), entities(answer["tags"]))
+            ]
+        )
         if not pairs:
             return None
         wanted = Counter(truth for truth, _ in pairs)
         further = {answer for _, answer in pairs} - wanted.keys()
         labels = [*(name for name, _ in wanted.most_common()), *sorted(further)]
-        return LabelCounts(labels, confusion_matrix(*zip(*pairs, strict=True), labels=labels))
+        matrix = confusion_matrix(*zip(*pairs, strict=True), labels=labels)
+        return LabelCounts(labels, matrix, "rows" if tagged is None else "entities")
 
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Return rows, precision, recall and F1 of each label; no precision for labels never
-        predicted."""
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Return rows, precision, recall and F1 of each label, with 95 % intervals; no precision for
+        labels never predicted."""
         wanted_L, given_L = self.count_TA.sum(1), self.count_TA.sum(0)
         right_L = self.count_TA.diagonal()
         found = {}
         for place, name in enumerate(self.labels):
+            if name == NO_ENTITY:
+                continue
             right, given, wanted = (int(each[place]) for each in (right_L, given_L, wanted_L))
-            scores: dict[str, float] = {"rows": wanted, "f1": 2 * right / (given + wanted)}
-            scores |= {"recall": right / wanted} if wanted else {}
-            found[name] = scores | ({"precision": right / given} if given else {})
+            scores: dict[str, Any] = {self.unit: wanted, "f1": 2 * right / (given + wanted)}
+            for measure, whole in (("recall", wanted), ("precision", given)):
+                if whole:
+                    interval = share_interval(right, whole)
+                    scores |= {measure: right / whole, f"{measure}_interval": interval}
+            found[name] = scores
         return found
 
     def mistakes(self) -> list[tuple[str, str, int]]:
@@ -136,6 +164,13 @@ class LabelCounts:
             if truth != answer
         ]
         return sorted(found, key=lambda each: -each[2])
+
+
+def _entity_pairs(wanted: Entities, given: Entities) -> Iterator[tuple[str, str]]:
+    """Yield the true and the predicted kind of each span, :data:`NO_ENTITY` for none."""
+    truths, answers = ({each[1:]: each[0] for each in side} for side in (wanted, given))
+    for span in sorted(truths.keys() | answers.keys()):
+        yield truths.get(span, NO_ENTITY), answers.get(span, NO_ENTITY)
 
 
 @dataclass(frozen=True, eq=False)

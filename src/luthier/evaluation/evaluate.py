@@ -92,6 +92,8 @@ class Evaluation(Tabular):
     """Scores of parts of the rows, if requested."""
     model: str = ""
     """Id of the evaluated model."""
+    pictures: Mapping[int, str] = field(default_factory=dict)
+    """Thumbnails of the worst images as ``data:`` addresses, by row."""
     systems: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
     """Scores of the model and of other ways to search, on the same queries."""
 

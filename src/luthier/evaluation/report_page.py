@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from luthier import __version__
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.texts import TaggedWords, entities
 from luthier.errors import location_text
 from luthier.evaluation.breakdown import Calibration, LabelCounts
 from luthier.evaluation.evaluate import Evaluation
@@ -15,6 +18,7 @@ MOST_CELLS = 25
 MOST_LABELS = 200
 MOST_MISTAKES = 20
 MOST_WORST = 20
+MARKS = "right (blue), missed (struck) and invented (red) entities"
 
 
 def page(evaluation: Evaluation, model: str, data: str, layout: str = PAGE) -> str:
@@ -31,7 +35,7 @@ def page(evaluation: Evaluation, model: str, data: str, layout: str = PAGE) -> s
         remarks=evaluation.remarks,
         scores=_score_table(evaluation),
         slices=part_tables(evaluation),
-        labels=None if counts is None else _label_table(counts),
+        labels=None if counts is None else label_table(counts),
         mistakes=None if counts is None else _mistake_table(counts),
         matrix=None if counts is None else _matrix_table(counts),
         reliability=None if calibration is None else _reliability_table(calibration),
@@ -107,15 +111,23 @@ def _slice_tables(evaluation: Evaluation) -> Iterator[Table]:
         yield Table.of(f"By {by}", columns, rows)
 
 
-def _label_table(counts: LabelCounts) -> Table:
+def label_table(counts: LabelCounts) -> Table:
+    """Return precision, recall and F1 of each label or kind of entity, with 95 % intervals."""
     found = counts.scores()
+
+    def share(scores: Mapping[str, Any], measure: str) -> str:
+        if measure not in scores:
+            return "–"
+        low, high = scores[f"{measure}_interval"]
+        return f"{scores[measure]:.1%} ({low:.1%} to {high:.1%})"
+
     rows = [
-        [name, f"{each['rows']:,}", *(f"{each[key]:.3f}" if key in each else "–"
-         for key in ("precision", "recall", "f1")), f"{100 * each['f1']:.1f}"]
+        [name, f"{each[counts.unit]:,}", share(each, "precision"), share(each, "recall"),
+         f"{each['f1']:.3f}", f"{100 * each['f1']:.1f}"]
         for name, each in [*found.items()][:MOST_LABELS]
     ]  # fmt: skip
-    columns = {"label": "name", "rows": "number", "precision": "number", "recall": "number"}
-    columns |= {"F1": "number", "": "bar"}
+    columns = {"label": "name", counts.unit: "number", "precision (95 %)": "number"}
+    columns |= {"recall (95 %)": "number", "F1": "number", "": "bar"}
     return Table.of("Labels", columns, rows, max(0, len(found) - MOST_LABELS))
 
 
@@ -171,7 +183,40 @@ def worst_answers(evaluation: Evaluation) -> list[dict[str, str]]:
 
 
 def _worst_table(evaluation: Evaluation) -> Table | None:
-    rows = [[*each.values()] for each in worst_answers(evaluation)]
+    worst = evaluation.worst(MOST_WORST)
     columns = {"row": "place", "input": "text", "expected": "text", "answer": "text"}
     columns |= {"confidence": "number"} if evaluation.calibration is not None else {}
+    rows: list[list[Any]] = [[*each.values()] for each in worst_answers(evaluation)]
+    if pictures := evaluation.pictures:
+        columns = {"image": "picture"} | columns
+        rows = [[pictures.get(number, ""), *row] for number, row in zip(worst, rows, strict=True)]
+    elif tagged := of_shape(TaggedWords, [evaluation.rows[number] for number in worst]):
+        columns = {"row": "place", MARKS: "marked"}
+        rows = [
+            [location_text(row.file, row.line),
+             mark_entities(row.tokens, evaluation.records[number]["tags"], row.tags)]
+            for number, row in zip(worst, tagged, strict=True)
+        ]  # fmt: skip
     return Table.of("Worst answers", columns, rows) if rows else None
+
+
+def mark_entities(
+    tokens: Sequence[str], tags: Sequence[str], wanted: Sequence[str] | None = None
+) -> list[tuple[str, str, str]]:
+    """Return the parts of a sentence, each with its mark and a kind of entity.
+
+    The mark is ``right``, ``missed``, ``invented`` or empty; without ``wanted``, entities of ``tags``
+    are right. A missed entity that overlaps with an invented one is marked after it.
+    """
+    given = entities(tags)
+    truth = given if wanted is None else entities(wanted)
+    marks = [(first, last, kind, "right" if (kind, first, last) in truth else "invented")
+             for kind, first, last in given]  # fmt: skip
+    marks += [(first, last, kind, "missed") for kind, first, last in truth - given]
+    parts, place = list[tuple[str, str, str]](), 0
+    for first, last, kind, mark in sorted(marks):
+        if first > place:
+            parts.append((" ".join(tokens[place:first]), "", ""))
+        parts.append((" ".join(tokens[first : last + 1]), mark, kind))
+        place = max(place, last + 1)
+    return [*parts, (" ".join(tokens[place:]), "", "")] if place < len(tokens) else parts

@@ -297,6 +297,12 @@ def standard_error(share: float, rows: int) -> float:
     return math.sqrt(share * (1 - share) / (rows + 4))
 
 
+def share_interval(right: int, rows: int) -> Interval:
+    """Return the 95 % interval of a share of correct ``rows``, as :attr:`RowScores.interval`."""
+    middle = (right + 2) / (rows + 4)
+    return _interval(middle, standard_error(right / rows, rows), True)
+
+
 def differ(share: float, other: float, rows: int) -> bool:
     """Return True if two shares of different rows differ beyond chance."""
     error = math.hypot(standard_error(share, rows), standard_error(other, rows))

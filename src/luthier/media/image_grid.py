@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from luthier import __version__
+from luthier.errors import RowRefused
+from luthier.pages import png_address
 
 if TYPE_CHECKING:
+    from luthier.data.inputs import Media
     from luthier.media.decoding import Pixels
 
 GAP = 2
 """Pixels between the images of a grid."""
+THUMBNAIL = 96
+"""Longest side of a thumbnail, in pixels."""
 
 
 def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
@@ -47,3 +52,17 @@ def encode_png(pixels: Pixels, model: str | None = None) -> bytes:
         info.add_text("Software", f"luthier {__version__}")
     Image.fromarray(pixels).save(stream, format="PNG", pnginfo=info)
     return stream.getvalue()
+
+
+def thumbnail(media: Media) -> str:
+    """Return a small picture of an image as a ``data:`` address; empty for an unreadable file."""
+    from PIL import Image
+
+    from luthier.media.decoding import read_pixels
+
+    try:
+        picture = Image.fromarray(read_pixels(media))
+    except RowRefused:
+        return ""
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return png_address(encode_png(np.asarray(picture)))

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import model_validator
 
-from luthier.data.shapes.texts import TaggedWords
+from luthier.data.shapes.texts import TaggedWords, entities
 from luthier.errors import RowRefused
 from luthier.models.networks.heads import Head
 from luthier.objectives.base import Objective, TrainingDefaults, take_tokens
 from luthier.objectives.class_priors import check_shares, shares_of, softmax_bias
 from luthier.tasks import TAGGING, Task
-from luthier.tasks.tagging import entities, tag_scores
+from luthier.tasks.tagging import tag_scores
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:

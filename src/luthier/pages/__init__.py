@@ -24,7 +24,8 @@ PAGE, FRAGMENT = "page.html", "fragment.html"
 
 Cell = tuple[Any, str]
 """A value and the kind of cell: text, code, place, number, bar, name (the row's heading), strong (a
-heading that stands out) or detail (text for pages alone)."""
+heading that stands out), detail (text for pages alone), picture (a ``data:`` address) or marked (parts
+of a text, each with a mark and a note)."""
 
 
 @dataclass(frozen=True)

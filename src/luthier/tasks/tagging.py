@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
-from luthier.data.shapes.texts import TaggedWords
+from luthier.data.shapes.texts import Entities, TaggedWords, entities
 from luthier.evaluation.baselines import LINEAR_PROBE, Method, States
 from luthier.evaluation.baselines import Answers as Predicted
 from luthier.evaluation.linear import fit_logistic
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from luthier.evaluation.long_rows import FittingRows
     from luthier.models.networks.network import Network
 
-Entities = set[tuple[str, int, int]]
-"""Kind, first word and last word of each entity of a row."""
 _CODE = """\
 for number, scores in enumerate(answer):
     first = {word: place for place, word in reversed([*enumerate(read[number].word_ids)])}
@@ -103,20 +101,6 @@ def _entity_f1(pairs: Sequence[tuple[Entities, Entities]]) -> RowScores:
     """Return the F1 of pairs of predicted and true entities."""
     right = [len(given & wanted) for given, wanted in pairs]
     return RowScores.of(right, [(len(given) + len(wanted)) / 2 for given, wanted in pairs])
-
-
-def entities(tags: Sequence[str]) -> Entities:
-    """Return kind, first word and last word of each entity in a row of BIO tags."""
-    found = set()
-    kind, start = "", 0
-    for index, tag in enumerate([*tags, "O"]):
-        edge, _, name = tag.partition("-")
-        if kind and not (edge == "I" and name == kind):
-            found.add((kind, start, index - 1))
-            kind = ""
-        if edge != "O" and not kind:
-            kind, start = name, index
-    return found
 
 
 def _tag_methods(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) -> Iterator[Method]:

@@ -33,7 +33,7 @@ from luthier.data.shapes.choices import MultipleChoice
 from luthier.data.shapes.preferences import JudgedAnswers, ThumbedReply
 from luthier.data.shapes.texts import RawText
 from luthier.data.tree import READING_BUDGET
-from luthier.errors import DataError, Problem, RecipeError, RowRefused, line_field
+from luthier.errors import DataError, Problem, RecipeError, RowRefused, line_field, location_text
 from luthier.evaluation.breakdown import length_keys, slice_scores
 from luthier.evaluation.choices import ChoiceLikelihood, choice_scores, encode_choices, keep_end
 from luthier.evaluation.evaluate import (
@@ -520,9 +520,9 @@ def slice_keys(rows: Sequence[Row], by: str) -> list[str]:
         columns = {file: _read_column(Path(file), by) for file in {r.file: None for r in rows}}
         keys = [columns[row.file].get(row.line, "") for row in rows]
     if not any(keys):
+        names = ", ".join(name for name in ("label", "length", "language") if name != by)
         raise RecipeError(
-            f"No row has a value for the slice {by!r}. Use label, length, language or a column of text "
-            "or numbers.",
+            f"No row has a value for the slice {by!r}. Use {names} or a column of text or numbers.",
             setting="slices",
         )
     return [key or "none" for key in keys]
@@ -560,7 +560,8 @@ def _with_inputs(evaluation: Evaluation) -> Evaluation:
     if of_shape(JudgedAnswers, evaluation.rows):
         return evaluation
     records = [
-        {**row.input_record(), "expected": row.target(), **answer}
+        {"row": location_text(row.file, row.line), **row.input_record(), "expected": row.target(),
+         **answer}
         for row, answer in zip(evaluation.rows, evaluation.records, strict=True)
-    ]
+    ]  # fmt: skip
     return replace(evaluation, records=records)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import mailbox
+import pickle
 from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
 
+from luthier.data.files.mail import read_mail
 from luthier.data.files.read import read_records
 from luthier.data.files.sources import files_of
-from luthier.errors import Problem
+from luthier.errors import Problem, location_text
 
 
 def mail(subject: str, body: str = "Hello", subtype: str = "plain") -> EmailMessage:
@@ -108,3 +110,21 @@ def test_text_that_starts_with_from_is_no_mailbox(tmp_path: Path) -> None:
     problems = list[Problem]()
     [*read_records(tmp_path / "story", problems)]
     assert [problem.rule for problem in problems] == ["file.unknown_format"]
+
+
+def test_rows_of_a_folder_name_their_messages(tmp_path: Path) -> None:
+    folder = tmp_path / "mails"
+    folder.mkdir()
+    (folder / "1.eml").write_bytes(b"Subject: one\n\nbody\n")
+    box = b"".join(
+        b"From a@b.c Mon Mar 2 10:00:00 2026\nSubject: %d\n\nbody\n\n" % n for n in (2, 3)
+    )
+    (folder / "old.mbox").write_bytes(box)
+    lines, records = zip(*read_mail(folder), strict=True)
+    names = ["1.eml", "old.mbox:1", "old.mbox:2"]
+    assert [record["source"] for record in records] == names
+    assert [location_text("mails", line) for line in lines] == [f"mails/{name}" for name in names]
+    assert pickle.loads(pickle.dumps(lines[0])).name == "1.eml"
+    [(line, record)] = read_mail(folder / "1.eml")
+    assert "source" not in record
+    assert location_text("1.eml", line) == "1.eml row 1"

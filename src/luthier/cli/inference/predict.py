@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
     from luthier.tasks import Task
 
+MARKED_ROWS = 500
+"""Maximum number of rows in a page of marked entities."""
 SHOWN = 5
 """Maximum number of printed classes, or of printed numbers of an embedding."""
 
@@ -113,7 +115,7 @@ def predict(
         top: Number of classes; 5 for a text, all for a file by default.
         least_certain: Number of rows to label next: the least certain only.
         explain: Add the contribution of each word or image cell.
-        html: Page with marked words or heat maps; needs --explain.
+        html: Page with marked entities; with --explain, words or parts.
         overwrite: Replace an existing file.
         processes: Processes that share the rows of a file.
         ray_address: Head of a Ray cluster that runs the processes.
@@ -144,8 +146,8 @@ def predict(
         raise RecipeError("the text is empty")
     if text is not None and _holds_rows(text):
         raise RecipeError(f"{text} is a file or folder of rows. Use --input {shlex.quote(text)}")
-    if html is not None and (not explain or output is not None):
-        raise RecipeError("`html` needs `explain`, and excludes `output`")
+    if html is not None and output is not None:
+        raise RecipeError("`html` excludes `output`")
     check_at_least_one(top=top, least_certain=least_certain)
     others = {"top": top, "explain": explain, "processes": processes, "ray_address": ray_address}
     if least_certain is not None and (input is None or any(others.values())):
@@ -157,6 +159,9 @@ def predict(
     is_shared = shared.check(input, output)
     stored = check_active(find(model, is_able=Predictor.is_able))
     objective = Predictor.check(stored)
+    is_tagger = objective.task.head == "token_classification"
+    if html is not None and not (explain or is_tagger):
+        raise RecipeError("`html` marks entities, and needs `explain` for other models")
     if text and is_media(text) and stored.chat.reads != "text" and not Path(text).is_file():
         raise RecipeError(f"There is no file {text}. Check the path for a spelling mistake.")
     threshold = objective.decision_threshold
@@ -181,7 +186,8 @@ def predict(
             )
             answers = RowAnswers(stored.id, 1, 0.0, None, prediction_lines([{}], found))
     if html is not None:
-        write_page(html, _explanation_page(answers), reporter)
+        page = _explanation_page(answers) if explain else _entity_page(answers)
+        write_page(html, page, reporter)
     return Predictions(answers, objective.task, threshold)
 
 
@@ -205,6 +211,23 @@ def _least_certain(answers: RowAnswers, count: int, output: Path | None) -> RowA
     return answers
 
 
+def _entity_page(answers: RowAnswers) -> str:
+    """Return a page with the first sentences and their marked entities."""
+    from luthier.evaluation.report_page import MARKS, mark_entities
+
+    rows = [json.loads(line) for line in answers.lines.splitlines()]
+    marked = [
+        [
+            mark_entities(
+                row.get("tokens") or row["text"].split(), row["predicted"]["tags"], row.get("tags")
+            )
+        ]
+        for row in rows[:MARKED_ROWS]
+    ]
+    table = Table.of("Sentences", {MARKS: "marked"}, marked, len(rows) - len(marked))
+    return summary_page(f"Entities found by {answers.model}", [], PAGE, tables=[table])
+
+
 def _explanation_page(answers: RowAnswers) -> str:
     """Return the page of explained predictions."""
     found = [json.loads(line)["predicted"] for line in answers.lines.splitlines()]
@@ -224,7 +247,9 @@ def _mark_words(predicted: Mapping[str, Any]) -> Mapping[str, Any]:
             "picture": found.get("picture")}  # fmt: skip
 
 
-def show_predictions(found: Predictions, text: str | None, top: int | None) -> None:
+def show_predictions(
+    found: Predictions, text: str | None, top: int | None, html: Path | None
+) -> None:
     """Print the prediction for a text, the rows, or the name of their file."""
     answers, threshold = found.answers, found.threshold
     if text is not None:
@@ -235,8 +260,10 @@ def show_predictions(found: Predictions, text: str | None, top: int | None) -> N
             print_text(found.task.show(predicted, threshold, top or SHOWN))
         if explained := predicted.get("explanation"):
             _print_explanation(explained)
-    elif answers.output is None:
+    elif answers.output is None and html is None:
         write_json(answers.lines)
+    elif answers.output is None:
+        print_text(f"{answers.rows:,} rows of {answers.model}")
     else:
         print_written(answers.rows, "rows", answers.output)
         if answers.counts["verdicts"]:

@@ -41,10 +41,7 @@ def is_mailbox(path: Path) -> bool:
     """Return whether a file is a message or an mbox file, by the ending or the first lines."""
     if path.suffix.lower() in (EML, MBOX):
         return True
-    if path.suffix or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return _SEPARATOR.match(file.read(1024)) is not None
+    return not path.suffix and path.is_file() and _is_mbox(path)
 
 
 def has_mail(folder: Path) -> bool:
@@ -71,7 +68,7 @@ def _is_of_maildir(folder: Path, name: str) -> bool:
 def read_mail(
     path: Path, on_record: Callable[[int, int], None] = lambda number, count: None
 ) -> Iterator[tuple[int, Record]]:
-    """Yield a record for each message of a file or folder.
+    """Yield a record for each message of a file or folder. ``source`` is its path in the folder.
 
     Raises:
         RowRefused: for a folder with other files.
@@ -81,11 +78,12 @@ def read_mail(
     is_labelled = len({*labels}) > 1
     number = 0
     for place, (name, label) in enumerate(zip(names, labels, strict=True)):
-        for message in _messages(path / name):
+        for position, message in enumerate(_messages(path / name), 1):
             number += 1
             on_record(place, len(names))
-            record = _record(message)
-            yield RowNumber(number), record | ({"label": label or INBOX} if is_labelled else {})
+            record = _record(message) | ({"label": label or INBOX} if is_labelled else {})
+            source = f"{name}:{position}" if name and _is_mbox(path / name) else name
+            yield RowNumber(number, source), record | ({"source": source} if source else {})
 
 
 def _mail_names(folder: Path) -> Iterator[str]:
@@ -112,14 +110,19 @@ def _mailbox_name(folder: Path, name: str) -> str:
     return "/".join(parts)
 
 
+def _is_mbox(path: Path) -> bool:
+    if path.suffix.lower() == MBOX:
+        return True
+    with path.open("rb") as file:
+        return _SEPARATOR.match(file.read(1024)) is not None
+
+
 def _messages(path: Path) -> Iterator[EmailMessage]:
     parse: Any = partial(message_from_binary_file, policy=policy.default)
-    with path.open("rb") as file:
-        head = file.read(1024)
-        if not (path.suffix.lower() == MBOX or _SEPARATOR.match(head)):
-            file.seek(0)
+    if not _is_mbox(path):
+        with path.open("rb") as file:
             yield parse(file)
-            return
+        return
     with closing(mailbox.mbox(path, factory=parse, create=False)) as box:
         messages: Iterable[Any] = box
         yield from messages

@@ -148,6 +148,24 @@ class RatedText(TextRow):
         return {"text": self.text, "rating": self.rating}
 
 
+Entities = set[tuple[str, int, int]]
+"""Kind, first word and last word of each entity of a row."""
+
+
+def entities(tags: Sequence[str]) -> Entities:
+    """Return kind, first word and last word of each entity in a row of BIO tags."""
+    found = set()
+    kind, start = "", 0
+    for index, tag in enumerate([*tags, "O"]):
+        edge, _, name = tag.partition("-")
+        if kind and not (edge == "I" and name == kind):
+            found.add((kind, start, index - 1))
+            kind = ""
+        if edge != "O" and not kind:
+            kind, start = name, index
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class TaggedWords(Shape):
     """Words of a sentence, each with a tag."""

@@ -30,7 +30,7 @@ LABEL = Rule(
     "warning",
     "Rows with the same text have different labels, tags, ratings or judgements.",
     "The model learns the mean of the targets.",
-    "Correct the wrong row. If both labels are right, write an array of labels.",
+    "Correct the wrong row: tags must be equal. If both labels are right, write an array of labels.",
     drop=True,
 )
 PASSAGE = Rule(
