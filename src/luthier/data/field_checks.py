@@ -352,17 +352,23 @@ class FieldChecker:
 
     def _window(self, value: object) -> Media | None:
         """Return a window of a time series: values in order, the newest last."""
-        numbers = value if isinstance(value, list) else []
-        if numbers and all(
+        times = value if isinstance(value, list) else []
+        several = bool(times) and isinstance(times[0], list)
+        rows = times if several else [[each] for each in times]
+        width = len(rows[0]) if rows else 0
+        if width and all(
+            isinstance(row, list)
+            and len(row) == width
             # An exact type, because True is an int in Python. The comparison is also False for NaN.
-            type(each) in (int, float) and abs(each) <= LARGEST_VALUE
-            for each in numbers
+            and all(type(each) in (int, float) and abs(each) <= LARGEST_VALUE for each in row)
+            for row in rows
         ):
             # The newest values, because the last value is the one that is scored.
-            array = np.array(numbers[-LONGEST_WINDOW:], np.float64)
+            array = np.array(times[-LONGEST_WINDOW:], np.float64)
             return Media("window", location_text(self.file, self.line), array=array)
         message = f'"window" must be an array of finite numbers up to {LARGEST_VALUE:.0e}.'
-        self.report("media.type", message, "Write the values in order, the newest last.")
+        fix = "Write the values in order, the newest last; of several columns, an array for each time."
+        self.report("media.type", message, fix)
         return None
 
     def _decode_data_address(self, value: str, kind: MediaKind, name: str) -> Media | None:

@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -104,6 +104,8 @@ class Media:
     """Pixels ``[H, W]`` or ``[H, W, 3]``, or values ``[T]`` or ``[T, C]``, if in memory."""
     most: int | None = None
     """Most pixels or samples; default :data:`MOST_PIXELS` or :data:`MOST_SAMPLES`."""
+    names: tuple[str, ...] = field(default=(), compare=False)
+    """Columns of a window of several columns; empty if unknown."""
     time: float | None = field(default=None, compare=False)
     """Time of a window's last value, in seconds, or in the unit of the series; NaN if not read."""
 
@@ -182,6 +184,32 @@ class Media:
     def columns(self) -> int:
         """Number of columns of a window."""
         return 1 if self.array is None or self.array.ndim == 1 else self.array.shape[1]
+
+    def select(self, names: tuple[str, ...]) -> Media:
+        """Return the window with the columns ``names`` in their order.
+
+        Raises:
+            RowRefused: for a missing column; without names, for another number of columns.
+        """
+        if not names or self.names == names:
+            return self
+        wanted = ", ".join(names)
+        missing = [name for name in names if name not in self.names]
+        if self.names and missing:
+            raise RowRefused(
+                "window.columns", f"the series has no column {', '.join(missing)}.",
+                f"The model reads {wanted}. Add the columns, or rename them.",
+            )  # fmt: skip
+        if not self.names and self.columns != len(names):
+            raise RowRefused(
+                "window.columns", f"the window has {self.columns} columns, not {len(names)}.",
+                f"Give {len(names)} values for each time, in this order: {wanted}.",
+            )  # fmt: skip
+        if not self.names:
+            return self
+        assert self.array is not None
+        places = [self.names.index(name) for name in names]
+        return replace(self, array=self.array[:, places], names=names)
 
     def values(self) -> NDArray[np.float64]:
         """Return the values ``[T]`` of a window; of several columns, ``[T, C]``.

@@ -30,6 +30,11 @@ Z_THRESHOLD = 3.0
 """Usual threshold of z-scores, in standard deviations."""
 
 
+LEVELS_DIFFER = (
+    "most normal rows are alarms: the levels of the series differ from those of the training rows"
+)
+
+
 class ImageGenerationTask(Task):
     """New images. The network and its head depend on the objective."""
 
@@ -53,6 +58,27 @@ class AutoencodingTask(Task):
         windows, asked = of_shape(BareWindow, train), of_shape(LabelledWindow, held)
         if windows and asked and any(row.is_fault for row in asked):
             yield Method(Z_SCORES, lambda _: _z_alarms(windows, asked))
+
+    def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
+        """Return the scores, with the numbers of found events and of false alarms."""
+        (answers,) = sides
+        scores = self.scores(rows.rows, answers)
+        pairs = zip(rows.rows, answers, strict=True)
+        judged = [
+            (isinstance(row, LabelledWindow) and row.is_fault, answer["anomalous"])
+            for row, answer in pairs
+            if answer["anomalous"] is not None
+        ]
+        false = sum(alarm and not fault for fault, alarm in judged)
+        normal = sum(not fault for fault, _ in judged)
+        events = scores["events_found"]
+        remarks = [
+            f"{round(events.value * len(events))} of {len(events)} events found; {false:,} of "
+            f"{normal:,} normal rows are alarms"
+        ]
+        if 2 * false > normal:
+            remarks.append(LEVELS_DIFFER)
+        return rows.evaluation(scores, answers, remarks)
 
     def scores(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Mapping[str, Score]:
         """Return F1, precision and recall of faults, and the share of found events.
@@ -95,7 +121,8 @@ def _z_alarms(train: Sequence[BareWindow], held: Sequence[BareWindow]) -> Answer
     ordinary = [row for row in train if not (isinstance(row, LabelledWindow) and row.is_fault)]
     network = ZScoreModel(ZScoreConfig(**Z_SCORE_FIELDS))
     network.fit([MediaInput(row.media, Z_SCORE_READER) for row in ordinary])
-    windows = [MediaInput(row.media, Z_SCORE_READER) for row in held]
+    names = ordinary[0].media.names
+    windows = [MediaInput(row.media.select(names), Z_SCORE_READER) for row in held]
     with torch.no_grad():
         scores = network.scores(torch.from_numpy(np.stack([each.array() for each in windows])))
     return [

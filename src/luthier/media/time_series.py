@@ -137,8 +137,9 @@ def _read_windows(
         longest = max(SHORTEST_WINDOW, LONGEST_WINDOW // (len(names) - 1))
     times = parse_times([str(record[names[0]]) for record in valid_records])
     rows = zip(lines, valid_records, times, strict=True)
+    columns = tuple(names[1:]) if len(names) > 2 else ()
     for index, (line, record, time) in enumerate(rows):
         latest = series[max(0, index + 1 - longest) : index + 1]
-        media = Media("window", f"{file}:{line}", array=latest, time=time)
+        media = Media("window", f"{file}:{line}", array=latest, names=columns, time=time)
         marked = {"label": record[label]} if label else {}
         yield line, {**record, **marked, "window": media}

@@ -61,6 +61,20 @@ def test_base_finds_labelled_faults_and_leaves_them_out_of_training(
     assert tuned.steps == 0
     found = luthier.evaluate(tuned.model_id, file).scores
     assert found["events_found"] == 1 and found["f1"] > 0.7
+    turned = tmp_path / "turned.csv"
+    lines = (row.split(",") for row in file.read_text().splitlines())
+    turned.write_text("".join(f"{t},{flow},extra,{level},{label}\n".replace("extra", str(len(t)))
+                      for t, level, flow, label in lines).replace(",9,", ",more,", 1))  # fmt: skip
+    assert luthier.evaluate(tuned.model_id, turned).scores == found
+    less = tmp_path / "less.csv"
+    less.write_text(turned.read_text().replace("level", "height", 1))
+    with pytest.raises(luthier.RefusedInput, match=r"window\.columns"):
+        luthier.evaluate(tuned.model_id, less)
+    model = luthier.load(tuned.model_id)
+    last = values[230:260]
+    assert model.predict([{"window": last.tolist()}])[0]["predicted"]["anomalous"] is True
+    with pytest.raises(DataError):
+        model.predict([{"window": last[:, 0].tolist()}])
     ordinary = write(tmp_path / "ordinary.csv", values[:150], labels[:150])
     with pytest.raises(DataError):
         luthier.evaluate(tuned.model_id, ordinary)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 MARKED_ROWS = 500
 """Maximum number of rows in a page of marked entities."""
+SHOWN_ALARMS = 20
 SHOWN = 5
 """Maximum number of printed classes, or of printed numbers of an embedding."""
 
@@ -272,6 +274,24 @@ def show_predictions(
             )
             short = answers.counts["not_judged"]
             print_text(above + (f"; {short:,} rows have too short a history" if short else ""))
+            _print_alarms(found.to_rows(), answers.counts["anomalous"])
+
+
+def _print_alarms(rows: Sequence[Mapping[str, Any]], anomalous: int) -> None:
+    """Print each run of anomalous rows with the first column, the time, of its ends."""
+    runs = [
+        [*run] for is_alarm, run in groupby(rows, lambda row: row["predicted"]["anomalous"] is True)
+        if is_alarm
+    ]  # fmt: skip
+    for run in runs[:SHOWN_ALARMS]:
+        first, last = (next(iter(row.values())) for row in (run[0], run[-1]))
+        highest = max(row["predicted"]["score"] for row in run)
+        count = f"{len(run):,} row{'s' * (len(run) > 1)}"
+        print_text(f"alarm {first} to {last}: {count}, highest score {highest:.3f}")
+    if len(runs) > SHOWN_ALARMS:
+        print_text(f"… and {len(runs) - SHOWN_ALARMS:,} more alarms")
+    if 2 * anomalous > len(rows):
+        print_text("Most rows are anomalous: compare the levels with those of the training rows")
 
 
 def _print_explanation(explained: Mapping[str, Any]) -> None:

@@ -124,6 +124,8 @@ class VAE(Generative):
     """Largest share of ordinary rows that may count as anomalous."""
     threshold: float | None = None
     """Score above which a row is anomalous. Default: from held-out rows after training."""
+    columns: tuple[str, ...] | None = None
+    """Columns of a series, in the order of the input. Default: from the training rows."""
 
     task: ClassVar[Task] = AUTOENCODING
     shapes: ClassVar[frozenset[str]] = frozenset({"labelled_window", "window"})
@@ -174,14 +176,19 @@ class VAE(Generative):
         if windows:
             usual = {"score_over": "last", "sigma": 0.3}
             chosen = {name: usual[name] for name in usual.keys() - self.model_fields_set}
+            names = next((row.media.names for row in rows if isinstance(row, BareWindow)), ())
+            chosen["columns"] = self.columns or names or None
         return self.model_copy(update=chosen)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Encode the image or window.
 
         Raises:
-            RowRefused: for a series with more columns than the network.
+            RowRefused: for a series with more columns than the network, or without a column of the
+                training rows.
         """
+        if isinstance(row, BareWindow) and self.columns:
+            row = replace(row, media=row.media.select(self.columns))
         if isinstance(row, BareWindow) and isinstance(chat.media, WindowProcessor):
             count, most = row.media.columns, chat.media.columns
             if count > most:

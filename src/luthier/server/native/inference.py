@@ -44,16 +44,19 @@ class PredictionInput(Input):
     """Image file (PNG, JPEG, WebP, …) in base64 or as ``data:`` URL."""
     audio: str | None = Field(default=None, min_length=1)
     """Audio file (WAV, FLAC, Ogg) in base64 or as ``data:`` URL."""
-    window: tuple[WindowValue, ...] | None = Field(
+    window: tuple[WindowValue, ...] | tuple[tuple[WindowValue, ...], ...] | None = Field(
         default=None, min_length=1, max_length=LONGEST_WINDOW
     )
-    """Values of a time series in order; the model scores the last value. With fewer values than the
+    """Values of a time series in order, or the values of all columns for each time; the model scores
+    the last time. With fewer values than the
     model's window, the response has only ``score``, and ``anomalous`` is null."""
 
     @model_validator(mode="after")
     def _one(self) -> PredictionInput:
         if [self.text, self.image, self.audio, self.window].count(None) != 3:
             raise ValueError("an input has exactly one of text, image, audio and window")
+        if len({len(each) if isinstance(each, tuple) else 0 for each in self.window or ()}) > 1:
+            raise ValueError("the times of the window have different numbers of columns")
         return self
 
 
