@@ -224,3 +224,12 @@ def test_difference_between_rows_that_are_not_the_best() -> None:
 def test_columns_without_a_measured_row() -> None:
     found = study_of({"a": [CellResult(reason="over the limit")]})
     assert columns_of(found) == {"score ±": [""]}
+
+
+def test_study_without_an_improved_start_compares_nothing() -> None:
+    rows = {name: [replace(outcome(380), kept_step=0)] for name in ("full", "lora")}
+    found = study_of(rows)
+    assert found.is_untrained and "full" not in found.verdict()
+    rows["lora"] = [replace(outcome(385), kept_step=8)]
+    assert not study_of(rows).is_untrained
+    assert not study_of({name: [outcome(380)] for name in ("full", "lora")}).is_untrained

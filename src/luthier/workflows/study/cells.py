@@ -152,6 +152,8 @@ class CellResult:
     saved_bytes: int = 0
     training_rows: int = 0
     steps: int = 0
+    kept_step: int | None = None
+    """Step of the measured weights: 0 for the weights from before training."""
     batch_size: int = 0
     warmup_ratio: float = 0.0
     milliseconds: float | None = None
@@ -361,6 +363,7 @@ def _measure(folder: Path, reporter: Reporter) -> None:
         saved_bytes=result.saved_bytes,
         training_rows=result.rows,
         steps=result.steps,
+        kept_step=best.get("step"),
         batch_size=training.batch_size or 0,
         warmup_ratio=training.warmup_ratio or 0.0,
         milliseconds=milliseconds,

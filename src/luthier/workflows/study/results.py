@@ -281,6 +281,14 @@ class Study(Tabular):
         return bool(self.apart) and all(each.significant for each in self.apart.values())
 
     @property
+    def is_untrained(self) -> bool:
+        """True if no training improved measurably on the weights from before step 1."""
+        outcomes = [each for row in self.measured for each in row.outcomes]
+        return len(self.measured) > 1 and all(
+            each.kept_step == 0 or each.verdict == "hardly_learned" for each in outcomes
+        )
+
+    @property
     def smallest_difference(self) -> float | None:
         """Smallest difference that is significant after the correction; ``None`` if unknown."""
         if not self.apart:
@@ -341,6 +349,12 @@ class Study(Tabular):
             return "No training finished."
         if self.more_rows is not None:
             return self.more_rows.verdict()
+        if self.is_untrained:
+            return (
+                "No training improved measurably on its start, such as the logistic regression of a "
+                "new head, so this compares no configurations. Keep the start, or try `--objective "
+                "classification --set objective.probe=false`."
+            )
         best, measure = self.best, SCORES.get(self.best.measure, self.best.measure)
         text = f"Best: {best.name}, {measure} {self.text(best.value)}"
         near = [row for row in self.measured[1:] if self.is_within_chance(row)]
