@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -274,23 +274,30 @@ def show_predictions(
             )
             short = answers.counts["not_judged"]
             print_text(above + (f"; {short:,} rows have too short a history" if short else ""))
-            _print_alarms(found.to_rows(), answers.counts["anomalous"])
+            _print_alarms(answers.output, answers.counts["anomalous"], answers.counts["verdicts"])
 
 
-def _print_alarms(rows: Sequence[Mapping[str, Any]], anomalous: int) -> None:
-    """Print each run of anomalous rows with the first column, the time, of its ends."""
-    runs = [
-        [*run] for is_alarm, run in groupby(rows, lambda row: row["predicted"]["anomalous"] is True)
-        if is_alarm
-    ]  # fmt: skip
-    for run in runs[:SHOWN_ALARMS]:
-        first, last = (next(iter(row.values())) for row in (run[0], run[-1]))
-        highest = max(row["predicted"]["score"] for row in run)
-        count = f"{len(run):,} row{'s' * (len(run) > 1)}"
-        print_text(f"alarm {first} to {last}: {count}, highest score {highest:.3f}")
-    if len(runs) > SHOWN_ALARMS:
-        print_text(f"… and {len(runs) - SHOWN_ALARMS:,} more alarms")
-    if 2 * anomalous > len(rows):
+def _print_alarms(output: Path, anomalous: int, judged: int) -> None:
+    """Print each run of anomalous rows of a series with the first column, the time, of its ends."""
+    from luthier.data.files.read import read_records
+
+    alarms = 0
+    rows: Iterator[Any] = (row for _, row in read_records(output, []))
+    for is_alarm, run in groupby(rows, lambda row: row["predicted"]["anomalous"] is True):
+        first = last = next(run)
+        if "image" in first:
+            return  # images have no order
+        highest, count = first["predicted"]["score"], 1
+        for count, last in enumerate(run, 2):  # noqa: B007 - used after the loop
+            highest = max(highest, last["predicted"]["score"])
+        alarms += is_alarm
+        if is_alarm and alarms <= SHOWN_ALARMS:
+            begin, end = (next(iter(row.values())) for row in (first, last))
+            text = f"{count:,} row{'s' * (count > 1)}, highest score {highest:.3f}"
+            print_text(f"alarm {begin} to {end}: {text}")
+    if alarms > SHOWN_ALARMS:
+        print_text(f"… and {alarms - SHOWN_ALARMS:,} more alarms")
+    if 2 * anomalous > judged:
         print_text("Most rows are anomalous: compare the levels with those of the training rows")
 
 
