@@ -117,8 +117,6 @@ class LabelCounts:
     @staticmethod
     def of(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> LabelCounts | None:
         """Count rows with one label each, or entities; ``None`` for all other rows."""
-        from sklearn.metrics import confusion_matrix
-
         tagged = of_shape(TaggedWords, rows)
         pairs = (
             [(label, answer["label"]) for label, answer in single_labels(rows, answers)]
@@ -134,8 +132,11 @@ class LabelCounts:
         wanted = Counter(truth for truth, _ in pairs)
         further = {answer for _, answer in pairs} - wanted.keys()
         labels = [*(name for name, _ in wanted.most_common()), *sorted(further)]
-        matrix = confusion_matrix(*zip(*pairs, strict=True), labels=labels)
-        return LabelCounts(labels, matrix, "rows" if tagged is None else "entities")
+        place = {label: index for index, label in enumerate(labels)}
+        count_TA = np.zeros((len(labels), len(labels)), np.int64)
+        for truth, answer in pairs:
+            count_TA[place[truth], place[answer]] += 1
+        return LabelCounts(labels, count_TA, "rows" if tagged is None else "entities")
 
     def scores(self) -> dict[str, dict[str, Any]]:
         """Return rows, precision, recall and F1 of each label, with 95 % intervals; no precision for
