@@ -420,7 +420,7 @@ def svm_classes(
         csr_array((each.values().numpy(), each.indices().int().numpy()), shape=tuple(each.shape))
         for each in text_features(texts, queries)
     )
-    found: NDArray[np.int64] = LinearSVC().fit(train_NV, class_N).predict(query_QV)
+    found: NDArray[np.int64] = LinearSVC(random_state=0).fit(train_NV, class_N).predict(query_QV)
     return found
 
 

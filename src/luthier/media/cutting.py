@@ -196,8 +196,12 @@ def label_of(start: float, end: float, events: Iterable[Event]) -> str | None:
     ]
     if not parts:
         return BACKGROUND
-    part, event = max(parts, key=lambda each: each[0])
-    return event.label if part >= SHARE * min(end - start, event.end - event.start) else None
+    enough = [
+        (part, event)
+        for part, event in parts
+        if part >= SHARE * min(end - start, event.end - event.start)
+    ]
+    return max(enough, key=lambda each: each[0])[1].label if enough else None
 
 
 def _events_of(name: str, files: Mapping[str, File]) -> list[Event] | None:

@@ -186,7 +186,13 @@ def predict(
             found = predict_rows(
                 predictor, [row], lambda count: None, top, explain, html is not None
             )
-            answers = RowAnswers(stored.id, 1, 0.0, None, prediction_lines([{}], found))
+            answers = RowAnswers(
+                stored.id,
+                1,
+                0.0,
+                None,
+                prediction_lines([{"text": text} if is_tagger and html else {}], found),
+            )
     if html is not None:
         page = _explanation_page(answers) if explain else _entity_page(answers)
         write_page(html, page, reporter)
