@@ -115,6 +115,15 @@ def test_unreadable_page(tmp_path: Path, xml: str, word: str) -> None:
     assert not (tmp_path / "lines.zip").exists()
 
 
+def test_image_in_the_folder_above_and_hidden_files(tmp_path: Path) -> None:
+    line = '<TextLine><Coords points="20,10 120,10 120,30"/></TextLine>'
+    source = make_page(tmp_path / "in", PAGE.format(image="page.png", lines=line))
+    (source / "page").mkdir()
+    (source / "page.xml").rename(source / "page" / "page.xml")
+    (source / "._page.xml").write_bytes(b"no XML")
+    assert cut_all(source, tmp_path / "lines.zip").rows == 1
+
+
 def test_missing_image_of_a_page(tmp_path: Path) -> None:
     source = make_page(tmp_path / "in", PAGE.format(image="1.jpg", lines=""), image="2.png")
     with pytest.raises(RefusedInput, match=r"page.xml.*1\.jpg"):

@@ -136,14 +136,21 @@ def _files_of(source: Path) -> dict[str, File]:
     if not source.exists():
         raise RefusedInput(f"{source} does not exist. Check the path for a spelling mistake")
     if source.is_dir():
-        found = (path for path in source.rglob("*") if path.is_file())
-        return {path.relative_to(source).as_posix(): path for path in sorted(found)}
+        found = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*"))}
+        return {name: path for name, path in found.items() if path.is_file() and _is_listed(name)}
     if not zipfile.is_zipfile(source):
         tracks = sorted(source.parent.glob(f"{glob.escape(source.stem)}.*txt"))
         return {path.name: path for path in (source, *tracks)}
     archive = zipfile.ZipFile(source)
-    names = sorted(name for name in archive.namelist() if not name.endswith("/"))
+    names = sorted(
+        name for name in archive.namelist() if not name.endswith("/") and _is_listed(name)
+    )
     return {name: zipfile.Path(archive, name) for name in names}
+
+
+def _is_listed(name: str) -> bool:
+    """Return False for hidden files, such as those that macOS adds to archives."""
+    return not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 
 def _cut_clips(
@@ -271,9 +278,14 @@ def _pages_of(files: Mapping[str, File]) -> Iterator[tuple[str, list[Line]]]:
 
 
 def _image_of(name: str, named: str, files: Mapping[str, File]) -> str:
-    """Return the image of the page ``name``: the one that it names, or the one with its name."""
+    """Return the image of the page ``name``: the one that it names, or the one with its name.
+
+    Transkribus writes the XML into a folder ``page`` or ``alto`` next to the images.
+    """
     folder = name.rpartition("/")[0]
-    wanted = f"{folder}/{PureWindowsPath(named).name}".lstrip("/")
+    places = [f"{each}/{PureWindowsPath(named).name}".lstrip("/")
+              for each in (folder, folder.rpartition("/")[0])]  # fmt: skip
+    wanted = next((each for each in places if each in files), places[0])
     stem = name.removesuffix(".xml") + "."
     images = [each for each in files if media_kind(each) == "image"]
     found = [each for each in images if each == wanted or each.startswith(stem)]
