@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.models import TEXT_ENCODER
 from luthier.server.live import drift
 
 CLASSES, NEW_CLASSES = 40, 10
@@ -33,7 +34,7 @@ def main() -> None:
     known, unknown = labels[:CLASSES], labels[CLASSES : CLASSES + NEW_CLASSES]
     old = [row["text"] for row in rows if row["label"] in known][:3600]
     new = [row["text"] for row in rows if row["label"] in unknown][:600]
-    for features in (drift.WORDS, drift.ENCODER):
+    for features in (drift.WORDS, TEXT_ENCODER):
         old_ND, new_ND = (drift.features_of(texts, features) for texts in (old, new))
 
         def week(inputs: int, share: float, old_ND: Any = old_ND, new_ND: Any = new_ND) -> Any:

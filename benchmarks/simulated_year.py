@@ -25,6 +25,7 @@ import luthier
 from luthier.evaluation.significance import RowScores, paired_differences
 from luthier.gate.row_keys import hash_texts
 from luthier.library.folders import is_base_here
+from luthier.models import TEXT_ENCODER
 from luthier.server.live import drift
 from luthier.server.retraining import FRESH_SHARE, LEAST_NEW, LEAST_OF_LABEL
 
@@ -151,7 +152,7 @@ def main() -> None:
         for path in sorted(arguments.folder.glob("*.jsonl"))
         for line in path.open()
     ]
-    features = drift.ENCODER if is_base_here(drift.ENCODER) else drift.WORDS
+    features = TEXT_ENCODER if is_base_here(TEXT_ENCODER) else drift.WORDS
     print(f"features: {features}", flush=True)
     vectors = dict[str, Any]()
     alarms = weeks = 0
@@ -160,7 +161,7 @@ def main() -> None:
         for shifts in (False, True):
             print(f"{'shift' if shifts else 'control'} year {seed}", flush=True)
             with tempfile.TemporaryDirectory(prefix="year") as folder:
-                year = Year(rows, Path(folder), seed, arguments.rated)
+                year = Year(rows, Path(folder), 2 * seed + shifts, arguments.rated)
                 used = {row["text"] for row in (*year.initial, *year.known, *year.new)}
                 missing = sorted(used - vectors.keys())
                 if missing:
