@@ -481,8 +481,8 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
         return value
     method = value.get("method")
     if method is None:
-        default = {"objective": "sft", "adaptation": "lora"}[kind]
-        value, method = {"method": default, **value}, default
+        method = _method_of(value, table, {"objective": "sft", "adaptation": "lora"}[kind])
+        value = {"method": method, **value}
     if not isinstance(method, str) or method not in table:
         owners = [
             name for name, part in table.items() if method in getattr(part, "model_fields", ())
@@ -494,6 +494,16 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
         hint = did_you_mean(method, table, f"there are {', '.join(table)}")
         raise ValueError(f"unknown {kind} {method!r}; {hint}")
     return table[method].model_validate(value)
+
+
+def _method_of(fields: Mapping[str, Any], table: Mapping[str, type[Any]], default: str) -> str:
+    """Return the default, or the first objective with these fields if they belong to one task.
+
+    The rows choose only among objectives that are a default for a shape.
+    """
+    owners = {name: part for name, part in table.items() if fields.keys() <= {*part.model_fields}}
+    tasks = {part.task for part in owners.values() if getattr(part, "shapes", ())}
+    return default if default in owners or len(tasks) != 1 else next(iter(owners))
 
 
 _INPUT = Repr()
