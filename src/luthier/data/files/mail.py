@@ -39,9 +39,9 @@ _SHOWN = 8
 
 def is_mailbox(path: Path) -> bool:
     """Return whether a file is a message or an mbox file, by the ending or the first lines."""
-    if path.suffix.lower() in (EML, MBOX):
-        return True
-    return not path.suffix and path.is_file() and _is_mbox(path)
+    if not path.suffix:
+        return path.is_file() and _is_mbox(path)
+    return path.suffix.lower() in (EML, MBOX)
 
 
 def has_mail(folder: Path) -> bool:
@@ -78,11 +78,12 @@ def read_mail(
     is_labelled = len({*labels}) > 1
     number = 0
     for place, (name, label) in enumerate(zip(names, labels, strict=True)):
-        for position, message in enumerate(_messages(path / name), 1):
+        is_mbox = _is_mbox(path / name)
+        for position, message in enumerate(_messages(path / name, is_mbox), 1):
             number += 1
             on_record(place, len(names))
             record = _record(message) | ({"label": label or INBOX} if is_labelled else {})
-            source = f"{name}:{position}" if name and _is_mbox(path / name) else name
+            source = f"{name}:{position}" if name and is_mbox else name
             yield RowNumber(number, source), record | ({"source": source} if source else {})
 
 
@@ -117,9 +118,9 @@ def _is_mbox(path: Path) -> bool:
         return _SEPARATOR.match(file.read(1024)) is not None
 
 
-def _messages(path: Path) -> Iterator[EmailMessage]:
+def _messages(path: Path, is_mbox: bool) -> Iterator[EmailMessage]:
     parse: Any = partial(message_from_binary_file, policy=policy.default)
-    if not _is_mbox(path):
+    if not is_mbox:
         with path.open("rb") as file:
             yield parse(file)
         return
