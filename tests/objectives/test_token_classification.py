@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.data.shapes.texts import TaggedWords
+from luthier.data.shapes.texts import RawText, TaggedWords
 from luthier.errors import RowRefused
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import TokenClassification
@@ -40,3 +40,16 @@ def test_without_an_unknown_token_the_word_is_refused(
     with pytest.raises(RowRefused) as refused:
         objective.encode(ROW, 0, chat)
     assert refused.value.rule == "row.empty"
+
+
+def test_text_is_split_around_punctuation_as_the_training_rows_are(
+    family_folder: Callable[[str], Path],
+) -> None:
+    chat = load_chat_format(family_folder("bert"))
+    text = RawText("f", 1, text="the (lazy) dog, U.S. don't @me.")
+    separate = TaggedWords("f", 1, tokens=("dog", "."), tags=("B-kind", "O"))
+    counts = [
+        (TokenClassification().fit([row], chat).encode(text, 0, chat).weight_T > 0).sum()
+        for row in (ROW, separate)
+    ]
+    assert counts == [6, 10]

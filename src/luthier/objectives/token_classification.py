@@ -6,7 +6,6 @@ piece; the other pieces carry no loss. Left out: a conditional random field over
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
+import regex
 from pydantic import model_validator
 
 from luthier.data.shapes.texts import TaggedWords, entities
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
 
+_STOPS = frozenset({".", ",", "。", "，"})
+"""Tokens of training rows with separate punctuation."""
+_WORD = regex.compile(r"\S+")
+_SPLIT_WORD = regex.compile(
+    r"(?:\p{L}\.){2,}|[\p{P}--[@#]]+|[^\s\p{P}--[@#]]+(?:\p{P}+[^\s\p{P}]+)*", regex.V1
+)
+"""Initials such as ``U.S.``, punctuation, and words with punctuation inside, such as ``don't``."""
+
 
 class TokenClassification(Objective):
     """Classification of each word of a sentence.
@@ -44,6 +52,8 @@ class TokenClassification(Objective):
     """Tags in head order; default: from the training rows."""
     shares: tuple[float, ...] | None = None
     """Share of each tag, in the order of ``labels``; default: from the training rows."""
+    split_punctuation: bool | None = None
+    """Separate punctuation around the words of a text; default: as in the training rows."""
 
     task: ClassVar[Task] = TAGGING
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
@@ -75,15 +85,22 @@ class TokenClassification(Objective):
             )
         labels = self.labels or ("O", *(f"{edge}-{kind}" for kind in kinds for edge in "BI"))
         shares = self.shares or shares_of(labels, counts)
-        return self.model_copy(update={"labels": labels, "shares": shares})
+        split = self.split_punctuation
+        if split is None:
+            tokens = {word for row in rows if isinstance(row, TaggedWords) for word in row.tokens}
+            split = not tokens.isdisjoint(_STOPS)
+        return self.model_copy(
+            update={"labels": labels, "shares": shares, "split_punctuation": split}
+        )
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Return the words as one text, with weight 1 on the first piece of each word.
 
-        Raw text is split at whitespace. A word without tokens (such as a lone variation selector)
-        becomes the unknown token; otherwise all following tags would shift.
+        Raw text is split at whitespace, and around punctuation if the training rows do. A word
+        without tokens (such as a lone variation selector) becomes the unknown token; otherwise all
+        following tags would shift.
         """
-        words = [word for word, _, _ in _words(row)]
+        words = [word for word, _, _ in self._words(row)]
         tags = row.tags if isinstance(row, TaggedWords) else None
         encoded = _encode_words(words, chat.tokenizer)
         encoded_words = set(encoded.word_ids())
@@ -152,7 +169,7 @@ class TokenClassification(Objective):
         return " ".join((self.labels or ())[int(index)] for index in target_T[target_T >= 0])
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """Return the tags and the entities of each row, in tree order.
+        """Return the words, their tags and the entities of each row, in tree order.
 
         An entity has ``label``, ``text``, ``start`` and ``end`` (exclusive): characters of a text,
         or word indexes of a list of words.
@@ -160,8 +177,10 @@ class TokenClassification(Objective):
         best_K = self._scores(network, batch).argmax(-1)
         answers: list[dict[str, Any]] = [{"tags": tags} for tags in self._tags(best_K, batch)]
         for answer, example in zip(answers, batch.tree.examples, strict=True):
-            if example.source_row is not None:
-                answer["entities"] = _entities(example.source_row, answer["tags"])
+            if (row := example.source_row) is not None:
+                words = self._words(row)
+                answer["tokens"] = [word for word, _, _ in words]
+                answer["entities"] = _entities(row, words, answer["tags"])
         return answers
 
     def states(self, network: Network, batch: TreeBatch) -> Sequence[Tensor]:
@@ -172,6 +191,13 @@ class TokenClassification(Objective):
         counts = [int(np.count_nonzero(each.weight_T)) for each in batch.tree.examples]
         states: Sequence[Tensor] = network.hidden(batch, nodes_K).split(counts)
         return states
+
+    def _words(self, row: Row) -> list[tuple[str, int, int]]:
+        """Return the words of a row with start and end: characters of a text, or word indexes."""
+        if isinstance(row, TaggedWords):
+            return [(word, place, place + 1) for place, word in enumerate(row.tokens)]
+        pattern = _SPLIT_WORD if self.split_punctuation else _WORD
+        return [(match[0], *match.span()) for match in pattern.finditer(row.plain_text())]
 
     def _tags(self, index_K: Tensor, batch: TreeBatch) -> list[list[str]]:
         names = iter([(self.labels or ())[index] for index in index_K.tolist()])
@@ -185,15 +211,9 @@ class TokenClassification(Objective):
         return network.token_scores(batch, nodes.to(network.device)).float()
 
 
-def _words(row: Row) -> list[tuple[str, int, int]]:
-    """Return the words of a row with start and end: characters of a text, or word indexes."""
-    if isinstance(row, TaggedWords):
-        return [(word, place, place + 1) for place, word in enumerate(row.tokens)]
-    return [(match[0], *match.span()) for match in re.finditer(r"\S+", row.plain_text())]
-
-
-def _entities(row: Row, tags: Sequence[str]) -> list[dict[str, Any]]:
-    words = _words(row)
+def _entities(
+    row: Row, words: Sequence[tuple[str, int, int]], tags: Sequence[str]
+) -> list[dict[str, Any]]:
     answers = []
     for label, first, last in sorted(entities(tags), key=lambda entity: entity[1]):
         start, end = words[first][1], words[last][2]

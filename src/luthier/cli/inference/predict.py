@@ -191,10 +191,10 @@ def predict(
                 1,
                 0.0,
                 None,
-                prediction_lines([{"text": text} if is_tagger and html else {}], found),
+                prediction_lines([{}], found),
             )
     if html is not None:
-        page = _explanation_page(answers) if explain else _entity_page(answers)
+        page = _explanation_page(answers) if explain else _entity_page(answers, columns or {})
         write_page(html, page, reporter)
     return Predictions(answers, objective.task, threshold)
 
@@ -219,19 +219,17 @@ def _least_certain(answers: RowAnswers, count: int, output: Path | None) -> RowA
     return answers
 
 
-def _entity_page(answers: RowAnswers) -> str:
+def _entity_page(answers: RowAnswers, columns: Mapping[str, str]) -> str:
     """Return a page with the first sentences and their marked entities."""
     from luthier.evaluation.report_page import MARKS, mark_entities
 
     rows = [json.loads(line) for line in answers.lines.splitlines()]
-    marked = [
-        [
-            mark_entities(
-                row.get("tokens") or row["text"].split(), row["predicted"]["tags"], row.get("tags")
-            )
-        ]
-        for row in rows[:MARKED_ROWS]
-    ]
+    marked = []
+    for row in rows[:MARKED_ROWS]:
+        found = row["predicted"]
+        has_tokens = columns.get("tokens", "tokens") in row
+        wanted = row.get(columns.get("tags", "tags")) if has_tokens else None
+        marked.append([mark_entities(found["tokens"], found["tags"], wanted)])
     table = Table.of("Sentences", {MARKS: "marked"}, marked, len(rows) - len(marked))
     return summary_page(f"Entities found by {answers.model}", [], PAGE, tables=[table])
 
