@@ -66,8 +66,8 @@ KEPT_BY = {
     Z_SCORES: "--base z-score",
     STATISTICS["audio"]: "--base band-means",
     STATISTICS["image"]: "--base colour-statistics",
-    LINEAR_PROBE: "--objective classification --adaptation feature_extraction "
-    "--set objective.probe=true --set training.max_steps=1",
+    LINEAR_PROBE: "--adaptation feature_extraction --set objective.probe=true "
+    "--set training.max_steps=1",
 }
 """Options of ``luthier tune`` that store a baseline as a model."""
 WORD = re.compile(r"\w+")

@@ -210,7 +210,9 @@ def test_change_of_an_earlier_task_has_an_error_by_rows_and_seeds() -> None:
     found = study_of({"a": changes, "b": [outcome(300, earlier=0.0)]})
     row = found.rows[0]
     assert row.error_of("earlier") == pytest.approx(np.hypot(0.02, 0.05))
-    assert columns_of(found)["earlier ±"] == ["-0.150 0.054", "+0.000"]
+    assert columns_of(found)["earlier ±"] == ["-0.150 0.054", "+0.000 *"]
+    told = outcome(300, earlier=-0.01, earlier_error=0.02, earlier_start=0.9, earlier_is_share=True)
+    assert columns_of(study_of({"a": [told]}))["earlier ±"] == ["90.0% -1.0% 2.0% *"]
     assert found.rows[0].error_of("seconds") == 0
 
 

@@ -28,7 +28,7 @@ from luthier import __version__
 from luthier.data.tree import READING_BUDGET
 from luthier.engine.job import prepare_job
 from luthier.engine.machine import choose_machine, open_network
-from luthier.engine.metrics import MetricsFile, Reporter, best_measurement
+from luthier.engine.metrics import SHARES, MetricsFile, Reporter, best_measurement
 from luthier.engine.report_file import ReportFile
 from luthier.engine.runs import METRICS, Result, Run
 from luthier.engine.train import store_trial
@@ -166,6 +166,10 @@ class CellResult:
     """Change of the score of an earlier task; negative if worse."""
     earlier_error: float = 0.0
     """Standard error of the change, by the rows of the earlier task."""
+    earlier_start: float | None = None
+    """Score of the earlier task before training."""
+    earlier_is_share: bool = False
+    """True if the score of the earlier task is in percent."""
     verdict: str = ""
     """Outcome of the run, such as ``learned``."""
     reason: str = ""
@@ -342,8 +346,12 @@ def _measure(folder: Path, reporter: Reporter) -> None:
         found = measure_earlier_task(stored, base, request["earlier"])
         (change,) = found.changes
         difference = found.differences[change.name]
-        forgetting["earlier"] = as_gain(change.measure, difference.value)
-        forgetting["earlier_error"] = difference.error
+        forgetting |= {
+            "earlier": as_gain(change.measure, difference.value),
+            "earlier_error": difference.error,
+            "earlier_start": change.base.value,
+            "earlier_is_share": change.measure in SHARES or change.base.is_share,
+        }
     training = job.recipe.training
     # The metrics file has minus the reward, because the engine minimizes.
     sign = -1.0 if measure == "reward" else 1.0

@@ -58,11 +58,11 @@ class MoreRows:
 
     def verdict(self) -> str:
         """Return in a sentence the effect of more rows, which the curve's form makes positive."""
-        sign = "+" if as_gain(self.measure, 1.0) > 0 else "-"
+        verb = "raise" if as_gain(self.measure, 1.0) > 0 else "lower"
         low, high = self.interval
         return (
-            f"Twice the rows ({self.rows:,}) of the same kind would change "
-            f"{SCORES.get(self.measure, self.measure)} by about {sign}{self.gain:.3f} ({low:.3f} to "
+            f"Twice the rows ({self.rows:,}) of the same kind would {verb} "
+            f"{SCORES.get(self.measure, self.measure)} by about {self.gain:.3f} ({low:.3f} to "
             f"{high:.3f}, by a power law)."
         )
 

@@ -347,19 +347,19 @@ class Study(Tabular):
         of rows, whether more rows would help."""
         if not self.measured:
             return "No training finished."
-        if self.more_rows is not None:
-            return self.more_rows.verdict()
+        failed = len(self.rows) - len(self.measured)
+        unmeasured = f" ({failed} of {len(self.rows)} configurations not measured)" * bool(failed)
         if self.is_untrained:
             return (
                 "No training improved measurably on its start, such as the logistic regression of a "
-                "new head, so this compares no configurations. Keep the start, or try `--objective "
-                "classification --set objective.probe=false`."
+                f"new head, so this compares no configurations{unmeasured}. Keep the start; for "
+                "labels, `--set objective.probe=false` trains without this start."
             )
+        if self.more_rows is not None:
+            return self.more_rows.verdict() + unmeasured
         best, measure = self.best, SCORES.get(self.best.measure, self.best.measure)
-        text = f"Best: {best.name}, {measure} {self.text(best.value)}"
+        text = f"Best: {best.name}, {measure} {self.text(best.value)}{unmeasured}"
         near = [row for row in self.measured[1:] if self.is_within_chance(row)]
-        if failed := len(self.rows) - len(self.measured):
-            text += f" ({failed} of {len(self.rows)} configurations not measured)"
         if len(self.measured) == 1:
             text += "; no other configuration was measured."
         elif self.is_decided:
@@ -445,6 +445,7 @@ def columns_of(found: Study) -> dict[str, list[str]]:
         "gain": column(partial(_gain_text, found)),
         "kept": column(lambda row: f"{kept:.1%}" if (kept := found.kept(row)) else ""),
     }
+    columns["earlier ±"] = column(_earlier_text)
     for heading, (name, unit, form) in _COLUMNS.items():
         columns[heading] = column(partial(figure, name=name, unit=unit, form=form))
     return {name: texts for name, texts in columns.items() if any(texts) or name == "score ±"}
@@ -452,7 +453,6 @@ def columns_of(found: Study) -> dict[str, list[str]]:
 
 _COLUMNS = {
     "drift ±": ("forgotten", 1.0, ".3f"),
-    "earlier ±": ("earlier", 1.0, "+.3f"),
     "tokens": ("prompt_tokens", 1.0, ",.0f"),
     "steps": ("steps", 1.0, ",.0f"),
     "minutes": ("seconds", 60.0, ",.1f"),
@@ -463,7 +463,7 @@ _COLUMNS = {
     "ms": ("milliseconds", 1.0, ",.1f"),
 }
 """Heading of a figure, with field, unit and form."""
-_FIELDS = [name for name, _, _ in _COLUMNS.values()]
+_FIELDS = [name for name, _, _ in _COLUMNS.values()] + ["earlier", "earlier_start"]
 
 
 def _score_text(found: Study, row: StudyRow) -> str:
@@ -487,3 +487,15 @@ def _gain_text(found: Study, row: StudyRow) -> str:
         return ""
     points = found.text(row.gain, signed=True)
     return points if row.relative_gain is None else f"{points} ({row.relative_gain:+.0%})"
+
+
+def _earlier_text(row: StudyRow) -> str:
+    """Return the score of an earlier task before training, the change and its standard error; a
+    star marks a change within chance."""
+    if (change := row.figure("earlier")) is None:
+        return ""
+    form, error = ".1%" if row.outcomes[0].earlier_is_share else ".3f", row.error_of("earlier")
+    start = row.figure("earlier_start")
+    before = "" if start is None else f"{start:{form}} "
+    mark = " *" if abs(change) <= CHANCE * error else ""
+    return f"{before}{change:+{form}}" + (f" {error:{form}}" if error else "") + mark
