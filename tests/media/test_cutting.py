@@ -13,7 +13,7 @@ from PIL import Image
 
 import luthier
 from luthier.errors import RefusedInput
-from luthier.media.cutting import Event, cut, label_of
+from luthier.media.cutting import SoundEvent, cut, label_of
 from luthier.media.decoding import decode_image
 
 ALTO = """<?xml version="1.0"?>
@@ -143,10 +143,10 @@ def test_missing_image_of_a_page(tmp_path: Path) -> None:
     ],
 )
 def test_label_needs_half_of_the_clip_or_event(start: float, label: str | None) -> None:
-    events = [Event(3, 4, "owl"), Event(6.2, 6.3, "tick")]
+    events = [SoundEvent(3, 4, "owl"), SoundEvent(6.2, 6.3, "tick")]
     assert label_of(start, start + 1, events) == label
     # A longer part of an event with too small a share hides no whole event.
-    assert label_of(0, 1, [Event(0.6, 10, "rain"), Event(0.1, 0.4, "owl")]) == "owl"
+    assert label_of(0, 1, [SoundEvent(0.6, 10, "rain"), SoundEvent(0.1, 0.4, "owl")]) == "owl"
 
 
 def write_recording(path: Path, seconds: float, rate: int = 8000) -> Path:

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from luthier.data.files.sources import is_clutter
 from luthier.data.inputs import media_kind, reason_of
 from luthier.errors import RefusedInput, RowRefused
-from luthier.files import json_lines, new_file
+from luthier.files import json_lines, names_below, new_file
 from luthier.media.decoding import Pixels, decode_image
 
 CLIP_SECONDS = 1.0
@@ -60,7 +61,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Event:
+class SoundEvent:
     """A labelled part of a recording, in seconds from the start."""
 
     start: float
@@ -69,7 +70,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Line:
+class PageLine:
     """A line of a page."""
 
     outline: NDArray[np.float64]
@@ -136,25 +137,17 @@ def _files_of(source: Path) -> dict[str, File]:
     if not source.exists():
         raise RefusedInput(f"{source} does not exist. Check the path for a spelling mistake")
     if source.is_dir():
-        found = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*"))}
-        return {name: path for name, path in found.items() if path.is_file() and _is_listed(name)}
+        return {name: source / name for name in names_below(source) if not is_clutter(name)}
     if not zipfile.is_zipfile(source):
         tracks = sorted(source.parent.glob(f"{glob.escape(source.stem)}.*txt"))
         return {path.name: path for path in (source, *tracks)}
     archive = zipfile.ZipFile(source)
-    names = sorted(
-        name for name in archive.namelist() if not name.endswith("/") and _is_listed(name)
-    )
-    return {name: zipfile.Path(archive, name) for name in names}
-
-
-def _is_listed(name: str) -> bool:
-    """Return False for hidden files, such as those that macOS adds to archives."""
-    return not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    names = [name for name in archive.namelist() if not name.endswith("/")]
+    return {name: zipfile.Path(archive, name) for name in sorted(names) if not is_clutter(name)}
 
 
 def _cut_clips(
-    name: str, file: File, events: list[Event] | None, seconds: float
+    name: str, file: File, events: list[SoundEvent] | None, seconds: float
 ) -> Iterator[Piece | None]:
     """Yield the clips of a recording, ``None`` for a clip with too small a part of an event.
 
@@ -192,7 +185,7 @@ def _cut_clips(
         raise RefusedInput(f"{name} cannot be decoded: {reason_of(error)}") from error
 
 
-def label_of(start: float, end: float, events: Iterable[Event]) -> str | None:
+def label_of(start: float, end: float, events: Iterable[SoundEvent]) -> str | None:
     """Return the label of a clip, ``None`` for a clip with too small a part of an event.
 
     An event counts with at least :data:`SHARE` of the clip, or of a shorter event.
@@ -211,7 +204,7 @@ def label_of(start: float, end: float, events: Iterable[Event]) -> str | None:
     return max(enough, key=lambda each: each[0])[1].label if enough else None
 
 
-def _events_of(name: str, files: Mapping[str, File]) -> list[Event] | None:
+def _events_of(name: str, files: Mapping[str, File]) -> list[SoundEvent] | None:
     """Return the labels of a recording, ``None`` without a label track or selection table.
 
     Audacity exports ``forest.txt``, Raven ``forest.Table.1.selections.txt``.
@@ -223,7 +216,7 @@ def _events_of(name: str, files: Mapping[str, File]) -> list[Event] | None:
     return [event for each in tables for event in _parse_events(each, files[each])]
 
 
-def _parse_events(name: str, file: File) -> Iterator[Event]:
+def _parse_events(name: str, file: File) -> Iterator[SoundEvent]:
     lines = file.read_text(encoding="utf-8-sig").splitlines()
     columns = [0, 1, 2]
     if lines and _BEGIN in (heads := lines[0].split("\t")):
@@ -238,14 +231,14 @@ def _parse_events(name: str, file: File) -> Iterator[Event]:
         cells = line.split("\t")
         try:
             start, end = (float(cells[column].replace(",", ".")) for column in columns[:2])
-            yield Event(start, end, cells[columns[2]].strip())
+            yield SoundEvent(start, end, cells[columns[2]].strip())
         except (ValueError, IndexError):
             raise RefusedInput(
                 f"{name}:{number}: {line[:60]!r} is not start, end and label, separated by tabs"
             ) from None
 
 
-def _pages_of(files: Mapping[str, File]) -> Iterator[tuple[str, list[Line]]]:
+def _pages_of(files: Mapping[str, File]) -> Iterator[tuple[str, list[PageLine]]]:
     """Yield the image and the lines of each ALTO or PAGE file."""
     for name, file in files.items():
         if not name.lower().endswith(".xml"):
@@ -273,7 +266,9 @@ def _pages_of(files: Mapping[str, File]) -> Iterator[tuple[str, list[Line]]]:
             for key in (("WIDTH", "HEIGHT") if is_alto else ("imageWidth", "imageHeight"))
         )
         # Shares of the page: the unit of ALTO may be a tenth of a millimetre.
-        found = [Line(points / (width, height), text) for points, text in lines if len(points) > 1]
+        found = [
+            PageLine(points / (width, height), text) for points, text in lines if len(points) > 1
+        ]
         yield _image_of(name, named, files), found
 
 
@@ -322,7 +317,9 @@ def _points(text: str) -> NDArray[np.float64]:
     return np.array(numbers[: len(numbers) // 2 * 2], np.float64).reshape(-1, 2)
 
 
-def _cut_lines(name: str, file: File, lines: list[Line], has_text: bool) -> Iterator[Piece | None]:
+def _cut_lines(
+    name: str, file: File, lines: list[PageLine], has_text: bool
+) -> Iterator[Piece | None]:
     """Yield the lines of a page, ``None`` for a line without text if lines have text."""
     try:
         page_HW3 = decode_image(file.read_bytes())
