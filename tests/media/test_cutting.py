@@ -202,6 +202,25 @@ def test_clips_without_labels(tmp_path: Path) -> None:
     assert "label" not in rows_of(tmp_path / "clips.zip")[0]
 
 
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [(b"0\t1\tch\xeane", r"a\.txt"), (b"0\t1\towl\n0\t1\t \n", r"a\.txt:2")],
+)
+def test_label_track_with_another_encoding_or_an_empty_label(
+    tmp_path: Path, content: bytes, place: str
+) -> None:
+    recording = write_recording(tmp_path / "a.wav", 1)
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(RefusedInput, match=place):
+        luthier.convert(recording, tmp_path / "clips.zip")
+
+
+def test_label_track_of_a_recording_with_a_longer_name(tmp_path: Path) -> None:
+    recording = write_recording(tmp_path / "a.wav", 1)
+    (tmp_path / "a.night.txt").write_text("0\t1\towl\n")
+    assert luthier.convert(recording, tmp_path / "clips.zip").labels == {}
+
+
 def test_refused_recordings(tmp_path: Path) -> None:
     recording = write_recording(tmp_path / "a.wav", 1)
     target = tmp_path / "clips.zip"

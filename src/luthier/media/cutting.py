@@ -37,6 +37,8 @@ SHARE = 0.5
 _BEGIN, _END = "Begin Time (s)", "End Time (s)"
 _LABELS = ("Annotation", "Species", "Label", "Common Name")
 """Columns of a selection table of Raven; the label's column has the name that its user chose."""
+_TRACK = re.compile(r"\.([^/]*selection[^/]*\.)?txt")
+"""Rest of the name of a label track or selection table, after the name of the recording."""
 
 File = Path | zipfile.Path
 Row = dict[str, Any]
@@ -210,14 +212,17 @@ def _events_of(name: str, files: Mapping[str, File]) -> list[SoundEvent] | None:
     Audacity exports ``forest.txt``, Raven ``forest.Table.1.selections.txt``.
     """
     stem = name[: name.rindex(".")]
-    tables = [each for each in files if each.endswith(".txt") and each.startswith(f"{stem}.")]
+    tables = [each for each in files if each.startswith(stem) and _TRACK.fullmatch(each, len(stem))]
     if not tables:
         return None
     return [event for each in tables for event in _parse_events(each, files[each])]
 
 
 def _parse_events(name: str, file: File) -> Iterator[SoundEvent]:
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise RefusedInput(f"{name} is not UTF-8 text. Save the file as UTF-8") from None
     columns = [0, 1, 2]
     if lines and _BEGIN in (heads := lines[0].split("\t")):
         label = next((each for each in _LABELS if each in heads), None)
@@ -231,11 +236,16 @@ def _parse_events(name: str, file: File) -> Iterator[SoundEvent]:
         cells = line.split("\t")
         try:
             start, end = (float(cells[column].replace(",", ".")) for column in columns[:2])
-            yield SoundEvent(start, end, cells[columns[2]].strip())
+            label = cells[columns[2]].strip()
         except (ValueError, IndexError):
             raise RefusedInput(
                 f"{name}:{number}: {line[:60]!r} is not start, end and label, separated by tabs"
             ) from None
+        if not label:
+            raise RefusedInput(
+                f"{name}:{number}: the label is empty. Write one, or remove the line"
+            )
+        yield SoundEvent(start, end, label)
 
 
 def _pages_of(files: Mapping[str, File]) -> Iterator[tuple[str, list[PageLine]]]:
