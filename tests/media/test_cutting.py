@@ -221,6 +221,15 @@ def test_label_track_of_a_recording_with_a_longer_name(tmp_path: Path) -> None:
     assert luthier.convert(recording, tmp_path / "clips.zip").labels == {}
 
 
+def test_recordings_without_labels_next_to_labelled_recordings(tmp_path: Path) -> None:
+    source = write_recording(tmp_path / "in" / "a.wav", 2).parent
+    write_recording(source / "b.wav", 2)
+    (source / "b.txt").write_text("")  # Audacity exports no labels: all of b is background
+    found = luthier.convert(source, tmp_path / "clips.zip")
+    assert (found.sources, found.rows, found.unlabelled) == (1, 2, 1)
+    assert {row["recording"] for row in rows_of(tmp_path / "clips.zip")} == {"b.wav"}
+
+
 def test_refused_recordings(tmp_path: Path) -> None:
     recording = write_recording(tmp_path / "a.wav", 1)
     target = tmp_path / "clips.zip"

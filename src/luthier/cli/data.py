@@ -397,6 +397,8 @@ def _show_cut(found: Cut, target: Path) -> None:
             else "no transcription or no outline"
         )  # fmt: skip
         print_text(f"{found.left_out:,} {found.kind} left out: {reason}")
+    if found.unlabelled:
+        print_text(f"{found.unlabelled:,} recordings left out: no label track or selection table")
 
 
 def _show_mined(found: MinedNegatives, target: Path, margin: float) -> None:

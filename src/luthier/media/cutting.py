@@ -60,6 +60,8 @@ class Cut:
     left_out: int
     """Number of clips with too small a part of an event, or of lines without a transcription next
     to lines with one."""
+    unlabelled: int
+    """Number of recordings left out: without labels, next to recordings with labels."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def cut(source: Path, target: Path, seconds: float | None, advance: Callable[[in
     if seconds is not None and not seconds > 0:
         raise RefusedInput(f"`seconds` is {seconds:g}. Name a number above 0")
     has_text = any(line.text for lines in pages.values() for line in lines)
-    sources = [*pages, *recordings]
+    events = {name: _events_of(name, files) for name in recordings}
+    labelled = [name for name in recordings if events[name] is not None]
+    sources = [*pages, *(labelled or recordings)]
     rows, left_out = list[Row](), 0
     with new_file(target) as stream, zipfile.ZipFile(stream, "w") as archive:
         for index, name in enumerate(sources):
@@ -118,8 +122,7 @@ def cut(source: Path, target: Path, seconds: float | None, advance: Callable[[in
             if pages:
                 pieces = _cut_lines(name, files[name], pages[name], has_text)
             else:
-                events = _events_of(name, files)
-                pieces = _cut_clips(name, files[name], events, seconds or CLIP_SECONDS)
+                pieces = _cut_clips(name, files[name], events[name], seconds or CLIP_SECONDS)
             for piece in pieces:
                 if piece is None:
                     left_out += 1
@@ -131,7 +134,8 @@ def cut(source: Path, target: Path, seconds: float | None, advance: Callable[[in
         archive.writestr("metadata.jsonl", json_lines(rows))
     counts = Counter(row["label"] for row in rows if "label" in row)
     kind = "lines" if pages else "clips"
-    return Cut(kind, len(sources), len(rows), dict(counts.most_common()), left_out)
+    unlabelled = len(recordings) - len(labelled) if labelled else 0
+    return Cut(kind, len(sources), len(rows), dict(counts.most_common()), left_out, unlabelled)
 
 
 def _files_of(source: Path) -> dict[str, File]:
