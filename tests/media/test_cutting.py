@@ -124,6 +124,53 @@ def test_image_in_the_folder_above_and_hidden_files(tmp_path: Path) -> None:
     assert cut_all(source, tmp_path / "lines.zip").rows == 1
 
 
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_image_with_exif_rotation(tmp_path: Path, is_stored: bool) -> None:
+    line = '<TextLine HPOS="20" VPOS="10" WIDTH="100" HEIGHT="20"/>'
+    width, height = 200, 100
+    if not is_stored:  # orientation 6: the viewer turns the image to the right
+        line = '<TextLine HPOS="70" VPOS="20" WIDTH="20" HEIGHT="100"/>'
+        width, height = height, width
+    xml = ALTO.format(image="page.png", width=width, height=height, lines=line)
+    source = make_page(tmp_path / "in", xml)
+    with Image.open(source / "page.png") as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(source / "page.png", exif=exif)
+    cut_all(source, target := tmp_path / "lines.zip")
+    pixels = pixels_of(target, rows_of(target)[0]["file_name"])
+    assert pixels.shape == ((20, 100, 3) if is_stored else (100, 20, 3))
+    assert pixels.max() == 0
+
+
+def test_image_with_another_aspect_than_its_outlines(tmp_path: Path) -> None:
+    xml = ALTO.format(image="page.png", width=200, height=104, lines="<TextLine/>")
+    with pytest.raises(RefusedInput, match=r"page\.xml.*200 x 104.*200 x 100"):
+        cut_all(make_page(tmp_path / "in", xml), tmp_path / "lines.zip")
+
+
+def test_two_xml_files_of_one_image(tmp_path: Path) -> None:
+    source = make_page(tmp_path / "in", xml := PAGE.format(image="page.png", lines=""))
+    (source / "other.XML").write_text(xml)
+    with pytest.raises(RefusedInput, match=r"page\.xml and other\.XML|other\.XML and page\.xml"):
+        cut_all(source, tmp_path / "lines.zip")
+
+
+def test_lines_without_outline_are_counted(tmp_path: Path) -> None:
+    lines = '<TextLine/><TextLine><Coords points="20,10 120,10 120,30"/></TextLine>'
+    source = make_page(tmp_path / "in", PAGE.format(image="page.png", lines=lines))
+    (source / "page.xml").rename(source / "page.XML")
+    found = cut_all(source, tmp_path / "lines.zip")
+    assert (found.rows, found.left_out) == (1, 1)
+
+
+@pytest.mark.parametrize("size", ['imageWidth="200px"', 'imageWidth="0"', ""])
+def test_page_without_size(tmp_path: Path, size: str) -> None:
+    xml = PAGE.format(image="page.png", lines="").replace('imageWidth="200"', size)
+    with pytest.raises(RefusedInput, match=r"page\.xml"):
+        cut_all(make_page(tmp_path / "in", xml), tmp_path / "lines.zip")
+
+
 def test_missing_image_of_a_page(tmp_path: Path) -> None:
     source = make_page(tmp_path / "in", PAGE.format(image="1.jpg", lines=""), image="2.png")
     with pytest.raises(RefusedInput, match=r"page.xml.*1\.jpg"):

@@ -34,6 +34,8 @@ BACKGROUND = "background"
 """Label of a clip without an event in a recording with labels."""
 SHARE = 0.5
 """Smallest share of a clip, or of a shorter event, that the label needs."""
+MOST_STRETCH = 0.02
+"""Largest relative difference between the aspects of an image and of its outlines."""
 _BEGIN, _END = "Begin Time (s)", "End Time (s)"
 _LABELS = ("Annotation", "Species", "Label", "Common Name")
 """Columns of a selection table of Raven; the label's column has the name that its user chose."""
@@ -73,13 +75,19 @@ class SoundEvent:
     label: str
 
 
-@dataclass(frozen=True)
-class PageLine:
-    """A line of a page."""
+PageLine = tuple[NDArray[np.float64], str]
+"""Points of the outline ``[N, 2]``, in the unit of the page's size, and the text."""
 
-    outline: NDArray[np.float64]
-    """Points ``[N, 2]`` as shares of the width and height of the page."""
-    text: str
+
+@dataclass(frozen=True)
+class Page:
+    """The outlines of an ALTO or PAGE file."""
+
+    name: str
+    """Name of the file."""
+    size: tuple[float, float]
+    """Width and height. The unit of ALTO may be a tenth of a millimetre."""
+    lines: list[PageLine]
 
 
 def cut(source: Path, target: Path, seconds: float | None, advance: Callable[[int], None]) -> Cut:
@@ -97,7 +105,7 @@ def cut(source: Path, target: Path, seconds: float | None, advance: Callable[[in
     """
     files = _files_of(source)
     recordings = [name for name in files if media_kind(name) == "audio"]
-    pages = dict(_pages_of(files))
+    pages = _pages_of(files)
     if pages and recordings:
         raise RefusedInput(
             f"{source} has recordings and pages. Convert each in a command of its own"
@@ -111,7 +119,7 @@ def cut(source: Path, target: Path, seconds: float | None, advance: Callable[[in
         raise RefusedInput("`seconds` is for recordings. Lines of pages have outlines")
     if seconds is not None and not seconds > 0:
         raise RefusedInput(f"`seconds` is {seconds:g}. Name a number above 0")
-    has_text = any(line.text for lines in pages.values() for line in lines)
+    has_text = any(text for page in pages.values() for _, text in page.lines)
     events = {name: _events_of(name, files) for name in recordings}
     labelled = [name for name in recordings if events[name] is not None]
     sources = [*pages, *(labelled or recordings)]
@@ -252,8 +260,9 @@ def _parse_events(name: str, file: File) -> Iterator[SoundEvent]:
         yield SoundEvent(start, end, label)
 
 
-def _pages_of(files: Mapping[str, File]) -> Iterator[tuple[str, list[PageLine]]]:
-    """Yield the image and the lines of each ALTO or PAGE file."""
+def _pages_of(files: Mapping[str, File]) -> dict[str, Page]:
+    """Return the ALTO or PAGE file of each image."""
+    pages = dict[str, Page]()
     for name, file in files.items():
         if not name.lower().endswith(".xml"):
             continue
@@ -272,18 +281,23 @@ def _pages_of(files: Mapping[str, File]) -> Iterator[tuple[str, list[PageLine]]]
             continue
         is_alto = root.tag == "alto"
         named = page.get("imageFilename") or root.findtext(".//fileName") or ""
-        lines = [
-            _alto_line(each) if is_alto else _page_line(each) for each in page.iter("TextLine")
-        ]
-        width, height = (
-            float(page.get(key) or 1)
-            for key in (("WIDTH", "HEIGHT") if is_alto else ("imageWidth", "imageHeight"))
-        )
-        # Shares of the page: the unit of ALTO may be a tenth of a millimetre.
-        found = [
-            PageLine(points / (width, height), text) for points, text in lines if len(points) > 1
-        ]
-        yield _image_of(name, named, files), found
+        keys = ("WIDTH", "HEIGHT") if is_alto else ("imageWidth", "imageHeight")
+        try:
+            lines = [
+                _alto_line(each) if is_alto else _page_line(each) for each in page.iter("TextLine")
+            ]
+            width, height = (float(page.get(key) or 0) for key in keys)
+        except ValueError as error:
+            raise RefusedInput(f"{name}: {error}. Write sizes and outlines as numbers") from None
+        if not (width > 0 and height > 0):
+            raise RefusedInput(f"{name}: <Page> needs {' and '.join(keys)} above 0. Add the size")
+        image = _image_of(name, named, files)
+        if image in pages:
+            raise RefusedInput(
+                f"{name} and {pages[image].name} have outlines of {image}. Remove one of the files"
+            )
+        pages[image] = Page(name, (width, height), lines)
+    return pages
 
 
 def _image_of(name: str, named: str, files: Mapping[str, File]) -> str:
@@ -295,7 +309,7 @@ def _image_of(name: str, named: str, files: Mapping[str, File]) -> str:
     places = [f"{each}/{PureWindowsPath(named).name}".lstrip("/")
               for each in (folder, folder.rpartition("/")[0])]  # fmt: skip
     wanted = next((each for each in places if each in files), places[0])
-    stem = name.removesuffix(".xml") + "."
+    stem = name[: name.rindex(".") + 1]
     images = [each for each in files if media_kind(each) == "image"]
     found = [each for each in images if each == wanted or each.startswith(stem)]
     if not found:
@@ -331,17 +345,12 @@ def _points(text: str) -> NDArray[np.float64]:
     return np.array(numbers[: len(numbers) // 2 * 2], np.float64).reshape(-1, 2)
 
 
-def _cut_lines(
-    name: str, file: File, lines: list[PageLine], has_text: bool
-) -> Iterator[Piece | None]:
+def _cut_lines(name: str, file: File, page: Page, has_text: bool) -> Iterator[Piece | None]:
     """Yield the lines of a page, ``None`` for a line without text if lines have text."""
-    try:
-        page_HW3 = decode_image(file.read_bytes())
-    except RowRefused as error:
-        raise RefusedInput(f"{name}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        pixels_HW3 = _crop(page_HW3, line.outline)
-        if not pixels_HW3.size or (has_text and not line.text):
+    page_HW3 = _decode_page(name, file.read_bytes(), page)
+    for number, (outline, text) in enumerate(page.lines, 1):
+        pixels_HW3 = _crop(page_HW3, outline / page.size)
+        if not pixels_HW3.size or (has_text and not text):
             yield None
             continue
         image = io.BytesIO()
@@ -349,13 +358,31 @@ def _cut_lines(
         row: Row = {"page": name, "line": number}
         yield (
             f"{name}/{number:04}.png", image.getvalue(),
-            {"text": line.text, **row} if has_text else row,
+            {"text": text, **row} if has_text else row,
         )  # fmt: skip
+
+
+def _decode_page(name: str, data: bytes, page: Page) -> Pixels:
+    """Return the pixels that the outlines refer to: programs often ignore the rotation in EXIF."""
+    for upright in (False, True):
+        try:
+            page_HW3 = decode_image(data, upright=upright)
+        except RowRefused as error:
+            raise RefusedInput(f"{name}: {error}") from error
+        height, width = page_HW3.shape[:2]
+        if abs(width / height * page.size[1] / page.size[0] - 1) <= MOST_STRETCH:
+            return page_HW3
+    raise RefusedInput(
+        f"{page.name}: the page is {page.size[0]:g} x {page.size[1]:g}, but {name} has {width} x "
+        f"{height} pixels. Put the image of the outlines there, or export both again"
+    )
 
 
 def _crop(page_HW3: Pixels, outline: NDArray[np.float64]) -> Pixels:
     """Return the box around an outline. Pixels outside of it get the median colour, the paper's."""
     height, width = page_HW3.shape[:2]
+    if len(outline) < 2:
+        return page_HW3[:0]
     points = np.clip(outline * (width, height), 0, (width, height))
     left, top = np.floor(points.min(0)).astype(int)
     right, bottom = np.ceil(points.max(0)).astype(int)
