@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,18 @@ def test_recordings_without_labels_next_to_labelled_recordings(tmp_path: Path) -
     found = luthier.convert(source, tmp_path / "clips.zip")
     assert (found.sources, found.rows, found.unlabelled) == (1, 2, 1)
     assert {row["recording"] for row in rows_of(tmp_path / "clips.zip")} == {"b.wav"}
+
+
+def test_progress_within_a_recording(tmp_path: Path) -> None:
+    done: list[int] = []
+    cut(write_recording(tmp_path / "a.wav", 4), tmp_path / "clips.zip", None, done.append)
+    assert done == [25, 50, 75, 100]
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/night.wav", "*.wav"])
+def test_address_and_pattern_as_source(tmp_path: Path, source: str) -> None:
+    with pytest.raises(RefusedInput, match=re.escape(source)):
+        luthier.convert(source, tmp_path / "clips.zip")
 
 
 def test_refused_recordings(tmp_path: Path) -> None:

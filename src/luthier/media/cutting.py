@@ -44,8 +44,9 @@ _TRACK = re.compile(r"\.([^/]*selection[^/]*\.)?txt")
 
 File = Path | zipfile.Path
 Row = dict[str, Any]
-Piece = tuple[str, bytes, Row]
-"""Name in the archive, encoded clip or line, and the other keys of the row."""
+Piece = tuple[float, tuple[str, bytes, Row] | None]
+"""Finished share of the recording or page, then name in the archive, encoded clip or line, and the
+other keys of the row; ``None`` for a part that is left out."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Cut:
     to lines with one."""
     unlabelled: int
     """Number of recordings left out: without labels, next to recordings with labels."""
+    seconds: float
+    """Length of a clip."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ class Page:
     lines: list[PageLine]
 
 
-def cut(source: Path, target: Path, seconds: float | None, advance: Callable[[int], None]) -> Cut:
+def cut(
+    source: str | Path, target: Path, seconds: float | None, advance: Callable[[int], None]
+) -> Cut:
     """Write the clips or lines of the recordings or pages of ``source`` to the archive ``target``.
 
     Args:
@@ -98,12 +103,17 @@ def cut(source: Path, target: Path, seconds: float | None, advance: Callable[[in
             an XML file for each.
         target: the new zip archive.
         seconds: length of a clip; default :data:`CLIP_SECONDS`.
-        advance: receives the percentage of finished recordings or pages.
+        advance: receives the finished percentage.
 
     Raises:
         RefusedInput: for a source without recordings and pages, or with an unreadable file.
     """
-    files = _files_of(source)
+    if not Path(source).exists():
+        raise RefusedInput(
+            f"{source} is no local file or folder. Download objects of S3, and name a folder or .zip "
+            "in place of a pattern"
+        )
+    files = _files_of(Path(source))
     recordings = [name for name in files if media_kind(name) == "audio"]
     pages = _pages_of(files)
     if pages and recordings:
@@ -126,12 +136,12 @@ def cut(source: Path, target: Path, seconds: float | None, advance: Callable[[in
     rows, left_out = list[Row](), 0
     with new_file(target) as stream, zipfile.ZipFile(stream, "w") as archive:
         for index, name in enumerate(sources):
-            advance(100 * index // len(sources))
             if pages:
                 pieces = _cut_lines(name, files[name], pages[name], has_text)
             else:
                 pieces = _cut_clips(name, files[name], events[name], seconds or CLIP_SECONDS)
-            for piece in pieces:
+            for share, piece in pieces:
+                advance(int(100 * (index + share) / len(sources)))
                 if piece is None:
                     left_out += 1
                     continue
@@ -143,13 +153,14 @@ def cut(source: Path, target: Path, seconds: float | None, advance: Callable[[in
     counts = Counter(row["label"] for row in rows if "label" in row)
     kind = "lines" if pages else "clips"
     unlabelled = len(recordings) - len(labelled) if labelled else 0
-    return Cut(kind, len(sources), len(rows), dict(counts.most_common()), left_out, unlabelled)
+    return Cut(
+        kind, len(sources), len(rows), dict(counts.most_common()), left_out, unlabelled,
+        seconds or CLIP_SECONDS,
+    )  # fmt: skip
 
 
 def _files_of(source: Path) -> dict[str, File]:
     """Return the files of a folder or zip archive, or one file, by relative name."""
-    if not source.exists():
-        raise RefusedInput(f"{source} does not exist. Check the path for a spelling mistake")
     if source.is_dir():
         return {name: source / name for name in names_below(source) if not is_clutter(name)}
     if not zipfile.is_zipfile(source):
@@ -162,7 +173,7 @@ def _files_of(source: Path) -> dict[str, File]:
 
 def _cut_clips(
     name: str, file: File, events: list[SoundEvent] | None, seconds: float
-) -> Iterator[Piece | None]:
+) -> Iterator[Piece]:
     """Yield the clips of a recording, ``None`` for a clip with too small a part of an event.
 
     The recording is decoded in blocks, so memory does not grow with its length. A rest below half
@@ -182,9 +193,10 @@ def _cut_clips(
                 if index and len(samples_TC) < SHARE * length:
                     return
                 start, end = index * length / rate, (index * length + len(samples_TC)) / rate
+                share = min(1, (index + 1) * length / max(1, recording.frames))
                 label = None if events is None else label_of(start, end, events)
                 if events is not None and label is None:
-                    yield None
+                    yield share, None
                     continue
                 row: Row = {
                     "recording": name,
@@ -194,7 +206,8 @@ def _cut_clips(
                 clip = io.BytesIO()
                 soundfile.write(clip, samples_TC.mean(1), rate, format="FLAC")
                 place = f"{name}/{start:010.3f}.flac"
-                yield place, clip.getvalue(), row if label is None else {**row, "label": label}
+                row = row if label is None else {**row, "label": label}
+                yield share, (place, clip.getvalue(), row)
     except (soundfile.SoundFileError, RuntimeError, OSError) as error:
         raise RefusedInput(f"{name} cannot be decoded: {reason_of(error)}") from error
 
@@ -345,21 +358,19 @@ def _points(text: str) -> NDArray[np.float64]:
     return np.array(numbers[: len(numbers) // 2 * 2], np.float64).reshape(-1, 2)
 
 
-def _cut_lines(name: str, file: File, page: Page, has_text: bool) -> Iterator[Piece | None]:
+def _cut_lines(name: str, file: File, page: Page, has_text: bool) -> Iterator[Piece]:
     """Yield the lines of a page, ``None`` for a line without text if lines have text."""
     page_HW3 = _decode_page(name, file.read_bytes(), page)
     for number, (outline, text) in enumerate(page.lines, 1):
         pixels_HW3 = _crop(page_HW3, outline / page.size)
         if not pixels_HW3.size or (has_text and not text):
-            yield None
+            yield number / len(page.lines), None
             continue
         image = io.BytesIO()
         Image.fromarray(pixels_HW3).save(image, "png")
         row: Row = {"page": name, "line": number}
-        yield (
-            f"{name}/{number:04}.png", image.getvalue(),
-            {"text": text, **row} if has_text else row,
-        )  # fmt: skip
+        row = {"text": text, **row} if has_text else row
+        yield number / len(page.lines), (f"{name}/{number:04}.png", image.getvalue(), row)
 
 
 def _decode_page(name: str, data: bytes, page: Page) -> Pixels:
