@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 
 import luthier
 from luthier.errors import RefusedInput
-from luthier.media.cutting import Event, cut, label_of
+from luthier.media.cutting import SoundEvent, cut, label_of
 from luthier.media.decoding import decode_image
 
 ALTO = """<?xml version="1.0"?>
@@ -124,6 +125,53 @@ def test_image_in_the_folder_above_and_hidden_files(tmp_path: Path) -> None:
     assert cut_all(source, tmp_path / "lines.zip").rows == 1
 
 
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_image_with_exif_rotation(tmp_path: Path, is_stored: bool) -> None:
+    line = '<TextLine HPOS="20" VPOS="10" WIDTH="100" HEIGHT="20"/>'
+    width, height = 200, 100
+    if not is_stored:  # orientation 6: the viewer turns the image to the right
+        line = '<TextLine HPOS="70" VPOS="20" WIDTH="20" HEIGHT="100"/>'
+        width, height = height, width
+    xml = ALTO.format(image="page.png", width=width, height=height, lines=line)
+    source = make_page(tmp_path / "in", xml)
+    with Image.open(source / "page.png") as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(source / "page.png", exif=exif)
+    cut_all(source, target := tmp_path / "lines.zip")
+    pixels = pixels_of(target, rows_of(target)[0]["file_name"])
+    assert pixels.shape == ((20, 100, 3) if is_stored else (100, 20, 3))
+    assert pixels.max() == 0
+
+
+def test_image_with_another_aspect_than_its_outlines(tmp_path: Path) -> None:
+    xml = ALTO.format(image="page.png", width=200, height=104, lines="<TextLine/>")
+    with pytest.raises(RefusedInput, match=r"page\.xml.*200 x 104.*200 x 100"):
+        cut_all(make_page(tmp_path / "in", xml), tmp_path / "lines.zip")
+
+
+def test_two_xml_files_of_one_image(tmp_path: Path) -> None:
+    source = make_page(tmp_path / "in", xml := PAGE.format(image="page.png", lines=""))
+    (source / "other.XML").write_text(xml)
+    with pytest.raises(RefusedInput, match=r"page\.xml and other\.XML|other\.XML and page\.xml"):
+        cut_all(source, tmp_path / "lines.zip")
+
+
+def test_lines_without_outline_are_counted(tmp_path: Path) -> None:
+    lines = '<TextLine/><TextLine><Coords points="20,10 120,10 120,30"/></TextLine>'
+    source = make_page(tmp_path / "in", PAGE.format(image="page.png", lines=lines))
+    (source / "page.xml").rename(source / "page.XML")
+    found = cut_all(source, tmp_path / "lines.zip")
+    assert (found.rows, found.left_out) == (1, 1)
+
+
+@pytest.mark.parametrize("size", ['imageWidth="200px"', 'imageWidth="0"', ""])
+def test_page_without_size(tmp_path: Path, size: str) -> None:
+    xml = PAGE.format(image="page.png", lines="").replace('imageWidth="200"', size)
+    with pytest.raises(RefusedInput, match=r"page\.xml"):
+        cut_all(make_page(tmp_path / "in", xml), tmp_path / "lines.zip")
+
+
 def test_missing_image_of_a_page(tmp_path: Path) -> None:
     source = make_page(tmp_path / "in", PAGE.format(image="1.jpg", lines=""), image="2.png")
     with pytest.raises(RefusedInput, match=r"page.xml.*1\.jpg"):
@@ -143,10 +191,10 @@ def test_missing_image_of_a_page(tmp_path: Path) -> None:
     ],
 )
 def test_label_needs_half_of_the_clip_or_event(start: float, label: str | None) -> None:
-    events = [Event(3, 4, "owl"), Event(6.2, 6.3, "tick")]
+    events = [SoundEvent(3, 4, "owl"), SoundEvent(6.2, 6.3, "tick")]
     assert label_of(start, start + 1, events) == label
     # A longer part of an event with too small a share hides no whole event.
-    assert label_of(0, 1, [Event(0.6, 10, "rain"), Event(0.1, 0.4, "owl")]) == "owl"
+    assert label_of(0, 1, [SoundEvent(0.6, 10, "rain"), SoundEvent(0.1, 0.4, "owl")]) == "owl"
 
 
 def write_recording(path: Path, seconds: float, rate: int = 8000) -> Path:
@@ -200,6 +248,46 @@ def test_clips_without_labels(tmp_path: Path) -> None:
     found = luthier.convert(source, tmp_path / "clips.zip", seconds=2)
     assert (found.rows, found.labels) == (3, {})
     assert "label" not in rows_of(tmp_path / "clips.zip")[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [(b"0\t1\tch\xeane", r"a\.txt"), (b"0\t1\towl\n0\t1\t \n", r"a\.txt:2")],
+)
+def test_label_track_with_another_encoding_or_an_empty_label(
+    tmp_path: Path, content: bytes, place: str
+) -> None:
+    recording = write_recording(tmp_path / "a.wav", 1)
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(RefusedInput, match=place):
+        luthier.convert(recording, tmp_path / "clips.zip")
+
+
+def test_label_track_of_a_recording_with_a_longer_name(tmp_path: Path) -> None:
+    recording = write_recording(tmp_path / "a.wav", 1)
+    (tmp_path / "a.night.txt").write_text("0\t1\towl\n")
+    assert luthier.convert(recording, tmp_path / "clips.zip").labels == {}
+
+
+def test_recordings_without_labels_next_to_labelled_recordings(tmp_path: Path) -> None:
+    source = write_recording(tmp_path / "in" / "a.wav", 2).parent
+    write_recording(source / "b.wav", 2)
+    (source / "b.txt").write_text("")  # Audacity exports no labels: all of b is background
+    found = luthier.convert(source, tmp_path / "clips.zip")
+    assert (found.sources, found.rows, found.unlabelled) == (1, 2, 1)
+    assert {row["recording"] for row in rows_of(tmp_path / "clips.zip")} == {"b.wav"}
+
+
+def test_progress_within_a_recording(tmp_path: Path) -> None:
+    done: list[int] = []
+    cut(write_recording(tmp_path / "a.wav", 4), tmp_path / "clips.zip", None, done.append)
+    assert done == [25, 50, 75, 100]
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/night.wav", "*.wav"])
+def test_address_and_pattern_as_source(tmp_path: Path, source: str) -> None:
+    with pytest.raises(RefusedInput, match=re.escape(source)):
+        luthier.convert(source, tmp_path / "clips.zip")
 
 
 def test_refused_recordings(tmp_path: Path) -> None:

@@ -304,13 +304,14 @@ def convert(
         return _add_passages(source, target, index, columns, reporter)
     if target.suffix == ".zip":
         if to != "rows" or format or columns or drop_extra_keys:
-            raise RefusedInput("a target .zip receives clips or lines, without other options")
-        check_output(target, *([] if Path(source).is_dir() else [source]), overwrite=overwrite)
+            raise RefusedInput(
+                "--to, --format, --map, --ignore and --drop-extra-keys are for rows. Remove them: "
+                "a target .zip receives clips or lines"
+            )
+        check_output(target, *([source] if Path(source).is_file() else []), overwrite=overwrite)
         from luthier.media.cutting import cut
 
-        return cut(
-            Path(source), target, seconds, lambda done: reporter.progress(done, 100, "cut (%)")
-        )
+        return cut(source, target, seconds, lambda done: reporter.progress(done, 100, "cut (%)"))
     if seconds is not None:
         raise RefusedInput("`seconds` needs a target .zip, which receives the clips")
     if has_documents(source):
@@ -386,6 +387,8 @@ def show_conversion(found: Conversion | MinedNegatives | Cut, target: Path, marg
 
 
 def _show_cut(found: Cut, target: Path) -> None:
+    from luthier.media.cutting import CLIP_SECONDS
+
     one = "recording" if found.kind == "clips" else "page"
     many = f"{found.sources:,} {one}{'s' * (found.sources != 1)}"
     print_text(f"{found.rows:,} {found.kind} of {many} written to {target}")
@@ -397,6 +400,10 @@ def _show_cut(found: Cut, target: Path) -> None:
             else "no transcription or no outline"
         )  # fmt: skip
         print_text(f"{found.left_out:,} {found.kind} left out: {reason}")
+    if found.unlabelled:
+        print_text(f"{found.unlabelled:,} recordings left out: no label track or selection table")
+    if found.seconds != CLIP_SECONDS:
+        note(f"`luthier tune` reads whole clips with --set data.max_seconds={found.seconds:g}")
 
 
 def _show_mined(found: MinedNegatives, target: Path, margin: float) -> None:

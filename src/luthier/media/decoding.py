@@ -97,14 +97,14 @@ def image_size(media: Media) -> tuple[int, int]:
         return (height, width) if turned else (width, height)
 
 
-def decode_image(data: bytes, most: int | None = None) -> Pixels:
-    """Decode an image of at most ``most`` pixels."""
+def decode_image(data: bytes, most: int | None = None, upright: bool = True) -> Pixels:
+    """Decode an image of at most ``most`` pixels, rotated by its EXIF data if ``upright``."""
     from PIL import Image, ImageOps
 
     if data.startswith(_NPY):
         return _array_pixels(_read_npy(data, most or MOST_PIXELS))
     with _open_image(data, most or MOST_PIXELS) as opened:
-        image = ImageOps.exif_transpose(opened)
+        image = ImageOps.exif_transpose(opened) if upright else opened
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             ground = Image.new("RGBA", image.size, "white")
