@@ -246,6 +246,8 @@ class Balance(Check):
         """Return the rows per label and split, the labelled rows and the number of labels."""
         if not any(self.counts.values()):
             return {}
+        # A row counts once for each kind, and has as many kinds as its words.
+        of = {"of": "rows with an entity of the kind"} if self._tagged else {}
         return {
             "labels": len(set[str]().union(*self.counts.values())),
             "kind": (
@@ -256,7 +258,9 @@ class Balance(Check):
                 else "labels"
             ),
             "rows": dict(self._rows),
-            "splits": {split: {"counts": dict(counts)} for split, counts in self.counts.items()},
+            "splits": {
+                split: {"counts": dict(counts)} | of for split, counts in self.counts.items()
+            },
         }
 
 
