@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -35,13 +36,17 @@ def main(data: Path) -> None:
         train_NH, test_NH = (encoder.embed([row["text"] for row in rows]) for rows in (train, test))
         label_N, expected_N = (np.array([row["label"] for row in r]) for r in (train, test))
 
-        def fit(rows, train_NH=train_NH, label_N=label_N):  # type: ignore[no-untyped-def]
+        def fit(rows: Any, train_NH: Any = train_NH, label_N: Any = label_N) -> Any:
             return LogisticRegression(C=10, max_iter=300).fit(train_NH[rows], label_N[rows])
 
-        def accuracy(rows, fit=fit, test_NH=test_NH, expected_N=expected_N):  # type: ignore[no-untyped-def]
+        def accuracy(
+            rows: Any, fit: Any = fit, test_NH: Any = test_NH, expected_N: Any = expected_N
+        ) -> Any:
             return (fit(rows).predict(test_NH) == expected_N).mean()
 
-        def least_certain(known, rest, count, fit=fit, train_NH=train_NH):  # type: ignore[no-untyped-def]
+        def least_certain(
+            known: Any, rest: Any, count: int, fit: Any = fit, train_NH: Any = train_NH
+        ) -> Any:
             model = fit(known)
             shares = model.predict_proba(train_NH[rest])
             answers = [{"label": "", "scores": dict(enumerate(each))} for each in shares]

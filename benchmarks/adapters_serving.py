@@ -129,10 +129,10 @@ def main() -> None:
             for case, each in best.items()
         ]
         print(table([f"{count} rows", "tokens/s", "of one adapter"], rows))
-        each = (loaded - before) / (count - 1)
+        loaded_bytes = (loaded - before) / (count - 1)
         print(
-            f"a file of {file_bytes / 2**20:.1f} MiB takes {each / 2**20:.1f} MiB of memory loaded "
-            f"({each / file_bytes:.2f}x); cold on a warm base: median "
+            f"a file of {file_bytes / 2**20:.1f} MiB takes {loaded_bytes / 2**20:.1f} MiB of memory "
+            f"loaded ({loaded_bytes / file_bytes:.2f}x); cold on a warm base: median "
             f"{1000 * statistics.median(cold):.0f} ms, the first of its shapes {1000 * first:.0f} ms"
         )
         pool.close()

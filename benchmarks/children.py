@@ -124,18 +124,19 @@ def sum_operations(act: Callable[[], Any], cost: Callable[[Any, Any], float]) ->
     """Return the sum of ``cost`` over all torch operations of ``act``, by overload and arguments."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Sum(TorchDispatchMode):
-        total = 0.0
+    total = 0.0
 
+    class Sum(TorchDispatchMode):
         def __torch_dispatch__(
             self, function: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            self.total += cost(function, args)
+            nonlocal total
+            total += cost(function, args)
             return function(*args, **(kwargs or {}))
 
-    with Sum() as summed:
+    with Sum():  # type: ignore[no-untyped-call]
         act()
-    return summed.total
+    return total
 
 
 def print_pair(ours: Outcome, curve: Curve, peer: Outcome, **about: Any) -> None:

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from children import Curve, Outcome, run, table, trl_python, tune
@@ -36,7 +37,7 @@ def matmul_rate(shapes: list[tuple[int, int]], rows: int) -> float:
     return best
 
 
-def step_flops(config: dict) -> float:
+def step_flops(config: Mapping[str, int]) -> float:
     hidden, inner, layers = (
         config["hidden_size"],
         config["intermediate_size"],

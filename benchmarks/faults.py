@@ -379,7 +379,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "answer repeats the prompt",
-        ("target.equals_input",),
+        ("reply.repeats_prompt",),
         lambda records, n, rng: with_answer(
             records[n], records[n].get("prompt") or records[n]["messages"][-2]["content"]
         ),

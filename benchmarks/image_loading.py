@@ -75,7 +75,7 @@ def write(source: Path, folder: Path, rows: int, size: tuple[int, int] | None, e
 def tune(folder: Path, way: str, epochs: int, fields: Mapping[str, Any]) -> Waiting:
     """Train on ``folder``, reading ``ahead`` or ``now``."""
     waiting = Waiting()
-    processors._cache().clear()
+    processors.RESIZED.clear()
     layouts.MediaReader.arrays = lambda *given: waiting.measured(*given)  # type: ignore[method-assign]
     if way == "now":
         layouts.MediaReader.read_ahead = lambda *given: None  # type: ignore[method-assign]
@@ -125,8 +125,8 @@ def main() -> None:
                         out.append(cells)
                         print(cells, flush=True)
     header = ["files", "network", "read"]
-    for part in ("epoch 1", "later"):
-        header += [f"{part}: waits, ms a step", "step, ms", "share of the steps"]
+    for epochs in ("epoch 1", "later"):
+        header += [f"{epochs}: waits, ms a step", "step, ms", "share of the steps"]
     print(table(header, out))
 
 

@@ -67,7 +67,8 @@ def z_scores(series: Series) -> Scores:
     first = np.full(WIDTH, series.values[0])
     before = np.lib.stride_tricks.sliding_window_view(np.r_[first, series.values], WIDTH)[:-1]
     floor = 1e-6 * np.abs(series.values).max()
-    return np.abs(series.values - before.mean(1)) / (before.std(1) + floor)
+    scores: Scores = np.abs(series.values - before.mean(1)) / (before.std(1) + floor)
+    return scores
 
 
 def vae_scores(series: Series, folder: Path, seed: int) -> tuple[Scores, float, float]:

@@ -33,7 +33,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, *args: object, **kwargs: object) -> None:
         self.seconds.append(time.perf_counter() - self.started)
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(self, *args: object, logs: dict[str, float] | None = None, **kwargs: object) -> None:
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
 

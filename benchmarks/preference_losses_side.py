@@ -25,7 +25,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 PAIRS = [{"prompt": "a b", "chosen": "c d", "rejected": "e"}] * 4
 THUMBS = [{"prompt": "a b", "completion": "c d", "label": n % 2 == 0} for n in range(4)]
-DPO = {
+DPO: dict[str, dict[str, Any]] = {
     "sigmoid": {"loss_type": ["sigmoid"]},
     "hinge": {"loss_type": ["hinge"]},
     "ipo": {"loss_type": ["ipo"]},

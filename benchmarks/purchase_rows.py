@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from defaults import write_packed
 
@@ -32,10 +33,11 @@ EVERYONE = "pump|tyre levers|chain oil|repair kit|multi tool|helmet|gloves|clean
 CUSTOMERS, TEST = 1_500, 400
 
 
-def weights(count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def weights(count: int) -> NDArray[np.float64]:
     """Return probabilities that fall with the place."""
-    found = 1 / np.arange(1, count + 1) ** 0.7
-    return found / found.sum()
+    found: NDArray[np.float64] = 1 / np.arange(1, count + 1) ** 0.7
+    found /= found.sum()
+    return found
 
 
 def customer(random: np.random.Generator) -> list[str]:

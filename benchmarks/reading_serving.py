@@ -129,7 +129,7 @@ def pipeline_side(folder: str, embeds: bool, name: str) -> Callable[[str], objec
         with lock:
             return plain(text)
 
-    return locked if name == "locked" else plain  # type: ignore[no-any-return]
+    return locked if name == "locked" else plain
 
 
 # The run ----------------------------------------------------------------------------------------------

@@ -44,14 +44,14 @@ class Recording(Trainer):
     losses: list[float]
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
+        loss: Any = super().compute_loss(*args, **kwargs)
         self.losses.append(float(loss.detach()))
         return loss
 
 
 @torch.no_grad()
 def answers(model: Any, rows: list[Any], names: dict[int, str]) -> list[Any]:
-    found = []
+    found = list[Any]()
     for row in rows:
         best = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].argmax(-1)
         if isinstance(row["labels"], int):

@@ -45,7 +45,7 @@ def write_start(base: Path, data: Path, folder: Path) -> None:
     from luthier.recipe import DataSpec
 
     chat = load_chat_format(base)
-    spec = DataSpec(train=data, validation_share=0)
+    spec = DataSpec(train=str(data), validation_share=0)
     objective = prepare(spec, None, chat, context=512, seed=0).objective
     torch.manual_seed(0)
     model: Any = load_model(base, torch.float32, torch.device("cpu"), objective.head())

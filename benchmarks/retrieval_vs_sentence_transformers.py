@@ -98,9 +98,8 @@ def quality(name: str, data: Path, base: str, scratch: Path) -> list[str]:
     rows = [{"query": q, "positive": text} for q, texts in train.items() for text in sorted(texts)]
     corpus = write(scratch / "corpus.jsonl", [{"text": text} for text in documents])
     mined = scratch / "mined.jsonl"
-    luthier.mine_negatives(
-        str(write(scratch / "rows.jsonl", rows)), mined, corpus=str(corpus), count=2, overwrite=True
-    )
+    pairs = write(scratch / "rows.jsonl", rows)
+    luthier.convert(pairs, mined, mine_negatives=2, corpus=corpus, overwrite=True)
     given: dict[str, Any] = {"data__validation_share": 0, "data__long_rows": "truncate"}
     tuned = luthier.tune(
         mined, base=base, name=f"bench-{name}", objective="contrastive",
@@ -138,7 +137,7 @@ def speed(name: str, data: Path, base: str, python: str, scratch: Path) -> list[
     documents, train, _ = (scifact if name == "scifact" else xquad)(data / name)
     texts = [(query, sorted(found)[0]) for query, found in train.items()]
     taken: set[str] = set()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for query, positive in texts:  # no text twice: sentence-transformers would contrast copies
         if positive not in taken:
             taken.add(positive)
@@ -146,8 +145,8 @@ def speed(name: str, data: Path, base: str, python: str, scratch: Path) -> list[
     others = [cut(text) for text in documents if text not in taken] or [
         r["positive"] for r in rows[::-1]
     ]
-    for row, other in zip(rows, others * len(rows), strict=False):
-        row["negatives"] = [other]
+    for row, negative in zip(rows, others * len(rows), strict=False):
+        row["negatives"] = [negative]
     path = write(scratch / "speed.jsonl", rows[: BATCH * STEPS])
     steps = len(rows[: BATCH * STEPS]) // BATCH
     _, curve = tune(

@@ -18,7 +18,7 @@ import json
 import random
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +28,11 @@ import faults
 from copied_faults import COPIES, Truth
 from faults import Fault, Record
 from luthier.data.conversations.chat import ChatFormat
-from luthier.gate import rules
+from luthier.gate import check, rules
 from luthier.gate.check import Check
-from luthier.gate.checks import contradictions, duplicates
 from luthier.gate.checks.contradictions import Contradictions
 from luthier.gate.checks.duplicates import Duplicates
+from luthier.gate.checks.echo import Echo
 from luthier.gate.checks.encoding import Encoding
 from luthier.gate.checks.language import Language
 from luthier.gate.checks.lengths import Lengths
@@ -40,7 +40,7 @@ from luthier.gate.checks.markers import Markers
 from luthier.gate.checks.privacy import Privacy
 from luthier.gate.scan import inspect_sources
 
-rules.MOST_EXAMPLES = contradictions.NAMED = duplicates.NAMED = 10**9  # Every place is needed here.
+rules.MOST_EXAMPLES = check.NAMED = 10**9  # Every place is needed here.
 
 FAULTS = (*faults.FAULTS, *COPIES)
 
@@ -81,11 +81,18 @@ SETS: dict[str, tuple[str, Callable[[Record], Record]]] = {
 
 def checks(chat: ChatFormat | None) -> list[Check]:
     """Every check under study; a new one is one more line."""
-    alone: list[Check] = [Encoding(), Markers(chat), Language(), Lengths(), Privacy()]
+    alone: list[Check] = [
+        Encoding(),
+        Markers(chat),
+        Echo(),
+        Language(),
+        Lengths(),
+        Privacy(),
+    ]
     return [*alone, Duplicates(), Contradictions()]
 
 
-def inspected(folder: Path, files: dict[str, Sequence[bytes]], chat: ChatFormat | None) -> Found:
+def inspected(folder: Path, files: Mapping[str, Sequence[bytes]], chat: ChatFormat | None) -> Found:
     paths = {}
     for split, lines in files.items():
         if lines:

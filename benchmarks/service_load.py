@@ -377,8 +377,8 @@ def generate(home: Path, count: int) -> None:
     from luthier.library.models import find
 
     folder = find(BASE).network_folder
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": PROMPT}]
     read = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True

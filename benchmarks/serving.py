@@ -185,7 +185,7 @@ def streams(
         files = []
         for kind in (gguf,) if gguf else ():
             target = Path(folder, kind)
-            export(model, target, format="gguf", quantization=kind)  # type: ignore[arg-type]
+            export(model, target, format="gguf", quantization=kind)
             files += sorted(target.glob("*.gguf"))
         for count in counts:
             asked = prompts(count)

@@ -143,6 +143,7 @@ def plain_loop(
 
 def tune(data: Path, labels: list[str], epochs: int, changed: bool, turns: Turns) -> Any:
     """The network by luthier."""
+    fields: dict[str, Any] = {} if changed else {"data__augmentation": {}}
     result = luthier.tune(
         data,
         base="small-cnn",
@@ -157,7 +158,7 @@ def tune(data: Path, labels: list[str], epochs: int, changed: bool, turns: Turns
         training__baseline_seconds=0,
         training__seed=0,
         training__refit=False,
-        **({} if changed else {"data__augmentation": {}}),
+        **fields,
     )
     head = Head("sequence_classification", tuple(labels))
     return load_model(find(result.model_id).folder, torch.float32, torch.device("cpu"), head)
@@ -168,8 +169,10 @@ def accuracy(model: Any, read_NCHW: Tensor, labels: list[str], names: list[str])
     """Return the share of correctly classified test images."""
     model.eval()
     best = [model(part).logits.argmax(-1) for part in read_NCHW.split(200)]
-    right = (labels[place] == name for place, name in zip(torch.cat(best), names, strict=True))
-    return sum(right) / len(names)
+    right: int = sum(
+        labels[place] == name for place, name in zip(torch.cat(best), names, strict=True)
+    )
+    return right / len(names)
 
 
 def main() -> None:

@@ -70,9 +70,9 @@ def product_flops(function: Any, args: Any) -> float:
     """Return the multiplications and additions of a matrix product; 0 for other operations."""
     name = function._schema.name.partition("::")[2].rstrip("_")
     if name in ("mm", "bmm"):
-        return 2.0 * args[0].numel() * args[1].shape[-1]
+        return float(2 * args[0].numel() * args[1].shape[-1])
     if name in ("addmm", "baddbmm"):
-        return 2.0 * args[1].numel() * args[2].shape[-1]
+        return float(2 * args[1].numel() * args[2].shape[-1])
     return 2.0 * args[0].numel() * args[1].shape[0] if name == "_linear_pointwise" else 0.0
 
 

@@ -37,8 +37,8 @@ class Lengths(Clock):
         super().__init__()
         self.tokens: list[float] = []
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        super().on_log(args, state, control, logs, **kwargs)
+    def on_log(self, *args: object, logs: dict[str, float] | None = None, **kwargs: object) -> None:
+        super().on_log(*args, logs=logs, **kwargs)
         if logs and "completions/mean_length" in logs:
             self.tokens.append(float(logs["completions/mean_length"]))
 

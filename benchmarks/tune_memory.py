@@ -58,11 +58,11 @@ def write_images(folder: Path, count: int) -> Path:
     for label in range(CLASSES):
         (folder / str(label)).mkdir(parents=True)
     for number in range(count // LINKS):
-        label = folder / str(number % CLASSES)
-        first = label / f"{number:07}-0.png"
+        of_class = folder / str(number % CLASSES)
+        first = of_class / f"{number:07}-0.png"
         Image.fromarray(random.integers(0, 255, (24, 24, 3), np.uint8)).save(first)
         for link in range(1, LINKS):
-            os.link(first, label / f"{number:07}-{link}.png")
+            os.link(first, of_class / f"{number:07}-{link}.png")
     return folder
 
 

@@ -111,10 +111,9 @@ def main() -> None:
         row(f"duplicates: equal to its copy in {name}", share(equal, len(those)))
     questions = texts(data / "xquad" / "test.vi.jsonl", "question")
     contexts = texts(data / "xquad" / "test.vi.jsonl", "context")
-    for name, form in {
-        "as written": str,
-        **{name: form for name, (form, _) in forms.items()},
-    }.items():
+    writings: dict[str, Callable[[str], str]] = {"as written": str}
+    writings |= {name: form for name, (form, _) in forms.items()}
+    for name, form in writings.items():
         first = (bm25_ranks([form(text) for text in questions], contexts) == 1).sum()
         row(f"BM25: first passage is right, questions {name}", share(int(first), len(questions)))
     for name, field in (("sib200_vi", "text"), ("xed_vi", "text"), ("vn_laws", "text")):
@@ -129,8 +128,8 @@ def main() -> None:
         )
     draw = random.Random(0)
     finder = Finder()
-    for name, form in PLANTED.items():
-        found = sum(bool(finder.find(plant(form, draw))) for _ in range(200))
+    for name, template in PLANTED.items():
+        found = sum(bool(finder.find(plant(template, draw))) for _ in range(200))
         row(f"personal data: {name}", share(found, 200))
     for file, field in (
         ("d2l_vi/train.jsonl", "text"),

@@ -98,7 +98,7 @@ def lengths(rows: Path, network: Path, batch: int) -> tuple[float, float]:
 
 def flops_per_token(network: Path, adaptation: str, context: float) -> float:
     """Return the model FLOPs per token: products of the weights and causal attention."""
-    config = json.loads((network / "config.json").read_text())
+    config: dict[str, int] = json.loads((network / "config.json").read_text())
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     head = hidden // config["num_attention_heads"]
     kv = config["num_key_value_heads"] * head
@@ -133,7 +133,7 @@ def card() -> str:
 
 def row_rate(measured: dict[str, Any], rows_per_step: float) -> float:
     """Return the rows per second of the median step, without the first third of the steps."""
-    seconds = measured["seconds"]
+    seconds: list[float] = measured["seconds"]
     return rows_per_step / statistics.median(seconds[len(seconds) // 3 :])
 
 
@@ -204,7 +204,7 @@ def main() -> None:
             ("TRL, Liger", ("trl", "liger_kernel"), ("liger",)),
         ):
             if all(importlib.util.find_spec(package) for package in needs):
-                sides[name] = run_side("trl_side.py", cases, deadline, *flags)
+                sides[name] = run_side("trl_packing_side.py", cases, deadline, *flags)
             else:
                 print(f"{name} is not installed, so it is not measured")
         report["sides"] = sides

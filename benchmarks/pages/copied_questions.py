@@ -33,14 +33,15 @@ def collect(bench: Bench) -> Found:
         each.stat().st_size
         for each in (bench.home / "models" / "base" / "all-minilm-l6-v2").glob("*.safetensors")
     )
-    found = {}
-    for name, scores in score_of.items():
+
+    def area(scores: list[float]) -> Statistic:
         score_N = np.array(scores)
-        found[name] = Statistic.of(
-            lambda row_K, score_N=score_N: area_under_curve(score_N[row_K], same_N[row_K]),
-            len(base),
+        return Statistic.of(
+            lambda row_K: area_under_curve(score_N[row_K], same_N[row_K]), len(base)
         )
-    contenders = [
+
+    found = {name: area(scores) for name, scores in score_of.items()}
+    contenders: list[dict[str, Any]] = [
         {
             "name": name, "technique": technique, "score": found[name].value,
             "interval": list(found[name].interval), "seconds": None, "model_bytes": bytes_,

@@ -21,6 +21,11 @@ def spans(tags: Sequence[str]) -> set[tuple[int, int]]:
     return found
 
 
+def names(chosen: set[tuple[int, int]], row: dict[str, Any]) -> list[str]:
+    """Return the text of the spans ``chosen``."""
+    return [" ".join(row["tokens"][first : last + 1]) for first, last in sorted(chosen)]
+
+
 def collect(bench: Bench) -> Found:
     """Select the sentence with right, missed and invented entities, and a wrong sentence."""
     rows = rows_of(bench.folder / "rows" / "test.jsonl")
@@ -33,7 +38,6 @@ def collect(bench: Bench) -> Found:
         for place, (row, true, given) in enumerate(marked)
     ]
     row, true, given = marked[max(kinds)[2]]
-    names = lambda chosen, row: [" ".join(row["tokens"][a : b + 1]) for a, b in sorted(chosen)]  # noqa: E731
     wrong, expected, found = next(each for each in marked if each[1] and not each[1] & each[2])
     return {
         "rows": first_rows(bench),

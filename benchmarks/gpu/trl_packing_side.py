@@ -1,6 +1,6 @@
 """Training by TRL's SFTTrainer with packing, one case after another: prints one JSON line per case.
 
-Usage: python trl_side.py CASES.json [liger]
+Usage: python trl_packing_side.py CASES.json [liger]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Clock(TrainerCallback):
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(self, *args: object, logs: dict[str, float] | None = None, **kwargs: object) -> None:
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
 
