@@ -305,9 +305,9 @@ FAULTS: tuple[Fault, ...] = (
         lambda record: len(record) > 1,
     ),
     Fault(
-        "number for text",
+        "object for text",
         ("field.type", "preference.type"),
-        lambda records, n, rng: with_answer(records[n], 7),
+        lambda records, n, rng: with_answer(records[n], {"value": 7}),
     ),
     Fault(
         "empty answer",
