@@ -20,7 +20,7 @@ from luthier.data.conversations.citations import DECLINED
 from luthier.documents import retriever
 from luthier.documents.index import DocumentIndex
 from luthier.errors import DoesNotFit, RecipeError
-from luthier.files import write_json
+from luthier.files import read_json, write_json
 from luthier.inference.inference import FinishEvent, InferenceFailed, Stream, TokenChunk
 from luthier.library.folders import base_folder
 from luthier.models.manifest import MANIFEST
@@ -587,6 +587,17 @@ def test_unsupported_options_are_refused(
     with pytest.raises(openai.BadRequestError) as refused:
         client.vector_stores.search(store.id, **{"query": "leave", **changes})
     assert refused.value.param == parameter
+
+
+def test_metadata_name_the_embedding_model(client: openai.OpenAI, service: Any) -> None:
+    other = shutil.copytree(base_folder("all-minilm-l6-v2"), base_folder("multilingual-e5-small"))
+    write_json(other / MANIFEST, {**read_json(other / MANIFEST), "id": other.name})
+    store = filled(client, service, metadata={"embedding_model": other.name})
+    with service.openai.indexes.open("000000000000", store.id) as index:
+        assert index.model == other.name
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.vector_stores.create(metadata={"embedding_model": "tiny"})
+    assert refused.value.param == "metadata.embedding_model"
 
 
 def test_wrong_files_and_chunks_are_refused(client: openai.OpenAI) -> None:

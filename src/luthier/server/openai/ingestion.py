@@ -19,7 +19,9 @@ from luthier.errors import CorruptFile, DoesNotFit, RecipeError
 from luthier.files import disk_errors
 from luthier.gate.inspect import encoder_of_language
 from luthier.inference.inference import InferenceFailed
+from luthier.library.folders import is_base_here
 from luthier.library.models import StoredModel
+from luthier.models.catalog import CATALOG
 from luthier.server.background import BackgroundRunner
 from luthier.server.http.messages import Fault
 from luthier.server.openai.file_search import FileSearch, token_offsets
@@ -32,6 +34,8 @@ from luthier.server.tables.usage import CountUsage
 
 Ingested = tuple[str | None, str | None, int]
 """Error code, error message and number of stored bytes. A file without bytes has failed."""
+ENCODER_KEY = "embedding_model"
+"""Key of a store's metadata that names the embedding model."""
 _CODES = ("unsupported_file", "invalid_file")
 
 
@@ -144,13 +148,23 @@ class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
         return "unsupported_file" if read.note else None, read.note or None, size
 
     def _encoder(self, row: VectorStoreFile, read: ReadDocument) -> tuple[StoredModel, str]:
-        """Return the encoder of the store, chosen by the language of the first file."""
+        """Return the encoder of the store: of its metadata, or by the language of the first file."""
         if self.indexes.exists(row.account, row.store_id):
             with self.indexes.open(row.account, row.store_id) as index:
                 return self.search.encoder(index.model, index.fingerprint), index.language
         text = " ".join(page.text for page in read.pages[:5])
         (language,) = detect_languages([text[:LANGUAGE_CHARACTERS]])
-        return self.search.encoder(encoder_of_language(language, "")[0]), language
+        with self.database.read() as session:
+            store = table.find_store(session, row.account, row.store_id)
+            named = store.user_metadata.get(ENCODER_KEY) if store else None
+        return self.search.encoder(named or encoder_of_language(language, "")[0]), language
+
+
+def local_encoders() -> list[str]:
+    """Return the ids of the embedding models of the catalogue on this machine."""
+    return [
+        each.id for each in CATALOG.values() if each.kind == "encoder" and is_base_here(each.id)
+    ]
 
 
 def _passages(read: ReadDocument, stored: StoredModel, row: VectorStoreFile) -> list[Passage]:

@@ -11,8 +11,10 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from luthier.server.background import caller_fields
+from luthier.server.http.messages import Fault
 from luthier.server.http.routes import MODEL_SLOT, Name
 from luthier.server.openai.file_search import Scalar, SearchOptions, check_store
+from luthier.server.openai.ingestion import ENCODER_KEY, local_encoders
 from luthier.server.openai.operations import (
     Call,
     Limit,
@@ -193,6 +195,10 @@ def create(call: OpenAICall, body: CreateStore) -> JsonObject:
     added = [AddFile(file_id=each) for each in body.file_ids or ()]
     files = _files_to_add(call, added, {}, body.chunking_strategy, "file_ids")
     days = body.expires_after.days if body.expires_after else None
+    encoder = (body.metadata or {}).get(ENCODER_KEY)
+    if encoder is not None and encoder not in (known := local_encoders()):
+        text = f"{encoder!r} is no embedding model of this server. Use {', '.join(known)}."
+        raise Fault("Validation", text, parameter=f"metadata.{ENCODER_KEY}")
     with call.context.database.write() as session:
         store = table.create_store(
             session, call.account, body.name or "", body.description, body.metadata or {}, days
