@@ -12,6 +12,7 @@ from luthier.data.inputs import MediaInput
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.media import BareWindow, CaptionedImage, LabelledWindow
 from luthier.errors import DataError, Problem
+from luthier.evaluation.alarms import LEVELS_DIFFER
 from luthier.evaluation.baselines import Z_SCORES, Method, States
 from luthier.evaluation.significance import RowScores
 from luthier.evaluation.transcription import transcription_remarks, transcription_scores
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
 
 Z_THRESHOLD = 3.0
 """Usual threshold of z-scores, in standard deviations."""
-
-
-LEVELS_DIFFER = (
-    "most normal rows are alarms: the levels of the series differ from those of the training rows"
-)
 
 
 class ImageGenerationTask(Task):
