@@ -52,8 +52,11 @@ class AutoencodingTask(Task):
     def baselines(self, train: Sequence[Row], held: Sequence[Row]) -> Iterator[Method]:
         """Yield z-scores of a time series, if the held-out rows have faults to find."""
         windows, asked = of_shape(BareWindow, train), of_shape(LabelledWindow, held)
-        if windows and asked and any(row.is_fault for row in asked):
-            yield Method(Z_SCORES, lambda _: _z_alarms(windows, asked))
+        ordinary = [
+            row for row in windows or () if not (isinstance(row, LabelledWindow) and row.is_fault)
+        ]
+        if ordinary and asked and any(row.is_fault for row in asked):
+            yield Method(Z_SCORES, lambda _: _z_alarms(ordinary, asked))
 
     def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
         """Return the scores, with the numbers of found events and of false alarms."""
@@ -107,17 +110,16 @@ class AutoencodingTask(Task):
         }
 
 
-def _z_alarms(train: Sequence[BareWindow], held: Sequence[BareWindow]) -> Answers:
-    """Return the alarms of the base ``z-score``, fitted to the rows without faults."""
+def _z_alarms(ordinary: Sequence[BareWindow], held: Sequence[BareWindow]) -> Answers:
+    """Return the alarms of the base ``z-score``, fitted to the rows ``ordinary``."""
     import torch
 
     from luthier.media.catalog import Z_SCORE_FIELDS, Z_SCORE_READER
     from luthier.media.networks.z_score import ZScoreConfig, ZScoreModel
 
-    ordinary = [row for row in train if not (isinstance(row, LabelledWindow) and row.is_fault)]
-    network = ZScoreModel(ZScoreConfig(**Z_SCORE_FIELDS))
-    network.fit([MediaInput(row.media, Z_SCORE_READER) for row in ordinary])
     names = ordinary[0].media.names
+    network = ZScoreModel(ZScoreConfig(**Z_SCORE_FIELDS))
+    network.fit([MediaInput(row.media.select(names), Z_SCORE_READER) for row in ordinary])
     windows = [MediaInput(row.media.select(names), Z_SCORE_READER) for row in held]
     with torch.no_grad():
         scores = network.scores(torch.from_numpy(np.stack([each.array() for each in windows])))
