@@ -42,7 +42,6 @@ from luthier.models.networks.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import (
     Finished,
-    RunModels,
     TrainingDefaults,
     chat_of,
     extra_of,
@@ -154,14 +153,6 @@ class VAE(Generative):
     def regroup_scored(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Return all rows: faults are scored."""
         return rows
-
-    def bind(self, models: RunModels) -> Self:
-        """Set the threshold of z-scores."""
-        bound = super().bind(models)
-        is_fitted = models.network is not None and models.network.is_fitted
-        if not is_fitted or bound.threshold is not None:
-            return bound
-        return bound.model_copy(update={"threshold": Z_THRESHOLD})
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Choose settings for the rows: windows of a time series have few values, of deviation 1."""
@@ -281,9 +272,14 @@ class VAE(Generative):
     def finish(
         self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
     ) -> Finished:
-        """Set the threshold so that at most :attr:`false_alarms` of the rows exceed it."""
+        """Set the threshold so that at most :attr:`false_alarms` of the rows exceed it.
+
+        Z-scores have a usual threshold.
+        """
         if self.threshold is not None:
             return Finished(self)
+        if network.is_fitted:
+            return Finished(self.model_copy(update={"threshold": Z_THRESHOLD}))
         wanted_rows = math.ceil(1 / self.false_alarms) if self.false_alarms else 1
         examples = rows_to_finish(held, train, wanted_rows)
         whole = [example for example in examples if _is_whole(example)]
