@@ -52,6 +52,14 @@ GAP = Rule(
     "The model reads the values on both sides as consecutive.",
     "Fill in estimates, or use a part without a gap.",
 )
+SHORT_GAPS = Rule(
+    "window.short_gaps",
+    "note",
+    "A series has short gaps in time.",
+    "The model reads the values on both sides as consecutive.",
+    "Fill in estimates if values change much from line to line.",
+    whole=True,
+)
 UNREAD = Rule(
     "window.unread",
     "warning",
@@ -70,13 +78,15 @@ MOST_FINDINGS = 10_000
 """Maximum number of findings per rule and file."""
 GAP_RATIO = 1.5
 """Smallest length of a gap, relative to the usual time step."""
+LONG_GAP_RATIO = 10
+"""Smallest length of a gap that is a finding of its own, relative to the usual time step."""
 
 
 class TimeSeries(Check):
     """Compares the time of each line with the time of the previous line."""
 
     name: ClassVar[str] = "time_series"
-    rules: ClassVar[tuple[Rule, ...]] = (FEW, REVERSED, ORDER, DUPLICATE, GAP, UNREAD)
+    rules: ClassVar[tuple[Rule, ...]] = (FEW, REVERSED, ORDER, DUPLICATE, GAP, SHORT_GAPS, UNREAD)
 
     def __init__(self) -> None:
         self._batches: dict[tuple[str, str], list[tuple[BatchLines, NDArray[np.float64]]]] = {}
@@ -126,14 +136,15 @@ class TimeSeries(Check):
         forward = finite_steps[finite_steps > 0]
         usual = float(np.quantile(forward, USUAL_QUANTILE, method="lower")) if len(forward) else 0.0
         format_step = _duration if np.nanmax(all_times) > LEAST_CLOCK_TIME else "{:.4g}".format
+        is_gap = steps > GAP_RATIO * usual
+        is_long = is_gap & (steps >= LONG_GAP_RATIO * usual)
+        if count := int((is_gap & ~is_long).sum()):
+            message = f"{count:,} gaps are shorter than {format_step(LONG_GAP_RATIO * usual)}."
+            findings.add(Finding(SHORT_GAPS, Place(file, 0), message))
         checks = (
             (ORDER, steps < 0, "The line is {} earlier than the previous line."),
             (DUPLICATE, steps == 0, "The line has the time of the previous line."),
-            (
-                GAP,
-                steps > GAP_RATIO * usual,
-                "The line is {} later than the previous line; {} is usual.",
-            ),
+            (GAP, is_long, "The line is {} later than the previous line; {} is usual."),
         )
         ends = np.cumsum([len(times) for _, times in batches])
         for rule, mask, text in checks:
