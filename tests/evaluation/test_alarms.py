@@ -26,9 +26,10 @@ def test_run_ends_at_ordinary_row_and_at_end_of_file() -> None:
         scored("b.jsonl", 1, 6, True),
         scored("b.jsonl", 2, 5, True),
     ]
+    pairs[-2][1]["column"], pairs[-1][1]["column"] = "flow", "level"
     assert find_alarms(pairs) == [
         Alarm("a.csv", "08:01", "08:02", 2, 7),
         Alarm("a.csv", "08:04", "08:04", 1, 4),
-        Alarm("b.jsonl", "1", "2", 2, 6),
+        Alarm("b.jsonl", "1", "2", 2, 6, "flow"),
     ]
     assert find_alarms([]) == []

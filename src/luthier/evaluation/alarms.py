@@ -23,6 +23,8 @@ class Alarm:
     end: str
     rows: int
     highest_score: float
+    column: str | None = None
+    """Column of a series of several columns with the largest part of the highest score."""
 
 
 def find_alarms(pairs: Iterable[tuple[BareWindow, Mapping[str, Any]]]) -> list[Alarm]:
@@ -34,5 +36,6 @@ def find_alarms(pairs: Iterable[tuple[BareWindow, Mapping[str, Any]]]) -> list[A
         run = [*group]
         if is_anomalous:
             begin, end = (row.media.time_text or str(row.line) for row, _ in (run[0], run[-1]))
-            alarms.append(Alarm(file, begin, end, len(run), max(each["score"] for _, each in run)))
+            _, peak = max(run, key=lambda pair: pair[1]["score"])
+            alarms.append(Alarm(file, begin, end, len(run), peak["score"], peak.get("column")))
     return alarms

@@ -292,8 +292,9 @@ def _print_alarms(answers: RowAnswers) -> None:
     for alarm in alarms[:SHOWN_ALARMS]:
         place = f"{alarm.file}: " if several else ""
         rows = f"{alarm.rows:,} row{'s' * (alarm.rows > 1)}"
-        span = f"{alarm.begin} to {alarm.end}"
-        print_text(f"{place}alarm {span}: {rows}, highest score {alarm.highest_score:.3f}")
+        score = f"highest score {alarm.highest_score:.3f}"
+        column = "" if alarm.column is None else f" in {alarm.column}"
+        print_text(f"{place}alarm {alarm.begin} to {alarm.end}: {rows}, {score}{column}")
     if len(alarms) > SHOWN_ALARMS:
         print_text(f"… and {len(alarms) - SHOWN_ALARMS:,} more alarms")
     judged = answers.counts["verdicts"] - answers.counts["not_judged"]

@@ -303,19 +303,36 @@ class VAE(Generative):
             return off_R
         return self._copy_error(network, batch, mean_RZ) + divergence(mean_RZ, log_variance_RZ)
 
+    def _column_errors(self, network: Network, batch: TreeBatch) -> Tensor:
+        """Return the squared errors ``[R, C]`` of the columns, the parts of the score."""
+        if network.is_fitted:
+            found_RC: Tensor = network.model.column_errors(network, batch)
+            return found_RC
+        off_RCHL = self.reconstruct(network, batch).float() - batch.plan.float()
+        if self.score_over == "last":
+            off_RCHL = off_RCHL[..., -1:]
+        error_RC: Tensor = off_RCHL.square().sum((2, 3))
+        return error_RC
+
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """Return score and verdict of each row in the order of the tree.
 
-        ``anomalous`` is ``None`` for a window with too few values.
+        ``anomalous`` is ``None`` for a window with too few values. ``column`` is the column of a
+        series of several columns with the largest part of the score.
         """
         scores = self._scores(network, batch).tolist()
         threshold = self.threshold
         if threshold is None:  # an untrained base model
             return [{"score": score} for score in scores]
-        return [
+        answers: list[dict[str, Any]] = [
             {"score": score, "anomalous": score > threshold if _is_whole(example) else None}
             for score, example in zip(scores, batch.tree.examples, strict=True)
         ]
+        if self.columns:
+            errors_RC = self._column_errors(network, batch)[:, : len(self.columns)]
+            for answer, place in zip(answers, errors_RC.argmax(1).tolist(), strict=True):
+                answer["column"] = self.columns[place]
+        return answers
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
         """Generate images ``[R, C, H, W]`` from standard normal latents."""
