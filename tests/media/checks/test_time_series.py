@@ -124,6 +124,19 @@ def test_windows_without_times(tmp_path: Path) -> None:
     assert not findings.examples
 
 
+def test_summary_lists_columns_faults_and_events(tmp_path: Path) -> None:
+    faults = {20, 21, 22, 60, 119}
+    lines = [f"{n},{n % 7},{n % 5},{int(n in faults)}" for n in range(120)]
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("\n".join(["time,level,flow,anomaly", *lines]))
+    report = inspect_rows({"train": load_rows(tmp_path)}, [TimeSeries()])
+    assert report.summaries["time_series"] == {
+        "splits": {"train": {"columns": ["level", "flow"], "fault_rows": 10, "events": 6}}
+    }
+    plain = inspect_rows({"train": rows_of(tmp_path, hours(*range(120)))}, [TimeSeries()])
+    assert not plain.summaries.get("time_series")
+
+
 def test_every_rule_is_met_here() -> None:
     source = Path(__file__).read_text()
     for rule in TimeSeries.rules:

@@ -6,12 +6,13 @@ A network reads a row as a value with the values of earlier lines, as if equally
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes.media import BareWindow
+from luthier.data.shapes.media import BareWindow, LabelledWindow
 from luthier.gate.check import BatchLines, Check, Places, RowBatch
 from luthier.gate.rules import Finding, Findings, Place, Rule
 
@@ -81,6 +82,9 @@ GAP_RATIO = 1.5
 LONG_GAP_RATIO = 10
 """Smallest length of a gap that is a finding of its own, relative to the usual time step."""
 
+Measured = tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...]]
+"""Times, marks of faults and columns of a batch."""
+
 
 class TimeSeries(Check):
     """Compares the time of each line with the time of the previous line."""
@@ -91,17 +95,41 @@ class TimeSeries(Check):
     def __init__(self) -> None:
         self._batches: dict[tuple[str, str], list[tuple[BatchLines, NDArray[np.float64]]]] = {}
         """Times of the windows by split and file."""
+        self._columns: dict[str, tuple[str, ...]] = {}
+        """Columns of the first window by split."""
+        self._faults: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
+        """1 for a fault, 0 for a normal row, NaN without a label, by split and file."""
 
-    def measure(self, batch: RowBatch) -> NDArray[np.float64]:
-        """Return the time of each window in seconds; NaN if not read, infinity without a time."""
+    def measure(self, batch: RowBatch) -> Measured:
+        """Return the time of each window in seconds (NaN if not read, infinity without a time),
+        marks of faults, and the columns of the first window."""
         rows = [row for row in batch.rows if isinstance(row, BareWindow)]
         times = [np.inf if row.media.time is None else row.media.time for row in rows]
-        return np.array(times, np.float64)
+        faults = [row.is_fault if isinstance(row, LabelledWindow) else np.nan for row in rows]
+        columns = rows[0].media.names if rows else ()
+        return np.array(times, np.float64), np.array(faults, np.float64), columns
 
-    def collect(self, where: BatchLines, measured: NDArray[np.float64], findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: Measured, findings: Findings) -> None:
         """Store the times until the end, when the usual time step is known."""
-        if len(measured):
-            self._batches.setdefault((where.split, where.file), []).append((where, measured))
+        times, faults, columns = measured
+        if len(times):
+            self._batches.setdefault((where.split, where.file), []).append((where, times))
+            self._faults.setdefault((where.split, where.file), []).append(faults)
+            self._columns.setdefault(where.split, columns)
+
+    def summary(self) -> Mapping[str, Any]:
+        """Return the columns, and the numbers of fault rows and of events, by split."""
+        splits: dict[str, dict[str, Any]] = {}
+        for split, columns in self._columns.items():
+            own = splits[split] = {"columns": [*columns]} if columns else {}
+            files = [np.concatenate(each) for (s, _), each in self._faults.items() if s == split]
+            if not all(np.isnan(faults).all() for faults in files):
+                own["fault_rows"] = int(sum(np.nansum(faults) for faults in files))
+                own["events"] = sum(
+                    int((np.diff(faults == 1, prepend=False) & (faults == 1)).sum())
+                    for faults in files
+                )
+        return {"splits": splits} if any(splits.values()) else {}
 
     def finish(self, places: Places, findings: Findings) -> None:
         """Add the findings of each file."""
