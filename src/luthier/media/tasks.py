@@ -52,9 +52,7 @@ class AutoencodingTask(Task):
     def baselines(self, train: Sequence[Row], held: Sequence[Row]) -> Iterator[Method]:
         """Yield z-scores of a time series, if the held-out rows have faults to find."""
         windows, asked = of_shape(BareWindow, train), of_shape(LabelledWindow, held)
-        ordinary = [
-            row for row in windows or () if not (isinstance(row, LabelledWindow) and row.is_fault)
-        ]
+        ordinary = [row for row in windows or () if row.target() != "fault"]
         if ordinary and asked and any(row.is_fault for row in asked):
             yield Method(Z_SCORES, lambda _: _z_alarms(ordinary, asked))
 

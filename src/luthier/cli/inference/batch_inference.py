@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +40,9 @@ class RowAnswers:
 
     def plain(self) -> dict[str, Any]:
         """Return the results, or their file, as JSON values."""
-        found: dict[str, Any] = {"model": self.model, "rows": self.rows, "seconds": self.seconds}
-        found |= self.shared
+        found = {"model": self.model, "rows": self.rows, "seconds": self.seconds, **self.shared}
         if self.alarms is not None:
-            runs = [asdict(alarm) for alarm in self.alarms]
-            found["alarms"] = {"count": len(runs), "runs": runs}
+            found["alarms"] = {"count": len(self.alarms), "runs": [*map(asdict, self.alarms)]}
         if self.output is not None:
             return {**found, "output": str(self.output)}
         return {**found, "answers": [json.loads(line) for line in self.lines.split("\n")[:-1]]}
@@ -84,9 +83,8 @@ class RowProcesses:
             runner = RayInferenceRunner(self.ray_address, self.ray_gpus)
         found = answer_file(task, output, self.processes, runner, reporter)
         shared = {"resumed_rows": found.resumed_rows, "processes": found.processes}
-        alarms = None
-        if found.counts.get("verdicts"):
-            alarms = _alarms(task.rows([]), (record for _, record in read_records(output, [])))
+        records = (record for _, record in read_records(output, []))
+        alarms = _alarms(found.counts, task.rows([]), records)
         return RowAnswers(
             task.model, found.rows, found.seconds, output, "", found.counts, shared, alarms
         )
@@ -113,14 +111,16 @@ def answer_rows(task: InferenceTask, output: Path | None, reporter: Reporter) ->
     if output is not None:
         write_packed(output, found.data)
     lines = "" if output is not None else found.data.decode()
-    alarms = None
-    if found.counts.get("verdicts"):
-        alarms = _alarms(rows, map(json.loads, found.data.splitlines()))
+    alarms = _alarms(found.counts, rows, map(json.loads, BytesIO(found.data)))
     return RowAnswers(task.model, len(rows), seconds, output, lines, found.counts, alarms=alarms)
 
 
-def _alarms(rows: Iterable[InputRow], records: Iterable[Mapping[str, Any]]) -> list[Alarm] | None:
-    """Return the alarms of a time series; None for other rows."""
+def _alarms(
+    counts: Mapping[str, int], rows: Iterable[InputRow], records: Iterable[Mapping[str, Any]]
+) -> list[Alarm] | None:
+    """Return the alarms of a time series; ``None`` for other rows."""
+    if not counts.get("verdicts"):
+        return None
     from luthier.data.prompts import PREDICTED
     from luthier.data.shapes.media import BareWindow
     from luthier.evaluation.alarms import find_alarms

@@ -83,7 +83,8 @@ LONG_GAP_RATIO = 10
 """Smallest length of a gap that is a finding of its own, relative to the usual time step."""
 
 Measured = tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...]]
-"""Times, marks of faults and columns of a batch."""
+"""Times in seconds, marks of faults and columns of a batch."""
+Batches = list[tuple[BatchLines, Measured]]
 
 
 class TimeSeries(Check):
@@ -93,16 +94,12 @@ class TimeSeries(Check):
     rules: ClassVar[tuple[Rule, ...]] = (FEW, REVERSED, ORDER, DUPLICATE, GAP, SHORT_GAPS, UNREAD)
 
     def __init__(self) -> None:
-        self._batches: dict[tuple[str, str], list[tuple[BatchLines, NDArray[np.float64]]]] = {}
-        """Times of the windows by split and file."""
-        self._columns: dict[str, tuple[str, ...]] = {}
-        """Columns of the first window by split."""
-        self._faults: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
-        """1 for a fault, 0 for a normal row, NaN without a label, by split and file."""
+        self._batches: dict[tuple[str, str], Batches] = {}
+        """Batches by split and file."""
 
     def measure(self, batch: RowBatch) -> Measured:
-        """Return the time of each window in seconds (NaN if not read, infinity without a time),
-        marks of faults, and the columns of the first window."""
+        """Return the time of each window (NaN if not read, infinity without a time), 1 or 0 for a
+        fault or normal row (NaN without a label), and the columns of the first window."""
         rows = [row for row in batch.rows if isinstance(row, BareWindow)]
         times = [np.inf if row.media.time is None else row.media.time for row in rows]
         faults = [row.is_fault if isinstance(row, LabelledWindow) else np.nan for row in rows]
@@ -111,29 +108,27 @@ class TimeSeries(Check):
 
     def collect(self, where: BatchLines, measured: Measured, findings: Findings) -> None:
         """Store the times until the end, when the usual time step is known."""
-        times, faults, columns = measured
-        if len(times):
-            self._batches.setdefault((where.split, where.file), []).append((where, times))
-            self._faults.setdefault((where.split, where.file), []).append(faults)
-            self._columns.setdefault(where.split, columns)
+        if len(measured[0]):
+            self._batches.setdefault((where.split, where.file), []).append((where, measured))
 
     def summary(self) -> Mapping[str, Any]:
         """Return the columns, and the numbers of fault rows and of events, by split."""
         splits: dict[str, dict[str, Any]] = {}
-        for split, columns in self._columns.items():
-            own = splits[split] = {"columns": [*columns]} if columns else {}
-            files = [np.concatenate(each) for (s, _), each in self._faults.items() if s == split]
-            if not all(np.isnan(faults).all() for faults in files):
-                own["fault_rows"] = int(sum(np.nansum(faults) for faults in files))
-                own["events"] = sum(
-                    int((np.diff(faults == 1, prepend=False) & (faults == 1)).sum())
-                    for faults in files
-                )
+        for (split, _), batches in self._batches.items():
+            columns = batches[0][1][2]
+            found = splits.setdefault(split, {"columns": [*columns]} if columns else {})
+            faults = np.concatenate([faults for _, (_, faults, _) in batches])
+            if not np.isnan(faults).all():
+                begins = np.diff(faults == 1, prepend=False) & (faults == 1)
+                found["fault_rows"] = found.get("fault_rows", 0) + int(np.nansum(faults))
+                found["events"] = found.get("events", 0) + int(begins.sum())
         return {"splits": splits} if any(splits.values()) else {}
 
     def finish(self, places: Places, findings: Findings) -> None:
         """Add the findings of each file."""
-        lengths = {at: sum(len(times) for _, times in each) for at, each in self._batches.items()}
+        lengths = {
+            at: sum(len(times) for _, (times, _, _) in each) for at, each in self._batches.items()
+        }
         count = sum(length for (split, _), length in lengths.items() if split == "train")
         if 0 < count < LEAST_VALUES:
             file = next(file for split, file in lengths if split == "train")
@@ -142,10 +137,8 @@ class TimeSeries(Check):
         for (_, file), batches in self._batches.items():
             self._check_times(file, batches, findings)
 
-    def _check_times(
-        self, file: str, batches: list[tuple[BatchLines, NDArray[np.float64]]], findings: Findings
-    ) -> None:
-        all_times = np.concatenate([times for _, times in batches])
+    def _check_times(self, file: str, batches: Batches, findings: Findings) -> None:
+        all_times = np.concatenate([times for _, (times, _, _) in batches])
         if unread := int(np.isnan(all_times).sum()):
             message = f"{unread:,} of {len(all_times):,} times are not read."
             findings.add(Finding(UNREAD, Place(file, 0), message))
@@ -174,12 +167,12 @@ class TimeSeries(Check):
             (DUPLICATE, steps == 0, "The line has the time of the previous line."),
             (GAP, is_long, "The line is {} later than the previous line; {} is usual."),
         )
-        ends = np.cumsum([len(times) for _, times in batches])
+        ends = np.cumsum([len(times) for _, (times, _, _) in batches])
         for rule, mask, text in checks:
             rows = np.flatnonzero(mask) + 1
             for row in rows[:MOST_FINDINGS].tolist():
                 batch = int(np.searchsorted(ends, row, side="right"))
-                where, times = batches[batch]
+                where, (times, _, _) = batches[batch]
                 message = text.format(format_step(abs(steps[row - 1])), format_step(usual))
                 place = where.place(row - int(ends[batch]) + len(times))
                 findings.add(Finding(rule, place, message))

@@ -272,10 +272,7 @@ class VAE(Generative):
     def finish(
         self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
     ) -> Finished:
-        """Set the threshold so that at most :attr:`false_alarms` of the rows exceed it.
-
-        Z-scores have a usual threshold.
-        """
+        """Set the threshold so that at most :attr:`false_alarms` of the rows exceed it."""
         if self.threshold is not None:
             return Finished(self)
         if network.is_fitted:
