@@ -162,6 +162,8 @@ def make_media(folder: Path) -> None:
     for name in ("ordinary", "series"):
         lines = [f"{n},{np.sin(n / 4) + random.normal(0, 0.1):.3f}\n" for n in range(600)]
         (folder / f"{name}.csv").write_text("timestamp,value\n" + "".join(lines))
+    pump = [f"{n},{random.normal(38):.2f},{random.normal(5.7, 0.1):.2f}\n" for n in range(200)]
+    (folder / "pump.csv").write_text("time,flow,pressure\n" + "".join(pump))
     for part, count in (("", 60), ("-test", 10)):
         path = folder / f"lines{part}"
         rows = [

@@ -360,3 +360,13 @@ def test_comparison_prints_no_warning_if_model_wins(
     assert "the training before the refit" in out and "this model" not in out
     assert not comparison_lines(replace(FOUND, tuned=None), capsys)
     assert not comparison_lines(None, capsys)
+
+
+def test_fit_without_steps_prints_threshold_and_no_plan(luthier_home: Path, tmp_path: Path) -> None:
+    rows = [f"{n},{n % 7},{n % 5}" for n in range(120)]
+    series = tmp_path / "series.csv"
+    series.write_text("\n".join(["time,level,flow", *rows]))
+    answer = Answer("tune", str(series), "--base", "z-score", "--name", "pump")
+    assert answer.code == 0, answer.err
+    assert "objective.threshold=3" in answer.err and "training." not in answer.err
+    assert "loss.png" not in answer.out and "training loss" not in answer.out

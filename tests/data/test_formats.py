@@ -555,6 +555,19 @@ def test_column_to_ignore_must_exist(tmp_path: Path, load: Callable[..., object]
     assert problem.rule == "column.missing" and "`data.columns.note=`" in problem.advice
 
 
+@pytest.mark.parametrize("load", [load_rows, load_inputs])
+def test_column_to_ignore_may_be_in_one_file_of_a_folder(
+    tmp_path: Path, load: Callable[..., object]
+) -> None:
+    (tmp_path / "a.csv").write_text("time,level,note\n1,2,3\n")
+    (tmp_path / "b.csv").write_text("time,level\n1,2\n")
+    assert load(tmp_path, {"note": ""})
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, {"notes": ""})
+    (problem,) = caught.value.problems
+    assert problem.rule == "column.missing" and "`data.columns.note=`" in problem.advice
+
+
 @pytest.mark.parametrize(("form", "record", "fields"), HISTORY_CASES)
 def test_item_ids_are_histories(
     tmp_path: Path, form: str, record: dict[str, Any], fields: dict[str, Any]

@@ -23,3 +23,24 @@ def test_z_scores_are_the_baseline_of_labelled_series() -> None:
     scores = AUTOENCODING.scores(rows[200:], list(method.answers(None)))
     assert scores["f1"].value > 0.8
     assert not [*AUTOENCODING.baselines(rows[:200], rows[:200])]  # without a fault to find
+
+
+def test_z_scores_fit_ordinary_rows_with_equal_columns() -> None:
+    random = np.random.default_rng(0)
+
+    def row(line: int, level: float, label: str, names: tuple[str, ...]) -> LabelledWindow:
+        value = {"level": level, "flow": 1e3}
+        array = np.array([[value[name] for name in names]] * 20)
+        array += random.normal(0, 0.1, array.shape)
+        return LabelledWindow(
+            "series.csv", line, Media("window", str(line), array=array, names=names), label
+        )
+
+    orders = (("level", "flow"), ("flow", "level"))
+    train = [row(line, 5, "normal", orders[line % 2]) for line in range(200)]
+    held = [row(line, 5 + line // 50, ("normal", "fault")[line // 50], orders[0])
+            for line in range(100)]  # fmt: skip
+    (method,) = AUTOENCODING.baselines(train, held)
+    assert AUTOENCODING.scores(held, list(method.answers(None)))["recall"].value == 1
+    faults = [row(line, 5, "fault", orders[0]) for line in range(3)]
+    assert not [*AUTOENCODING.baselines(faults, held)]

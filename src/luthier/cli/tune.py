@@ -122,11 +122,10 @@ def print_result(result: Result) -> None:
     read = f"{result.rows_seen:,} {PLURAL[chat.reads]}"
     if chat.reads == "text":
         read = f"{result.tokens:,} tokens"
-    out.print(
-        f"  {steps}, {read} in {result.seconds:.0f} s; "
-        f"{loss_figures(result, held)}; "
-        f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
-    )
+    done = f"{steps}, {read}" if result.steps else "fitted"
+    memory = f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
+    figures = [f"{done} in {result.seconds:.0f} s", loss_figures(result, held), memory]
+    out.print(f"  {'; '.join(filter(None, figures))}")
     out.print(
         f"  {result.trained_weights:,} of {result.weights:,} weights trained "
         f"({result.trained_weights / result.weights:.2%}), {result.saved_bytes / 1e6:,.2f} MB stored"
@@ -134,7 +133,8 @@ def print_result(result: Result) -> None:
     print_comparison(result.comparison, is_refit=result.refit is not None)
     print_label_issues(result)
     print_verdict(result)
-    out.print(f"  {curve} curve  {result.run_dir}/{curve}.png")
+    if result.steps:
+        out.print(f"  {curve} curve  {result.run_dir}/{curve}.png")
     metrics = MetricsFile(Path(result.run_dir) / METRICS).read()
     if (clipped := clipped_share(metrics)) is not None:
         out.print(
@@ -158,7 +158,8 @@ def loss_figures(result: Result, held: str) -> str:
     """
     verdict = result.verdict
     is_last = verdict is None or (result.refit is None and verdict.kept_step == result.steps)
-    figures = [f"training loss {result.train_loss:.4f}"] if is_last or not held else []
+    is_shown = result.steps and (is_last or not held)
+    figures = [f"training loss {result.train_loss:.4f}"] if is_shown else []
     return ", ".join(figures + ([f"validation {held}"] if held else []))
 
 

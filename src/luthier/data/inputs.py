@@ -108,6 +108,8 @@ class Media:
     """Columns of a window of several columns; empty if unknown."""
     time: float | None = field(default=None, compare=False)
     """Time of a window's last value, in seconds, or in the unit of the series; NaN if not read."""
+    time_text: str = field(default="", compare=False)
+    """Time of a window's last value as written in the series."""
 
     def __str__(self) -> str:
         return self.name

@@ -195,8 +195,9 @@ def with_base_defaults(
     full = ADAPTATIONS["full"].model_validate({})
     learns_all = base.manifest.is_random or begins_random(base.root)
     if learns_all and "adaptation" not in recipe.model_fields_set:
-        reason = f"all weights of {base.root} started from random numbers"
-        choices.append(("adaptation.method", full.method, reason))
+        if not base.network.is_fitted:
+            reason = f"all weights of {base.root} started from random numbers"
+            choices.append(("adaptation.method", full.method, reason))
         recipe = recipe.model_copy(update={"adaptation": full})
     elif base.manifest.is_random and type(recipe.adaptation) is not type(full):
         reporter.note(
@@ -503,6 +504,8 @@ def resolve_job(
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
     tokens = recipe.training.micro_batch_tokens or 0
+    if hasattr(plan.sketch.model, "fit_rows"):  # fitted without steps
+        choices = [choice for choice in choices if choice[0] == "training.refit"]
     check_memory(plan.estimate, tokens, data.longest, available)
     size = machine.dtype.itemsize
     disk_bytes = disk_needed(

@@ -478,13 +478,13 @@ class Threshold(TrainingStep):
         done = objective.finish(network, held, job.data.train, budget)
         if done.objective is objective:
             return
-        reason = f"from the scores of {done.rows:,} rows"
+        reason = f"from the scores of {done.rows:,} rows" if done.rows else "usual for this network"
         before = dict(objective)
         changed = [(name, value) for name, value in done.objective if value != before[name]]
         trainer.reporter.settings([(f"objective.{name}", value, reason) for name, value in changed])
         if done.note:
             trainer.reporter.note(done.note)
-        if len(held) < done.wanted or trainer.refit is not None:
+        if done.rows and (len(held) < done.wanted or trainer.refit is not None):
             why = f"{len(held):,} rows are held out, and {done.wanted:,} are needed"
             why += " (`data.validation_share`)"
             if trainer.refit is not None:

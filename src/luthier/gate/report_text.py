@@ -47,6 +47,8 @@ QUIET = frozenset(
 """Checks whose summaries repeat the table of rules. The HTML page has all summaries."""
 NAMED = 8
 """Number of counts shown per summary."""
+MANY = 64
+"""Number of values shown of a list: all columns of a series."""
 
 
 def print_report(report: Report, console: Console, rows: int = 3) -> None:
@@ -173,7 +175,7 @@ def _summary(value: Any, console: Console, indent: int, title: str = "") -> None
     pad = " " * indent
     name = title.replace("_", " ")
     if not isinstance(value, Mapping):
-        text = list_values(value, NAMED) if isinstance(value, list) else format_number(value, title)
+        text = list_values(value, MANY) if isinstance(value, list) else format_number(value, title)
         if text:
             console.print(Text.assemble(pad, (f"{name}  ", "dim"), printable(text)))
         return

@@ -12,6 +12,7 @@ from luthier.data.inputs import MediaInput
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.media import BareWindow, CaptionedImage, LabelledWindow
 from luthier.errors import DataError, Problem
+from luthier.evaluation.alarms import LEVELS_DIFFER
 from luthier.evaluation.baselines import Z_SCORES, Method, States
 from luthier.evaluation.significance import RowScores
 from luthier.evaluation.transcription import transcription_remarks, transcription_scores
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
 
 Z_THRESHOLD = 3.0
 """Usual threshold of z-scores, in standard deviations."""
-
-
-LEVELS_DIFFER = (
-    "most normal rows are alarms: the levels of the series differ from those of the training rows"
-)
 
 
 class ImageGenerationTask(Task):
@@ -56,8 +52,9 @@ class AutoencodingTask(Task):
     def baselines(self, train: Sequence[Row], held: Sequence[Row]) -> Iterator[Method]:
         """Yield z-scores of a time series, if the held-out rows have faults to find."""
         windows, asked = of_shape(BareWindow, train), of_shape(LabelledWindow, held)
-        if windows and asked and any(row.is_fault for row in asked):
-            yield Method(Z_SCORES, lambda _: _z_alarms(windows, asked))
+        ordinary = [row for row in windows or () if row.target() != "fault"]
+        if ordinary and asked and any(row.is_fault for row in asked):
+            yield Method(Z_SCORES, lambda _: _z_alarms(ordinary, asked))
 
     def evaluate(self, reader: Reader, rows: FittingRows, sides: Sequence[Answers]) -> Evaluation:
         """Return the scores, with the numbers of found events and of false alarms."""
@@ -111,17 +108,16 @@ class AutoencodingTask(Task):
         }
 
 
-def _z_alarms(train: Sequence[BareWindow], held: Sequence[BareWindow]) -> Answers:
-    """Return the alarms of the base ``z-score``, fitted to the rows without faults."""
+def _z_alarms(ordinary: Sequence[BareWindow], held: Sequence[BareWindow]) -> Answers:
+    """Return the alarms of the base ``z-score``, fitted to the rows ``ordinary``."""
     import torch
 
     from luthier.media.catalog import Z_SCORE_FIELDS, Z_SCORE_READER
     from luthier.media.networks.z_score import ZScoreConfig, ZScoreModel
 
-    ordinary = [row for row in train if not (isinstance(row, LabelledWindow) and row.is_fault)]
-    network = ZScoreModel(ZScoreConfig(**Z_SCORE_FIELDS))
-    network.fit([MediaInput(row.media, Z_SCORE_READER) for row in ordinary])
     names = ordinary[0].media.names
+    network = ZScoreModel(ZScoreConfig(**Z_SCORE_FIELDS))
+    network.fit([MediaInput(row.media.select(names), Z_SCORE_READER) for row in ordinary])
     windows = [MediaInput(row.media.select(names), Z_SCORE_READER) for row in held]
     with torch.no_grad():
         scores = network.scores(torch.from_numpy(np.stack([each.array() for each in windows])))

@@ -135,11 +135,13 @@ def _read_windows(
     else:
         # Rows on disk have the whole window: many columns have shorter windows.
         longest = max(SHORTEST_WINDOW, LONGEST_WINDOW // (len(names) - 1))
-    times = parse_times([str(record[names[0]]) for record in valid_records])
-    rows = zip(lines, valid_records, times, strict=True)
+    texts = [str(record[names[0]]) for record in valid_records]
+    rows = zip(lines, valid_records, texts, parse_times(texts), strict=True)
     columns = tuple(names[1:]) if len(names) > 2 else ()
-    for index, (line, record, time) in enumerate(rows):
+    for index, (line, record, text, time) in enumerate(rows):
         latest = series[max(0, index + 1 - longest) : index + 1]
-        media = Media("window", f"{file}:{line}", array=latest, names=columns, time=time)
+        media = Media(
+            "window", f"{file}:{line}", array=latest, names=columns, time=time, time_text=text
+        )
         marked = {"label": record[label]} if label else {}
         yield line, {**record, **marked, "window": media}

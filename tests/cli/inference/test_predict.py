@@ -129,3 +129,30 @@ def test_least_certain_rows_come_first(luthier_home: Path, tmp_path: Path) -> No
         assert refused.code == 2 and "least_certain" in refused.err
     alone = Answer("predict", "tfidf:doors", "my chain", "--least-certain", "2")
     assert alone.code == 2 and "`input`" in alone.err
+
+
+def test_alarms_of_files_name_their_times(luthier_home: Path, tmp_path: Path) -> None:
+    import luthier
+
+    values = np.random.default_rng(0).normal(50, 1, 200)
+    values[120:150] += 100
+    lines = ["label,time,level", *(f"0,2026-01-01 {n // 60:02}:{n % 60:02},{value}"
+                                   for n, value in enumerate(values))]  # fmt: skip
+    folder = tmp_path / "hours"
+    folder.mkdir()
+    (tmp_path / "normal.csv").write_text("\n".join(lines[:121]))
+    for name in ("a.csv", "b.csv"):
+        (folder / name).write_text("\n".join(lines[:140]))
+    luthier.tune(tmp_path / "normal.csv", base="z-score", name="pump")
+    output = tmp_path / "scores.jsonl"
+    command = ("predict", "z-score:pump", "--input", str(folder), "--output", str(output))
+    plain = json.loads(Answer(*command, "--json").out)
+    assert plain["alarms"]["count"] == 2
+    runs = plain["alarms"]["runs"]
+    assert [Path(run["file"]).name for run in runs] == ["a.csv", "b.csv"]
+    assert {run["end"] for run in runs} == {"2026-01-01 02:18"}
+    scores = [json.loads(line)["predicted"] for line in output.read_text().splitlines()]
+    assert sum(run["rows"] for run in runs) == sum(each["anomalous"] is True for each in scores)
+    printed = Answer(*command, "--overwrite").out
+    assert printed.count("2026-01-01 02:18") == 2
+    assert luthier.predict("z-score:pump", input=str(folder)).plain()["alarms"] == plain["alarms"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,12 +55,22 @@ def test_gaps_duplicates_and_disorder_name_their_lines(tmp_path: Path) -> None:
     assert places(findings) == {
         "window.order": [22],
         "window.duplicate": [52, 93],
-        "window.gap": [23, 53],
+        "window.gap": [53],
+        "window.short_gaps": [0],
     }
-    assert {each.rule.severity for own in findings.values() for each in own} == {"warning"}
+    severities = {each.rule.severity for own in findings.values() for each in own}
+    assert severities == {"warning", "note"}
     assert "30 minutes" in findings["window.order"][0].message
     last = findings["window.gap"][-1].message
     assert "11 hours" in last and "60 minutes" in last
+
+
+def test_short_gaps_are_one_note(tmp_path: Path) -> None:
+    numbers = [n for n in range(300) if n % 20 and n % 50 not in (11, 12)]
+    ((finding,),) = found(tmp_path, hours(*numbers)).values()
+    assert (finding.rule.id, finding.rule.severity) == ("window.short_gaps", "note")
+    count = sum(late - early > 1 for early, late in pairwise(numbers))
+    assert str(count) in finding.message
 
 
 def test_reversed_series_is_an_error(tmp_path: Path) -> None:
@@ -88,7 +99,7 @@ def test_times_may_be_numbers(first: int, step: str, usual: str, tmp_path: Path)
 
 @pytest.mark.parametrize("form", ["%d/%m/%Y %H:%M", "%m/%d/%Y %I:%M %p", "%d.%m.%y %H:%M:%S"])
 def test_times_of_exports(tmp_path: Path, form: str) -> None:
-    moments = [START + timedelta(hours=number) for number in (*range(150), 149, 155)]
+    moments = [START + timedelta(hours=number) for number in (*range(150), 149, 165)]
     texts = [moment.strftime(form) for moment in moments]
     expected = {"window.duplicate": [152], "window.gap": [153]}
     assert places(found(tmp_path, texts)) == expected
@@ -96,7 +107,7 @@ def test_times_of_exports(tmp_path: Path, form: str) -> None:
 
 
 def test_serial_dates_of_excel(tmp_path: Path) -> None:
-    serial = [f"{45_292 + number / 24:.10f}" for number in (*range(150), 155)]
+    serial = [f"{45_292 + number / 24:.10f}" for number in (*range(150), 165)]
     assert places(found(tmp_path, serial)) == {"window.gap": [152]}
 
 
@@ -111,6 +122,19 @@ def test_windows_without_times(tmp_path: Path) -> None:
     path.write_text('{"window": [1, 2, 3]}\n' * LEAST_VALUES)
     findings = inspect_rows({"train": load_rows(path)}, [TimeSeries()]).findings
     assert not findings.examples
+
+
+def test_summary_lists_columns_faults_and_events(tmp_path: Path) -> None:
+    faults = {20, 21, 22, 60, 119}
+    lines = [f"{n},{n % 7},{n % 5},{int(n in faults)}" for n in range(120)]
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("\n".join(["time,level,flow,anomaly", *lines]))
+    report = inspect_rows({"train": load_rows(tmp_path)}, [TimeSeries()])
+    assert report.summaries["time_series"] == {
+        "splits": {"train": {"columns": ["level", "flow"], "fault_rows": 10, "events": 6}}
+    }
+    plain = inspect_rows({"train": rows_of(tmp_path, hours(*range(120)))}, [TimeSeries()])
+    assert not plain.summaries.get("time_series")
 
 
 def test_every_rule_is_met_here() -> None:

@@ -72,7 +72,8 @@ def test_base_finds_labelled_faults_and_leaves_them_out_of_training(
         luthier.evaluate(tuned.model_id, less)
     model = luthier.load(tuned.model_id)
     last = values[230:260]
-    assert model.predict([{"window": last.tolist()}])[0]["predicted"]["anomalous"] is True
+    predicted = model.predict([{"window": last.tolist()}])[0]["predicted"]
+    assert (predicted["anomalous"], predicted["column"]) == (True, "flow")
     with pytest.raises(DataError):
         model.predict([{"window": last[:, 0].tolist()}])
     ordinary = write(tmp_path / "ordinary.csv", values[:150], labels[:150])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -172,15 +172,15 @@ def test_labels_are_passed_over() -> None:
     assert row.shape in VAE.further_shapes
 
 
-def window_network(tmp_path: Path) -> tuple[Network, ChatFormat]:
+def window_network(tmp_path: Path, columns: int = 1) -> tuple[Network, ChatFormat]:
     """A network of windows of six values."""
     from luthier.data.inputs import save_processor
     from luthier.media.processors import WindowProcessor
     from luthier.models.build import build_media
 
-    fields = {"num_channels": 1, "image_size": (1, 6), "hidden_sizes": (8,), "latent_size": 2}
+    fields = {"num_channels": columns, "image_size": (1, 6), "hidden_sizes": (8,), "latent_size": 2}
     build_media({"model_type": "vae", "dense": True, **fields}, "autoencoding", 0, tmp_path)
-    save_processor(WindowProcessor(6), tmp_path)
+    save_processor(WindowProcessor(6, columns), tmp_path)
     chat = load_chat_format(tmp_path)
     model = load_model(tmp_path, torch.float32, CPU, VAE().head())
     return as_network(model.eval(), CPU, torch.float32), chat
@@ -204,6 +204,27 @@ def test_of_a_time_series_the_last_value_is_scored(tmp_path: Path) -> None:
     wanted = (copies - batch.plan)[:, 0, 0, -1].square() / (2 * 0.5**2)
     scores = [each["score"] for each in objective.predict(network, batch)]
     assert scores == pytest.approx(wanted.tolist(), rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("score_over", ["last", "all"])
+def test_column_with_largest_error_is_named(
+    tmp_path: Path, score_over: Literal["last", "all"]
+) -> None:
+    network, chat = window_network(tmp_path, columns=4)
+    values_RTC = np.random.default_rng(0).normal(size=(12, 9, 3))
+    names = ("flow", "level", "heat")
+    rows = [
+        BareWindow("f", n, Media("window", f"w[{n}]", array=each, names=names))
+        for n, each in enumerate(values_RTC)
+    ]
+    objective = VAE(score_over=score_over, threshold=1.0).fit(rows, chat)
+    (batch,) = network.batches([objective.encode(row, n, chat) for n, row in enumerate(rows)], 99)
+    off_RCL = (network.model(pixel_values=batch.plan).reconstruction - batch.plan)[:, :3, 0]
+    scored = off_RCL[..., -1:] if score_over == "last" else off_RCL
+    wanted = [names[place] for place in scored.square().sum(-1).argmax(-1)]
+    assert [each["column"] for each in objective.predict(network, batch)] == wanted
+    assert len({*wanted}) > 1
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
+    from luthier.evaluation.alarms import Alarm
     from luthier.workflows.batch_inference import InferenceRunner
-    from luthier.workflows.inference_tasks import InferenceTask
+    from luthier.workflows.inference_tasks import InferenceTask, InputRow
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,14 @@ class RowAnswers:
     """Counts of the task, such as the number of anomalous rows."""
     shared: Mapping[str, int] = field(default_factory=dict)
     """Number of processes, and number of rows from an earlier, interrupted command."""
+    alarms: Sequence[Alarm] | None = None
+    """Alarms of a time series; ``None`` for other rows."""
 
     def plain(self) -> dict[str, Any]:
         """Return the results, or their file, as JSON values."""
         found = {"model": self.model, "rows": self.rows, "seconds": self.seconds, **self.shared}
+        if self.alarms is not None:
+            found["alarms"] = {"count": len(self.alarms), "runs": [*map(asdict, self.alarms)]}
         if self.output is not None:
             return {**found, "output": str(self.output)}
         return {**found, "answers": [json.loads(line) for line in self.lines.split("\n")[:-1]]}
@@ -66,6 +72,7 @@ class RowProcesses:
 
     def answer(self, task: InferenceTask, output: Path, reporter: Reporter) -> RowAnswers:
         """Process the rows of ``task`` with several processes, and write ``output``."""
+        from luthier.data.files.read import read_records
         from luthier.workflows.batch_inference import answer_file
 
         runner: InferenceRunner | None = None
@@ -76,8 +83,10 @@ class RowProcesses:
             runner = RayInferenceRunner(self.ray_address, self.ray_gpus)
         found = answer_file(task, output, self.processes, runner, reporter)
         shared = {"resumed_rows": found.resumed_rows, "processes": found.processes}
+        records = (record for _, record in read_records(output, []))
+        alarms = _alarms(found.counts, task.rows([]), records)
         return RowAnswers(
-            task.model, found.rows, found.seconds, output, counts=found.counts, shared=shared
+            task.model, found.rows, found.seconds, output, "", found.counts, shared, alarms
         )
 
 
@@ -102,4 +111,23 @@ def answer_rows(task: InferenceTask, output: Path | None, reporter: Reporter) ->
     if output is not None:
         write_packed(output, found.data)
     lines = "" if output is not None else found.data.decode()
-    return RowAnswers(task.model, len(rows), seconds, output, lines, found.counts)
+    alarms = _alarms(found.counts, rows, map(json.loads, BytesIO(found.data)))
+    return RowAnswers(task.model, len(rows), seconds, output, lines, found.counts, alarms=alarms)
+
+
+def _alarms(
+    counts: Mapping[str, int], rows: Iterable[InputRow], records: Iterable[Mapping[str, Any]]
+) -> list[Alarm] | None:
+    """Return the alarms of a time series; ``None`` for other rows."""
+    if not counts.get("verdicts"):
+        return None
+    from luthier.data.prompts import PREDICTED
+    from luthier.data.shapes.media import BareWindow
+    from luthier.evaluation.alarms import find_alarms
+
+    pairs = [
+        (row.content, record[PREDICTED])
+        for row, record in zip(rows, records, strict=True)
+        if isinstance(row.content, BareWindow)
+    ]
+    return find_alarms(pairs) if pairs else None

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 MARKED_ROWS = 500
 """Maximum number of rows in a page of marked entities."""
 SHOWN_ALARMS = 20
+"""Maximum number of printed alarms."""
 SHOWN = 5
 """Maximum number of printed classes, or of printed numbers of an embedding."""
 
@@ -82,7 +82,7 @@ class Predictions(Tabular):
         return found
 
     def plain(self) -> dict[str, Any]:
-        """Return the predictions, or their file, as JSON values."""
+        """Return the predictions or their file, and the alarms of a series, as JSON values."""
         return self.answers.plain()
 
 
@@ -278,31 +278,26 @@ def show_predictions(
             )
             short = answers.counts["not_judged"]
             print_text(above + (f"; {short:,} rows have too short a history" if short else ""))
-            _print_alarms(answers.output, answers.counts["anomalous"], answers.counts["verdicts"])
+            _print_alarms(answers)
 
 
-def _print_alarms(output: Path, anomalous: int, judged: int) -> None:
-    """Print each run of anomalous rows of a series with the first column, the time, of its ends."""
-    from luthier.data.files.read import read_records
+def _print_alarms(answers: RowAnswers) -> None:
+    """Print the first alarms of a time series."""
+    from luthier.evaluation.alarms import LEVELS_DIFFER
 
-    alarms = 0
-    rows: Iterator[Any] = (row for _, row in read_records(output, []))
-    for is_alarm, run in groupby(rows, lambda row: row["predicted"]["anomalous"] is True):
-        first = last = next(run)
-        if "image" in first:
-            return  # images have no order
-        highest, count = first["predicted"]["score"], 1
-        for count, last in enumerate(run, 2):  # noqa: B007 - used after the loop
-            highest = max(highest, last["predicted"]["score"])
-        alarms += is_alarm
-        if is_alarm and alarms <= SHOWN_ALARMS:
-            begin, end = (next(iter(row.values())) for row in (first, last))
-            text = f"{count:,} row{'s' * (count > 1)}, highest score {highest:.3f}"
-            print_text(f"alarm {begin} to {end}: {text}")
-    if alarms > SHOWN_ALARMS:
-        print_text(f"… and {alarms - SHOWN_ALARMS:,} more alarms")
-    if 2 * anomalous > judged:
-        print_text("Most rows are anomalous: compare the levels with those of the training rows")
+    alarms = answers.alarms or ()
+    several = len({alarm.file for alarm in alarms}) > 1
+    for alarm in alarms[:SHOWN_ALARMS]:
+        place = f"{alarm.file}: " if several else ""
+        rows = f"{alarm.rows:,} row{'s' * (alarm.rows > 1)}"
+        score = f"highest score {alarm.highest_score:.3f}"
+        column = "" if alarm.column is None else f" in {alarm.column}"
+        print_text(f"{place}alarm {alarm.begin} to {alarm.end}: {rows}, {score}{column}")
+    if len(alarms) > SHOWN_ALARMS:
+        print_text(f"… and {len(alarms) - SHOWN_ALARMS:,} more alarms")
+    judged = answers.counts["verdicts"] - answers.counts["not_judged"]
+    if alarms and 2 * answers.counts["anomalous"] > judged:
+        print_text(LEVELS_DIFFER.capitalize())
 
 
 def _print_explanation(explained: Mapping[str, Any]) -> None:

@@ -6,12 +6,13 @@ A network reads a row as a value with the values of earlier lines, as if equally
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes.media import BareWindow
+from luthier.data.shapes.media import BareWindow, LabelledWindow
 from luthier.gate.check import BatchLines, Check, Places, RowBatch
 from luthier.gate.rules import Finding, Findings, Place, Rule
 
@@ -52,6 +53,14 @@ GAP = Rule(
     "The model reads the values on both sides as consecutive.",
     "Fill in estimates, or use a part without a gap.",
 )
+SHORT_GAPS = Rule(
+    "window.short_gaps",
+    "note",
+    "A series has short gaps in time.",
+    "The model reads the values on both sides as consecutive.",
+    "Fill in estimates if values change much from line to line.",
+    whole=True,
+)
 UNREAD = Rule(
     "window.unread",
     "warning",
@@ -70,32 +79,56 @@ MOST_FINDINGS = 10_000
 """Maximum number of findings per rule and file."""
 GAP_RATIO = 1.5
 """Smallest length of a gap, relative to the usual time step."""
+LONG_GAP_RATIO = 10
+"""Smallest length of a gap that is a finding of its own, relative to the usual time step."""
+
+Measured = tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...]]
+"""Times in seconds, marks of faults and columns of a batch."""
+Batches = list[tuple[BatchLines, Measured]]
 
 
 class TimeSeries(Check):
     """Compares the time of each line with the time of the previous line."""
 
     name: ClassVar[str] = "time_series"
-    rules: ClassVar[tuple[Rule, ...]] = (FEW, REVERSED, ORDER, DUPLICATE, GAP, UNREAD)
+    rules: ClassVar[tuple[Rule, ...]] = (FEW, REVERSED, ORDER, DUPLICATE, GAP, SHORT_GAPS, UNREAD)
 
     def __init__(self) -> None:
-        self._batches: dict[tuple[str, str], list[tuple[BatchLines, NDArray[np.float64]]]] = {}
-        """Times of the windows by split and file."""
+        self._batches: dict[tuple[str, str], Batches] = {}
+        """Batches by split and file."""
 
-    def measure(self, batch: RowBatch) -> NDArray[np.float64]:
-        """Return the time of each window in seconds; NaN if not read, infinity without a time."""
+    def measure(self, batch: RowBatch) -> Measured:
+        """Return the time of each window (NaN if not read, infinity without a time), 1 or 0 for a
+        fault or normal row (NaN without a label), and the columns of the first window."""
         rows = [row for row in batch.rows if isinstance(row, BareWindow)]
         times = [np.inf if row.media.time is None else row.media.time for row in rows]
-        return np.array(times, np.float64)
+        faults = [row.is_fault if isinstance(row, LabelledWindow) else np.nan for row in rows]
+        columns = rows[0].media.names if rows else ()
+        return np.array(times, np.float64), np.array(faults, np.float64), columns
 
-    def collect(self, where: BatchLines, measured: NDArray[np.float64], findings: Findings) -> None:
+    def collect(self, where: BatchLines, measured: Measured, findings: Findings) -> None:
         """Store the times until the end, when the usual time step is known."""
-        if len(measured):
+        if len(measured[0]):
             self._batches.setdefault((where.split, where.file), []).append((where, measured))
+
+    def summary(self) -> Mapping[str, Any]:
+        """Return the columns, and the numbers of fault rows and of events, by split."""
+        splits: dict[str, dict[str, Any]] = {}
+        for (split, _), batches in self._batches.items():
+            columns = batches[0][1][2]
+            found = splits.setdefault(split, {"columns": [*columns]} if columns else {})
+            faults = np.concatenate([faults for _, (_, faults, _) in batches])
+            if not np.isnan(faults).all():
+                begins = np.diff(faults == 1, prepend=False) & (faults == 1)
+                found["fault_rows"] = found.get("fault_rows", 0) + int(np.nansum(faults))
+                found["events"] = found.get("events", 0) + int(begins.sum())
+        return {"splits": splits} if any(splits.values()) else {}
 
     def finish(self, places: Places, findings: Findings) -> None:
         """Add the findings of each file."""
-        lengths = {at: sum(len(times) for _, times in each) for at, each in self._batches.items()}
+        lengths = {
+            at: sum(len(times) for _, (times, _, _) in each) for at, each in self._batches.items()
+        }
         count = sum(length for (split, _), length in lengths.items() if split == "train")
         if 0 < count < LEAST_VALUES:
             file = next(file for split, file in lengths if split == "train")
@@ -104,10 +137,8 @@ class TimeSeries(Check):
         for (_, file), batches in self._batches.items():
             self._check_times(file, batches, findings)
 
-    def _check_times(
-        self, file: str, batches: list[tuple[BatchLines, NDArray[np.float64]]], findings: Findings
-    ) -> None:
-        all_times = np.concatenate([times for _, times in batches])
+    def _check_times(self, file: str, batches: Batches, findings: Findings) -> None:
+        all_times = np.concatenate([times for _, (times, _, _) in batches])
         if unread := int(np.isnan(all_times).sum()):
             message = f"{unread:,} of {len(all_times):,} times are not read."
             findings.add(Finding(UNREAD, Place(file, 0), message))
@@ -126,21 +157,22 @@ class TimeSeries(Check):
         forward = finite_steps[finite_steps > 0]
         usual = float(np.quantile(forward, USUAL_QUANTILE, method="lower")) if len(forward) else 0.0
         format_step = _duration if np.nanmax(all_times) > LEAST_CLOCK_TIME else "{:.4g}".format
+        is_gap = steps > GAP_RATIO * usual
+        is_long = is_gap & (steps >= LONG_GAP_RATIO * usual)
+        if count := int((is_gap & ~is_long).sum()):
+            message = f"{count:,} gaps are shorter than {format_step(LONG_GAP_RATIO * usual)}."
+            findings.add(Finding(SHORT_GAPS, Place(file, 0), message))
         checks = (
             (ORDER, steps < 0, "The line is {} earlier than the previous line."),
             (DUPLICATE, steps == 0, "The line has the time of the previous line."),
-            (
-                GAP,
-                steps > GAP_RATIO * usual,
-                "The line is {} later than the previous line; {} is usual.",
-            ),
+            (GAP, is_long, "The line is {} later than the previous line; {} is usual."),
         )
-        ends = np.cumsum([len(times) for _, times in batches])
+        ends = np.cumsum([len(times) for _, (times, _, _) in batches])
         for rule, mask, text in checks:
             rows = np.flatnonzero(mask) + 1
             for row in rows[:MOST_FINDINGS].tolist():
                 batch = int(np.searchsorted(ends, row, side="right"))
-                where, times = batches[batch]
+                where, (times, _, _) = batches[batch]
                 message = text.format(format_step(abs(steps[row - 1])), format_step(usual))
                 place = where.place(row - int(ends[batch]) + len(times))
                 findings.add(Finding(rule, place, message))

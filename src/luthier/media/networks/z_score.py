@@ -67,6 +67,10 @@ class ZScoreModel(ImagePreTrainedModel):
         """Return the scores ``[R]`` of the rows of ``batch``."""
         return self.scores(_values(network, batch))
 
+    def column_errors(self, network: Network, batch: TreeBatch) -> Tensor:
+        """Return the squared deviations ``[R, C]`` of the columns in the rows of ``batch``."""
+        return self._squares(_values(network, batch))
+
     @torch.no_grad()
     def fit(self, windows: Sequence[MediaInput]) -> tuple[int, int]:
         """Set mean and deviation from windows with enough values, or from all windows if none has.
@@ -86,12 +90,16 @@ class ZScoreModel(ImagePreTrainedModel):
 
     def scores(self, values_RC1L: Tensor) -> Tensor:
         """Return the scores ``[R]`` of windows ``[R, C, 1, L]``."""
-        means_RC = values_RC1L.float().mean((2, 3))
-        known_C = self.deviation > 0
-        z_RC = (means_RC - self.mean) / torch.where(known_C, self.deviation, 1)
-        square_R = (z_RC.square() * known_C).sum(1) / known_C.sum().clamp(min=1)
+        square_R = self._squares(values_RC1L).sum(1) / (self.deviation > 0).sum().clamp(min=1)
         found_R: Tensor = square_R.sqrt()
         return found_R
+
+    def _squares(self, values_RC1L: Tensor) -> Tensor:
+        known_C = self.deviation > 0
+        means_RC = values_RC1L.float().mean((2, 3))
+        z_RC = (means_RC - self.mean) / torch.where(known_C, self.deviation, 1)
+        square_RC: Tensor = z_RC.square() * known_C
+        return square_RC
 
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutputWithNoAttention:
         """Return the scores as logits ``[R, 1]``."""

@@ -42,7 +42,6 @@ from luthier.models.networks.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import (
     Finished,
-    RunModels,
     TrainingDefaults,
     chat_of,
     extra_of,
@@ -154,14 +153,6 @@ class VAE(Generative):
     def regroup_scored(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Return all rows: faults are scored."""
         return rows
-
-    def bind(self, models: RunModels) -> Self:
-        """Set the threshold of z-scores."""
-        bound = super().bind(models)
-        is_fitted = models.network is not None and models.network.is_fitted
-        if not is_fitted or bound.threshold is not None:
-            return bound
-        return bound.model_copy(update={"threshold": Z_THRESHOLD})
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Choose settings for the rows: windows of a time series have few values, of deviation 1."""
@@ -284,6 +275,8 @@ class VAE(Generative):
         """Set the threshold so that at most :attr:`false_alarms` of the rows exceed it."""
         if self.threshold is not None:
             return Finished(self)
+        if network.is_fitted:
+            return Finished(self.model_copy(update={"threshold": Z_THRESHOLD}))
         wanted_rows = math.ceil(1 / self.false_alarms) if self.false_alarms else 1
         examples = rows_to_finish(held, train, wanted_rows)
         whole = [example for example in examples if _is_whole(example)]
@@ -307,19 +300,36 @@ class VAE(Generative):
             return off_R
         return self._copy_error(network, batch, mean_RZ) + divergence(mean_RZ, log_variance_RZ)
 
+    def _column_errors(self, network: Network, batch: TreeBatch) -> Tensor:
+        """Return the squared errors ``[R, C]`` of the columns, the parts of the score."""
+        if network.is_fitted:
+            found_RC: Tensor = network.model.column_errors(network, batch)
+            return found_RC
+        off_RCHL = self.reconstruct(network, batch).float() - batch.plan.float()
+        if self.score_over == "last":
+            off_RCHL = off_RCHL[..., -1:]
+        error_RC: Tensor = off_RCHL.square().sum((2, 3))
+        return error_RC
+
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """Return score and verdict of each row in the order of the tree.
 
-        ``anomalous`` is ``None`` for a window with too few values.
+        ``anomalous`` is ``None`` for a window with too few values. ``column`` is the column of a
+        series of several columns with the largest part of the score.
         """
         scores = self._scores(network, batch).tolist()
         threshold = self.threshold
         if threshold is None:  # an untrained base model
             return [{"score": score} for score in scores]
-        return [
+        answers: list[dict[str, Any]] = [
             {"score": score, "anomalous": score > threshold if _is_whole(example) else None}
             for score, example in zip(scores, batch.tree.examples, strict=True)
         ]
+        if self.columns:
+            errors_RC = self._column_errors(network, batch)[:, : len(self.columns)]
+            for answer, place in zip(answers, errors_RC.argmax(1).tolist(), strict=True):
+                answer["column"] = self.columns[place]
+        return answers
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
         """Generate images ``[R, C, H, W]`` from standard normal latents."""

@@ -81,7 +81,7 @@ class PredictionsView(View):
     """Model name of the request."""
     answers: list[dict[str, Any]]
     """A prediction for each input. The fields depend on the objective: ``label`` and ``scores``,
-    ``rating``, ``tags``, ``embedding``, ``score`` and ``anomalous``, or ``text`` and
+    ``rating``, ``tags``, ``embedding``, ``score``, ``anomalous`` and ``column``, or ``text`` and
     ``probability``."""
 
 

@@ -1,0 +1,35 @@
+"""Alarms of windows with predictions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from luthier.data.inputs import Media
+from luthier.data.shapes.media import BareWindow
+from luthier.evaluation.alarms import Alarm, find_alarms
+
+Pair = tuple[BareWindow, dict[str, object]]
+
+
+def scored(file: str, line: int, score: float, anomalous: bool | None, time: str = "") -> Pair:
+    media = Media("window", f"{file}:{line}", array=np.zeros(1), time_text=time)
+    return BareWindow(file, line, media), {"score": score, "anomalous": anomalous}
+
+
+def test_run_ends_at_ordinary_row_and_at_end_of_file() -> None:
+    pairs = [
+        scored("a.csv", 2, 9, None, "08:00"),
+        scored("a.csv", 3, 5, True, "08:01"),
+        scored("a.csv", 4, 7, True, "08:02"),
+        scored("a.csv", 5, 1, False, "08:03"),
+        scored("a.csv", 6, 4, True, "08:04"),
+        scored("b.jsonl", 1, 6, True),
+        scored("b.jsonl", 2, 5, True),
+    ]
+    pairs[-2][1]["column"], pairs[-1][1]["column"] = "flow", "level"
+    assert find_alarms(pairs) == [
+        Alarm("a.csv", "08:01", "08:02", 2, 7),
+        Alarm("a.csv", "08:04", "08:04", 1, 4),
+        Alarm("b.jsonl", "1", "2", 2, 6, "flow"),
+    ]
+    assert find_alarms([]) == []
