@@ -23,6 +23,7 @@ def contender(name: str, right: int, seconds: float) -> Contender:
         (150, 0.1, "Promote new"),
         (50, 0.01, "Do not promote new"),
         (100, 0.1, "Keep old"),
+        (104, 0.1, "Try new as a canary"),
         (100, 0.01, "Promote new"),
     ],
 )
