@@ -497,9 +497,10 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
 
 
 def _method_of(fields: Mapping[str, Any], table: Mapping[str, type[Any]], default: str) -> str:
-    """Return the default, or the first objective with these fields if they belong to one task.
+    """Return the default method, or the first objective with the fields if all such objectives have
+    one task.
 
-    The rows choose only among objectives that are a default for a shape.
+    Only objectives that are a default for a row shape count.
     """
     owners = {name: part for name, part in table.items() if fields.keys() <= {*part.model_fields}}
     tasks = {part.task for part in owners.values() if getattr(part, "shapes", ())}

@@ -137,7 +137,7 @@ def _leaves(path: Path, folder: Path) -> bool:
 
 class DocumentReader:
     """Reads documents, one at a time. The child process starts with the first document that needs a
-    library, and again after a document that crashed it."""
+    library, and again after a crash."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._seconds = seconds

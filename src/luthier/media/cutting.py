@@ -38,7 +38,7 @@ MOST_STRETCH = 0.02
 """Largest relative difference between the aspects of an image and of its outlines."""
 _BEGIN, _END = "Begin Time (s)", "End Time (s)"
 _LABELS = ("Annotation", "Species", "Label", "Common Name")
-"""Columns of a selection table of Raven; the label's column has the name that its user chose."""
+"""Possible label columns of a selection table of Raven."""
 _TRACK = re.compile(r"\.([^/]*selection[^/]*\.)?txt")
 """Rest of the name of a label track or selection table, after the name of the recording."""
 
@@ -314,7 +314,7 @@ def _pages_of(files: Mapping[str, File]) -> dict[str, Page]:
 
 
 def _image_of(name: str, named: str, files: Mapping[str, File]) -> str:
-    """Return the image of the page ``name``: the one that it names, or the one with its name.
+    """Return the image of the page ``name``: ``named``, or an image with the page's name.
 
     Transkribus writes the XML into a folder ``page`` or ``alto`` next to the images.
     """
