@@ -368,8 +368,10 @@ class _Course:
                 if self.measure != "loss" or not is_hollow(line, self.first)
             ]
             best = min(valid, key=self._cost)
+            notes = ["stored"] if self.last is not self.kept else []
             if self._cost(best) < self._cost(self.kept):
-                text += f" (within chance of {best[self.measure]:.4f} at step {best['step']})"
+                notes.append(f"within chance of {best[self.measure]:.4f} at step {best['step']}")
+            text += f" ({'; '.join(notes)})" if notes else ""
         if self.last is not self.kept:
             text += f", {self._scores(self.last)} at step {self.last['step']}"
             if self.measure == "loss" and is_hollow(self.last, self.first):
