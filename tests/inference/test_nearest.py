@@ -131,3 +131,30 @@ def test_nearest_with_classifier_is_refused(luthier_home: Path, folder: Path) ->
     model_id = luthier.tune(folder, base="small-cnn", name="labels", **fields).model_id
     with pytest.raises(RecipeError):
         luthier.load(model_id).nearest(str(folder / "left" / "0.png"), folder)
+
+
+def test_histories_leave_out_their_items_and_unknown_items_are_refused(
+    luthier_home: Path, tmp_path: Path
+) -> None:
+    baskets = [
+        ["lock", "pump", "bell"],
+        ["lock", "bell"],
+        ["tyre", "tube"],
+        ["tyre", "tube", "pump"],
+    ]
+    rows = [{"history": basket[:-1], "item": f"{basket[-1]} "} for basket in 5 * baskets]
+    data, catalogue = tmp_path / "rows.jsonl", tmp_path / "catalogue.txt"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    catalogue.write_text("lock\npump\nbell\ntyre\ntube\n")
+    base = luthier.tune(data, base="item-counts", name="x", data__validation_share=0).model_id
+    model = luthier.load(base)
+    found = model.nearest("lock", catalogue, count=4)
+    names = [each.name for each in found]  # type: ignore[union-attr]
+    assert names[0] == "bell" and "lock" not in names and len(names) == 4
+    asked, answers = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text('{"seen": ["tyre"]}\n{"seen": ["tent"]}\n')
+    run(base, catalogue, "--input", asked, "--map", "history=seen", "--output", answers, "--top", 1)
+    read = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [[each["name"] for each in row["nearest"]] for row in read] == [["tube"], []]
+    refused = CliRunner().invoke(app, ["nearest", base, str(catalogue), "tent"])
+    assert refused.exit_code == 2

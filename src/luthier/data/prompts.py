@@ -24,7 +24,13 @@ from luthier.data.shapes.base import Shape
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage
 from luthier.data.shapes.questions import AnsweredQuestion
-from luthier.data.shapes.texts import QueryDocument, RawText, TaggedWords, TextPair
+from luthier.data.shapes.texts import (
+    QueryDocument,
+    RawText,
+    TaggedWords,
+    TextPair,
+    history_text,
+)
 from luthier.errors import DataError, Location, Problem, RowRefused, line_text
 from luthier.types import Row
 
@@ -182,6 +188,12 @@ class InputChecker(Checker):
             return TextPair(self.file, line, str(pair[0]), str(pair[1]))
         if isinstance(text, str) and text.strip():
             return RawText(self.file, line, text)
+        if "history" in own:
+            try:
+                return RawText(self.file, line, history_text(own["history"]))
+            except RowRefused as bad:
+                self.report(bad.rule, bad.problem.message, bad.problem.advice)
+                return None
         if "prompt" in own and isinstance(reply, str):
             prompt = self.text(own, "prompt")
             return PromptCompletion(self.file, line, prompt, reply) if prompt else None
@@ -235,7 +247,8 @@ def load_inputs(
 ) -> list[tuple[Record, Row]]:
     """Return each record of a source with its input for an encoder or media model.
 
-    Inputs are ``text``, words under ``tokens``, or ``prompt`` and ``completion``. In a plain-text
+    Inputs are ``text``, words under ``tokens``, items under ``history``, or ``prompt`` and
+    ``completion``. In a plain-text
     file, each non-blank line is a text. No record may have the key ``reserved``.
 
     Raises:

@@ -50,7 +50,7 @@ class NearestRows:
     """Nearest rows of each query."""
 
     neighbours: list[list[Neighbour]]
-    """The nearest first."""
+    """The nearest first; empty for a query whose words or items the model does not know."""
     embedded: int
     """Number of newly embedded contents; all further contents were in the index."""
 
@@ -65,6 +65,8 @@ def find_nearest(
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> NearestRows:
     """Return the ``count`` rows nearest to each query.
+
+    A query of several lines is a history of items, whose items are left out.
 
     Args:
         predictor: the model in memory.
@@ -92,15 +94,26 @@ def find_nearest(
     embeddings = EmbeddingIndex.open(index, stored)
     query_QH, _ = predictor.embed_rows(queries)
     row_NH, embedded = embeddings.embeddings_of(predictor, rows, on_progress)
-    places_QK, scores_QK = nearest(query_QH, row_NH, count)
-    neighbours = [
-        [
+    of_items = predictor.network.model.config.model_type == "item_counts"
+    seen = [_items(row.plain_text(), of_items) for row in queries]
+    places_QK, scores_QK = nearest(query_QH, row_NH, count + max(map(len, seen)))
+    neighbours = list[list[Neighbour]]()
+    for query_H, items, places_K, scores_K in zip(
+        query_QH, seen, places_QK.tolist(), scores_QK.tolist(), strict=True
+    ):
+        near = [
             Neighbour(place, rows[place].excerpt() or rows[place].plain_text(), score)
             for place, score in zip(places_K, scores_K, strict=True)
+            if query_H.any() and rows[place].plain_text() not in items
         ]
-        for places_K, scores_K in zip(places_QK.tolist(), scores_QK.tolist(), strict=True)
-    ]
+        neighbours.append(near[:count])
     return NearestRows(neighbours, embedded)
+
+
+def _items(text: str, of_items: bool) -> frozenset[str]:
+    """Return the items of a history; empty for other texts."""
+    lines = text.splitlines()
+    return frozenset(line.strip() for line in lines) if of_items or len(lines) > 1 else frozenset()
 
 
 class EmbeddingIndex:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from transformers import AutoModelForSequenceClassification
@@ -52,10 +53,20 @@ def test_documents_as_objects(client: openai.OpenAI, tiny_reranker: str) -> None
 
 
 @pytest.mark.usefixtures("tiny_encoder")
+def test_embedding_model_ranks_by_cosine(client: openai.OpenAI) -> None:
+    made = client.embeddings.create(model="tiny-encoder", input=["a fox", *DOCUMENTS])
+    query, *vectors = (each.embedding for each in made.data)
+    for each in rerank(client)["results"]:
+        assert each["relevance_score"] == pytest.approx(
+            np.dot(query, vectors[each["index"]]), abs=1e-5
+        )
+
+
+@pytest.mark.usefixtures("tiny_encoder", "tiny_base")
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
-        ({}, "model"),
+        ({"model": "tiny"}, "model"),
         ({"documents": []}, "documents"),
         ({"documents": [{"title": "a"}]}, "documents[0].text"),
         ({"documents": [{"text": ""}]}, "documents[0].text"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.terminal.console import (
+    check_json_lines,
     check_output,
     heavy_imports,
     note,
     print_text,
     print_written,
+    write_json,
 )
 from luthier.cli.terminal.options import AtLeastOne, Mapped, RowSource
 from luthier.errors import RecipeError
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from luthier.media.processors import ImageProcessor
     from luthier.types import Row
 
+NEAREST = "nearest"
+"""Field of the neighbours, next to the fields of the row."""
 WORTH_STORING = 1_000
 """Minimum number of rows for a note about index files."""
 SHOWN = 200
@@ -41,29 +46,32 @@ class Neighbours:
     """Number of rows with a new embedding; other embeddings come from the index file."""
     seconds: float
     neighbours: list[dict[str, Any]]
-    """Name, score, and the row's id and label, if any; nearest first."""
+    """Name, score, and the row's id and label, if any; nearest first. For a file of queries, its rows
+    with ``nearest``."""
 
 
 def nearest(
     model: str,
     data: RowSource,
-    query: str,
+    query: str | None = None,
     *,
+    input: str | None = None,
     top: AtLeastOne = 10,
     index: Path | None = None,
     output: Path | None = None,
     columns: Mapped = None,
     reporter: Reporter | None = None,
 ) -> Neighbours:
-    """Find the rows most similar to a query.
+    """Find the rows most similar to a query, or to each row of a file.
 
     Args:
         model: Id of an embedding model.
         data: File of rows, or folder or archive of images or audio.
         query: A text, or the path of an image or audio file.
+        input: File of queries or of histories of items, not a query.
         top: Number of rows.
         index: File that stores the embeddings for the next command.
-        output: PNG file with the query and the nearest images.
+        output: PNG of the nearest images; with --input, rows as JSONL.
         columns: Column of a key, e.g. prompt=question; repeatable.
         reporter: Receives progress; silent if not given.
 
@@ -73,13 +81,19 @@ def nearest(
     Raises:
         RefusedInput: for unreadable rows, or a model without embeddings.
     """
-    if not query.strip():
+    if (query is None) == (input is None):
+        raise RecipeError("a query is missing: name a query or --input FILE, not both")
+    if query is not None and not query.strip():
         raise RecipeError("the query is empty")
+    if input is not None:
+        check_json_lines(output)
     check_output(output, data)
     check_output(index, data)
     with heavy_imports():
         from luthier.data.prompts import input_row, load_inputs
         from luthier.engine.metrics import Reporter
+        from luthier.files import json_lines, write_bytes
+        from luthier.formatting import did_you_mean
         from luthier.inference.embeddings import embedding_notes, gives_embeddings
         from luthier.inference.nearest import find_nearest
         from luthier.inference.prediction import Predictor
@@ -87,19 +101,39 @@ def nearest(
         from luthier.media.processors import ImageProcessor
 
     reporter = reporter or Reporter()
-    records = load_inputs(data, columns)
+    records = load_inputs(data, None if input else columns)
     rows = [row for _, row in records]
     stored = check_active(find(model, is_able=gives_embeddings))
     predictor = Predictor.open(stored)
     for text in embedding_notes(stored):
         reporter.note(text)
-    queried = input_row(query, "the command line")
+    asked = (
+        [({}, input_row(query, "the command line"))]
+        if query is not None
+        else load_inputs(input or "", columns, NEAREST)
+    )
+    queries = [row for _, row in asked]
     started = time.monotonic()
     found = find_nearest(
-        predictor, stored, [queried], rows, top, index,
+        predictor, stored, queries, rows, top, index,
         lambda done: reporter.progress(done, len(rows), "embed"),
     )  # fmt: skip
-    near = found.neighbours[0]
+    near, (queried, *_) = found.neighbours[0], queries
+    if input is not None:
+        answers = [
+            {**record, NEAREST: [{"name": each.name, "score": each.score} for each in near]}
+            for (record, _), near in zip(asked, found.neighbours, strict=True)
+        ]
+        if output is not None:
+            write_bytes(output, json_lines(answers).encode())
+        seconds = time.monotonic() - started
+        return Neighbours(model, len(rows), found.embedded, seconds, answers)
+    if not near:
+        names = (row.plain_text() for row in rows)
+        raise RecipeError(
+            f"{model} knows no word or item of {query!r}: "
+            + did_you_mean(query, names, "write one item per line, as in the training rows")
+        )
     if output is not None:
         processor = predictor.chat.media
         if not isinstance(processor, ImageProcessor):
@@ -112,8 +146,16 @@ def nearest(
     return Neighbours(model, len(rows), found.embedded, time.monotonic() - started, report)
 
 
-def show_neighbours(found: Neighbours, index: Path | None, output: Path | None) -> None:
-    """Print a line for each neighbour."""
+def show_neighbours(
+    found: Neighbours, input: str | None, index: Path | None, output: Path | None
+) -> None:
+    """Print a line for each neighbour, or the rows of a file of queries."""
+    if input is not None:
+        if output is None:
+            write_json("".join(json.dumps(each) + "\n" for each in found.neighbours))
+        else:
+            print_written(len(found.neighbours), "rows", output)
+        return
     for line in found.neighbours:
         label = f"  [{line['label']}]" if "label" in line else ""
         name = " ".join(line["name"].split())

@@ -374,6 +374,36 @@ MOST_ITEMS = 1_000
 """Items of a history."""
 
 
+def history_text(items: object) -> str:
+    """Return the items of a history as lines, the latest first.
+
+    Raises:
+        RowRefused: for other values than an array of items.
+    """
+    if not isinstance(items, list) or not 1 <= len(items) <= MOST_ITEMS:
+        count = f"has {len(items):,}" if isinstance(items, list) else f"is {json_kind(items)}"
+        raise RowRefused(
+            "history.type",
+            f'"history" must be an array of 1 to {MOST_ITEMS:,} items, but {count}.',
+            'Write "history": ["an item", "a later one"].',
+        )
+    return "\n".join(map(_item_text, reversed(items)))
+
+
+def _item_text(item: object) -> str:
+    # Items may be numbers. A float is refused, because 12.0 and 12 would be two items.
+    text = str(item) if type(item) is int else item
+    # An item is a line of the anchor. `splitlines` also knows U+2028 and other ends of lines.
+    if not isinstance(text, str) or not text.strip() or len(text.splitlines()) > 1:
+        raise RowRefused(
+            "history.item",
+            "an item is not a text of one line.",
+            "Write each item as one line, identical in every row.",
+        )
+    # Lines of a catalogue have no spaces at the ends.
+    return text.strip()
+
+
 @dataclass(frozen=True, slots=True)
 class History(TextPair):
     """A user's chosen items in chronological order, and the next item.
@@ -399,29 +429,11 @@ class History(TextPair):
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         items, item = record["history"], record["item"]
-        if isinstance(items, list):
-            # Items may be numbers. A float is refused, because 12.0 and 12 would be two items.
-            items = [str(each) if type(each) is int else each for each in items]
         item = str(item) if type(item) is int else fields.text(record, "item")
-        if not isinstance(items, list) or not 1 <= len(items) <= MOST_ITEMS:
-            count = f"has {len(items):,}" if isinstance(items, list) else f"is {json_kind(items)}"
-            raise RowRefused(
-                "history.type",
-                f'"history" must be an array of 1 to {MOST_ITEMS:,} items, but {count}.',
-                'Write "history": ["an item", "a later one"].',
-            )
+        text = history_text(items)
         if item is None:
             return None
-        for each in (*items, item):
-            # An item is a line of the anchor. `splitlines` also knows U+2028 and other ends of
-            # lines.
-            if not isinstance(each, str) or not each.strip() or len(each.splitlines()) > 1:
-                raise RowRefused(
-                    "history.item",
-                    "an item is not a text of one line.",
-                    "Write each item as one line, identical in every row.",
-                )
-        return cls(fields.file, fields.line, "\n".join(reversed(items)), item)
+        return cls(fields.file, fields.line, text, _item_text(item))
 
     @property
     def items(self) -> list[str]:

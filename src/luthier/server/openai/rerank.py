@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field
 
 from luthier.data.shapes.texts import QueryDocument
+from luthier.library.models import find
 from luthier.server.http.routes import MODEL_SLOT
 from luthier.server.openai.embeddings import MOST_INPUTS
 from luthier.server.openai.generation import refusals
@@ -36,17 +38,25 @@ class RerankRequest(StrictBody):
 
 @router.post("/rerank", name="rerank.create", dependencies=[MODEL_SLOT])
 def create(call: OpenAICall, body: RerankRequest) -> JsonObject:
-    """Return the documents in the order of their relevance to the query."""
+    """Return the documents in the order of their relevance to the query.
+
+    The relevance of an embedding model is the cosine of query and document.
+    """
     inference = call.context.inference
-    target = inference.target(call.account, body.model)
+    stored_id = inference.target(call.account, body.model).stored_id
     texts = [each if isinstance(each, str) else each.text for each in body.documents]
-    pairs = [QueryDocument("", n, body.query, text) for n, text in enumerate(texts, 1)]
     with refusals(body.model, "documents"):
-        answers = inference.pool.predict(target.stored_id, pairs)
-    order = sorted(range(len(pairs)), key=lambda index: -answers[index]["score"])
+        if find(stored_id).objective.task.embeds:
+            found = inference.pool.embed(stored_id, [body.query, *texts])
+            query_H, *vectors_NH = np.array([each.vector for each in found])
+            scores = [float(query_H @ vector_H) for vector_H in vectors_NH]
+        else:
+            pairs = [QueryDocument("", n, body.query, text) for n, text in enumerate(texts, 1)]
+            scores = [each["score"] for each in inference.pool.predict(stored_id, pairs)]
+    order = sorted(range(len(texts)), key=lambda index: -scores[index])
     results: list[JsonObject] = []
     for index in order[: body.top_n]:
-        result: JsonObject = {"index": index, "relevance_score": answers[index]["score"]}
+        result: JsonObject = {"index": index, "relevance_score": scores[index]}
         if body.return_documents:
             result["document"] = {"text": texts[index]}
         results.append(result)
