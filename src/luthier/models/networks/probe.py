@@ -32,7 +32,14 @@ from luthier.files import luthier_home, read_json, write_json
 from luthier.models.networks.attention import Scoring, additive_mask, dense_attention
 from luthier.models.networks.fused import fuse
 from luthier.models.networks.head_forward import logits_of
-from luthier.models.networks.heads import HEADS, HeadKind, decoder_of, decoder_opening, head_kind
+from luthier.models.networks.heads import (
+    FITTED,
+    HEADS,
+    HeadKind,
+    decoder_of,
+    decoder_opening,
+    head_kind,
+)
 from luthier.models.networks.layers import first_layer_alone
 from luthier.models.networks.layouts import Flat
 from luthier.models.networks.modalities import (
@@ -331,7 +338,8 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
     """
     probe, record = Probe(model, device, has_long_row=True), _record(model, device)
     if (known := _read_record(record)) is not None:
-        network = Network(model, device, dtype, known["is_bidirectional"])
+        is_bidirectional = model.config.model_type in FITTED or known["is_bidirectional"]
+        network = Network(model, device, dtype, is_bidirectional)
         fuse(model)
         model.eval()
         with torch.no_grad():
@@ -344,7 +352,8 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         expected = probe.plain()
         if probe.is_random(expected):
             raise refusal(model, "outputs for equal rows are random")
-        is_bidirectional = probe.is_bidirectional()
+        # A fitted network has zeros for unknown words, and the probe's words are unknown.
+        is_bidirectional = model.config.model_type in FITTED or probe.is_bidirectional()
         wanted = probe.uncached_logits(expected) if decodes else []
     if decodes and is_bidirectional:
         raise refusal(model, "tokens attend to later tokens")

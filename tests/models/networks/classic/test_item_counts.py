@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,6 @@ def test_base_recommends_items_of_the_same_kind(tmp_path: Path, luthier_home: Pa
     # Eight items of the kind are left: the history is left out.
     assert next(iter(found)) == "recall_at_10" and found["recall_at_10"] == 1
     assert found["recall_at_1"] == pytest.approx(1 / 8, abs=0.15)
+    # A new home, such as after an upgrade, opens the fitted network before the base.
+    shutil.rmtree(luthier_home / "probes")
+    assert luthier.evaluate(tuned.model_id, tmp_path / "test.jsonl").scores == found
