@@ -27,7 +27,7 @@ from luthier.server.retraining import FRESH_SHARE
 
 LONGEST = 800
 """Characters of an advisory in a prompt."""
-BASES = {"classifier": "all-minilm-l6-v2", "generator": "smollm2-135m-instruct"}
+BASES = {"classifier": "tfidf", "generator": "smollm2-135m-instruct"}
 METRICS = {"classifier": "accuracy", "generator": "rouge_l"}
 ROUGE_L = {
     "rouge_l": {

@@ -92,7 +92,7 @@ def promotion_verdict(
         return f"Do not promote {name}: significantly worse than {plan['model']}: {figures}."
     command = f"luthier live promote {plan['deployment'] or 'DEPLOYMENT'} {name}"
     if not gains and not (plan["base_changed"] and faster):
-        # Rows of the latest weeks are few. In a simulated year, keeping each such model cost 1 to 3
+        # Rows of the latest weeks are few. In simulated years, keeping each such model cost 0.4 to 3.5
         # points (docs/results.md); a canary ends the doubt on all requests.
         if fresh_change > 0:
             return (
