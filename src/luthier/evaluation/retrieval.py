@@ -336,10 +336,17 @@ def _words(texts: Sequence[str], ids: bool = True) -> Any:
 
 
 def bm25_ranks(
-    anchors: Sequence[str], texts: Sequence[str], others: Sequence[str] = ()
+    anchors: Sequence[str],
+    texts: Sequence[str],
+    others: Sequence[str] = (),
+    seen_PU: csr_array | None = None,
 ) -> NDArray[np.int64]:
     """Return ranks as :func:`partner_ranks`, by BM25. ``others`` are additional candidates."""
     index = BM25Index([*dict.fromkeys(texts), *others])
+    if seen_PU is not None:
+        return _unseen_ranks(
+            seen_PU, texts, lambda part: np.stack([*map(index.scores, anchors[part])])
+        )
     both = zip(map(index.scores, anchors), number_keys(texts), strict=True)
     return np.array([_rank(scores_U, own) for scores_U, own in both], dtype=np.int64)
 

@@ -273,20 +273,24 @@ def _others(rows: Sequence[TextPair]) -> list[str]:
 def _pair_methods(
     train: Sequence[TextPair], held: Sequence[TextPair], others: Sequence[str] = ()
 ) -> Iterator[Method]:
-    asked, partners = [row.text for row in held], [row.positive for row in held]
+    asked, partners, seen_PU = [row.text for row in held], [row.positive for row in held], None
     if (histories := of_shape(History, train)) and (waiting := of_shape(History, held)):
         chosen = [[*row.items, row.positive] for row in histories]
         known = [item for items in chosen for item in items]
         seen = [row.items for row in waiting]
+        seen_PU = seen_items(seen, partners, others)
         yield Method(
             "the most popular items", lambda _: popularity_ranks(known, partners, seen, others)
         )
         yield Method(ITEM_COUNTS, lambda _: item_ranks(chosen, seen, partners, others))
-    yield Method("BM25 on words", lambda _: bm25_ranks(asked, partners, others))
+    yield Method("BM25 on words", lambda _: bm25_ranks(asked, partners, others, seen_PU))
 
     def as_it_is(states: States) -> NDArray[np.int64]:
         assert states.partner_QH is not None
-        return partner_ranks(states.held_QH.numpy(), states.partner_QH.numpy(), partners)
+        # Only without `others`, which have no states.
+        return partner_ranks(
+            states.held_QH.numpy(), states.partner_QH.numpy(), partners, seen_PU=seen_PU
+        )
 
     yield Method("the base model as it is", as_it_is, reads_states=True)
 
