@@ -484,8 +484,9 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
         method = _method_of(value, table, {"objective": "sft", "adaptation": "lora"}[kind])
         value = {"method": method, **value}
     if not isinstance(method, str) or method not in table:
+        fields = ((name, getattr(part, "model_fields", {})) for name, part in table.items())
         owners = [
-            name for name, part in table.items() if method in getattr(part, "model_fields", ())
+            name for name, each in fields if method in each and each[method].annotation is bool
         ]
         if owners:
             raise ValueError(
@@ -551,7 +552,10 @@ def _unknown_field(where: str, kind: type[BaseModel]) -> str:
     group = group.split(".")[0]
     owners = [name for name, part in tables.get(group, {}).items() if field in part.model_fields]
     if owners:
-        return f"belongs to {group} {' or '.join(owners)}: add `{group}.method={owners[0]}`"
+        choice = f"add `{group}.method={owners[0]}`"
+        if len(owners) > 1:
+            choice = f"set `{group}.method` to one of them"
+        return f"belongs to {group} {' or '.join(owners)}: {choice}"
     if not group and (
         homes := [name for name, fields in fields_of_group.items() if field in fields]
     ):

@@ -223,3 +223,13 @@ def test_neighbouring_windows_stay_in_same_split(tmp_path: Path) -> None:
     assert len(set(groups.tolist())) == 6  # lines are counted from the header
     for part in ([0, 9, STRETCH - 3], [STRETCH - 2, STRETCH, 2 * STRETCH - 3]):
         assert len({groups[n] for n in part}) == 1
+
+
+def test_missing_label_column_is_reported_with_the_nearest_name(tmp_path: Path) -> None:
+    path = tmp_path / "pump.csv"
+    lines = [f"2026-01-01 00:00:{second:02},{second},0" for second in range(30)]
+    path.write_text("\n".join(["time,flow,anomaly", *lines]))
+    with pytest.raises(DataError) as refused:
+        load_rows(str(path), columns={"label": "anomalie"})
+    (problem,) = refused.value.problems
+    assert problem.rule == "column.missing" and "anomaly" in (problem.advice or "")

@@ -21,7 +21,7 @@ from luthier.data.files.parsing import Record, quote
 from luthier.data.formats import KEYS
 from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, MOST_COLUMNS, Media
 from luthier.errors import Location, Problem, RowRefused
-from luthier.formatting import list_some
+from luthier.formatting import list_some, nearest_name
 from luthier.media.series_times import is_date, parse_number, parse_times
 
 FIRST_LINES = 1_000
@@ -49,6 +49,12 @@ def read_series(
     table = chain(lines, records)
     names = [name for name in first[1] if columns.get(name) != ""]
     label = columns.get("label") or next((name for name in names if _is_label(name)), "")
+    if label and label not in first[1]:
+        near = nearest_name(label, names)
+        fix = f"Did you mean {quote(near)}?" if near else f"Choose one of {list_some(names, 20)}."
+        message = f"The column {quote(label)} is missing."
+        problems.append(Problem("column.missing", message, fix, Location(file, first[0])))
+        return iter(())
     names = [name for name in names if name != label]
     if columns.keys() & {"timestamp", "value"}:
         time = columns.get("timestamp") or names[0]

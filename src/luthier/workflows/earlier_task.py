@@ -285,5 +285,8 @@ def _probe(
             f"{fit} is fitted on the frozen states of each network ({len(learned):,} rows) and "
             f"scored on {len(held):,} other rows"
         )
-    remark = f"{name}: the models have no common head for these rows, so {how}"
+    remark = (
+        f"{name}: the models have no common head for these rows: the tuned model no longer gives these "
+        f"answers. The score is a probe of what its network still knows: {how}"
+    )
     return MetricChange(f"{name}, probe", measure, *scores), remark

@@ -170,6 +170,8 @@ class CellResult:
     """Score of the earlier task before training."""
     earlier_is_share: bool = False
     """True if the score of the earlier task is in percent."""
+    earlier_remarks: Sequence[str] = ()
+    """Limits of the score of the earlier task."""
     verdict: str = ""
     """Outcome of the run, such as ``learned``."""
     reason: str = ""
@@ -351,6 +353,8 @@ def _measure(folder: Path, reporter: Reporter) -> None:
             "earlier_error": difference.error,
             "earlier_start": change.base.value,
             "earlier_is_share": change.measure in SHARES or change.base.is_share,
+            # The tuned model has a name of its own in each cell.
+            "earlier_remarks": [r for r in found.remarks if not r.startswith(f"{stored.id}:")],
         }
     training = job.recipe.training
     # The metrics file has minus the reward, because the engine minimizes.

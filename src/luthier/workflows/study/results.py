@@ -195,7 +195,16 @@ class Study(Tabular):
                 f"{self.held_out:,} held-out rows show differences of {self.text(least)} and more. "
                 "* is within chance of the best."
             )
-        return [*lines, f"train the choice: {self.command}"] if self.command else lines
+        if self.chosen is not None and (change := _earlier_text(self.chosen)):
+            lines.append(f"{self.chosen.name}, earlier task before training and change: {change}")
+        lines += dict.fromkeys(
+            remark
+            for row in self.measured
+            for each in row.outcomes
+            for remark in each.earlier_remarks
+        )
+        action = "store the start" if self.is_untrained else "train the choice"
+        return [*lines, f"{action}: {self.command}"] if self.command else lines
 
     def html(self, layout: str = PAGE) -> str:
         """Return the study as an HTML page or fragment."""
@@ -314,12 +323,15 @@ class Study(Tabular):
     @cached_property
     def chosen(self) -> StudyRow | None:
         """The cheapest row within chance of the best row and within the limits, or the best of these
-        if no other is clearly cheaper, in a search, or among numbers of rows.
+        if no other is clearly cheaper, in a search, or among numbers of rows; the smallest stored
+        model if no training improved on its start.
 
         If no row within chance of the best is within the limits, the best row within the limits.
         """
         able = [row for row in self.measured if self._is_allowed(row)]
         near = [row for row in able if self.is_within_chance(row)]
+        if self.is_untrained and near:  # equal weights
+            return min(near, key=lambda row: row.figure("saved_bytes") or math.inf)
         if self.is_search or self.more_rows is not None or not near:
             return able[0] if able else None
         cheapest = min(near, key=StudyRow.cost_of_training)
