@@ -20,10 +20,9 @@ def collect(bench: Bench) -> Found:
     for row in load_rows(str(bench.folder / "rows" / "test.jsonl")):
         assert isinstance(row, History)
         command = f"luthier nearest item-counts:counts rows/catalogue.txt {shlex.quote(row.text)}"
-        bench.run(f"{command} --top 20 --json > nearest.json")
+        bench.run(f"{command} --top 10 --json > nearest.json")
         found = json.loads((bench.folder / "nearest.json").read_text())
-        texts = [str(each["name"]) for each in found["neighbours"]]
-        new = [text for text in texts if text not in row.items][:10]
+        new = [str(each["name"]) for each in found["neighbours"]]  # without the items of the row
         if row.positive not in new:
             wrong = [f"bought: {', '.join(row.items[::-1])}", f"answer: {', '.join(new)}"]
             wrong.append(f"expected: {row.positive}")
