@@ -200,6 +200,19 @@ def test_unfinished_index_is_shown(
     assert show_index() == []
 
 
+def test_documents_of_a_deleted_folder_are_removed(indexed: str) -> None:
+    shown = show_index(indexed)
+    assert not isinstance(shown, list)
+    document = Path(shown.documents[0].path)
+    with pytest.raises(RefusedInput):
+        remove_index(indexed, document.parent / "other")
+    document.unlink()
+    remove_index(indexed, document)
+    left = show_index(indexed)
+    assert not isinstance(left, list)
+    assert [each.path for each in left.documents] == [e.path for e in shown.documents[1:]]
+
+
 def test_index_is_listed_searched_and_removed(indexed: str) -> None:
     assert [each.name for each in show_index()] == [indexed]  # type: ignore[union-attr]
     assert search_documents(indexed, "leave", top=1).passages[0].passage.heading == "Leave"

@@ -29,6 +29,7 @@ from luthier.errors import DataError, RecipeError, RefusedInput, location_text
 
 if not find_spec("markitdown"):  # importing takes seconds
     pytest.skip("needs the extra documents", allow_module_level=True)
+pptx = pytest.importorskip("pptx", reason="needs the extra documents")
 PdfDocument = pytest.importorskip("pypdfium2", reason="needs the extra documents").PdfDocument
 
 BODY = "Refunds are paid within fourteen days."
@@ -257,3 +258,17 @@ def test_linked_images_and_footnotes_leave_no_marks(tmp_path: Path) -> None:
     with DocumentReader.open() as reader:
         (page,) = reader.read(file).pages
     assert page.text.strip() == "Ducks eat grass."
+
+
+def test_slides_have_numbers_and_keep_their_text(tmp_path: Path) -> None:
+    deck = pptx.Presentation()
+    for title, text in (("Fees", "Ten euros."), ("Hours", "From nine.")):
+        slide = deck.slides.add_slide(deck.slide_layouts[1])
+        slide.shapes.title.text, slide.placeholders[1].text = title, text
+    file = tmp_path / "deck.pptx"
+    deck.save(str(file))
+    with DocumentReader.open() as reader:
+        pages = reader.read(file).pages
+    assert [page.number for page in pages] == [1, 2]
+    assert "Ten euros." in pages[0].text and "Hours" not in pages[0].text
+    assert not any("Slide number" in page.text for page in pages)

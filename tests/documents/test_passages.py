@@ -52,3 +52,17 @@ def test_comment_in_code_is_no_heading() -> None:
     text = "# Setup of C#\n\n```sh\n# create a folder\nmkdir a\n```\n\nDone."
     (passage,) = cut([DocumentPage(text)])
     assert passage.heading == "Setup of C#" and "# create a folder" in passage.text
+
+
+def test_heading_without_text_is_a_passage() -> None:
+    pages = [
+        DocumentPage("# Hours\n\n## Closed on Monday\n\n## Tuesday\n\nFrom nine.\n\n# Fees", 1),
+        DocumentPage("Ten euros.\n\n# End", 2),
+    ]
+    found = [(each.heading, each.text, each.page) for each in cut(pages)]
+    assert found == [
+        ("Hours", "Closed on Monday", 1),
+        ("Hours > Tuesday", "From nine.", 1),
+        ("Fees", "Ten euros.", 2),
+        ("", "End", 2),
+    ]

@@ -149,12 +149,14 @@ def index_documents(
             now = _files_state(paths)
             if now == before:
                 continue
-            before = now
             try:
                 summary = _update_index(paths, name, model, reporter)
-            except RefusedInput as error:  # an empty folder, or another process writes
-                reporter.note(f"not updated: {error}")
+            except RefusedInput as error:  # an empty folder, or another process writes: tried again
+                if str(error) not in known:
+                    known.add(str(error))
+                    reporter.note(f"not updated: {error}")
             else:
+                before = now
                 _note_changes(summary, known, reporter)
     return summary
 
@@ -283,18 +285,19 @@ def search_documents(
         return FoundPassages(found, not may_answer)
 
 
-def remove_index(name: str) -> None:
-    """Remove an index. The documents stay.
+def remove_index(name: str, source: Path | None = None) -> None:
+    """Remove an index, or its documents of a file or folder. The files stay.
 
     Args:
         name: Name of the index.
+        source: File or folder, which may be deleted already.
 
     Raises:
-        RefusedInput: for an unknown index, or while another process writes.
+        RefusedInput: for an unknown index or source, or while another process writes.
     """
     from luthier.documents.index import DocumentIndex
 
-    DocumentIndex.remove(name)
+    DocumentIndex.remove(name, source)
 
 
 def ask(

@@ -61,7 +61,7 @@ def study(
         seeds: Trainings of each combination, with different seeds.
         forgetting: Measure the drift from the base, for text generation.
         earlier: Rows of an earlier task, measured before and after.
-        at_most: Limit of the choice: ms=20, mb=50, minutes=5 or drift=1.
+        at_most: Limit of the choice, e.g. ms=20, mb=50 or earlier=2.
         max_minutes: Start no training that would exceed this time.
         search: Try N settings, also from ranges: --vary KEY=LOW..HIGH.
         parallel: Trainings at the same time; at most 5 on a cluster.

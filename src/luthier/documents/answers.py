@@ -63,7 +63,8 @@ class DocumentAnswer(Displayed):
         if self.declined:
             return [self.text]
         places = [f"[{n}] {each.place}" for n, each in self.sources.items()]
-        return [self.text, *([] if self.cited else [UNCITED]), *places[:4]]
+        remarks = [*([] if self.cited else [UNCITED]), *filter(None, [self.remark])]
+        return [self.text, *remarks, *places[:4]]
 
     def plain(self) -> dict[str, object]:
         """Return JSON values."""
@@ -73,6 +74,7 @@ class DocumentAnswer(Displayed):
             "declined": self.declined,
             "cited": list(self.cited),
             "passages": [each.plain() for each in self.passages],
+            **({"remark": self.remark} if self.remark else {}),
         }
 
 

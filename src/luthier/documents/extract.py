@@ -46,6 +46,8 @@ SCAN_SECONDS = 60.0
 """Time limit of a scanned page."""
 _ADDRESS = r"(?:[^()\s]|\([^()\s]*\))*"
 _LINK = re.compile(rf"!?\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\({_ADDRESS}(?:\s\"[^\"]*\")?\)")
+_SLIDE = re.compile(r"<!-- Slide number: (\d+) -->")
+"""Comment of markitdown before each slide."""
 _FOOTNOTE = re.compile(r"\[\w{1,3}\]")
 """Text of a link to a footnote, which would look like a citation."""
 
@@ -78,7 +80,11 @@ def extract(path: Path) -> dict[str, Any]:
         return _read_pdf(path)
     if ending not in (".html", ".htm"):  # a ZIP archive, as every other format
         _check_unpacked(path)
-    return {"pages": [[None, _read_with_markitdown(path, ending)]], "note": ""}
+    text = _read_with_markitdown(path, ending)
+    # Parts alternate: text, number, text. Before the first slide is no text.
+    parts = _SLIDE.split(text) if ending == ".pptx" else []
+    slides = [[int(number), slide] for number, slide in zip(parts[1::2], parts[2::2], strict=True)]
+    return {"pages": slides or [[None, text]], "note": ""}
 
 
 def _check_unpacked(path: Path) -> None:

@@ -195,17 +195,27 @@ class DocumentIndex:
             yield DocumentIndex(name, file, connection)
 
     @staticmethod
-    def remove(name: str) -> None:
-        """Remove the index ``name`` with all files.
+    def remove(name: str, source: Path | None = None) -> None:
+        """Remove the index ``name`` with all files, or its documents of a file or folder.
 
         Raises:
-            RecipeError: for an unknown name, or while another process writes.
+            RecipeError: for an unknown name, a source without documents in the index, or while
+                another process writes.
         """
         folder = DocumentIndex.folder(name)
         if not folder.is_dir():
             raise _unknown(name)
         with _writing(folder):
-            shutil.rmtree(folder)
+            if source is None:
+                shutil.rmtree(folder)
+                return
+            file = folder / read_json(folder / "current.json")["file"]
+            with open_file(file, may_create=True) as connection:
+                index = DocumentIndex(name, file, connection)
+                gone = [path for path in index.paths() if _is_in(path, [source.resolve()])]
+                if not gone:
+                    raise RecipeError(f'The index "{name}" has no documents in "{source}".')
+                index.delete(gone)
 
     @staticmethod
     @contextmanager
@@ -283,7 +293,7 @@ class DocumentIndex:
         gone = [
             path
             for (path,) in self._connection.execute("SELECT path FROM documents").fetchall()
-            if path not in present and any(Path(path).is_relative_to(root) for root in roots)
+            if path not in present and _is_in(path, roots)
         ]
         self.delete(gone)
         problems = [each for each in self.documents() if each.note or each.refused]
@@ -510,6 +520,10 @@ class DocumentIndex:
             self._connection.execute(
                 "INSERT OR REPLACE INTO about VALUES (?, ?)", (f"threshold{scorer}", str(value))
             )
+
+
+def _is_in(path: str, roots: Iterable[Path]) -> bool:
+    return any(Path(path).is_relative_to(root) for root in roots)
 
 
 def _tokenizer(language: str) -> str:

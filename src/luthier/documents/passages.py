@@ -36,18 +36,25 @@ def cut(pages: Iterable[DocumentPage]) -> Iterator[Passage]:
     """Yield the passages of a document. A passage ends before a heading; headings continue over
     pages."""
     path: list[tuple[int, str]] = []
+    bare: Passage | None = None
     for page in pages:
         parts: list[str] = []
         for block in _blocks(page.text):
             heading = _HEADING.fullmatch(block)
             if heading is None:
                 parts.append(block)
+                bare = None
                 continue
             yield from _pack(parts, path, page.number)
-            parts = []
-            level = len(heading[1])
+            parts, level = [], len(heading[1])
+            if bare is not None and level <= path[-1][0]:
+                yield bare
             path = [*((n, text) for n, text in path if n < level), (level, heading[2])]
+            # A heading without text, such as "Closed on Monday", is a passage of its own.
+            bare = Passage(heading[2], " > ".join(text for _, text in path[:-1]), page.number)
         yield from _pack(parts, path, page.number)
+    if bare is not None:
+        yield bare
 
 
 def windows(

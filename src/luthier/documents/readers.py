@@ -102,10 +102,16 @@ def document_files(sources: Sequence[Path]) -> list[Path]:
                 and not _leaves(each, source)
             }
             if not inside:
-                raise RecipeError(f'"{source}" has no documents. Supported: {", ".join(FORMATS)}')
+                raise RecipeError(
+                    f'"{source}" has no documents. Supported: {", ".join(FORMATS)}. '
+                    "`luthier index remove NAME FOLDER` removes deleted documents from an index."
+                )
             files |= inside
         elif not source.is_file():
-            raise RecipeError(f'"{source}" does not exist.')
+            raise RecipeError(
+                f'"{source}" does not exist. `luthier index remove NAME SOURCE` removes deleted '
+                "documents from an index."
+            )
         elif source.suffix.lower() not in FORMATS:
             raise RecipeError(f'"{source}" is not a document. Supported: {", ".join(FORMATS)}')
         else:

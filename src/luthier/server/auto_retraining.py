@@ -120,8 +120,16 @@ def _reason(session: Session, endpoint: Endpoint) -> str | None:
     running = job is not None and job.state not in jobs.ENDED and not retraining.is_draft(job)
     if rule is None or running:
         return None
-    if rule["reason"] or rule["rows"] is None:
-        return rule["reason"]
+    reason, rows = rule["reason"], rule["rows"]
+    # Drift and falls last until another model serves: without new ratings, a second draft for the same
+    # model would be the first again.
+    serving = stored_id_of(session, endpoint.model)
+    is_tried = job is not None and not retraining.is_draft(job)
+    is_tried = is_tried and job.details["retraining"]["stored_id"] == serving
+    if reason and not is_tried:
+        return reason
+    if not reason and rows is None:
+        return None
     name = model_name(session, endpoint.model)
     requests = requests_to(endpoint.account, name).order_by(None)
     count = session.scalar(
@@ -131,4 +139,6 @@ def _reason(session: Session, endpoint: Endpoint) -> str | None:
             Feedback.name.in_(RATINGS),
         )
     )
-    return f"{count} newly rated requests" if (count or 0) >= rule["rows"] else None
+    if reason and (count or 0) >= retraining.LEAST_NEW:
+        return reason
+    return f"{count} newly rated requests" if rows is not None and (count or 0) >= rows else None

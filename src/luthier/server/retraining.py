@@ -446,7 +446,10 @@ def _as_pair(row: Row) -> Row | None:
     turns = row.get("messages")
     if turns is None:
         return row
-    if len(turns) != 2 or not isinstance(turns[0]["content"], str) or not turns[1].get("content"):
+    is_plain = "tools" not in row and all(turn.keys() <= {"role", "content"} for turn in turns)
+    if not is_plain or len(turns) != 2:
+        return None
+    if not isinstance(turns[0]["content"], str) or not turns[1]["content"]:
         return None
     texts = {"prompt": turns[0]["content"], "completion": turns[1]["content"]}
     return {**texts, "requests": row["requests"]}

@@ -270,7 +270,6 @@ def test_killed_ingestion_continues_with_another_server(
     [
         ("broken.pdf", b"%PDF-1.7 nothing", "invalid_file"),
         ("empty.md", b" \n", "invalid_file"),
-        ("headings.md", b"# One\n\n## Two\n", "invalid_file"),
         ("latin.txt", "Caf\xe9".encode("latin-1"), "invalid_file"),
         ("program.exe", b"MZ", "unsupported_file"),
     ],

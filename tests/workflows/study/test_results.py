@@ -86,6 +86,10 @@ def test_choice_is_the_cheapest_within_chance_and_the_limits() -> None:
     assert chosen_name(rows) == "quick"
     assert chosen_name(rows, ms=20.0) == "poor"
     assert chosen_name(rows, ms=0.5) is None
+    keeps = {"earlier": -0.01, "earlier_is_share": True}
+    forgets = {**keeps, "earlier": -0.1}
+    rows = {"a": [outcome(380, 10, **forgets)], "b": [outcome(300, 20, **keeps)]}
+    assert (chosen_name(rows, earlier=2.0), chosen_name(rows, earlier=0.5)) == ("b", None)
 
 
 def test_seeds_that_differ_widen_the_error() -> None:
@@ -213,6 +217,8 @@ def test_change_of_an_earlier_task_has_an_error_by_rows_and_seeds() -> None:
     assert columns_of(found)["earlier ±"] == ["-0.150 0.054", "+0.000 *"]
     told = outcome(300, earlier=-0.01, earlier_error=0.02, earlier_start=0.9, earlier_is_share=True)
     assert columns_of(study_of({"a": [told]}))["earlier ±"] == ["90.0% -1.0% 2.0% *"]
+    stored = [outcome(300, steps=40, kept_step=step) for step in (0, 0)]
+    assert columns_of(study_of({"a": stored}))["steps"] == ["0 of 40"]
     assert found.rows[0].error_of("seconds") == 0
 
 

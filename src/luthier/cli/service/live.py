@@ -388,7 +388,7 @@ def retrain(
     model: str,
     *,
     base: str | None = None,
-    since: str = "30d",
+    since: str | None = None,
     start: bool = False,
     show: bool = False,
     account: Account = FIRST_ACCOUNT,
@@ -400,7 +400,7 @@ def retrain(
     Args:
         model: Custom model, or a deployment.
         base: New base model; the model's base by default.
-        since: Only requests of this period: 30d, 12h or 2026-01-31.
+        since: Only requests of 30d (default), 12h or 2026-01-31.
         start: Start the draft.
         show: Show the last retraining and its verdict.
     """
@@ -412,6 +412,10 @@ def retrain(
     from luthier.server.tables.accounts import quotas_of
     from luthier.server.tables.arns import Arns
 
+    if (since is not None and (start or show)) or (start and show):
+        raise RefusedInput(
+            "`since` prepares a draft. Use `start` or `show` in a command of its own."
+        )
     with open_database(database) as service:
         if start:
             job = retraining.start(service, Arns(region), account, model, base)
@@ -425,8 +429,8 @@ def retrain(
             with service.read() as session:
                 quotas = quotas_of(session, account, AccountQuotas())
             job = retraining.draft(
-                Locations(service), Arns(region), account, model, parse_since(since), base, quotas,
-                reads_paths=True,
+                Locations(service), Arns(region), account, model, parse_since(since or "30d"), base,
+                quotas, reads_paths=True,
             )  # fmt: skip
     return _retraining(job)
 
@@ -586,10 +590,11 @@ def show_settings(record: Record) -> None:
 
     state = "on" if record["enabled"] else "off"
     shown = {name: value for name, value in record.items() if name != "enabled"}
-    # A false value would not be printed, and a reader would miss that redaction is off.
-    shown["redact"] = "yes" if record["redact"] else "no"
+    if "redact" in record:
+        # A false value would not be printed, and a reader would miss that redaction is off.
+        shown["redact"] = "yes" if record["redact"] else "no"
     show_record({"capture": state} | shown)
-    if record["enabled"] and record["redact"]:
+    if record["enabled"] and record.get("redact"):
         print_text(NOT_SEARCHED)
 
 

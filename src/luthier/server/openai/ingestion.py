@@ -127,7 +127,7 @@ class IngestionRunner(BackgroundRunner[VectorStoreFile, Ingested]):
         stored, language = self._encoder(row, read)
         passages = _passages(read, stored, row)
         if not passages:
-            return "invalid_file", "The file has headings, but no text.", 0
+            return "invalid_file", "The file has no text.", 0
         contents = [each.content for each in passages]
         try:
             vectors = self.attempt(row, partial(self.search.embed, stored, contents))

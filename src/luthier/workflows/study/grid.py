@@ -39,8 +39,11 @@ FIXED = frozenset(
 )  # fmt: skip
 """Fields that a study sets, or that change the held-out rows."""
 _GROUPS = ("base", "objective", "adaptation")
-FIGURES = {"ms": "ms", "mb": "MB", "minutes": "minutes", "drift": "drift ±"}
-"""Figures with a limit, and their headings in the table."""
+EARLIER = "earlier ±"
+"""Heading of the score of an earlier task."""
+FIGURES = {"ms": "ms", "mb": "MB", "minutes": "minutes", "drift": "drift ±", "earlier": EARLIER}
+"""Figures with a limit, and their headings in the table. The limit of ``earlier`` is the loss, in
+points for shares."""
 NONE, ALL = "none", "all"
 TEACHER, TAUGHT = "teacher", "taught"
 """Name of a configuration, and value of the key ``student``."""
@@ -245,12 +248,12 @@ def check_grid(
             raise RecipeError(f"`{configuration.name}`: {error}", setting="vary") from error
 
 
-def check_limits(limits: Mapping[str, float], forgetting: bool) -> None:
+def check_limits(limits: Mapping[str, float], forgetting: bool, earlier: bool = False) -> None:
     """Check the limits of the choice.
 
     Raises:
-        RecipeError: for an unknown figure, a limit that is not above 0, or a limit of the drift
-            without its measurement.
+        RecipeError: for an unknown figure, a limit that is not above 0, or a limit of the drift or
+            of an earlier task without its measurement.
     """
     if unknown := next((name for name in limits if name not in FIGURES), None):
         raise RecipeError(
@@ -264,6 +267,8 @@ def check_limits(limits: Mapping[str, float], forgetting: bool) -> None:
             )
     if "drift" in limits and not forgetting:
         raise RecipeError("`at_most` drift needs `forgetting`.", setting="at_most")
+    if "earlier" in limits and not earlier:
+        raise RecipeError("`at_most` earlier needs `earlier`.", setting="at_most")
 
 
 def _faults(dimension: Dimension, recipe: Recipe) -> Iterator[str]:

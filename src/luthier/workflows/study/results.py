@@ -23,7 +23,7 @@ from luthier.evaluation.significance import (
 from luthier.pages import PAGE, Table, Tabular, summary_page, svg_address
 from luthier.workflows.study.cells import CellResult
 from luthier.workflows.study.extrapolation import MIN_POINTS, CurvePoint, MoreRows
-from luthier.workflows.study.grid import FIGURES, TEACHER, Configuration, Dimension
+from luthier.workflows.study.grid import EARLIER, FIGURES, TEACHER, Configuration, Dimension
 
 LEVEL = 0.05
 """Probability of any false significance in a study."""
@@ -193,7 +193,7 @@ class Study(Tabular):
         if (least := self.smallest_difference) is not None:
             lines.append(
                 f"{self.held_out:,} held-out rows show differences of {self.text(least)} and more. "
-                "* is within chance of the best."
+                "* is within chance of the best; for the earlier task, of no change."
             )
         if self.chosen is not None and (change := _earlier_text(self.chosen)):
             lines.append(f"{self.chosen.name}, earlier task before training and change: {change}")
@@ -433,6 +433,9 @@ class Study(Tabular):
 
 def figure_of(row: StudyRow, name: str) -> float | None:
     """Return a figure of :data:`FIGURES` in the unit of the limit."""
+    if name == "earlier":
+        change = row.figure("earlier")
+        return change and max(0.0, -change) * (100 if row.outcomes[0].earlier_is_share else 1)
     field, unit, _ = _COLUMNS[FIGURES[name]]
     value = row.figure(field)
     return None if value is None else value / unit
@@ -457,7 +460,8 @@ def columns_of(found: Study) -> dict[str, list[str]]:
         "gain": column(partial(_gain_text, found)),
         "kept": column(lambda row: f"{kept:.1%}" if (kept := found.kept(row)) else ""),
     }
-    columns["earlier ±"] = column(_earlier_text)
+    columns[EARLIER] = column(_earlier_text)
+    columns["steps"] = column(_steps_text)
     for heading, (name, unit, form) in _COLUMNS.items():
         columns[heading] = column(partial(figure, name=name, unit=unit, form=form))
     return {name: texts for name, texts in columns.items() if any(texts) or name == "score ±"}
@@ -466,7 +470,6 @@ def columns_of(found: Study) -> dict[str, list[str]]:
 _COLUMNS = {
     "drift ±": ("forgotten", 1.0, ".3f"),
     "tokens": ("prompt_tokens", 1.0, ",.0f"),
-    "steps": ("steps", 1.0, ",.0f"),
     "minutes": ("seconds", 60.0, ",.1f"),
     "CPU s": ("processor_seconds", 1.0, ",.0f"),
     "GB": ("peak_memory_bytes", 1e9, ".2f"),
@@ -475,7 +478,7 @@ _COLUMNS = {
     "ms": ("milliseconds", 1.0, ",.1f"),
 }
 """Heading of a figure, with field, unit and form."""
-_FIELDS = [name for name, _, _ in _COLUMNS.values()] + ["earlier", "earlier_start"]
+_FIELDS = [name for name, _, _ in _COLUMNS.values()] + ["steps", "earlier", "earlier_start"]
 
 
 def _score_text(found: Study, row: StudyRow) -> str:
@@ -499,6 +502,14 @@ def _gain_text(found: Study, row: StudyRow) -> str:
         return ""
     points = found.text(row.gain, signed=True)
     return points if row.relative_gain is None else f"{points} ({row.relative_gain:+.0%})"
+
+
+def _steps_text(row: StudyRow) -> str:
+    """Return the stored step, 0 for the weights from before training, of all steps."""
+    steps, kept = row.figure("steps"), row.figure("kept_step")
+    if steps is None:
+        return ""
+    return f"{steps:,.0f}" if kept is None else f"{kept:,.0f} of {steps:,.0f}"
 
 
 def _earlier_text(row: StudyRow) -> str:

@@ -87,7 +87,7 @@ def study(
     """
     reporter, runner = reporter or Reporter(), runner or CellRunner()
     limits = dict(limits or {})
-    check_limits(limits, forgetting)
+    check_limits(limits, forgetting, earlier is not None)
     check_grid(grid, dimensions, recipe, seeds, trials)
     keys = {key for each in grid for key in each.settings}
     if "base" in keys:
