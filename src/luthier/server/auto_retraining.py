@@ -124,9 +124,8 @@ def _reason(session: Session, endpoint: Endpoint) -> str | None:
     # Drift and falls last until another model serves: without new ratings, a second draft for the same
     # model would be the first again.
     serving = stored_id_of(session, endpoint.model)
-    is_tried = job is not None and not retraining.is_draft(job)
-    is_tried = is_tried and job.details["retraining"]["stored_id"] == serving
-    if reason and not is_tried:
+    tried = None if job is None or retraining.is_draft(job) else job.details["retraining"]
+    if reason and (tried is None or tried["stored_id"] != serving):
         return reason
     if not reason and rows is None:
         return None
