@@ -31,8 +31,8 @@ def outcome(
     return CellResult(
         measure="accuracy", value=scores.value, error=scores.error, rows=scores.plain(),
         start=start, seconds=seconds, processor_seconds=seconds, peak_memory_bytes=10**9,
-        trained_weights=1000, saved_bytes=2 * 10**6, training_rows=100, steps=10,
-        **{"order": "x", **fields},
+        trained_weights=1000, saved_bytes=2 * 10**6, training_rows=100,
+        **{"order": "x", "steps": 10, **fields},
     )  # fmt: skip
 
 

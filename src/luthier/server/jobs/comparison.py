@@ -100,9 +100,10 @@ def promotion_verdict(
         # Rows of the latest weeks are few. In two simulated years, keeping each such model out cost 0.4
         # and 3.5 points (docs/results.md); a canary ends the doubt on all requests.
         if fresh_change > 0:
+            command = " ".join([command, "--share", "0.5"])
             return (
                 f"Try {name} as a canary: better than {plan['model']} on fresh rows, within chance: "
-                f"{figures}. Run `{command} --share 0.5`"
+                f"{figures}. Run `{command}`"
             )
         return f"Keep {plan['model']}: {name} is not better on fresh rows: {figures}."
     why = "significantly better" if gains else "faster, and not significantly worse"
