@@ -189,11 +189,7 @@ class InputChecker(Checker):
         if isinstance(text, str) and text.strip():
             return RawText(self.file, line, text)
         if "history" in own:
-            try:
-                return RawText(self.file, line, history_text(own["history"]))
-            except RowRefused as bad:
-                self.report(bad.rule, bad.problem.message, bad.problem.advice)
-                return None
+            return self._or_problem(lambda: RawText(self.file, line, history_text(own["history"])))
         if "prompt" in own and isinstance(reply, str):
             prompt = self.text(own, "prompt")
             return PromptCompletion(self.file, line, prompt, reply) if prompt else None
@@ -202,13 +198,19 @@ class InputChecker(Checker):
             asked = AnsweredQuestion(self.file, line, question or "", context or "")
             return asked if question and context else None
         if "tokens" in own:
-            try:
-                return TaggedWords(self.file, line, read_words(own["tokens"], "tokens"), None)
-            except RowRefused as bad:
-                self.report(bad.rule, bad.problem.message, bad.problem.advice)
-                return None
+            return self._or_problem(
+                lambda: TaggedWords(self.file, line, read_words(own["tokens"], "tokens"), None)
+            )
         self.text(own, "text")
         return None
+
+    def _or_problem(self, read: Callable[[], Row]) -> Row | None:
+        """Return the row; ``None`` after reporting a refusal."""
+        try:
+            return read()
+        except RowRefused as bad:
+            self.report(bad.rule, bad.problem.message, bad.problem.advice)
+            return None
 
     def _column_fix(self, record: Record, key: str) -> str:
         # A prediction needs no label, so the advice names the text alone.
@@ -248,8 +250,8 @@ def load_inputs(
     """Return each record of a source with its input for an encoder or media model.
 
     Inputs are ``text``, words under ``tokens``, items under ``history``, or ``prompt`` and
-    ``completion``. In a plain-text
-    file, each non-blank line is a text. No record may have the key ``reserved``.
+    ``completion``. In a plain-text file, each non-blank line is a text. No record may have the key
+    ``reserved``.
 
     Raises:
         DataError: with all problems.

@@ -209,9 +209,7 @@ class DocumentIndex:
             if source is None:
                 shutil.rmtree(folder)
                 return
-            file = folder / read_json(folder / "current.json")["file"]
-            with open_file(file, may_create=True) as connection:
-                index = DocumentIndex(name, file, connection)
+            with DocumentIndex.open(name) as index:
                 gone = [path for path in index.paths() if _is_in(path, [source.resolve()])]
                 if not gone:
                     raise RecipeError(f'The index "{name}" has no documents in "{source}".')

@@ -98,15 +98,15 @@ def find_nearest(
     seen = [_items(row.plain_text(), of_items) for row in queries]
     places_QK, scores_QK = nearest(query_QH, row_NH, count + max(map(len, seen)))
     neighbours = list[list[Neighbour]]()
-    for query_H, items, places_K, scores_K in zip(
-        query_QH, seen, places_QK.tolist(), scores_QK.tolist(), strict=True
+    for is_known, items, places_K, scores_K in zip(
+        np.any(query_QH, axis=1).tolist(), seen, places_QK.tolist(), scores_QK.tolist(), strict=True
     ):
         near = [
             Neighbour(place, rows[place].excerpt() or rows[place].plain_text(), score)
             for place, score in zip(places_K, scores_K, strict=True)
-            if query_H.any() and rows[place].plain_text() not in items
+            if rows[place].plain_text() not in items
         ]
-        neighbours.append(near[:count])
+        neighbours.append(near[:count] if is_known else [])
     return NearestRows(neighbours, embedded)
 
 

@@ -107,18 +107,15 @@ def nearest(
     predictor = Predictor.open(stored)
     for text in embedding_notes(stored):
         reporter.note(text)
-    asked = (
-        [({}, input_row(query, "the command line"))]
-        if query is not None
-        else load_inputs(input or "", columns, NEAREST)
-    )
+    asked = load_inputs(input, columns, NEAREST) if input is not None else []
     queries = [row for _, row in asked]
+    if query is not None:
+        queries = [input_row(query, "the command line")]
     started = time.monotonic()
     found = find_nearest(
         predictor, stored, queries, rows, top, index,
         lambda done: reporter.progress(done, len(rows), "embed"),
     )  # fmt: skip
-    near, (queried, *_) = found.neighbours[0], queries
     if input is not None:
         answers = [
             {**record, NEAREST: [{"name": each.name, "score": each.score} for each in near]}
@@ -128,6 +125,7 @@ def nearest(
             write_bytes(output, json_lines(answers).encode())
         seconds = time.monotonic() - started
         return Neighbours(model, len(rows), found.embedded, seconds, answers)
+    near = found.neighbours[0]
     if not near:
         names = (row.plain_text() for row in rows)
         raise RecipeError(
@@ -138,7 +136,7 @@ def nearest(
         processor = predictor.chat.media
         if not isinstance(processor, ImageProcessor):
             raise RecipeError(f"--output needs a model with image input, and {model} has none")
-        _write_sheet([queried, *(rows[each.place] for each in near)], processor, output)
+        _write_sheet([*queries, *(rows[each.place] for each in near)], processor, output)
     report = [
         {"name": each.name, "score": each.score, **_id_and_label(records[each.place][0])}
         for each in near

@@ -337,9 +337,10 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         CorruptFile: for outputs that are not finite.
     """
     probe, record = Probe(model, device, has_long_row=True), _record(model, device)
+    # A fitted network has zeros for unknown words, and the probe's words are unknown.
+    is_fitted = model.config.model_type in FITTED
     if (known := _read_record(record)) is not None:
-        is_bidirectional = model.config.model_type in FITTED or known["is_bidirectional"]
-        network = Network(model, device, dtype, is_bidirectional)
+        network = Network(model, device, dtype, is_fitted or known["is_bidirectional"])
         fuse(model)
         model.eval()
         with torch.no_grad():
@@ -352,8 +353,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         expected = probe.plain()
         if probe.is_random(expected):
             raise refusal(model, "outputs for equal rows are random")
-        # A fitted network has zeros for unknown words, and the probe's words are unknown.
-        is_bidirectional = model.config.model_type in FITTED or probe.is_bidirectional()
+        is_bidirectional = is_fitted or probe.is_bidirectional()
         wanted = probe.uncached_logits(expected) if decodes else []
     if decodes and is_bidirectional:
         raise refusal(model, "tokens attend to later tokens")

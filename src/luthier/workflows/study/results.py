@@ -434,8 +434,9 @@ class Study(Tabular):
 def figure_of(row: StudyRow, name: str) -> float | None:
     """Return a figure of :data:`FIGURES` in the unit of the limit."""
     if name == "earlier":
-        change = row.figure("earlier")
-        return change and max(0.0, -change) * (100 if row.outcomes[0].earlier_is_share else 1)
+        if (change := row.figure("earlier")) is None:
+            return None
+        return max(0.0, -change) * (100 if row.outcomes[0].earlier_is_share else 1)
     field, unit, _ = _COLUMNS[FIGURES[name]]
     value = row.figure(field)
     return None if value is None else value / unit
@@ -459,9 +460,9 @@ def columns_of(found: Study) -> dict[str, list[str]]:
         "vs. best ±": column(partial(_apart_text, found)),
         "gain": column(partial(_gain_text, found)),
         "kept": column(lambda row: f"{kept:.1%}" if (kept := found.kept(row)) else ""),
+        EARLIER: column(_earlier_text),
+        "steps": column(_steps_text),
     }
-    columns[EARLIER] = column(_earlier_text)
-    columns["steps"] = column(_steps_text)
     for heading, (name, unit, form) in _COLUMNS.items():
         columns[heading] = column(partial(figure, name=name, unit=unit, form=form))
     return {name: texts for name, texts in columns.items() if any(texts) or name == "score ±"}
