@@ -1,11 +1,12 @@
 """Run the commands of a use-case page, and write its numbers and figures.
 
-    python benchmarks/use_cases.py NAME [--write]
+    python benchmarks/use_cases.py NAME [--write | --seed 1]
 
 The shell blocks of ``docs/use-cases/NAME.md`` run in an empty folder and a new LUTHIER_HOME with the
 base models of the current one. ``NAME.json`` next to the page keeps scores, intervals, processor
 seconds and sizes. Figures, tables and sentences between markers, the index page and ``index.json``
 are written from that file; ``--write`` writes them without a run.
+``--seed`` runs the commands with another seed, and adds the scores to ``NAME.json``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from pages.bench import (
     percent,
     picture,
     run,
+    scores_of_seeds,
+    scores_with,
     sentence,
     write,
 )
@@ -109,7 +112,9 @@ def write_index() -> None:
             ]
             lines.append([
                 f"[{use.name}](use-cases/{use.name}.md)", use.measure,
-                f"{compared['rows']:,} {use.unit}", ends_of[0], ends_of[1], rival["name"],
+                f"{compared['rows']:,} {use.unit}", ends_of[0],
+                ", ".join(f"{100 * score:.1f}" for score in scores_of_seeds(found)[1:]),
+                ends_of[1], rival["name"],
                 f"{sum(step['processor_seconds'] for step in found['steps']):,.0f}",
             ])  # fmt: skip
         entries.append(entry)
@@ -120,7 +125,16 @@ def write_index() -> None:
     index = PAGES / "index.md"
     index.write_text(fill(index.read_text(), "cards", "\n\n".join(cards)))
     results = ROOT / "docs" / "results.md"
-    heads = ["use case", "score", "test rows", "tuned", "best rival", "rival", "processor s"]
+    heads = [
+        "use case",
+        "score",
+        "test rows",
+        "tuned",
+        "seeds 1, 2",
+        "best rival",
+        "rival",
+        "processor s",
+    ]
     results.write_text(fill(results.read_text(), "use cases", table(heads, lines)))
 
 
@@ -130,12 +144,18 @@ def main() -> None:
     )
     parser.add_argument("name", choices=[*USES])
     parser.add_argument("--write", action="store_true", help="write from the stored results")
+    parser.add_argument("--seed", type=int, help="run with this seed, and add the scores")
     options = parser.parse_args()
     use = USES[options.name]
     stored = PAGES / f"{use.name}.json"
     if not options.write:
         write_index()  # `luthier examples` needs the name
-        found = run(use)
+        if options.seed is None:
+            found = run(use)
+        else:
+            scores = scores_with(use, options.seed)
+            found = json.loads(stored.read_text())  # after the run: two seeds may run at once
+            found.setdefault("other_seeds", {})[str(options.seed)] = scores
         stored.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     write(use, json.loads(stored.read_text()))
     write_index()

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -110,11 +111,18 @@ class Use:
         return [line for line in lines if line and not line.startswith("pip install")]
 
 
-def run(use: Use) -> Found:
-    """Run the commands of the page, and return what they measured."""
+@contextmanager
+def new_bench() -> Iterator[Bench]:
+    """Yield an empty folder and a new LUTHIER_HOME."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder, "work"), new_home(Path(folder)), [])
         bench.folder.mkdir()
+        yield bench
+
+
+def run(use: Use) -> Found:
+    """Run the commands of the page, and return what they measured."""
+    with new_bench() as bench:
         for command in use.commands:
             bench.run(command)
         steps = [*bench.steps]
@@ -129,6 +137,17 @@ def run(use: Use) -> Found:
         "steps": steps,
         **further,
     }
+
+
+def scores_with(use: Use, seed: int) -> dict[str, float]:
+    """Return the score of each contender if the page's trainings use another seed."""
+    with new_bench() as bench:
+        for command in use.commands:
+            bench.run(command.replace("luthier tune", f"luthier tune --seed {seed}"))
+        found: Found = {"steps": [*bench.steps]}
+        if not any("compare" in step["command"] for step in bench.steps):
+            found |= use.collect(bench)
+    return {each["name"]: each["score"] for each in comparison(found)["contenders"]}
 
 
 def comparison(found: Found) -> Found:
@@ -149,6 +168,15 @@ def ends(contenders: Sequence[Found]) -> tuple[Found, Found]:
 
 def percent(score: float) -> str:
     return f"{100 * score:.1f} %"
+
+
+def scores_of_seeds(found: Found) -> list[float]:
+    """Return the scores of the tuned model, a seed each; one score if no other seed ran."""
+    tuned, _ = ends(comparison(found)["contenders"])
+    return [
+        tuned["score"],
+        *(each[tuned["name"]] for each in found.get("other_seeds", {}).values()),
+    ]
 
 
 def sentence(use: Use, found: Found) -> str:
@@ -190,8 +218,10 @@ def result_table(use: Use, found: Found) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     total = sum(step["processor_seconds"] for step in found["steps"])
     shown = use.table(found) if use.table else contender_table(found)
+    scores = scores_of_seeds(found)
+    seeds = f"Tuned with {len(scores)} seeds: {', '.join(map(percent, scores))}. "
     return (
-        f"{shown}\n\nAll commands: {total:,.0f} processor seconds on "
+        f"{shown}\n\n{seeds if len(scores) > 1 else ''}All commands: {total:,.0f} processor seconds on "
         f"two shared cores, {found['date']}, with {versions}. [All numbers]({found['name']}.json)"
     )
 

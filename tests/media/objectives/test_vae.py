@@ -42,7 +42,9 @@ def image(number: int) -> Media:
 @pytest.fixture
 def network(family_folder: Callable[[str], Path]) -> Network:
     model = load_model(family_folder("vae"), torch.float32, CPU, VAE().head())
-    return as_network(model, CPU, torch.float32)
+    network = as_network(model, CPU, torch.float32)
+    network.chat = load_chat_format(family_folder("vae"))
+    return network
 
 
 @pytest.fixture
@@ -183,7 +185,9 @@ def window_network(tmp_path: Path, columns: int = 1) -> tuple[Network, ChatForma
     save_processor(WindowProcessor(6, columns), tmp_path)
     chat = load_chat_format(tmp_path)
     model = load_model(tmp_path, torch.float32, CPU, VAE().head())
-    return as_network(model.eval(), CPU, torch.float32), chat
+    network = as_network(model.eval(), CPU, torch.float32)
+    network.chat = chat
+    return network, chat
 
 
 @torch.no_grad()
@@ -244,6 +248,8 @@ def test_windows_of_too_few_values_are_not_judged(tmp_path: Path) -> None:
     assert [of_row[n]["anomalous"] for n in range(20)] == [None] * 5 + [False] * 15
     highest = max(of_row[n]["score"] for n in range(5, 20))
     assert fitted.threshold == pytest.approx(highest)  # of other batches: the last bit may differ
+    held, train = examples[5:8], examples[8:]  # held-out windows are neighbours
+    assert objective.finish(network, held, train, 100).rows == len(examples)
 
 
 @torch.no_grad()

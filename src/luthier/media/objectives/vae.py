@@ -12,8 +12,9 @@ arXiv:1511.06349, section 3.1).
 
 Inputs unlike the training rows have bad copies and distant latents: the anomaly score is the
 negative bound at the mean of the latents. The threshold is the smallest score that at most a share
-of ``false_alarms`` of the held-out rows exceeds, fixed after training. Windows of a time series
-with too few values are not scored. Values with the label of a fault are left out of training.
+of ``false_alarms`` of the held-out images, or of all windows of a time series, exceeds, fixed after
+training. Windows with too few values are not scored. Values with the label of a fault are left out
+of training.
 The base ``z-score`` has no latents: the score is the network's, and the usual threshold is 3.
 
 With ``likelihood = "bernoulli"``, the decoder gives the logit of each pixel, and the first term is the
@@ -278,7 +279,9 @@ class VAE(Generative):
         if network.is_fitted:
             return Finished(self.model_copy(update={"threshold": Z_THRESHOLD}))
         wanted_rows = math.ceil(1 / self.false_alarms) if self.false_alarms else 1
-        examples = rows_to_finish(held, train, wanted_rows)
+        # The held-out windows of a series are neighbours, so a few hours would set the threshold.
+        of_series = isinstance(chat_of(network).media, WindowProcessor)
+        examples = rows_to_finish(held, train, len(held) + 1 if of_series else wanted_rows)
         whole = [example for example in examples if _is_whole(example)]
         batches = network.batches(whole or examples, budget)
         scores = [score for batch in batches for score in self._scores(network, batch).tolist()]
