@@ -218,10 +218,11 @@ def result_table(use: Use, found: Found) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     total = sum(step["processor_seconds"] for step in found["steps"])
     shown = use.table(found) if use.table else contender_table(found)
-    scores = scores_of_seeds(found)
-    seeds = f"Tuned with {len(scores)} seeds: {', '.join(map(percent, scores))}. "
+    scores, seeds = scores_of_seeds(found), ""
+    if len(scores) > 1 and not use.table:
+        seeds = f"Tuned with {len(scores)} seeds: {', '.join(map(percent, scores))}. "
     return (
-        f"{shown}\n\n{seeds if len(scores) > 1 else ''}All commands: {total:,.0f} processor seconds on "
+        f"{shown}\n\n{seeds}All commands: {total:,.0f} processor seconds on "
         f"two shared cores, {found['date']}, with {versions}. [All numbers]({found['name']}.json)"
     )
 

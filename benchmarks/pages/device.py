@@ -94,17 +94,19 @@ def form_sentence(forms: Sequence[Found]) -> str:
 
 
 def form_table(found: Found) -> str:
-    """Return size, score, speed and memory of each form."""
+    """Return size, score, speed and memory of each form, and its scores with other seeds."""
+    seeds = [*found.get("other_seeds", {}).values()]
     lines = [
         [
             each["name"], f"{each['bytes'] / 1e6:,.0f}", percent(each["score"]),
             f"{100 * each['interval'][0]:.1f} to {100 * each['interval'][1]:.1f}",
+            ", ".join(f"{100 * scores[each['name']]:.1f}" for scores in seeds),
             f"{each['tokens_per_second']:,.0f}", f"{each['memory_bytes'] / 1e6:,.0f}",
         ]
         for each in found["forms"]
     ]  # fmt: skip
-    heads = ["weights", "MB", "right labels", "95 % interval", "tokens a second", "memory, MB"]
-    return table(heads, lines)
+    heads = ["weights", "MB", "right labels", "95 % interval", "seeds 1, 2"]
+    return table([*heads, "tokens a second", "memory, MB"], lines)
 
 
 def paint(axes: Any, colours: Colours, found: Found) -> None:
