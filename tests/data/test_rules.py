@@ -17,6 +17,7 @@ from luthier.data import formats, prompts, rows, shapes, unread
 from luthier.data.conversations import content_parts, tool_forms
 from luthier.data.files import (
     containers,
+    interactions,
     json_files,
     line_forms,
     nested,
@@ -60,6 +61,7 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         json_files,
         fields,
         formats,
+        interactions,
         line_forms,
         media_files,
         nested,

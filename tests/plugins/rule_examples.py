@@ -183,4 +183,5 @@ WHOLE_FILE = {
     "column.missing",  # test_forms.py
     *("media.base", "media.mixed", "media.folder", "media.npz"),  # test_media_files.py
     *("window.value", "window.time", "window.columns"),  # test_time_series.py
+    "history.time",  # test_interactions.py
 }

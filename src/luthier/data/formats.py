@@ -308,13 +308,17 @@ def _item_list(record: Record) -> Converted:
         fix = "Remove the row, or add its items."
         raise RowRefused("field.list", '"items" must be an array of names or numbers.', fix)
     items: Any = record["items"]
-    converted = {"history": items[:-1], "item": items[-1]}
-    return _with_further_keys(record, converted), {"history": "items"}
+    row_id = {key: record[key] for key in ("id",) if key in record}
+    return {**row_id, "history": items[:-1], "item": items[-1]}, {"history": "items"}
 
 
 def _is_item_list(record: Record) -> bool:
     items = record["items"]
     return isinstance(items, list) and bool(items) and all(type(i) in (str, int) for i in items)
+
+
+ITEMS = Form("items of a user", frozenset(("items",)), _item_list, _OWN, applies=_is_item_list)
+"""Rows of users."""
 
 
 def _flag_embedding(record: Record) -> Converted:
@@ -389,7 +393,7 @@ FORMS: tuple[Form, ...] = (
         partial(_classified_pair, first="premise", second="hypothesis"),
     ),
     *(_labelled_pair(*names) for names in TEXT_PAIRS),
-    Form("items of a user", frozenset(("items",)), _item_list, _OWN, applies=_is_item_list),
+    ITEMS,
     _rename("history and target", "instruction question query", history="history", item="target"),
     _rename(
         "Bedrock raw text",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from luthier.data.field_checks import rename_fix
+from luthier.data.files.interactions import ITEMS, USERS, find_name
 from luthier.data.files.parsing import Record, quote
 from luthier.data.inputs import media_kind
 from luthier.data.shapes.conversations import LONGEST_CLASS
@@ -26,6 +27,10 @@ def nearest_form(record: Record) -> str:
     """Return the fix for a record of no known format."""
     if fix := _search_fix(record) or _media_fix(record) or _question_fix(record):
         return fix
+    user, item = find_name(record, USERS), find_name(record, ITEMS)
+    if user and item:
+        fix = f"For a log of users and items, set `data.columns.user={user}` and "
+        return fix + f"`data.columns.items={item}`."
     for keys in (("messages",), ("prompt", "completion"), ("text",)):
         if fix := rename_fix(record, keys):
             return fix

@@ -188,8 +188,8 @@ class InputChecker(Checker):
             return TextPair(self.file, line, str(pair[0]), str(pair[1]))
         if isinstance(text, str) and text.strip():
             return RawText(self.file, line, text)
-        if "history" in own:
-            return self._or_problem(lambda: RawText(self.file, line, history_text(own["history"])))
+        if known := own.get("history") or own.get("items"):
+            return self._or_problem(lambda: RawText(self.file, line, history_text(known)))
         if "prompt" in own and isinstance(reply, str):
             prompt = self.text(own, "prompt")
             return PromptCompletion(self.file, line, prompt, reply) if prompt else None
@@ -249,8 +249,8 @@ def load_inputs(
 ) -> list[tuple[Record, Row]]:
     """Return each record of a source with its input for an encoder or media model.
 
-    Inputs are ``text``, words under ``tokens``, items under ``history``, or ``prompt`` and
-    ``completion``. In a plain-text file, each non-blank line is a text. No record may have the key
+    Inputs are ``text``, words under ``tokens``, items under ``history`` or ``items``, or ``prompt``
+    and ``completion``. In a plain-text file, each non-blank line is a text. No record may have the key
     ``reserved``.
 
     Raises:

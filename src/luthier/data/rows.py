@@ -25,7 +25,7 @@ from luthier.data.field_checks import (
 from luthier.data.files.parsing import Record, quote
 from luthier.data.files.read import find_container, read_records, source_size
 from luthier.data.files.sources import Source, files_of, media_below
-from luthier.data.formats import Form, extra_keys, forms_of
+from luthier.data.formats import ITEMS, Form, extra_keys, forms_of
 from luthier.data.inputs import Media
 from luthier.data.nearest_form import nearest_form
 from luthier.data.shapes import SHAPES
@@ -93,6 +93,8 @@ class Checker(FieldChecker):
         self.record: Record = {}
         """Current record with renamed columns."""
         self.line_of_id: dict[str | int, int] = {}
+        self.single_items = 0
+        """Users with one item, which are left out."""
         self.accepts_own_keys = False
         """True if rows may have luthier's keys in place of the mapped columns, as held-out rows."""
 
@@ -204,6 +206,9 @@ class Checker(FieldChecker):
             return None
         if form is None:
             return mapped
+        if form is ITEMS and isinstance(mapped["items"], list) and len(mapped["items"]) == 1:
+            self.single_items += 1
+            return None
         try:
             converted, column_names = form.convert(mapped)
         except RowRefused as bad:
@@ -512,6 +517,12 @@ class RowReader:
                 Problem("media.unnamed", message, fix, Location(str(self._folder)))
             )
             self._unnamed = set()
+        if single := self.checker.single_items:
+            message = f"{single:,} users have one item, so no next item."
+            fix = "Remove these users, or ignore the warning: the rows are left out."
+            self.warnings.append(
+                Problem("history.single", message, fix, Location(str(self.files[0])))
+            )
 
     def _add_unread(self, row: Row) -> None:
         """Record the ignored columns of a row."""

@@ -75,6 +75,7 @@ RULES: Mapping[str, str] = {
     "tools.type": "The tools are no array of functions with a name, a description and a schema.",
     "message.weight": "A mark of what is learned is unclear, or leaves nothing to learn.",
     "history.type": "A history is no array of items, is empty, or has too many.",
+    "history.time": "A time of a log of users and items cannot be read.",
     "history.item": "An item of a history is no text of one line.",
     "choices.type": "The prompt or the choices are no text and no array of texts, or one is blank.",
     "choices.answer": "The answer is not the place of one of the choices.",

@@ -357,6 +357,12 @@ OTHER_SPLITS = Rule(
     "Write each split to a file, and name the files with `--validation` and `--test`.",
     whole=True,
 )
+SINGLE_ITEMS = Rule(
+    "history.single",
+    "note",
+    "A user has one item, so no next item, and is left out.",
+    whole=True,
+)
 SCORES = Rule(
     "preference.scores",
     "warning",
@@ -367,7 +373,7 @@ DOUBTS: Mapping[str, Rule] = {
     rule.id: rule
     for rule in (
         JOINED_ROWS, UNREAD_COLUMN, UNREAD_CATEGORY, IGNORED_COLUMN, SPEAKERS, UNNAMED_MEDIA,
-        OTHER_SPLITS, SCORES,
+        OTHER_SPLITS, SINGLE_ITEMS, SCORES,
     )
 }  # fmt: skip
 """Rules of the reader about rows that are read, by id."""

@@ -5,7 +5,7 @@ another language, and the first values of all other columns are numbers. Columns
 count, and ``--map timestamp=COLUMN --map value=COLUMN`` names two columns of many. A column
 ``label`` marks faults. Each line is a row: the values of that time and the values before. A network
 reads the latest of these values.
-:mod:`luthier.media.series_times` parses the times.
+:mod:`luthier.data.files.times` parses the times.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 from luthier.data.field_checks import DECIMAL_COMMA
 from luthier.data.files.containers import TIME_COLUMNS
 from luthier.data.files.parsing import Record, quote
+from luthier.data.files.times import is_date, parse_number, parse_times
 from luthier.data.formats import KEYS
 from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, MOST_COLUMNS, Media
 from luthier.errors import Location, Problem, RowRefused
 from luthier.formatting import list_some, nearest_name
-from luthier.media.series_times import is_date, parse_number, parse_times
 
 FIRST_LINES = 1_000
 """Lines that are searched for the first value, because a sensor may start late."""

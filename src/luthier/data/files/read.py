@@ -27,6 +27,7 @@ from luthier.data.files.containers import (
     unpack,
 )
 from luthier.data.files.headers import reject_missing_header
+from luthier.data.files.interactions import read_interactions
 from luthier.data.files.json_files import read_document
 from luthier.data.files.line_forms import LINE_FORMS
 from luthier.data.files.mail import read_mail
@@ -122,6 +123,7 @@ def _records(
         table = read_table(stream, file, problems, container.delimiter, container.quoted, warnings)
         as_text = file.lower().endswith(PLAIN_TEXT)
         table = reject_missing_header(table, container.delimiter, columns.values(), as_text)
+        table = read_interactions(table, file, problems, columns)
         for reader in bundled_extensions("table_readers").values():
             table = reader.load()(table, file, problems, columns)
         return table

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
-from luthier.media.series_times import parse_times
+from luthier.data.files.times import parse_times
 
 START = datetime(2024, 1, 31, 14, 5, tzinfo=UTC)
 HOURS = [START + timedelta(hours=number) for number in range(60)]

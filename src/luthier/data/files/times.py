@@ -1,4 +1,4 @@
-"""Times of a series: ISO 8601, counters, Excel, and exports of European and American programs.
+"""Times of tables: ISO 8601, counters, Excel, and exports of European and American programs.
 
 In ``01/02/2026``, the whole column decides which number is the day: a number above 12 is a day, and
 otherwise only one order gives regular steps. Serial dates of Excel are counters of days.
