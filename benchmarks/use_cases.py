@@ -97,7 +97,9 @@ def write_index() -> None:
             compared = comparison(found)
             tuned, rival = ends(compared["contenders"])
             entry |= {
-                "result": f"{percent(tuned['score'])} tuned, {percent(rival['score'])} best rival",
+                "result": use.result(found) if use.result else (
+                    f"{percent(tuned['score'])} tuned, {percent(rival['score'])} best rival"
+                ),
                 "tuned": tuned["score"], "rival": rival["score"], "worth_it": compared["worth_it"],
                 "date": found["date"], "versions": found["versions"],
             }  # fmt: skip
@@ -118,10 +120,8 @@ def write_index() -> None:
                 f"{sum(step['processor_seconds'] for step in found['steps']):,.0f}",
             ])  # fmt: skip
         entries.append(entry)
-    # The package needs the file without a checkout; docs/use-cases/index.json is a link to it.
-    (PACKAGE / "examples" / "index.json").write_text(
-        json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
-    )
+    for folder in (PACKAGE / "examples", PAGES):  # the package needs the file without a checkout
+        (folder / "index.json").write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
     index = PAGES / "index.md"
     index.write_text(fill(index.read_text(), "cards", "\n\n".join(cards)))
     results = ROOT / "docs" / "results.md"

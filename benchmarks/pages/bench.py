@@ -21,6 +21,7 @@ from typing import Any
 
 from children import table
 from defaults import new_home, rows_of
+from luthier.evaluation.significance import Difference
 from luthier.workflows.figures import draw
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,8 @@ class Use:
     """Measurements beyond the page's commands: rows, a wrong answer, a curve."""
     table: Callable[[Found], str] | None = None
     """The table of the page, if not scores, processor seconds and sizes of the contenders."""
+    result: Callable[[Found], str] | None = None
+    """The result in a few words, if not the scores of the tuned model and of its best rival."""
 
     @property
     def page(self) -> Path:
@@ -188,11 +191,19 @@ def sentence(use: Use, found: Found) -> str:
     own = f"{use.measure} {percent(tuned['score'])} of the tuned model"
     other = f"{percent(rival['score'])} of the best rival, {rival['name']}"
     where = f"on {compared['rows']:,} unseen {use.unit}"
-    if compared["worth_it"]:
-        return f"Tuning is worth it: {own} against {other}, {where}."
-    if compared["worth_it"] is False:
-        return f"**Do not tune for this**: {own} against {other}, {where}."
-    return f"**A cheap rival may be as good**: {own} against {other}, {where}."
+    return f"{opening(compared['worth_it'])}: {own} against {other}, {where}."
+
+
+def opening(worth_it: bool | None) -> str:
+    """Return the first words about a comparison; ``None`` is a difference within chance."""
+    if worth_it is None:
+        return "**A cheap rival may be as good**"
+    return "Tuning is worth it" if worth_it else "**Do not tune for this**"
+
+
+def worth(gain: Difference) -> bool | None:
+    """Return whether a gain over the rival is positive; ``None`` within chance."""
+    return gain.value > 0 if gain.significant else None
 
 
 def contender_table(found: Found) -> str:

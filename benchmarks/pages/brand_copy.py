@@ -8,7 +8,7 @@ import numpy as np
 
 from children import table
 from defaults import rows_of, write_rows
-from pages.bench import PACKED, Bench, Colours, Found, Use, first_rows, percent
+from pages.bench import PACKED, Bench, Colours, Found, Use, first_rows, opening, percent, worth
 
 COPY, BEFORE = "smollm2-135m-instruct:copy", "smollm2-135m-instruct"
 SHORT = {COPY: "tuned", BEFORE: "base model"}
@@ -74,13 +74,12 @@ def collect(bench: Bench) -> Found:
     (judged,) = (s["result"] for s in bench.steps if "evaluate tfidf:voice" in s["command"])
     worst = int(np.argmin(voices[COPY]))
     tuned, gain = writers[COPY], gains[BEFORE]
-    is_won = gain.significant and gain.value > 0
     return {
         "rows": first_rows(bench),
         "wrong": f"{test[worst]['prompt']}\nanswer:   {texts[COPY][worst].strip()}\n"
         f"expected: {test[worst]['completion']}",
         "writers": writers,
-        "headline": f"{'Tuning learns the voice' if is_won else '**Do not tune for this**'}: "
+        "headline": f"{'Tuning learns the voice' if worth(gain) else opening(worth(gain))}: "
         f"{percent(tuned['voice'])} “ours” against {percent(writers[BEFORE]['voice'])} of the base "
         f"model on {len(test)} unseen products, by a classifier. A copy of {NEAREST} has "
         f"{percent(writers[NEAREST]['voice'])}, but names the product in "

@@ -109,6 +109,12 @@ def form_table(found: Found) -> str:
     return table([*heads, "tokens a second", "memory, MB"], lines)
 
 
+def form_result(found: Found) -> str:
+    """Return the scores of the largest and the smallest form."""
+    first, *_, last = found["forms"]
+    return f"{percent(first['score'])} {first['name']}, {percent(last['score'])} {last['name']}"
+
+
 def paint(axes: Any, colours: Colours, found: Found) -> None:
     """Draw the score of each form against the size of the file."""
     for each in found["forms"]:
@@ -137,4 +143,5 @@ USE = Use(
     paint,
     collect,
     form_table,
+    form_result,
 )

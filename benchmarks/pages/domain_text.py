@@ -46,6 +46,12 @@ def collect(bench: Bench) -> Found:
     }  # fmt: skip
 
 
+def arms_result(found: Found) -> str:
+    """Return the scores with and without the text stage."""
+    read, alone = found["compared"]["contenders"]
+    return f"{percent(read['score'])} text first, {percent(alone['score'])} task alone"
+
+
 def paint(axes: Any, colours: Colours, found: Found) -> None:
     """Draw the score with and without the text stage, with intervals and seeds."""
     for place, each in enumerate(reversed(found["compared"]["contenders"])):
@@ -70,4 +76,5 @@ USE = Use(
     "Entity F1 with and without the text stage, with intervals and seeds",
     paint,
     collect,
+    result=arms_result,
 )

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from luthier.evaluation.significance import RowScores, paired_differences
-from pages.bench import Bench, Colours, Found, Use, percent
+from pages.bench import Bench, Colours, Found, Use, opening, percent, worth
 
 COUNT = 4
 """Generated pictures of a caption."""
@@ -87,12 +87,11 @@ def collect(bench: Bench) -> Found:
     closest = (generated @ known.T).reshape(len(test), COUNT, -1).mean(1).argmax(1)
     tuned, other = scores["small-unet:faces"], scores[RIVAL]
     (size,) = (s["result"]["saved_bytes"] for s in bench.steps if "--name faces" in s["command"])
-    is_won = gain.significant and gain.value > 0
     return {
         "rows": rows_of_archive(bench)[:2],
         "wrong": f"caption: {test[worst][0]}\n"
         f"answer:  a picture like the training picture “{train[closest[worst]][0]}”",
-        "headline": f"{'Tuning is worth it' if is_won else '**Do not tune for this**'}: "
+        "headline": f"{opening(worth(gain))}: "
         f"the pictures have the style, and {percent(copies)} of {len(made)} are closer to a training "
         f"picture than to the wanted one. The wanted picture is recognized in "
         f"{percent(tuned.value)}, and in {percent(other.value)} of the {RIVAL}.",
@@ -104,7 +103,7 @@ def collect(bench: Bench) -> Found:
                 for name, each in sorted(scores.items(), key=lambda item: -item[1].value)
             ],
             "rows": len(test),
-            "worth_it": is_won,
+            "worth_it": worth(gain),
             "verdict": f"The tuned model against the {RIVAL}, by pairs of {len(test)} captions: "
             f"{100 * gain.value:+.1f} ± {100 * gain.error:.1f} points "
             f"({'significant' if gain.significant else 'not significant'}).",

@@ -14,25 +14,18 @@ SPAM = "spam"
 
 def collect(bench: Bench) -> Found:
     """Measure precision and recall of spam at each threshold, and of TF-IDF."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import precision_recall_curve
-    from sklearn.pipeline import make_pipeline
 
+    bench.run("luthier tune rows/train --base tfidf --name words")
+    bench.run("luthier evaluate tfidf:words rows/test --output answers-words.jsonl")
     bench.run("luthier convert rows/test test.jsonl")
     train, test = (rows_of(bench.folder / f"{split}.jsonl") for split in ("train", "test"))
     answers = rows_of(bench.folder / "answers.jsonl")
-    words = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10)
-    )
-    words.fit([row["text"] for row in train], [row["label"] for row in train])
-    place = [*words.classes_].index(SPAM)
+    words = rows_of(bench.folder / "answers-words.jsonl")
     is_spam = [row["label"] == SPAM for row in test]
     curves = {}
-    for name, scores in (
-        ("tuned", [each["scores"][SPAM] for each in answers]),
-        ("TF-IDF", words.predict_proba([row["text"] for row in test])[:, place]),
-    ):
+    for name, found in (("tuned", answers), ("TF-IDF", words)):
+        scores = [each["scores"][SPAM] for each in found]
         precision, recall, _ = precision_recall_curve(is_spam, scores)
         curves[name] = [recall[:-1].tolist(), precision[:-1].tolist()]
     points = {}

@@ -9,6 +9,7 @@ from typing import Any
 from zipfile import ZipFile
 
 from defaults import rows_of
+from luthier.evaluation.baselines import LINEAR_PROBE, method_name
 from pages.bench import (
     PACKAGE,
     Bench,
@@ -45,8 +46,8 @@ def collect(bench: Bench) -> Found:
             model = f"efficientnet-lite0:part{count}"
             compared = bench.run(f"luthier compare rows/test.zip --tuned {model}")["result"]
         tuned, _ = ends(compared["contenders"])
-        by_name = {each["name"]: each for each in compared["contenders"]}
-        probe = by_name["logistic regression on the base model"]
+        by_name = {method_name(each["name"]): each for each in compared["contenders"]}
+        probe = by_name[LINEAR_PROBE]
         curve.append({
             "rows_per_class": count,
             "tuned": [tuned["score"], *tuned["interval"]],

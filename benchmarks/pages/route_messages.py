@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from defaults import rows_of, write_rows
+from luthier.evaluation.baselines import LINEAR_PROBE, TFIDF, method_name
 from pages.bench import (
     ROWS,
     Bench,
@@ -20,13 +21,8 @@ PER_INTENT = (5, 10, 20, 40)
 
 
 def collect(bench: Bench) -> Found:
-    """Measure fewer rows per intent, and TF-IDF with logistic regression."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
+    """Measure fewer rows per intent."""
     train = rows_of(bench.folder / "rows" / "train.jsonl")
-    test = rows_of(bench.folder / "rows" / "test.jsonl")
     (tune,) = (each for each in USE.commands if " tune " in each)
     curve = []
     compared = comparison({"steps": bench.steps})
@@ -37,21 +33,15 @@ def collect(bench: Bench) -> Found:
             bench.run(f"{tune} --name part{count}".replace("rows/train.jsonl", "part.jsonl"))
             model = f"all-minilm-l6-v2:part{count}"
             compared = bench.run(f"luthier compare rows/test.jsonl --tuned {model}")["result"]
-        by_name = {each["name"]: each for each in compared["contenders"]}
+        by_name = {method_name(each["name"]): each for each in compared["contenders"]}
         tuned, _ = ends(compared["contenders"])
-        words = make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10)
-        )
-        words.fit([row["text"] for row in rows], [row["label"] for row in rows])
-        score = words.score([row["text"] for row in test], [row["label"] for row in test])
-        error = 1.96 * (score * (1 - score) / len(test)) ** 0.5
-        probe = by_name["logistic regression on the base model"]
-        curve.append({
-            "rows_per_class": count,
-            "tuned": [tuned["score"], *tuned["interval"]],
-            "logistic regression on embeddings": [probe["score"], *probe["interval"]],
-            "TF-IDF": [score, score - error, score + error],
-        })  # fmt: skip
+        shown = {
+            "tuned": tuned,
+            "logistic regression on embeddings": by_name[LINEAR_PROBE],
+            "TF-IDF": by_name[TFIDF],
+        }
+        points = {name: [each["score"], *each["interval"]] for name, each in shown.items()}
+        curve.append({"rows_per_class": count, **points})
     return {"rows": first_rows(bench), "wrong": wrong_label(bench), "curve": curve[::-1]}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 from luthier.cli.examples import examples
@@ -56,6 +57,8 @@ def test_notebook_is_valid_and_has_all_commands(
     nbformat.validate(written)
     cells = [cell["source"] for cell in written.cells if cell["cell_type"] == "code"]
     assert cells[1:] == [as_python(command) for command in use["commands"]]
+    for cell in cells:
+        compile(TransformerManager().transform_cell(cell), "cell", "exec")
     # IPython replaces $NAME and {NAME} in a command by variables.
     assert not any(character in " ".join(use["commands"]) for character in "${}")
 

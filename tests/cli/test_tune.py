@@ -368,5 +368,9 @@ def test_fit_without_steps_prints_threshold_and_no_plan(luthier_home: Path, tmp_
     series.write_text("\n".join(["time,level,flow", *rows]))
     answer = Answer("tune", str(series), "--base", "z-score", "--name", "pump")
     assert answer.code == 0, answer.err
-    assert "objective.threshold=3" in answer.err and "training." not in answer.err
+    assert "objective.threshold=3" in answer.err and "training.refit" in answer.err
+    assert "training.epochs" not in answer.err and "objective.columns=level, flow" in answer.err
     assert "loss.png" not in answer.out and "training loss" not in answer.out
+    options = ("--epochs", "9", "--objective", "vae", "--set", "objective.false_alarms=0.5")
+    answer = Answer("tune", str(series), "--base", "z-score", "--name", "loud", *options)
+    assert "`training.epochs`" in answer.err and "objective.threshold=3" not in answer.err

@@ -165,6 +165,7 @@ def test_reply_is_generated(call: CallTool) -> None:
         ("compare", {"models": ["nothing"], "data": "file-missing"}, "nothing"),
         ("search", {"query": "a", "store": "../files"}, "../files"),
         ("examples", {"name": "../../etc"}, "etc"),
+        ("examples", {"name": "mail"}, "folder"),
         ("evaluate", {"model": "/etc", "data": "file-missing"}, "/etc"),
         ("tune", {"data": "file-missing", "name": "a", "base": "nothing"}, "nothing"),
         ("predict", {"model": "../jobs", "texts": ["a"]}, "jobs"),

@@ -30,7 +30,6 @@ from luthier.files import read_text
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
-    from luthier.types import Row
     from luthier.workflows.compare import HeadToHead
 
 
@@ -109,6 +108,7 @@ def compare(
         from luthier.workflows.estimate.budget import check_load, read_prices
         from luthier.workflows.evaluate import attach_report
         from luthier.workflows.prompting import records_of
+        from luthier.workflows.training_overlap import overlap_remarks, training_sources
 
     reporter = reporter or Reporter()
     table = read_prices(prices)
@@ -120,19 +120,23 @@ def compare(
         check_attachable(each)
     chosen = resolve_graders(graders, grader_settings or {})
     rows = load_graded(data, columns, (chosen or {}).values())
-    known, train_columns = models[0].manifest.recipe or {}, columns
-    further: list[Row] = []
-    learned = known.get("data", {}).get("train")
-    if train is None and isinstance(learned, str) and Path(learned).exists():
-        train, train_columns = learned, known["data"].get("columns")
-        mixed = [
-            each["train"] for each in known["data"].get("mix", ()) if Path(each["train"]).exists()
-        ]
-        further = [
-            row for path in mixed for row in load_rows(path, train_columns, accepts_own_keys=True)
-        ]
-        files = ", ".join([learned, *mixed])
-        reporter.note(f"Examples: {files}, the training rows of {models[0].id}")
+    train_columns, sources = columns, [str(train)] if train is not None else []
+    if train is None:
+        sources, missing = training_sources(models[0])
+        train_columns = (models[0].manifest.recipe or {}).get("data", {}).get("columns")
+        if sources:
+            names = ", ".join(sources)
+            reporter.note(f"Examples: {names}, the training rows of {models[0].id}")
+        if missing:
+            reporter.note(
+                f"warning: {', '.join(missing)}, training rows of {models[0].id}, are missing or "
+                "changed: --train FILE gives the rows of examples and baselines"
+            )
+    learned = [
+        row
+        for source in sources
+        for row in load_rows(source, train_columns, accepts_own_keys=train is None)
+    ]
     if local := next((each for each in rival if "url" not in address_fields(each)), None):
         raise RecipeError(f"the rival {local} is no address. Write https://host/v1#model")
     prompts = {path.name: read_text(path).strip() for path in prompt}
@@ -141,7 +145,7 @@ def compare(
             rows,
             find(base or models[0].root),
             models,
-            [*load_rows(train, train_columns), *further] if train is not None else (),
+            learned,
             load_texts(documents),
             chosen,
             max_tokens,
@@ -159,6 +163,8 @@ def compare(
             reporter.note,
             lambda done, total: reporter.progress(done, total, "compare"),
         )
+    for each in models[train is None :]:  # the rows of the first are compared before
+        found.remarks.extend(overlap_remarks(each, data, rows))
     if "RAG" in found.best.technique:
         model, _, passages = found.best.name.partition(" with ")
         command = f"luthier chat {model} --index {index}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,9 @@ def show_examples(found: Examples) -> None:
     if found.folder is not None:
         (use,) = found.uses
         print_text(f"{len(use['files']):,} files written to {found.folder}. {use['credit']}")
-        for command in use["commands"]:
-            print_text(f"  {command.replace('rows/', f'{found.folder}/')}")
+        folder = shlex.quote(f"{found.folder}/")
+        for command in use["commands"][1:]:  # the first writes the rows
+            print_text(f"  {command.replace('rows/', folder)}")
         return
     table = new_table("use case", "result", "task")
     for use in found.uses:

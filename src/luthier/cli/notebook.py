@@ -54,7 +54,7 @@ def as_python(command: str) -> str:
     name, (first, _, *words) = _name(command), shlex.split(command)
     # A call has no environment of its own, so a command with a variable stays a command.
     if name not in dir(luthier) or first != "luthier":
-        return command.replace("luthier", "!{sys.executable} -m luthier", 1)
+        return "!" + command.replace("luthier", "{sys.executable} -m luthier", 1)
     parameters = inspect.signature(COMMANDS[name].function).parameters
     given = COMMANDS[name].parse(words)
     settings = dict(parse_setting(text) for text in given.pop("set_", ()))

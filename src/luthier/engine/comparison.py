@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -56,6 +56,7 @@ def fit_baselines(
     seconds: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     label_issues: bool = False,
+    roots: Collection[str] = (),
 ) -> FittedBaselines | None:
     """Fit the baselines of ``task`` and return the scores; ``None`` without baselines.
 
@@ -70,6 +71,7 @@ def fit_baselines(
             states; when the time ends, baselines use the rows encoded so far.
         on_progress: function that receives the number of encoded rows and the total.
         label_issues: whether to search both splits for wrong labels, if time is left.
+        roots: root base models of the compared models.
     """
     if not train or not held or not seconds:
         return None
@@ -78,7 +80,13 @@ def fit_baselines(
         network, encoder, task, train, held, budget, seconds * READING, on_progress
     )
     fitted = fit_and_score(
-        task, train.rows, held.rows, states, until, has_states=not network.has_sparse_rows
+        task,
+        train.rows,
+        held.rows,
+        states,
+        until,
+        has_states=not network.has_sparse_rows,
+        roots=roots,
     )
     if not label_issues or fitted is None or states is None or time.monotonic() > until:
         return fitted

@@ -27,6 +27,7 @@ from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, RecipeError, RowRefused
 from luthier.evaluation.baselines import MOST_ROWS, ComparedRows
 from luthier.files import sha256_of
+from luthier.formatting import list_some
 from luthier.gate.encode import RowEncoder, check_shapes
 from luthier.gate.inspect import inspect_job
 from luthier.gate.policy import load_policy
@@ -292,13 +293,17 @@ def _split_rows(
     except RowRefused as bad:
         raise DataError([bad.at(str(spec.train), 0)]) from bad
     choices += [
-        (f"objective.{name}", True, "the rows say so")
+        (f"objective.{name}", list_some(value, 8) if _is_names(value) else True, "the rows say so")
         for name, value in objective
-        if value is True and getattr(checked.objective, name) is None
+        if (value is True or _is_names(value)) and getattr(checked.objective, name) is None
     ]
     held = checked.held if spec.validation else chosen
     lines = {name: each for name, each in held_out.items() if each}
     return SplitRows(objective, rows, held, lines, choices)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
 
 
 def _encode_rows(

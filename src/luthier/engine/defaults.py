@@ -27,6 +27,8 @@ SCRATCH_RATE = 2e-3
 """Learning rate of a small network with random weights (docs/log/media.md)."""
 MOST_REFIT_ROWS = 600
 """Maximum number of rows for a refit by default, if a score is measured (docs/log/defaults.md)."""
+STEP_SETTINGS = ("epochs", "max_steps", "batch_size", "learning_rate", "evaluate_every", "patience")
+"""Settings without effect on fitted base models."""
 SMALLEST_BUDGET = 512
 """Tokens per pass for full matmul speed on the measured machines."""
 USUAL_BUDGET = {"cpu": 1024, "cuda": 16_384}
@@ -59,7 +61,9 @@ class DataFacts:
     mixed: tuple[MixedSet, ...] = ()
     """Sizes of the mixed-in sets; ``rows`` counts the main set only."""
     is_fitted: bool = False
-    """True if a fit replaces the steps (TF-IDF)."""
+    """True for fitted base models (TF-IDF)."""
+    without_steps: bool = False
+    """True if the fit replaces the steps: for a new head, or for a network without a head."""
     held_out: int = 0
     """Number of validation rows split from the training rows."""
 
@@ -164,9 +168,11 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     rows = facts.rows + facts.held_out
     if (
         facts.held_out
-        and (rows <= MOST_REFIT_ROWS or facts.is_fitted)
         # Refits were measured for scores, not for losses (docs/log/defaults.md).
-        and objective.measure in SCORES.keys() - LESS_IS_BETTER
+        and (
+            facts.is_fitted
+            or (rows <= MOST_REFIT_ROWS and objective.measure in SCORES.keys() - LESS_IS_BETTER)
+        )
         and not objective.keeps_held_out
     ):
         reason = f"{rows} rows are few: after finding the number of steps, train on all rows"

@@ -504,8 +504,14 @@ def resolve_job(
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
     tokens = recipe.training.micro_batch_tokens or 0
-    if hasattr(plan.sketch.model, "fit_rows"):  # fitted without steps
+    if facts.without_steps:
         choices = [choice for choice in choices if choice[0] == "training.refit"]
+        given = original.training.model_fields_set & {*defaults.STEP_SETTINGS}
+        if given:
+            names = ", ".join(f"`training.{name}`" for name in sorted(given))
+            reporter.note(
+                f"warning: {names}: no effect, because {base.root} is fitted without steps"
+            )
     check_memory(plan.estimate, tokens, data.longest, available)
     size = machine.dtype.itemsize
     disk_bytes = disk_needed(
@@ -532,7 +538,7 @@ def resolve_job(
         refit_steps=refit_steps,
         usual_rate=usual.training.learning_rate or 0.0,
     )
-    for warning in job.unusual_settings:
+    for warning in () if facts.without_steps else job.unusual_settings:
         reporter.note(f"warning: {warning}")
     return job
 
@@ -638,6 +644,8 @@ def _facts(base: store.StoredModel, data: Dataset, plan: NetworkPlan) -> default
         held_out=sum(map(len, data.held_out.get("validation", {}).values())),
         scratch_rate=scratch_rate(model) or defaults.SCRATCH_RATE,
         is_fitted=base.network.is_fitted,
+        without_steps=base.network.is_fitted
+        and (hasattr(model, "fit_rows") or (plan.new_head and data.objective.starts_head)),
     )
 
 

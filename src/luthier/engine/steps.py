@@ -155,6 +155,7 @@ class Baselines(TrainingStep):
                 job.recipe.training.baseline_seconds,
                 on_progress,
                 label_issues=True,
+                roots=(job.base.root,),
             )
         trainer.baselines = fitted
         if fitted is not None:
@@ -484,7 +485,8 @@ class Threshold(TrainingStep):
         trainer.reporter.settings([(f"objective.{name}", value, reason) for name, value in changed])
         if done.note:
             trainer.reporter.note(done.note)
-        if done.rows and (len(held) < done.wanted or trainer.refit is not None):
+        is_rough = len(held) < done.wanted or trainer.refit is not None
+        if done.rows and is_rough and not network.is_fitted:
             why = f"{len(held):,} rows are held out, and {done.wanted:,} are needed"
             why += " (`data.validation_share`)"
             if trainer.refit is not None:

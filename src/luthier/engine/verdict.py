@@ -249,10 +249,7 @@ def judge_run(
 
     sentences = [f"{headline}: {course.describe(rows if few else 0, start, early and bool(train))}"]
     if refit is not None and not refit.steps:
-        sentences.append(
-            f"The logistic regression is stored, fitted again on all {refit.rows:,} rows, which was "
-            "not measured"
-        )
+        sentences.append(f"The stored fit is of all {refit.rows:,} rows, which was not measured")
     elif refit is not None:
         sentences.append(
             f"The stored weights come from a refit of {refit.steps:,} steps on all {refit.rows:,} "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -71,6 +71,12 @@ KEPT_BY = {
 }
 """Options of ``luthier tune`` that store a baseline as a model."""
 WORD = re.compile(r"\w+")
+_PART = re.compile(r" \([\d,]+ of [\d,]+ rows\)$")
+
+
+def method_name(baseline: str) -> str:
+    """Return the name of a baseline without the number of rows."""
+    return _PART.sub("", baseline)
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,10 @@ class Comparison:
         """Options of ``luthier tune`` that store a baseline that is better beyond chance."""
         better = [
             each for each in self.baselines
-            if each.name in KEPT_BY and self.gain(each) < -CHANCE * each.error
+            if method_name(each.name) in KEPT_BY and self.gain(each) < -CHANCE * each.error
         ]  # fmt: skip
         best = min(better, key=self.gain, default=None) if self.loses else None
-        return KEPT_BY[best.name] if best is not None else ""
+        return KEPT_BY[method_name(best.name)] if best is not None else ""
 
     def judge(self) -> str:
         """Return the :attr:`verdict`; empty if the tuned model beats all baselines beyond chance."""
@@ -283,8 +289,9 @@ class Method:
         """Fit the method and score its predictions. The name mentions a subset of the training
         rows."""
         began = time.monotonic()
-        found = task.scores(held, self.answers(states))
+        answers = self.answers(states)
         seconds, name = time.monotonic() - began, self.name
+        found = task.scores(held, answers)
         if self.reads_states and states is not None:
             seconds += states.seconds
             if 0 < states.rows < len(train):
@@ -329,6 +336,7 @@ def fit_and_score(
     clock: Callable[[], float] = time.monotonic,
     *,
     has_states: bool = True,
+    roots: Collection[str] = (),
 ) -> FittedBaselines | None:
     """Fit the baselines for ``train`` and score predictions for ``held``.
 
@@ -339,6 +347,7 @@ def fit_and_score(
         until: time of ``clock`` after which no baseline starts.
         has_states: false for a network without hidden states, to which methods that read states do
             not apply.
+        roots: root base models of the compared models. A baseline with such a base is omitted.
 
     Returns:
         The scores; ``None`` if no method applies to the rows.
@@ -347,8 +356,9 @@ def fit_and_score(
         return None
     made: list[tuple[Baseline, RowScores]] = []
     left_out: list[str] = []
+    compared = {f"--base {root}" for root in roots}
     for method in task.baselines(train, held):
-        if method.reads_states and not has_states:
+        if (method.reads_states and not has_states) or KEPT_BY.get(method.name) in compared:
             continue
         if clock() < until and not (method.reads_states and states is None):
             made.append(method.measure(train, held, states, task))

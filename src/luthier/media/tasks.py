@@ -3,6 +3,7 @@ transcription."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -71,10 +72,12 @@ class AutoencodingTask(Task):
         events = scores["events_found"]
         remarks = [
             f"{round(events.value * len(events))} of {len(events)} events found; {false:,} of "
-            f"{normal:,} normal rows are alarms"
+            f"{normal:,} normal rows are false alarms"
         ]
         if 2 * false > normal:
-            remarks.append(LEVELS_DIFFER)
+            of_column = Counter(each["column"] for each in answers if each.get("column"))
+            often = [f", most of all of {name}" for name, _ in of_column.most_common(1)]
+            remarks.append(LEVELS_DIFFER + "".join(often))
         return rows.evaluation(scores, answers, remarks)
 
     def scores(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Mapping[str, Score]:

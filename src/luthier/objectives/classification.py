@@ -330,7 +330,8 @@ class Classification(Objective):
         if not labelled:
             return plain
         # Every n-th row, because `prepare` must not draw. Only these rows are read from disk.
-        chosen = [examples[row] for row in labelled[:: -(-len(labelled) // PROBED_ROWS)]]
+        step = 1 if network.is_fitted else -(-len(labelled) // PROBED_ROWS)
+        chosen = [examples[row] for row in labelled[::step]]
         is_sparse = network.has_sparse_rows
         if is_sparse:
             network.model.base_model.forget()

@@ -452,7 +452,7 @@ def compare(
         measures[contender.name] = next(iter(contender.scores))
         contenders.append(contender)
     if base and train and (labelled or not generative):
-        baselines = contest.baselines(base, rows, train)
+        baselines = contest.baselines(base, rows, train, {each.root for each in tuned})
         measures |= {each.name: next(iter(each.scores)) for each in baselines}
         contenders += baselines
     check_measures(measures)
@@ -468,7 +468,7 @@ def compare(
         contenders += contest.lead(rows, train, row_questions, train_questions)
     measure = next(iter(measures.values()))
     if judge is not None:
-        measure, contenders = "win_rate", _judge(judge, rows, contenders, remarks)
+        measure, contenders = "win_rate", _judge(judge, generative[0].id, rows, contenders, remarks)
     if len(contenders) < 2:
         raise RecipeError("; ".join(["fewer than two contenders remain", *remarks]))
     contenders.sort(key=lambda each: -as_gain(measure, each.score.value))
@@ -578,9 +578,20 @@ def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
 
 
 def _judge(
-    judge: Ruler, rows: Sequence[Row], contenders: Sequence[Contender], remarks: list[str]
+    judge: Ruler,
+    base: str,
+    rows: Sequence[Row],
+    contenders: Sequence[Contender],
+    remarks: list[str],
 ) -> list[Contender]:
-    reference = next(each for each in contenders if each.technique == "zero-shot")
+    """Score each contender by the wins against the replies of ``base``.
+
+    Raises:
+        RecipeError: if ``base`` replied to no row.
+    """
+    reference = next((each for each in contenders if each.name == base), None)
+    if reference is None:
+        raise RecipeError("; ".join([f"the judge needs replies of {base}", *remarks]))
 
     def answers(contender: Contender) -> list[Answer]:
         pairs = zip(rows, contender.replies, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -356,11 +356,15 @@ class Contest:
         )
 
     def baselines(
-        self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row]
+        self,
+        base: StoredModel,
+        rows: Sequence[Row],
+        train: Sequence[Row],
+        roots: Collection[str] = (),
     ) -> list[Contender]:
-        """Fit and measure simple baselines on the training rows."""
+        """Fit and measure simple baselines on the training rows, without the bases ``roots``."""
         self.note("Fitting simple baselines")
-        fitted = self._fit_baselines(base, rows, train)
+        fitted = self._fit_baselines(base, rows, train, roots)
         if fitted is None:
             return []
         compared = fitted.comparison
@@ -375,13 +379,14 @@ class Contest:
         ]  # fmt: skip
 
     def _fit_baselines(
-        self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row]
+        self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row], roots: Collection[str]
     ) -> FittedBaselines | None:
         from luthier.engine.comparison import encode_cut, fit_baselines
 
         task = CATALOGUE if of_shape(History, rows) else task_of(rows[0])
         if not task.reads_states:
-            return fit_and_score(task, train, rows, None, time.monotonic() + BASELINE_SECONDS)
+            until = time.monotonic() + BASELINE_SECONDS
+            return fit_and_score(task, train, rows, None, until, roots=roots)
         encoder = OBJECTIVES[task.encoder].model_validate({})
         chat, room = base.chat, base.room
 
@@ -400,10 +405,10 @@ class Contest:
                 f"baselines on states omitted: {cut:,} rows exceed the context of {base.id}"
             )
             until = time.monotonic() + BASELINE_SECONDS
-            return fit_and_score(task, learned.rows, rows, None, until)
+            return fit_and_score(task, learned.rows, rows, None, until, roots=roots)
         network = open_network(base, EMBEDDING_HEAD)
         return fit_baselines(
-            network, encoder, task, learned, held, READING_BUDGET, BASELINE_SECONDS
+            network, encoder, task, learned, held, READING_BUDGET, BASELINE_SECONDS, roots=roots
         )
 
     def _done(self, count: int) -> None:

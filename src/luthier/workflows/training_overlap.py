@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
+from luthier.data.files.sources import files_of
 from luthier.data.rows import RowReader
 from luthier.engine.dataset import checker_for
 from luthier.engine.runs import HELD_OUT
@@ -23,27 +24,45 @@ MAX_COMPARED_BYTES = 64_000_000
 
 def row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> list[str]:
     """Return the reasons why scores of ``rows`` say less than their standard errors do."""
-    remarks = []
-    trained = _training_files(stored)
-    if trained and Path(data).is_file() and sha256_of(Path(data)) in trained.values():
-        remarks.append(
-            f"{stored.id} was trained on these rows, so the scores measure memory. Evaluate the model "
-            "on other rows"
-        )
-    elif seen := _trained_rows(stored, trained, rows):
-        number, location = next(iter(seen.items()))
-        place = location_text(rows[number].file, rows[number].line)
-        remarks.append(
-            f"{len(seen):,} of {len(rows):,} rows have the question of a training row "
-            f"({place} and {location}, for example), so their scores "
-            "measure memory. `luthier split` keeps such rows apart"
-        )
+    remarks = overlap_remarks(stored, data, rows)
     if repeats := repeated_rows(rows):
         remarks.append(
             f"{len(repeats):,} of {len(rows):,} rows repeat other rows word for word, so the intervals "
             "are too narrow"
         )
     return remarks
+
+
+def overlap_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> list[str]:
+    """Return a remark if the model was trained on some of ``rows``."""
+    trained = _training_files(stored)
+    if trained and Path(data).is_file() and sha256_of(Path(data)) in trained.values():
+        return [
+            f"{stored.id} was trained on these rows, so the scores measure memory. Evaluate the model "
+            "on other rows"
+        ]
+    if seen := _trained_rows(stored, trained, rows):
+        number, location = next(iter(seen.items()))
+        place = location_text(rows[number].file, rows[number].line)
+        return [
+            f"{len(seen):,} of {len(rows):,} rows have the question of a training row of {stored.id} "
+            f"({place} and {location}, for example), so their scores "
+            "measure memory. `luthier split` keeps such rows apart"
+        ]
+    return []
+
+
+def training_sources(stored: StoredModel) -> tuple[list[str], list[str]]:
+    """Return the unchanged sources of a model's training rows, and the missing or changed sources."""
+    data = (stored.manifest.recipe or {}).get("data", {})
+    known = stored.manifest.data.sha256 if stored.manifest.data else {}
+    sources = [data.get("train"), *(each["train"] for each in data.get("mix", ()))]
+    unchanged, others = list[str](), list[str]()
+    for source in filter(None, sources):
+        files = files_of(source) if os.path.exists(source) else []
+        same = files and all(sha256_of(path) == known.get(str(path)) for path in files)
+        (unchanged if same else others).append(source)
+    return unchanged, others
 
 
 def validation_rows(stored: StoredModel) -> tuple[list[Row], list[str | Path]]:

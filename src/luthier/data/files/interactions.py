@@ -88,7 +88,7 @@ def _items_of_users(
     Args:
         user, item, time: columns; without times, ``time`` is empty.
         key: key of the items in the records.
-        used: columns that the records leave out.
+        used: columns to leave out.
     """
     lines = [*records]
     moments = (

@@ -15,7 +15,8 @@ negative bound at the mean of the latents. The threshold is the smallest score t
 of ``false_alarms`` of the held-out images, or of all windows of a time series, exceeds, fixed after
 training. Windows with too few values are not scored. Values with the label of a fault are left out
 of training.
-The base ``z-score`` has no latents: the score is the network's, and the usual threshold is 3.
+The base ``z-score`` has no latents: the score is the network's, and the usual threshold is 3 unless
+``false_alarms`` is set.
 
 With ``likelihood = "bernoulli"``, the decoder gives the logit of each pixel, and the first term is the
 binary cross-entropy less its smallest value, so 0 is a perfect copy here too. This likelihood is for
@@ -276,7 +277,7 @@ class VAE(Generative):
         """Set the threshold so that at most :attr:`false_alarms` of the rows exceed it."""
         if self.threshold is not None:
             return Finished(self)
-        if network.is_fitted:
+        if network.is_fitted and "false_alarms" not in self.model_fields_set:
             return Finished(self.model_copy(update={"threshold": Z_THRESHOLD}))
         wanted_rows = math.ceil(1 / self.false_alarms) if self.false_alarms else 1
         # The held-out windows of a series are neighbours, so a few hours would set the threshold.

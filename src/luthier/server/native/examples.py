@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from luthier.errors import RecipeError
 from luthier.examples import contents, files_of, use_case, use_cases
 from luthier.server.http.messages import Fault
@@ -41,8 +44,7 @@ class StoredExampleView(View):
 @router.get("/examples")
 def list_examples(call: NativeCall) -> ExamplesView:
     """List use cases with measured results."""
-    # A job reads files; rows of images are folders.
-    uses = [use for use in use_cases() if TRAINING in use["files"].values()]
+    uses = filter(_has_training_file, use_cases())
     return ExamplesView(examples=[ExampleView.model_validate(use) for use in uses])
 
 
@@ -51,9 +53,13 @@ def store_example(call: NativeCall, name: str) -> StoredExampleView:
     """Store the sample rows of a use case as files of the account."""
     call.record("file")
     try:
-        files = files_of(use_case(name))
+        use = use_case(name)
     except RecipeError as error:
         raise Fault("ResourceNotFound", str(error), parameter="name") from None
+    if not _has_training_file(use):
+        message = f"the rows of {name} are a folder, and a job reads files"
+        raise Fault("ResourceNotFound", message, parameter="name")
+    files = files_of(use)
     stored = {
         path: call.context.locations.uploads.add(
             call.account, [contents(source)], f"{name}-{path}", "fine-tune"
@@ -61,8 +67,12 @@ def store_example(call: NativeCall, name: str) -> StoredExampleView:
         for path, source in files.items()
         if path.endswith(".jsonl")
     }
-    first, *others = stored.values()
-    call.record_created(f"file/{first.id}")
-    for each in others:
-        call.record(f"file/{each.id}")
+    for path, each in stored.items():
+        note = call.record_created if path == TRAINING else call.record
+        note(f"file/{each.id}")
     return StoredExampleView(files={path: file_address(each.id) for path, each in stored.items()})
+
+
+def _has_training_file(use: Mapping[str, Any]) -> bool:
+    # A job reads files; rows of images are folders.
+    return TRAINING in use["files"].values()

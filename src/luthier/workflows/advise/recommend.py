@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from luthier.evaluation.baselines import KEPT_BY, LINEAR_PROBE, TFIDF
+from luthier.evaluation.baselines import KEPT_BY, LINEAR_PROBE, TFIDF, method_name
 from luthier.evaluation.significance import CHANCE, differ
 from luthier.pages import Displayed, Table
 from luthier.workflows.advise.evidence import Evidence
@@ -353,7 +353,10 @@ def _most_reachable(evidence: Evidence, tuned: Contender, share: float) -> float
     Known for heads that start from the measured linear probe. Unknown for a trial of less than a
     tenth of the steps, which may be within the warm-up.
     """
-    probe = next((each.score.value for each in evidence.tried if each.name == LINEAR_PROBE), None)
+    probe = next(
+        (each.score.value for each in evidence.tried if method_name(each.name) == LINEAR_PROBE),
+        None,
+    )
     if probe is None or share < MIN_TRIAL_SHARE:
         return None
     score = tuned.score.value
@@ -367,9 +370,10 @@ def _gain(tuned: Contender, best: Contender) -> tuple[float, bool]:
 
 
 def _keep(command: str, baseline: str) -> str:
-    """Return the command that stores ``baseline``, or for naive Bayes the baseline most similar."""
+    """Return the command for storing ``baseline`` or, if impossible, a similar baseline."""
     parts = shlex.split(command)
-    kept = shlex.split(KEPT_BY.get(baseline, KEPT_BY[TFIDF]))
+    similar = KEPT_BY[TFIDF if "words" in baseline else LINEAR_PROBE]
+    kept = shlex.split(KEPT_BY.get(method_name(baseline), similar))
     for option in ("--adaptation", *kept[::2]):
         if option != "--set" and option in parts:
             position = parts.index(option)
