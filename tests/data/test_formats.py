@@ -189,6 +189,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         for label, expected in (
             (1, {"text": "q", "document": "p", "label": 1.0}),
             ("0", {"text": "q", "document": "p", "label": 0.0}),
+            ("Yes", {"text": "q", "document": "p", "label": 1.0}),
+            ("FALSE", {"text": "q", "document": "p", "label": 0.0}),
             ("neutral", {"text": "q\n\np", "label": "neutral"}),
         )
     ),

@@ -60,6 +60,7 @@ def rules(folder: Path, row: dict[str, Any], columns: dict[str, str] | None = No
         (CHAT | {"score": 0.5}, "unread"),
         (CHAT | {"timestamp": 5}, "ignored"),
         ({"anchor": "a", "positive": "b", "split": "x"}, "ignored"),
+        ({"anchor": "a", "positive": "b", "same": lambda n: ("yes", "no")[n % 2]}, "category"),
         ({"image-ref": "a.jpg", "caption": "x", "bbox": [1, 2]}, "unread"),
     ],
 )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
+from luthier.data.rows import load_rows
 from luthier.errors import DataError, RecipeError, RunConflict
 from luthier.gate.splits import split_file
+from luthier.media.image_grid import encode_png
 
 SHARES = {"validation": 0.2, "test": 0.1}
 
@@ -51,6 +55,21 @@ def test_split_files_contain_source_lines(source: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/split.json").read_text()) == record
     again = split_file(source, tmp_path / "again", SHARES, 7)
     assert again["splits"] == record["splits"]
+
+
+@pytest.mark.parametrize("form", ["clips", "clips.zip"])
+def test_media_of_the_rows_are_next_to_the_splits(tmp_path: Path, form: str) -> None:
+    (tmp_path / "clips").mkdir()
+    for n in range(10):
+        png = encode_png(np.full((2, 2, 3), n, np.uint8))
+        (tmp_path / "clips" / f"{n}.png").write_bytes(png)
+    if form == "clips.zip":
+        shutil.make_archive(str(tmp_path / "clips"), "zip", tmp_path / "clips")
+        shutil.rmtree(tmp_path / "clips")
+    rows = [json.dumps({"image": f"{form}/{n}.png", "label": "ab"[n % 2]}) for n in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    split_file(tmp_path / "rows.jsonl", tmp_path / "out", SHARES, 0)
+    assert len(load_rows(str(tmp_path / "out" / "train.jsonl"))) == 7
 
 
 def test_the_command(source: Path, tmp_path: Path) -> None:

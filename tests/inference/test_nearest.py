@@ -54,6 +54,22 @@ def tuned(family_folder: Callable[[str], Path], luthier_home: Path) -> Callable[
     return tune
 
 
+def test_neighbours_have_their_file_and_a_file_is_no_query(
+    tuned: Callable[..., str], tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("the quick brown fox\nthe lazy dog")
+    (texts / "b.txt").write_text("my card has not arrived\n" + "dog " * 900)
+    base = tuned(texts / "a.txt", "bert")
+    found = run(base, texts, "the lazy dog", "--top", 2, "--json")["neighbours"]
+    assert (found[0]["file"], found[0]["line"]) == (str(texts / "a.txt"), 2)
+    shown = CliRunner().invoke(app, ["nearest", base, str(texts), "a fox"])
+    assert f"{texts / 'a.txt'}:1" in shown.stdout and "truncated" in shown.stderr
+    named = CliRunner().invoke(app, ["nearest", base, str(texts), str(texts / "a.txt")])
+    assert named.exit_code == 2 and "--input" in named.stderr
+
+
 def test_nearest_texts_by_meaning(tuned: Callable[..., str], tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"id": n, "text": t}) + "\n" for n, t in enumerate(TEXTS)))

@@ -17,7 +17,7 @@ import luthier
 from luthier.data.augmentation import Augmentation
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, LabelledImage
-from luthier.data.shapes.texts import RawText, TextPair
+from luthier.data.shapes.texts import QueryDocument, RawText, TextPair
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.retrieval import partner_ranks
 from luthier.models.load import as_network, load_model
@@ -485,3 +485,17 @@ def test_similarity_of_two_texts_uses_threshold(
     scores = luthier.evaluate(model, data).scores
     assert scores["similar"] == 1.0 and scores["false_alarms"] <= 0.06  # 1 of 20
     assert model.nearest(a, [a, c], count=1)[0].place == 0  # type: ignore[union-attr]
+
+
+def test_labelled_pairs_are_pairs_with_negatives() -> None:
+    judged = [("q", "a", 1.0), ("q", "b", 0.0), ("r", "c", 0.0), ("s", "d", 0.9), ("q", "e", 1.0)]
+    rows: list[Row] = [QueryDocument("f", n, *each) for n, each in enumerate(judged)]
+    objective = Contrastive()
+    assert objective.regroup(rows) == [
+        TextPair("f", 0, "q", "a", ("b",)),
+        TextPair("f", 3, "s", "d"),
+        TextPair("f", 4, "q", "e", ("b",)),
+    ]
+    assert objective.regroup_scored(rows) is rows
+    pairs: list[Row] = [TextPair("f", 0, "q", "a")]
+    assert objective.regroup(pairs) is pairs

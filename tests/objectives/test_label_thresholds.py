@@ -50,6 +50,15 @@ def test_threshold_reaches_precision(precision: float, threshold: float) -> None
     assert labels == ["spam" if score >= threshold else "ham" for score in SPAM]
 
 
+def test_label_that_no_threshold_predicts_is_a_warning() -> None:
+    objective = Classification(
+        labels=("ham", "spam"), multi_label=False, min_precision={"spam": 0.9}
+    )
+    held: Any = [SimpleNamespace(target=np.array([0])) for _ in IS_SPAM]
+    network: Any = Scores()
+    assert objective.finish(network, held, [], 512).note.startswith("warning")
+
+
 def test_given_threshold_is_kept() -> None:
     given = {"spam": 0.75}
     assert finished(min_precision={"spam": 1.0}, thresholds=given).thresholds == given

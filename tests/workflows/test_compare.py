@@ -279,6 +279,17 @@ def test_compare_command_with_classifier_and_baselines(
         app, ["compare", held, "--tuned", tuned, "--train", str(tmp_path / "no")]
     )
     assert nothing.exit_code == 2, nothing.output
+    # The second model learned the test rows, and the rows of the first have changed.
+    other = luthier.tune(held, base="tfidf", name="leaked").model_id
+    both = ["compare", held, "--tuned", tuned, "--tuned", other, "--json"]
+    found = json.loads(CliRunner().invoke(app, both).stdout)
+    assert any(other in remark for remark in found["remarks"])
+    assert "logistic regression on words (TF-IDF)" not in {e["name"] for e in found["contenders"]}
+    write(tmp_path / "train.jsonl", rows[::-1])
+    changed = CliRunner().invoke(app, both)
+    assert data in changed.stderr
+    ways = {each["technique"] for each in json.loads(changed.stdout)["contenders"]}
+    assert ways == {"fine-tuning"}
 
 
 def test_compare_classifier_with_decoder_base(
@@ -430,6 +441,9 @@ def test_pairs_are_searched_with_both_sides(
     found = luthier.compare(test, [tuned])
     (base,) = [each for each in found.contenders if each.name == "the base model as it is"]
     assert base.score.value < 1
+    judged = write(tmp_path / "judged.jsonl", [{"text_a": "a", "text_b": "b", "label": 1}])
+    with pytest.raises(RecipeError):
+        luthier.compare(judged, [tuned])
 
 
 def test_own_prompts_and_an_endpoint_and_shown_replies(

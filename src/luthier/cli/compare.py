@@ -108,7 +108,11 @@ def compare(
         from luthier.workflows.estimate.budget import check_load, read_prices
         from luthier.workflows.evaluate import attach_report
         from luthier.workflows.prompting import records_of
-        from luthier.workflows.training_overlap import overlap_remarks, training_sources
+        from luthier.workflows.training_overlap import (
+            held_out_rows,
+            overlap_remarks,
+            training_sources,
+        )
 
     reporter = reporter or Reporter()
     table = read_prices(prices)
@@ -127,6 +131,11 @@ def compare(
         if sources:
             names = ", ".join(sources)
             reporter.note(f"Examples: {names}, the training rows of {models[0].id}")
+            if unlearned := held_out_rows(models[0], sources):
+                reporter.note(
+                    f"{unlearned:,} of these rows were held out of the training, and examples and "
+                    "baselines know these rows"
+                )
         if missing:
             reporter.note(
                 f"warning: {', '.join(missing)}, training rows of {models[0].id}, are missing or "

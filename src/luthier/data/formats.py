@@ -286,11 +286,14 @@ def _labelled_pair(first: str, second: str) -> Form:
     def convert(record: Record) -> Converted:
         label: Any = record["label"]
         # A file is read in one pass, so each row must decide by itself: a number is a relevance, a
-        # word a class.
+        # word other than yes and no a class.
+        if isinstance(label, str) and (truth := truth_of(label)) is not None:
+            label = int(truth)
         with suppress(TypeError, ValueError):
             float(label)
-            converted = {"query": record[first], "document": record[second], "label": label}
-            return _with_further_keys(record, converted), {"query": first, "document": second}
+            converted = {"query": record[first], "document": record[second]}
+            found = _with_further_keys(record, converted) | {"label": label}
+            return found, {"query": first, "document": second}
         return _classified_pair(record, first, second)
 
     return Form("labelled pair of texts", frozenset((first, second, "label")), convert)

@@ -34,7 +34,8 @@ def packed_media(kind: MediaKind, rows: Path, value: str | int) -> Media | None:
     for path in _archives(rows):
         if path.endswith(".npz"):
             continue
-        if member := _members(*_version(path)).get(value):
+        name = value.removeprefix(f"{Path(path).name}/")  # as `luthier convert` writes members
+        if member := _members(*_version(path)).get(name):
             return Media(kind, f"{Path(path).name}/{member}", path, member)
     return None
 

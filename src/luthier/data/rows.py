@@ -214,6 +214,10 @@ class Checker(FieldChecker):
         except RowRefused as bad:
             self.report(bad.rule, bad.problem.message, bad.problem.advice)
             return None
+        except KeyError as missing:
+            name = quote(str(missing.args[0]))
+            self.report("field.missing", f"{name} is missing.", f"Add {name}, or remove the row.")
+            return None
         self.names = self._names_of(column_names)
         return converted
 

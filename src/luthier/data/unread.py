@@ -29,7 +29,7 @@ from luthier.data.shapes.conversations import (
 from luthier.data.shapes.media import BareAudio, BareImage, MediaRow
 from luthier.data.shapes.preferences import thumb_of
 from luthier.data.shapes.questions import AnsweredQuestion
-from luthier.data.shapes.texts import RawText
+from luthier.data.shapes.texts import RawText, TextPair
 from luthier.errors import Location, Problem
 from luthier.formatting import list_some, nearest_name
 
@@ -197,6 +197,8 @@ def judge(name: str, values: ColumnValues) -> tuple[Severity, str]:
         return "error", _target_key(kind, called, values)
     if replies and _is_in(called, _CLASSES):
         return "warning", ""
+    if kind is TextPair and values.two_sided and values.few:
+        return "warning", ""  # pairs marked as unlike would be learned as alike
     if noted or not (bare or replies):
         return "note", ""
     if values.filled and values.media:

@@ -241,6 +241,18 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
         for row in rows
         if row.shape not in objective.evaluation_shapes
     ]
+    if not problems and objective.task.embeds:
+        problems = [
+            Problem(
+                "row.mixed_shapes",
+                f"the row is {describe_shapes([row.shape])}, and the first row is "
+                f"{describe_shapes([rows[0].shape])}.",
+                "Write the labels of all rows as numbers, or of all rows as words.",
+                row.location,
+            )
+            for row in rows
+            if row.shape != rows[0].shape
+        ]
     if problems:
         raise DataError(problems)
 

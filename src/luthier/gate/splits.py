@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
@@ -13,6 +15,7 @@ import numpy as np
 from luthier.data.files.containers import Container
 from luthier.data.files.read import find_container
 from luthier.data.rows import stream_rows
+from luthier.data.shapes.media import MediaRow
 from luthier.data.splitting import Strata, split_rows
 from luthier.errors import DataError, Problem, RecipeError, RunConflict
 from luthier.files import check_creatable, copy_lines, new_folder, sha256_of, write_json
@@ -30,7 +33,8 @@ def split_file(
     """Write ``train.jsonl`` and a file for each of ``shares`` (by name), and return the record.
 
     Lines are copied byte for byte in file order; the last line gets a line end. Texts are not kept
-    in memory. Equal file, shares and seed give equal files.
+    in memory. Equal file, shares and seed give equal files. Images and audio of the rows get a hard
+    link, or a copy on another disk, because rows name them from the folder of their file.
 
     Raises:
         RunConflict: ``output`` exists.
@@ -53,18 +57,21 @@ def split_file(
     if sum(shares.values()) >= 1:
         text = "the shares leave no training rows; the sum must be less than 1"
         raise RecipeError(text, rule="split.empty")
-    related, strata, lines = RelatedRows(), Strata(), list[int]()
+    related, strata, lines, media = RelatedRows(), Strata(), list[int](), set[str]()
     rows = (row for row, _ in stream_rows(source, problems))
     while batch := list(islice(rows, BATCH)):
         related.add(batch)
         strata.add(batch)
         lines += [row.line for row in batch]
+        media |= {row.media.path for row in batch if isinstance(row, MediaRow) and row.media.path}
     if problems:
         raise DataError(problems)
     groups_N, names = related.groups(), strata.names()
     chosen = {name: share for name, share in shares.items() if share > 0}
     parts = split_rows(names, groups_N, list(chosen.values()), seed)
     with new_folder(output) as folder:
+        for named in media:
+            _link(Path(named), folder / os.path.relpath(named, source.parent))
         record = _record(source, shares, seed, groups_N)
         for name, part in zip(("train", *chosen), parts, strict=True):
             path = folder / f"{name}.jsonl"
@@ -79,6 +86,14 @@ def split_file(
             }
         write_json(folder / RECORD, record)
     return record
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _record(

@@ -53,6 +53,8 @@ class NearestRows:
     """The nearest first; empty for a query whose words or items the model does not know."""
     embedded: int
     """Number of newly embedded contents; all further contents were in the index."""
+    truncated: int
+    """Number of truncated contents among the queries and the newly embedded."""
 
 
 def find_nearest(
@@ -92,8 +94,8 @@ def find_nearest(
     check_at_least_one(count=count)
     queries, rows = [row.bare() for row in queries], [row.bare() for row in rows]
     embeddings = EmbeddingIndex.open(index, stored)
-    query_QH, _ = predictor.embed_rows(queries)
-    row_NH, embedded = embeddings.embeddings_of(predictor, rows, on_progress)
+    query_QH, cut = predictor.embed_rows(queries)
+    row_NH, embedded, truncated = embeddings.embeddings_of(predictor, rows, on_progress)
     of_items = predictor.network.model.config.model_type == "item_counts"
     seen = [_items(row.plain_text(), of_items) for row in queries]
     places_QK, scores_QK = nearest(query_QH, row_NH, count + max(map(len, seen)))
@@ -107,7 +109,7 @@ def find_nearest(
             if rows[place].plain_text() not in items
         ]
         neighbours.append(near[:count] if is_known else [])
-    return NearestRows(neighbours, embedded)
+    return NearestRows(neighbours, embedded, cut + truncated)
 
 
 def _items(text: str, of_items: bool) -> frozenset[str]:
@@ -165,8 +167,9 @@ class EmbeddingIndex:
 
     def embeddings_of(
         self, predictor: Predictor, rows: Sequence[Row], on_progress: Callable[[int], None]
-    ) -> tuple[NDArray[np.float32], int]:
-        """Return embeddings ``[N, H]`` of ``rows``, and the number of newly embedded contents."""
+    ) -> tuple[NDArray[np.float32], int, int]:
+        """Return embeddings ``[N, H]`` of ``rows``, and the numbers of newly embedded contents and of
+        truncated contents."""
         digests = [_digest(row) for row in rows]
         # A dictionary, so that equal contents are embedded once.
         new = {
@@ -174,10 +177,12 @@ class EmbeddingIndex:
             for digest, row in zip(digests, rows, strict=True)
             if digest not in self._places
         }
+        truncated = 0
         if new:
-            new_NH, _ = predictor.embed_rows([*new.values()], on_progress)
+            new_NH, truncated = predictor.embed_rows([*new.values()], on_progress)
             self._add([*new], new_NH)
-        return self._known_NH[[self._places[digest] for digest in digests]], len(new)
+        known_NH = self._known_NH[[self._places[digest] for digest in digests]]
+        return known_NH, len(new), truncated
 
     def _add(self, digests: Sequence[bytes], new_NH: NDArray[np.float32]) -> None:
         from safetensors.numpy import save

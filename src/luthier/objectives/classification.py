@@ -392,7 +392,13 @@ class Classification(Objective):
             thresholds[name] = threshold
             passed_N = given_N & (score_N >= threshold)
             right = RowScores.of(is_own_N[passed_N])
-            low, high = right.interval if len(right) else (0.0, 1.0)
+            if not len(right):
+                notes.append(
+                    f"warning: {name} is never predicted, because no threshold has the precision "
+                    f"{precision:.0%} on {int(is_own_N.sum())} held-out rows. Hold out more rows"
+                )
+                continue
+            low, high = right.interval
             notes.append(
                 f"{name}: {int(right.parts_R.sum())} of {len(right)} held-out rows from "
                 f"{threshold:.3f} are right (95 % interval of the precision {low:.0%} to {high:.0%}), "

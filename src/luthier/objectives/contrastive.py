@@ -50,7 +50,7 @@ from luthier.data.sentence import PoolingMode, SentencePipeline
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import CaptionedImage, MediaRow
-from luthier.data.shapes.texts import RawText, TextPair
+from luthier.data.shapes.texts import QueryDocument, RawText, TextPair
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.retrieval import MARGIN_REASON, NegativeMiner, number_keys
 from luthier.evaluation.thresholds import choose_threshold, unrelated_pairs
@@ -113,6 +113,10 @@ class _Cached:
     """Seed of the first pass, so that both passes have the same dropout."""
 
 
+def _is_relevant(row: QueryDocument) -> bool:
+    return (row.label or 0.0) > 0.5
+
+
 class Contrastive(Objective):
     """Contrastive learning of embeddings.
 
@@ -139,7 +143,7 @@ class Contrastive(Objective):
     task: ClassVar[Task] = EMBEDDING
     shapes: ClassVar[frozenset[str]] = frozenset({"history", "pair", "text"})
     further_shapes: ClassVar[frozenset[str]] = frozenset(
-        {"audio", "captioned_image", "image", "labelled_audio", "labelled_image"}
+        {"audio", "captioned_image", "image", "labelled_audio", "labelled_image", "relevance"}
     )
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
         {
@@ -160,6 +164,29 @@ class Contrastive(Objective):
     def decision_threshold(self) -> float | None:
         """See :attr:`Objective.decision_threshold`."""
         return self.threshold
+
+    def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Return relevant documents as pairs, with the query's irrelevant documents as negatives."""
+        judged = of_shape(QueryDocument, rows)
+        if judged is None:
+            return rows
+        irrelevant: dict[str, list[str]] = {}
+        for row in judged:
+            if not _is_relevant(row):
+                irrelevant.setdefault(row.text, []).append(row.document)
+        return [
+            TextPair(row.file, row.line, row.text, row.document, (*irrelevant.get(row.text, ()),))
+            for row in judged
+            if _is_relevant(row)
+        ]
+
+    def regroup_scored(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Return all rows: irrelevant documents are scored."""
+        return rows
+
+    def needs_other_rows(self, row: Row) -> bool:
+        """See :meth:`Objective.needs_other_rows`."""
+        return isinstance(row, QueryDocument)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Check that rows can have two views, and that there are at least two classes."""

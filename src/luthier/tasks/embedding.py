@@ -29,7 +29,7 @@ from luthier.evaluation.retrieval import (
     seen_items,
 )
 from luthier.evaluation.significance import RowScores, Score, Statistic
-from luthier.evaluation.thresholds import threshold_scores
+from luthier.evaluation.thresholds import choose_threshold, threshold_scores
 from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task, example_input
 from luthier.tasks.onnx import OnnxOutput
@@ -155,6 +155,8 @@ class CatalogueTask(EmbeddingTask):
 
 
 EMBEDDING, CATALOGUE = EmbeddingTask(), CatalogueTask()
+FALSE_ALARMS = 0.01
+"""Share of pairs without similarity above the proposed threshold."""
 
 
 def _pair_scores(ranks: Any, rows: Sequence[Row]) -> dict[str, RowScores]:
@@ -222,12 +224,17 @@ def _score_decisions(
         )
     }
     answers: list[dict[str, Any]] = [{"score": float(each)} for each in cosine_R]
+    chosen = choose_threshold(cosine_R[~similar_R], FALSE_ALARMS)
+    remark = (
+        f"{(cosine_R[similar_R] > chosen).mean():.1%} of the similar pairs are above {chosen:.3f}, and "
+        f"at most {FALSE_ALARMS:.0%} of the other pairs (`objective.threshold`)"
+    )
     if (threshold := reader.threshold) is not None:
         above_R = cosine_R > threshold
         scores["similar"] = RowScores.of(above_R[similar_R])
         scores["false_alarms"] = RowScores.of(above_R[~similar_R])
         answers = [{**a, "similar": bool(above)} for a, above in zip(answers, above_R, strict=True)]
-    return fitting.evaluation(scores, answers)
+    return fitting.evaluation(scores, answers, [remark])
 
 
 def _score_classes(fitting: FittingRows, first: Answers) -> Evaluation:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.chat_models.base import ChatModel
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
-from luthier.data.shapes.texts import LabelledText
+from luthier.data.shapes.texts import LabelledText, QueryDocument
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.significance import Difference, RowScores, as_gain, differences
 from luthier.gate.checks.leakage import TOO_MANY
@@ -384,6 +384,11 @@ def compare(
             f"{row.location}: The row has tools or images, which rivals at endpoints do not receive. "
             "Remove rows with tools or images, or compare without `rival`",
             setting="rival",
+        )
+    if of_shape(QueryDocument, rows) and any(each.objective.task.embeds for each in tuned):
+        raise RecipeError(
+            "labelled pairs have one score for all rows, the AUC, and a comparison needs a score for "
+            "each row. Evaluate each model on these rows"
         )
     repeats = {*repeated_rows(rows)}
     rows = [row for number, row in enumerate(rows) if number not in repeats]

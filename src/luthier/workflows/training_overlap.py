@@ -65,6 +65,13 @@ def training_sources(stored: StoredModel) -> tuple[list[str], list[str]]:
     return unchanged, others
 
 
+def held_out_rows(stored: StoredModel, sources: Sequence[str]) -> int:
+    """Return the number of rows of ``sources`` that the model did not learn."""
+    held_out = stored.manifest.data.held_out if stored.manifest.data else {}
+    files = {str(path) for source in sources for path in files_of(source)}
+    return sum(len(lines) for file, lines in held_out.items() if file in files)
+
+
 def validation_rows(stored: StoredModel) -> tuple[list[Row], list[str | Path]]:
     """Return the validation rows of a model's run, and their files. Changed files are skipped."""
     record = stored.manifest.data

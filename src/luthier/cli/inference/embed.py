@@ -99,7 +99,7 @@ def embed(
     if is_shared:
         task = EmbedTask(model=stored.id, source=str(data), columns=columns or {}, form=form)
         answers = shared.answer(task, output, reporter)
-        _note_truncated(answers.counts[TRUNCATED], reporter)
+        note_truncated(answers.counts[TRUNCATED], reporter)
         return Embeddings(answers, answers.counts[NUMBERS] // answers.rows)
     with embedding_writer(output, rows) as write:
         predictor = Predictor.open(stored)
@@ -109,12 +109,13 @@ def embed(
         )
         seconds = time.monotonic() - started
         write(row_NH)
-    _note_truncated(truncated, reporter)
+    note_truncated(truncated, reporter)
     count, dimension = row_NH.shape
     return Embeddings(RowAnswers(stored.id, count, seconds, output), dimension)
 
 
-def _note_truncated(count: int, reporter: Reporter) -> None:
+def note_truncated(count: int, reporter: Reporter) -> None:
+    """Report the number of truncated texts, if any."""
     if count:
         reporter.note(f"{count:,} of the texts are longer than the context and were truncated")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.cli.inference.embed import note_truncated
 from luthier.cli.terminal.console import (
     check_json_lines,
     check_output,
@@ -18,13 +20,14 @@ from luthier.cli.terminal.console import (
     write_json,
 )
 from luthier.cli.terminal.options import AtLeastOne, Mapped, RowSource
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, line_field, location_text, read_line_field
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from luthier.data.files.parsing import Record
     from luthier.engine.metrics import Reporter
+    from luthier.inference.nearest import Neighbour
     from luthier.media.processors import ImageProcessor
     from luthier.types import Row
 
@@ -32,6 +35,7 @@ NEAREST = "nearest"
 """Field of the neighbours, next to the fields of the row."""
 WORTH_STORING = 1_000
 """Minimum number of rows for a note about index files."""
+TEXT_FILES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv")
 SHOWN = 200
 """Maximum number of printed characters of a text."""
 
@@ -85,6 +89,8 @@ def nearest(
         raise RecipeError("a query is missing: name a query or --input FILE, not both")
     if query is not None and not query.strip():
         raise RecipeError("the query is empty")
+    if query is not None and query.endswith(TEXT_FILES) and os.path.isfile(query):
+        raise RecipeError(f"the query is the name of a file: --input {query} reads its texts")
     if input is not None:
         check_json_lines(output)
     check_output(output, data)
@@ -116,9 +122,10 @@ def nearest(
         predictor, stored, queries, rows, top, index,
         lambda done: reporter.progress(done, len(rows), "embed"),
     )  # fmt: skip
+    note_truncated(found.truncated, reporter)
     if input is not None:
         answers = [
-            {**record, NEAREST: [{"name": each.name, "score": each.score} for each in near]}
+            {**record, NEAREST: [_neighbour(each, rows) for each in near]}
             for (record, _), near in zip(asked, found.neighbours, strict=True)
         ]
         if output is not None:
@@ -137,10 +144,7 @@ def nearest(
         if not isinstance(processor, ImageProcessor):
             raise RecipeError(f"--output needs a model with image input, and {model} has none")
         _write_sheet([*queries, *(rows[each.place] for each in near)], processor, output)
-    report = [
-        {"name": each.name, "score": each.score, **_id_and_label(records[each.place][0])}
-        for each in near
-    ]
+    report = [{**_neighbour(each, rows), **_id_and_label(records[each.place][0])} for each in near]
     return Neighbours(model, len(rows), found.embedded, time.monotonic() - started, report)
 
 
@@ -154,14 +158,22 @@ def show_neighbours(
         else:
             print_written(len(found.neighbours), "rows", output)
         return
+    several = len({line["file"] for line in found.neighbours}) > 1
     for line in found.neighbours:
         label = f"  [{line['label']}]" if "label" in line else ""
         name = " ".join(line["name"].split())
-        print_text(f"{line['score']:.3f}  {name[:SHOWN]}{label}")
+        place = f"{location_text(line['file'], read_line_field(line))}  " if several else ""
+        print_text(f"{line['score']:.3f}  {place}{name[:SHOWN]}{label}")
     if index is None and found.embedded >= WORTH_STORING:
         note(f"--index FILE stores these {found.embedded:,} embeddings for the next command")
     if output is not None:
         print_written(len(found.neighbours), "neighbours", output)
+
+
+def _neighbour(found: Neighbour, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return name, score and location of a neighbour."""
+    row = rows[found.place]
+    return {"name": found.name, "score": found.score, "file": row.file, **line_field(row.line)}
 
 
 def _id_and_label(record: Record) -> dict[str, Any]:
