@@ -237,8 +237,8 @@ def print_label_issues(result: Result) -> None:
         out.print(f"    {one_line(text)}")
     out.print(f"  {'label issue ' if count == 1 else 'label issues'} {path}")
     out.print(
-        "    Held-out labels can be wrong, too, so the score is a lower limit. Correct the rows, or "
-        "try `--set data.label_issues=leave_out`"
+        "    Labels of held-out rows can be wrong, too. Check the rows, or try `--set "
+        "data.label_issues=leave_out`"
     )
 
 

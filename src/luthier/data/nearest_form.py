@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from luthier.data.conversations.turn_marks import truth_of
 from luthier.data.field_checks import rename_fix
 from luthier.data.files.interactions import ITEMS, USERS, find_name
 from luthier.data.files.parsing import Record, quote
@@ -34,7 +35,13 @@ def nearest_form(record: Record) -> str:
     for keys in (("messages",), ("prompt", "completion"), ("text",)):
         if fix := rename_fix(record, keys):
             return fix
-    texts = [key for key, value in record.items() if isinstance(value, str) and key != "id"]
+    texts = [
+        key
+        for key, value in record.items()
+        if isinstance(value, str) and key.strip().lower() != "id"
+    ]
+    if fix := _pair_fix({key: str(record[key]) for key in texts}):
+        return fix
     by_name = {
         key: next((each for each in record if each.strip().lower() in names), "")
         for key, names in _NAMES.items()
@@ -53,6 +60,18 @@ def nearest_form(record: Record) -> str:
         return 'Add a text, as in {"text": "..."} or {"prompt": "...", "completion": "..."}.'
     fix = f"Set `data.columns.text={text}`"
     return f"{fix}." if label in ("", "label") else f"{fix} and `data.columns.label={label}`."
+
+
+def _pair_fix(texts: Mapping[str, str]) -> str:
+    """Return the fix for two texts with a column of yes and no; empty for other rows."""
+    marks = [key for key, text in texts.items() if truth_of(text) is not None]
+    sides = sorted(texts.keys() - {*marks}, key=lambda key: -len(texts[key]))[:2]
+    if len(marks) != 1 or len(sides) < 2:
+        return ""
+    one, other = sorted(sides, key=[*texts].index)
+    names = {"text_a": one, "text_b": other, "label": marks[0]}
+    settings = [f"`data.columns.{key}={name}`" for key, name in names.items()]
+    return f"For pairs of texts that are alike or not, set {', '.join(settings)}."
 
 
 def _search_fix(record: Record) -> str:

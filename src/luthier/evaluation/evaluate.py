@@ -235,7 +235,9 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
             "row.objective",
             f"models of objective {objective.method} are evaluated on {wanted}, and the row is "
             f"{describe_shapes([row.shape])}.",
-            "Convert the rows, or choose a model for rows of this shape.",
+            "Name the column of labels with `data.columns.label=COLUMN`, or predict the rows."
+            if f"labelled_{row.shape}" in objective.evaluation_shapes
+            else "Convert the rows, or choose a model for rows of this shape.",
             row.location,
         )
         for row in rows

@@ -37,7 +37,10 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
                 for name, kind in OBJECTIVES.items()
                 if row.shape in kind.shapes | kind.further_shapes
             ]
-            fix = f"Set {', or '.join(choices)}, or add labels (`data.columns.label=COLUMN`)."
+            fix = (
+                f"Set {', or '.join(choices)}, or add labels: a folder for each label, or a table with "
+                f'"{row.media.kind}" and "label".'
+            )
         raise DataError([Problem("row.objective", message, fix, row.location)])
     # A stable sort: raw text alone changes the order of the table, by the tokenizer.
     later = GENERATION if chat.fills_masks else MASKED_WORDS
