@@ -311,6 +311,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
+    if not given.set and not given.write:
+        parser.error("name DATA, PRESET and SET, or --write")
     if given.set:
         found = measure(given.data, given.preset, given.set, given.seeds)
         stored = json.loads(STORED.read_text()) if STORED.is_file() else {}

@@ -148,6 +148,10 @@ def main() -> None:
     options = parser.parse_args()
     use = USES[options.name]
     stored = PAGES / f"{use.name}.json"
+    if options.seed is not None and not (
+        stored.is_file() and any("tune" in c for c in use.commands)
+    ):
+        parser.error("--seed needs a page with `luthier tune` and a run without --seed")
     if not options.write:
         write_index()  # `luthier examples` needs the name
         if options.seed is None:

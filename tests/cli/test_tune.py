@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from luthier.engine.verdict import Refit
 from luthier.evaluation.baselines import Baseline, Comparison
 from luthier.files import read_json, sha256_of
 from luthier.models.manifest import MANIFEST
+from luthier.objectives import classification
 
 
 def test_tune_prints_json_result_and_progress_on_stderr(
@@ -374,3 +376,15 @@ def test_fit_without_steps_prints_threshold_and_no_plan(luthier_home: Path, tmp_
     options = ("--epochs", "9", "--objective", "vae", "--set", "objective.false_alarms=0.5")
     answer = Answer("tune", str(series), "--base", "z-score", "--name", "loud", *options)
     assert "`training.epochs`" in answer.err and "objective.threshold=3" not in answer.err
+
+
+def test_fitted_base_learns_all_rows(
+    luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classification, "PROBED_ROWS", 10)
+    rows = [{"text": f"{'good' if n % 2 else 'bad'} day {n}", "label": n % 2} for n in range(60)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answer = Answer("tune", str(data), "--base", "tfidf", "--name", "all")
+    assert answer.code == 0 and "regression on 60 rows" in answer.err, answer.err
+    assert "logistic regression on words (TF-IDF)" not in answer.out
