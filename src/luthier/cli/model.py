@@ -316,8 +316,10 @@ class Model:
         import numpy as np
 
         classes = self.classes
-        answers = self.predict(texts)
-        scores = [each.get("predicted", each)["scores"] for each in answers]
+        answers = [each.get("predicted", each) for each in self.predict(texts)]
+        if any("scores" not in each for each in answers):
+            raise RecipeError(f"{self.stored.id} has no probability of each class. Call predict()")
+        scores = [each["scores"] for each in answers]
         found = np.array([[each[name] for name in classes] for each in scores], dtype=np.float64)
         # Without texts, the shape is `[0, L]`.
         return found.reshape(-1, len(classes))

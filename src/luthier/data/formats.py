@@ -320,7 +320,14 @@ def _is_item_list(record: Record) -> bool:
     return isinstance(items, list) and bool(items) and all(type(i) in (str, int) for i in items)
 
 
-ITEMS = Form("items of a user", frozenset(("items",)), _item_list, _OWN, applies=_is_item_list)
+ITEMS = Form(
+    "items of a user",
+    frozenset(("items",)),
+    _item_list,
+    _OWN,
+    used=frozenset(("user",)),
+    applies=_is_item_list,
+)
 """Rows of users."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from luthier.data.conversations.turn_marks import truth_of
@@ -17,6 +18,7 @@ _RELEVANCES = ("label", "relevance", "relevant", "is_relevant", "score", "simila
 _POSITIVES = ("positives", "positive_passages", "relevant_passages")
 LABEL_NAMES = ("label", "class", "category", "intent", "sentiment", "topic", "tag", "type")
 """Usual names of label columns."""
+_TAG = re.compile(r"O|[BI]-\S+")
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "label": LABEL_NAMES,
     "text": ("content", "body", "review", "comment", "sentence", "tweet", "message", "description"),
@@ -42,6 +44,10 @@ def nearest_form(record: Record) -> str:
     ]
     if fix := _pair_fix({key: str(record[key]) for key in texts}):
         return fix
+    if any(_TAG.fullmatch(str(record[key]).strip()) for key in texts) and len(texts) > 1:
+        return (
+            "Write lines of a word, a tab and its tag, with a blank line between sentences (CoNLL)."
+        )
     by_name = {
         key: next((each for each in record if each.strip().lower() in names), "")
         for key, names in _NAMES.items()
@@ -65,7 +71,9 @@ def nearest_form(record: Record) -> str:
 def _pair_fix(texts: Mapping[str, str]) -> str:
     """Return the fix for two texts with a column of yes and no; empty for other rows."""
     marks = [key for key, text in texts.items() if truth_of(text) is not None]
-    sides = sorted(texts.keys() - {*marks}, key=lambda key: -len(texts[key]))[:2]
+    # One word is a name or a tag.
+    sentences = [key for key in texts if key not in marks and " " in texts[key].strip()]
+    sides = sorted(sentences, key=lambda key: -len(texts[key]))[:2]
     if len(marks) != 1 or len(sides) < 2:
         return ""
     one, other = sorted(sides, key=[*texts].index)

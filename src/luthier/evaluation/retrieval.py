@@ -83,15 +83,12 @@ def seen_items(
 ) -> csr_array:
     """Return which candidates, distinct ``texts`` and ``others``, each history has, ``[P, U]``.
 
-    The next item, ``texts``, is never left out.
+    A next item, in ``texts``, that the history has is not recommended either.
     """
     from scipy.sparse import csr_array
 
     place = {text: number for number, text in enumerate([*dict.fromkeys(texts), *others])}
-    seen = [
-        sorted({place[item] for item in items if item in place and item != own})
-        for items, own in zip(histories, texts, strict=True)
-    ]
+    seen = [sorted({place[item] for item in items if item in place}) for items in histories]
     start_P = np.cumsum([0, *map(len, seen)])
     item_K = np.fromiter(chain.from_iterable(seen), np.int64, start_P[-1])
     # Sparse: 100,000 users and 10,000 items would fill 1 GB, and have a few hundred items each.

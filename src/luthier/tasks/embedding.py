@@ -199,6 +199,8 @@ def _score_partners(
     remark = f"each {target} is searched among {len({*texts[1]}) + len(items):,} candidates"
     if histories:
         remark += ", without the items of the history"
+        if again := sum(row.positive in row.items for row in histories):
+            remark += f"; {again:,} next items are in the history, and are missed"
     return fitting.evaluation(scores, first, [remark])
 
 

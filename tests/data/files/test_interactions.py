@@ -49,6 +49,17 @@ def test_inputs_have_all_items_and_the_user(tmp_path: Path) -> None:
     assert [record["userId"] for record, _ in inputs] == ["7", "8", "9"]
 
 
+def test_items_chosen_again_count_once_and_names_end_with_time(tmp_path: Path) -> None:
+    text = "customer,sku,order_time\n1,x,300\n1,y,100\n1,z,200\n1,y,400\n2,x,7\n2,y,5\n"
+    assert histories(write(tmp_path, text)) == [(["y", "z"], "x"), (["y"], "x")]
+
+
+def test_key_of_one_item_is_refused_for_a_log(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(str(write(tmp_path, LOG)), {"user": "userId", "item": "movieId"})
+    assert "data.columns.items=movieId" in caught.value.problems[0].advice
+
+
 def test_without_times_the_lines_are_the_order(tmp_path: Path) -> None:
     text = "customer,sku\n1,x\n2,y\n1,z\n2,x\n"
     assert histories(write(tmp_path, text)) == [(["x"], "z"), (["y"], "x")]
@@ -92,3 +103,6 @@ def test_the_advice_names_the_columns_of_a_log_with_texts(tmp_path: Path) -> Non
     advice = caught.value.problems[0].advice
     assert "data.columns.user=CustomerID" in advice
     assert "data.columns.items=StockCode" in advice
+    with pytest.raises(DataError) as caught:
+        load_rows(str(write(tmp_path, "sentence_id,word,tag\n1,Rita,B-person\n1,sings,O\n")))
+    assert "CoNLL" in caught.value.problems[0].advice

@@ -21,6 +21,17 @@ Hue NNP B-NP B-LOC
 """
 
 
+@pytest.mark.parametrize(
+    ("line", "rule"), [("sings", "tags.type"), ("sings X", "tags.bio"), ("sings b-PER", "tags.bio")]
+)
+def test_line_without_a_right_tag_is_named(tmp_path: Path, line: str, rule: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("Rita B-PER\nsings O\n\n" * 20 + f"Rita B-PER\n{line}\n")
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    assert [(each.rule, each.line) for each in caught.value.problems] == [(rule, 61)]
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.train", "a"])
 def test_fasttext(tmp_path: Path, name: str) -> None:
     path = tmp_path / name

@@ -2,13 +2,14 @@
 
 A table is a log if its columns name a user and an item, and all other columns of the first line
 have numbers or times. ``--map user=COLUMN --map items=COLUMN`` names the columns of other tables.
-The items of a user are in the order of the times, or of the lines in a table without times.
+The items of a user are in the order of the times, or of the lines in a table without times. Of an
+item chosen again, the first time counts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
 
 from luthier.data.files.containers import TIME_COLUMNS
@@ -28,6 +29,8 @@ ITEMS = frozenset(
     for end in ("", "id")
 )
 """Names of the item, in lower case and without separators."""
+TIMES = (*TIME_COLUMNS, "ts")
+"""Names of the time, in lower case and without separators."""
 
 
 def read_interactions(
@@ -42,11 +45,15 @@ def read_interactions(
         return iter(())
     table = chain([first], records)
     read = [name for name in first[1] if columns.get(name) != ""]
+    if "user" in columns and "item" in columns:
+        message = "A log has many items for each user."
+        fix = f"Set `data.columns.items={columns['item']}`."
+        problems.append(Problem("column.missing", message, fix, Location(file, first[0])))
+        return iter(())
     user = columns.get("user") or find_name(read, USERS)
     item = columns.get("items") or find_name(read, ITEMS)
     others = [name for name in read if name not in (user, item)]
-    dates = [name for name in others if is_date(str(first[1][name]))]
-    time = columns.get("timestamp") or find_name(others, (*TIME_COLUMNS, "ts")) or (*dates, "")[0]
+    time = columns.get("timestamp") or _find_time(others, first[1])
     if any(source and key not in ("user", "items", "timestamp") for key, source in columns.items()):
         return table  # another task
     if not {user, item, *([time] if time else [])} <= first[1].keys():
@@ -62,6 +69,13 @@ def read_interactions(
 def find_name(names: Iterable[str], wanted: Collection[str]) -> str:
     """Return the first of ``names`` that is ``wanted``; empty if none is."""
     return next((each for each in names if _plain(each) in wanted), "")
+
+
+def _find_time(names: Sequence[str], first: Record) -> str:
+    """Return the column of times by its name, or by the date of the first line; empty without one."""
+    dates = [name for name in names if is_date(str(first[name]))]
+    ends = [name for name in names if _plain(name).endswith(("time", "date", "timestamp"))]
+    return find_name(names, TIMES) or (*dates, *ends, "")[0]
 
 
 def _plain(name: str) -> str:
@@ -110,7 +124,7 @@ def _items_of_users(
         chosen.sort(key=lambda each: each[:2])
         _, line, latest = chosen[-1]
         others = {name: value for name, value in latest.items() if name not in used}
-        yield line, {**others, key: [record[item] for *_, record in chosen]}
+        yield line, {**others, key: [*dict.fromkeys(record[item] for *_, record in chosen)]}
 
 
 def _is_empty(value: object) -> bool:

@@ -7,6 +7,7 @@ add both to the table.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ Lines = Iterable[tuple[int, str]]
 _LABEL = re.compile(r"__label__(\S+)\s*")
 _TAG = re.compile(r"O|[BIESLU]-\S+")
 _DOCUMENT = "-DOCSTART-"
+MOST_WRONG = 0.2
+"""Maximum share of lines without a tag in a CoNLL file: reading names these lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,14 @@ def _read_fasttext(lines: Lines) -> Iterator[tuple[int, Record]]:
 
 
 def _is_conll(lines: Sequence[str]) -> bool:
-    """Return whether each line ends with a tag in BIO, and some line with the tag of an entity."""
+    """Return whether nearly all lines have as many columns and end with a tag in BIO, and some line
+    with the tag of an entity."""
     rows = [line.split() for line in lines if line.strip() and not _is_comment(line)]
-    return (
-        len({len(row) for row in rows if row[0] != _DOCUMENT}) == 1
-        and all(len(row) > 1 and _TAG.fullmatch(row[-1]) for row in rows)
-        and any(row[-1] != "O" for row in rows)
-    )
+    columns = Counter(len(row) for row in rows if row[0] != _DOCUMENT)
+    usual = columns.most_common(1)[0][0] if columns else 0
+    tagged = [row[-1] for row in rows if len(row) in (2, usual) and _TAG.fullmatch(row[-1])]
+    wrong = len(rows) - len(tagged)
+    return usual > 1 and wrong <= MOST_WRONG * len(rows) and any(each != "O" for each in tagged)
 
 
 def _is_comment(line: str) -> bool:

@@ -115,9 +115,10 @@ def collect(
     """
     import torch
 
-    from luthier.engine.job import with_base
+    from luthier.engine.job import with_base, with_base_defaults
     from luthier.engine.machine import choose_machine
     from luthier.engine.memory import trained_numbers
+    from luthier.engine.metrics import Reporter
     from luthier.library import models as store
     from luthier.objectives.by_shape import objective_for
     from luthier.workflows.estimate.estimate import estimate as estimate_run
@@ -144,6 +145,7 @@ def collect(
     # Prompts alone have no objective: a teacher must reply first.
     if recipe.objective is None and shape != "prompt_only":
         recipe = recipe.model_copy(update={"objective": objective_for(rows[0], chat)})
+    recipe = with_base_defaults(recipe, base, chat, Reporter())
     model = base.network.sketch(base.objective.head())
     weights = sum(weight.numel() for weight in model.parameters())
     with torch.device("meta"):
