@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.data.shapes.questions import AnsweredQuestion
-from luthier.data.shapes.texts import LabelledText, TextPair
+from luthier.data.shapes.texts import History, LabelledText, TextPair
 from luthier.gate.row_keys import RelatedRows, group_related, match_questions
 from luthier.types import Row
 
@@ -55,3 +55,14 @@ def test_match_questions_stops_reading_after_last_match() -> None:
     train = iter(rows("when was it", "what is it", "What is it", "who was it", "never read"))
     assert match_questions(asked, train) == {0: "f:2", 1: "f:4", 2: "f:2"}
     assert [row.line for row in train] == [5]
+
+
+def test_short_histories_of_other_people_are_no_repetition() -> None:
+    items = [f"item {n}" for n in range(6)]
+
+    def history(file: str, count: int) -> list[Row]:
+        return [History(file, 1, "\n".join(items[:count]), "next")]
+
+    assert match_questions(history("new", 3), history("old", 3)) == {}
+    assert match_questions(history("old", 3), history("old", 3)) == {0: "old:1"}
+    assert match_questions(history("new", 6), history("old", 6)) == {0: "old:1"}

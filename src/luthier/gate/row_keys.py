@@ -54,7 +54,12 @@ def combine_keys(first_N: Keys, second_N: Keys) -> Keys:
 
 
 def question_of(row: Row) -> str:
-    """Return the model input without system turns, which are often equal in all rows."""
+    """Return the model input without system turns, which are often equal in all rows.
+
+    For a short history, return a key of its place: several people chose the same few items.
+    """
+    if isinstance(row, History) and len(row.items) < OWN_HISTORY:
+        return f"{hash_texts(row.file, str(row.line)):x}"
     inputs = row.inputs()
     if isinstance(row, TaggedWords):
         return " ".join(inputs)
@@ -102,6 +107,8 @@ def match_questions(rows: Sequence[Row], train: Iterable[Row]) -> dict[int, str]
     return dict(sorted(found.items()))
 
 
+OWN_HISTORY = 6
+"""Minimum number of items of a history that two people hardly share."""
 STRETCH = 50
 """Number of consecutive lines of a time series that a split keeps together. Adjacent windows
 overlap."""
