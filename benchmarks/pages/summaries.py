@@ -69,7 +69,8 @@ def collect(bench: Bench) -> Found:
     wrong = min(made_up or answers, key=lambda each: each["scores"]["rouge_l"])
     return {
         "rows": first_rows(bench),
-        "wrong": f"{wrong['prompt']}\nanswer:   {wrong['reply'].strip()}\n"
+        "wrong": wrong["prompt"].replace("\nPatient:", " Patient:")  # an exchange per line
+        + f"\nanswer:   {wrong['reply'].strip()}\n"
         f"expected: {wrong['expected']}",
         "shown": min(dropped, key=lambda each: len(each["prompt"])),
         "facts": f"{rouge_sentence(compared)} {len(dropped)} of {len(with_numbers)} "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from sklearn import metrics
 from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWords, entities
 from luthier.errors import DataError
 from luthier.evaluation.labels import label_remarks
+from luthier.evaluation.long_rows import FittingRows
 from luthier.evaluation.significance import values
 from luthier.tasks import CLASSIFICATION, RATING, TAGGING
+from luthier.types import Row
 
 
 def test_accuracy_and_f1_are_scikit_learn_s() -> None:
@@ -55,6 +59,17 @@ def test_entities_are_seqeval_s() -> None:
     assert found["entity_f1"] == pytest.approx(sequence.f1_score(truth, given))
     assert found["entity_precision"] == pytest.approx(sequence.precision_score(truth, given))
     assert found["entity_recall"] == pytest.approx(sequence.recall_score(truth, given))
+
+
+def test_kinds_without_answers_are_named() -> None:
+    truth = [("B-a", "B-b"), ("B-c", "O")]
+    rows: list[Row] = [
+        TaggedWords("f", n, tokens=("w", "w"), tags=tags) for n, tags in enumerate(truth)
+    ]
+    reader: Any = SimpleNamespace(objective=SimpleNamespace(labels=("O", "B-a", "B-b")))
+    answers = [{"tags": ["B-a", "O"]}, {"tags": ["O", "O"]}]
+    unknown, missed = TAGGING.evaluate(reader, FittingRows(rows, []), [answers]).remarks
+    assert "c (1)" in unknown and "b (1)" in missed
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,10 @@ def test_evaluation_completes_after_killed_worker(server: Served) -> None:
 
 
 def test_late_evaluation_fails(server: Served) -> None:
-    done = server.ended(create(server, "evaluations", model="mine", time_limit=1))
+    lines = [{"prompt": f"question {n}", "completion": "answer"} for n in range(5_000)]
+    server.put_rows("many.jsonl", lines)
+    fields = {"rows": "s3://bucket/many.jsonl", "max_tokens": 32}
+    done = server.ended(create(server, "evaluations", model="mine", time_limit=1, **fields))
     assert done["state"] == "Failed" and "time limit of 1 seconds" in done["failure"], done
 
 

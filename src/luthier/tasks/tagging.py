@@ -14,6 +14,7 @@ from luthier.evaluation.baselines import LINEAR_PROBE, Method, States
 from luthier.evaluation.baselines import Answers as Predicted
 from luthier.evaluation.linear import fit_logistic
 from luthier.evaluation.significance import RowScores, Score
+from luthier.formatting import list_some
 from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task, check_targets
 from luthier.tasks.onnx import OnnxOutput
@@ -57,7 +58,8 @@ class TaggingTask(Task):
         (answers,) = sides
         for row, answer in zip(cast("Sequence[TaggedWords]", rows.rows), answers, strict=True):
             answer["tags"] += ["O"] * (len(row.tokens) - len(answer["tags"]))
-        return super().evaluate(reader, rows, sides)
+        scores = self.scores(rows.rows, answers)
+        return rows.evaluation(scores, answers, _kind_remarks(reader, rows.rows, answers))
 
     def is_comparable(self, row: Row, example: Example) -> bool:
         """Return True for tagged rows with all words in the context."""
@@ -87,6 +89,23 @@ class TaggingTask(Task):
             for e in answer["entities"]
         ]
         return "\n".join(found) or "(no entities)"
+
+
+def _kind_remarks(reader: Reader, rows: Sequence[Row], answers: Answers) -> list[str]:
+    """Return remarks about kinds outside of the training rows, and about kinds that no row gets."""
+    tagged = cast("Sequence[TaggedWords]", rows)
+    wanted = Counter(kind for row in tagged for kind, _, _ in entities(row.tags or ()))
+    given = {kind for answer in answers for kind, _, _ in entities(answer["tags"])}
+    known = {tag.partition("-")[2] for tag in reader.objective.labels or ()}
+    unknown = wanted.keys() - known
+    return [
+        f"{what}: {list_some((f'{kind} ({wanted[kind]:,})' for kind in sorted(kinds)), 8)}"
+        for what, kinds in (
+            ("entities of kinds outside the training rows", unknown),
+            ("kinds that are never found", wanted.keys() - given - unknown),
+        )
+        if kinds
+    ]
 
 
 TAGGING = TaggingTask()
