@@ -208,6 +208,16 @@ class Sink(Protocol):
         """Write ``data``; return the number of bytes."""
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Create a hard link, or a copy if the file system has no such link."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)
+
+
 def copy_lines(source: Path, lines: Sequence[int], target: Sink) -> None:
     """Copy the 1-based ``lines`` of a file in file order, byte for byte, each with a line end.
 

@@ -68,7 +68,9 @@ def test_media_of_the_rows_are_next_to_the_splits(tmp_path: Path, form: str) -> 
         shutil.rmtree(tmp_path / "clips")
     rows = [json.dumps({"image": f"{form}/{n}.png", "label": "ab"[n % 2]}) for n in range(10)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    split_file(tmp_path / "rows.jsonl", tmp_path / "out", SHARES, 0)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "link").symlink_to(tmp_path)
+    split_file(tmp_path / "deep" / "er" / "link" / "rows.jsonl", tmp_path / "out", SHARES, 0)
     assert len(load_rows(str(tmp_path / "out" / "train.jsonl"))) == 7
 
 

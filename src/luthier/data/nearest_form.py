@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from luthier.data.conversations.turn_marks import truth_of
 from luthier.data.field_checks import rename_fix
-from luthier.data.files.interactions import ITEMS, USERS, find_name
+from luthier.data.files.interactions import ITEM_COLUMNS, USER_COLUMNS, find_name
+from luthier.data.files.line_forms import TAG
 from luthier.data.files.parsing import Record, quote
 from luthier.data.inputs import media_kind
 from luthier.data.shapes.conversations import LONGEST_CLASS
@@ -18,7 +18,6 @@ _RELEVANCES = ("label", "relevance", "relevant", "is_relevant", "score", "simila
 _POSITIVES = ("positives", "positive_passages", "relevant_passages")
 LABEL_NAMES = ("label", "class", "category", "intent", "sentiment", "topic", "tag", "type")
 """Usual names of label columns."""
-_TAG = re.compile(r"O|[BI]-\S+")
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "label": LABEL_NAMES,
     "text": ("content", "body", "review", "comment", "sentence", "tweet", "message", "description"),
@@ -28,12 +27,17 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 
 def nearest_form(record: Record) -> str:
     """Return the fix for a record of no known format."""
+    fix = _likeliest_fix(record)
+    user, item = find_name(record, USER_COLUMNS), find_name(record, ITEM_COLUMNS)
+    if user and item:
+        fix += f" For a log of users and items, set `data.columns.user={user}` and "
+        fix += f"`data.columns.items={item}`."
+    return fix
+
+
+def _likeliest_fix(record: Record) -> str:
     if fix := _search_fix(record) or _media_fix(record) or _question_fix(record):
         return fix
-    user, item = find_name(record, USERS), find_name(record, ITEMS)
-    if user and item:
-        fix = f"For a log of users and items, set `data.columns.user={user}` and "
-        return fix + f"`data.columns.items={item}`."
     for keys in (("messages",), ("prompt", "completion"), ("text",)):
         if fix := rename_fix(record, keys):
             return fix
@@ -44,7 +48,7 @@ def nearest_form(record: Record) -> str:
     ]
     if fix := _pair_fix({key: str(record[key]) for key in texts}):
         return fix
-    if any(_TAG.fullmatch(str(record[key]).strip()) for key in texts) and len(texts) > 1:
+    if any(TAG.fullmatch(str(record[key]).strip()) for key in texts) and len(texts) > 1:
         return (
             "Write lines of a word, a tab and its tag, with a blank line between sentences (CoNLL)."
         )

@@ -188,8 +188,9 @@ class InputChecker(Checker):
             return TextPair(self.file, line, str(pair[0]), str(pair[1]))
         if isinstance(text, str) and text.strip():
             return RawText(self.file, line, text)
-        if known := own.get("history") or own.get("items"):
-            return self._or_problem(lambda: RawText(self.file, line, history_text(known)))
+        items = own.get("history", own.get("items"))
+        if items is not None:
+            return self._or_problem(lambda: RawText(self.file, line, history_text(items)))
         if "prompt" in own and isinstance(reply, str):
             prompt = self.text(own, "prompt")
             return PromptCompletion(self.file, line, prompt, reply) if prompt else None

@@ -522,10 +522,9 @@ class RowReader:
             )
             self._unnamed = set()
         if single := self.checker.single_items:
-            message = f"{single:,} users have one item, so no next item."
-            fix = "Remove these users, or ignore the warning: the rows are left out."
+            message = f"{single:,} users have one item, so no next item, and are left out."
             self.warnings.append(
-                Problem("history.single", message, fix, Location(str(self.files[0])))
+                Problem("history.single", message, "", Location(str(self.files[0])))
             )
 
     def _add_unread(self, row: Row) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
@@ -18,7 +17,14 @@ from luthier.data.rows import stream_rows
 from luthier.data.shapes.media import MediaRow
 from luthier.data.splitting import Strata, split_rows
 from luthier.errors import DataError, Problem, RecipeError, RunConflict
-from luthier.files import check_creatable, copy_lines, new_folder, sha256_of, write_json
+from luthier.files import (
+    check_creatable,
+    copy_lines,
+    link_or_copy,
+    new_folder,
+    sha256_of,
+    write_json,
+)
 from luthier.gate.row_keys import BATCH, RelatedRows
 from luthier.types import IntArray
 
@@ -71,7 +77,9 @@ def split_file(
     parts = split_rows(names, groups_N, list(chosen.values()), seed)
     with new_folder(output) as folder:
         for named in media:
-            _link(Path(named), folder / os.path.relpath(named, source.parent))
+            link = folder / os.path.relpath(named, source.parent.resolve())
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(Path(named), link)
         record = _record(source, shares, seed, groups_N)
         for name, part in zip(("train", *chosen), parts, strict=True):
             path = folder / f"{name}.jsonl"
@@ -86,14 +94,6 @@ def split_file(
             }
         write_json(folder / RECORD, record)
     return record
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _record(

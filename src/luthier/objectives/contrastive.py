@@ -113,10 +113,6 @@ class _Cached:
     """Seed of the first pass, so that both passes have the same dropout."""
 
 
-def _is_relevant(row: QueryDocument) -> bool:
-    return (row.label or 0.0) > 0.5
-
-
 class Contrastive(Objective):
     """Contrastive learning of embeddings.
 
@@ -172,12 +168,12 @@ class Contrastive(Objective):
             return rows
         irrelevant: dict[str, list[str]] = {}
         for row in judged:
-            if not _is_relevant(row):
+            if not row.is_relevant:
                 irrelevant.setdefault(row.text, []).append(row.document)
         return [
             TextPair(row.file, row.line, row.text, row.document, (*irrelevant.get(row.text, ()),))
             for row in judged
-            if _is_relevant(row)
+            if row.is_relevant
         ]
 
     def regroup_scored(self, rows: Sequence[Row]) -> Sequence[Row]:

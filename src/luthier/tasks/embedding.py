@@ -215,7 +215,7 @@ def _score_decisions(
     rows = cast("Sequence[QueryDocument]", fitting.rows)
     one_RH, other_RH = (np.array([a["embedding"] for a in side]) for side in (first, second))
     cosine_R = (one_RH * other_RH).sum(1)
-    similar_R = np.array([(row.label or 0.0) > 0.5 for row in rows])
+    similar_R = np.array([row.is_relevant for row in rows])
     if similar_R.all() or not similar_R.any():
         message = "all pairs have the same label, so no threshold separates them."
         fix = "Give pairs of both labels, 0 and 1."

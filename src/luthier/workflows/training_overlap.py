@@ -60,7 +60,7 @@ def training_sources(stored: StoredModel) -> tuple[list[str], list[str]]:
     unchanged, others = list[str](), list[str]()
     for source in filter(None, sources):
         files = files_of(source) if os.path.exists(source) else []
-        same = files and all(sha256_of(path) == known.get(str(path)) for path in files)
+        same = files and all(_is_unchanged(path, known) for path in files)
         (unchanged if same else others).append(source)
     return unchanged, others
 
@@ -84,13 +84,17 @@ def validation_rows(stored: StoredModel) -> tuple[list[Row], list[str | Path]]:
     checker = checker_for(stored.objective)
     rows, files = list[Row](), list[str | Path]()
     for path, lines in lines_of.items():
-        if not os.path.isfile(path) or sha256_of(Path(path)) != record.sha256.get(path):
+        if not os.path.isfile(path) or not _is_unchanged(path, record.sha256):
             continue
         known = None if lines is None else {*lines}
         reader = RowReader(path, data.get("columns"), checker, accepts_own_keys=True)
         rows += (row for row in reader if known is None or row.line in known)
         files.append(path)
     return rows, files
+
+
+def _is_unchanged(path: str | Path, sha256: Mapping[str, str]) -> bool:
+    return sha256_of(Path(path)) == sha256.get(str(path))
 
 
 def _training_files(stored: StoredModel) -> dict[str, str]:
@@ -130,5 +134,5 @@ def _trained_rows(
         if (size := os.path.getsize(path)) <= remaining:
             remaining -= size
             usable.append(path)
-    same = (path for path in usable if sha256_of(Path(path)) == trained[path])
+    same = (path for path in usable if _is_unchanged(path, trained))
     return match_questions(rows, chain.from_iterable(map(rows_of, same)))

@@ -20,6 +20,7 @@ from luthier.cli.terminal.console import (
     write_json,
 )
 from luthier.cli.terminal.options import AtLeastOne, Mapped, RowSource
+from luthier.data.files.containers import DATA_ENDINGS
 from luthier.errors import RecipeError, line_field, location_text, read_line_field
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ NEAREST = "nearest"
 """Field of the neighbours, next to the fields of the row."""
 WORTH_STORING = 1_000
 """Minimum number of rows for a note about index files."""
-TEXT_FILES = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv")
 SHOWN = 200
 """Maximum number of printed characters of a text."""
 
@@ -89,7 +89,7 @@ def nearest(
         raise RecipeError("a query is missing: name a query or --input FILE, not both")
     if query is not None and not query.strip():
         raise RecipeError("the query is empty")
-    if query is not None and query.endswith(TEXT_FILES) and os.path.isfile(query):
+    if query is not None and query.endswith(DATA_ENDINGS) and os.path.isfile(query):
         raise RecipeError(f"the query is the name of a file: --input {query} reads its texts")
     if input is not None:
         check_json_lines(output)

@@ -17,13 +17,13 @@ from luthier.data.files.parsing import Record, quote
 from luthier.data.files.times import is_date, parse_number, parse_times
 from luthier.errors import Location, Problem
 
-USERS = frozenset(
+USER_COLUMNS = frozenset(
     f"{name}{end}"
     for name in ("user", "customer", "visitor", "session", "client", "member")
     for end in ("", "id")
 )
 """Names of the user, in lower case and without separators."""
-ITEMS = frozenset(
+ITEM_COLUMNS = frozenset(
     f"{name}{end}"
     for name in ("item", "product", "article", "movie", "book", "song", "sku", "stockcode")
     for end in ("", "id")
@@ -45,13 +45,13 @@ def read_interactions(
         return iter(())
     table = chain([first], records)
     read = [name for name in first[1] if columns.get(name) != ""]
-    if "user" in columns and "item" in columns:
+    if {"user", "item"} <= columns.keys() and "history" not in columns:
         message = "A log has many items for each user."
         fix = f"Set `data.columns.items={columns['item']}`."
         problems.append(Problem("column.missing", message, fix, Location(file, first[0])))
         return iter(())
-    user = columns.get("user") or find_name(read, USERS)
-    item = columns.get("items") or find_name(read, ITEMS)
+    user = columns.get("user") or find_name(read, USER_COLUMNS)
+    item = columns.get("items") or find_name(read, ITEM_COLUMNS)
     others = [name for name in read if name not in (user, item)]
     time = columns.get("timestamp") or _find_time(others, first[1])
     if any(source and key not in ("user", "items", "timestamp") for key, source in columns.items()):

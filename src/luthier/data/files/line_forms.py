@@ -18,7 +18,7 @@ Lines = Iterable[tuple[int, str]]
 """Lines of a file with their numbers, from 1."""
 
 _LABEL = re.compile(r"__label__(\S+)\s*")
-_TAG = re.compile(r"O|[BIESLU]-\S+")
+TAG = re.compile(r"O|[BIESLU]-\S+")
 _DOCUMENT = "-DOCSTART-"
 MOST_WRONG = 0.2
 """Maximum share of lines without a tag in a CoNLL file: reading names these lines."""
@@ -53,15 +53,15 @@ def _is_conll(lines: Sequence[str]) -> bool:
     """Return whether nearly all lines have as many columns and end with a tag in BIO, and some line
     with the tag of an entity."""
     rows = [line.split() for line in lines if line.strip() and not _is_comment(line)]
-    columns = Counter(len(row) for row in rows if row[0] != _DOCUMENT)
-    usual = columns.most_common(1)[0][0] if columns else 0
-    tagged = [row[-1] for row in rows if len(row) in (2, usual) and _TAG.fullmatch(row[-1])]
-    wrong = len(rows) - len(tagged)
-    return usual > 1 and wrong <= MOST_WRONG * len(rows) and any(each != "O" for each in tagged)
+    rows = [row for row in rows if row[0] != _DOCUMENT]
+    ((usual, _),) = Counter(map(len, rows)).most_common(1) or ((0, 0),)
+    tags = [row[-1] for row in rows if len(row) == usual and TAG.fullmatch(row[-1])]
+    right = len(tags) >= (1 - MOST_WRONG) * len(rows)
+    return usual > 1 and right and any(tag != "O" for tag in tags)
 
 
 def _is_comment(line: str) -> bool:
-    return line.startswith("#") and not _TAG.fullmatch(line.split()[-1])
+    return line.startswith("#") and not TAG.fullmatch(line.split()[-1])
 
 
 def _read_conll(lines: Lines) -> Iterator[tuple[int, Record]]:

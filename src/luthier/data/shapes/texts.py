@@ -311,6 +311,11 @@ class QueryDocument(TextRow):
     label: float | None = None
     """Relevance from 0 to 1; ``None`` for a pair to score."""
 
+    @property
+    def is_relevant(self) -> bool:
+        """True for a relevance above one half."""
+        return self.label is not None and self.label > 0.5
+
     @classmethod
     def matches(cls, record: Record) -> bool:
         """Return whether a record has a document with a query or a relevance."""

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from luthier.data.conversations.chat import ChatFormat
-from luthier.data.disk_sequence import spool
+from luthier.data.disk_sequence import concatenate, spool
 from luthier.data.shapes.media import BareWindow, LabelledWindow
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.thresholds import choose_threshold
@@ -282,7 +282,9 @@ class VAE(Generative):
         wanted_rows = math.ceil(1 / self.false_alarms) if self.false_alarms else 1
         # The held-out windows of a series are neighbours, so a few hours would set the threshold.
         of_series = isinstance(chat_of(network).media, WindowProcessor)
-        examples = rows_to_finish(held, train, len(held) + 1 if of_series else wanted_rows)
+        examples = (
+            concatenate([held, train]) if of_series else rows_to_finish(held, train, wanted_rows)
+        )
         whole = [example for example in examples if _is_whole(example)]
         batches = network.batches(whole or examples, budget)
         scores = [score for batch in batches for score in self._scores(network, batch).tolist()]

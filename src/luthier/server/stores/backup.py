@@ -12,7 +12,6 @@ A backup on the disk of the store shares the bytes of objects and models (hard l
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import sqlite3
@@ -32,6 +31,7 @@ from luthier.files import (
     disk_errors,
     free_bytes,
     hashes_of,
+    link_or_copy,
     luthier_home,
     names_below,
     new_folder,
@@ -189,20 +189,10 @@ def _link(named: Mapping[str, str | None], home: Path, folder: Path) -> set[str]
             if name.startswith("runs/"):
                 shutil.copyfile(source, target)
             else:
-                _link_or_copy(source, target)
+                link_or_copy(source, target)
         except FileNotFoundError:
             missing.add(name)
     return missing
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Create a hard link, or a copy if the file system has no such link."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-            raise
-        shutil.copyfile(source, target)
 
 
 def _check(

@@ -116,7 +116,7 @@ def gather(
             reporter.stage(f"Measuring {len(held)} held-out rows without training")
             contest = Contest({}, note=reporter.note)
             if predicts(job.data.objective):
-                tried = contest.baselines(job.base, held, train)
+                tried = contest.baselines(job.base, held, train, {job.base.root})
                 measure: Measure = partial(_predict, network, job, held)
             else:
                 tried, measure = _write(contest, network, job, train, held, documents)
