@@ -20,7 +20,6 @@ from luthier.cli.terminal.console import (
     write_json,
 )
 from luthier.cli.terminal.options import AtLeastOne, Mapped, RowSource
-from luthier.data.files.containers import DATA_ENDINGS
 from luthier.errors import RecipeError, line_field, location_text, read_line_field
 
 if TYPE_CHECKING:
@@ -89,8 +88,11 @@ def nearest(
         raise RecipeError("a query is missing: name a query or --input FILE, not both")
     if query is not None and not query.strip():
         raise RecipeError("the query is empty")
-    if query is not None and query.endswith(DATA_ENDINGS) and os.path.isfile(query):
-        raise RecipeError(f"the query is the name of a file: --input {query} reads its texts")
+    if query is not None and os.path.isfile(query):
+        from luthier.data.files.containers import DATA_ENDINGS
+
+        if query.endswith(DATA_ENDINGS):
+            raise RecipeError(f"the query is the name of a file: --input {query} reads its texts")
     if input is not None:
         check_json_lines(output)
     check_output(output, data)
