@@ -375,6 +375,24 @@ MEDIA_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"tokens": ["Rita", "sings"], "ner_tags": ["B-PER", "O"]},
         {"tokens": ["Rita", "sings"], "tags": ["B-PER", "O"]},
     ),
+    (
+        "text with entities",
+        {"text": "Rita sings.", "entities": [[0, 4, "PER"]]},
+        {"tokens": ["Rita", "sings", "."], "tags": ["B-PER", "O", "O"]},
+    ),
+    (
+        "text with entities",
+        {"text": "Rita", "spans": [{"start": 0, "end": 4, "label": "PER"}]},
+        {"tokens": ["Rita"], "tags": ["B-PER"]},
+    ),
+    (
+        "task of Label Studio",
+        {
+            "data": {"text": "Rita"},
+            "annotations": [{"result": [{"value": {"start": 0, "end": 4, "labels": ["PER"]}}]}],
+        },
+        {"tokens": ["Rita"], "tags": ["B-PER"]},
+    ),
     # A file name next to text is metadata.
     ('{"text"}', {"path": "book.md", "text": "t"}, {"text": "t"}),
     ('{"text"}', {"file_name": "book.txt", "text": "t"}, {"text": "t"}),
@@ -433,7 +451,9 @@ def test_every_form_is_tried_and_the_table_is_sound() -> None:
         choices = {"choices": ["x"], "answer": 0} if "choices" in form.keys else {}
         items = {"items": ["x"]} if "items" in form.keys else {}
         thread = {"answers": [{"text": "x", "votes": 1}]} if form.name.startswith("thread") else {}
-        assert forms_of(record | choices | items | thread) == [form]
+        spans = {key: [] for key in ("entities", "spans") if key in form.keys}
+        task = {"data": {}, "annotations": []} if "annotations" in form.keys else {}
+        assert forms_of(record | choices | items | thread | spans | task) == [form]
 
 
 def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -199,13 +200,15 @@ def test_words_get_tags(
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     for row, line in zip(TAGGED, lines, strict=True):
         named = {"label": "thing", "text": f"{row['tokens'][1]} is", "start": 1, "end": 3}
-        assert line == {**row, "predicted": {**row, "entities": [named]}}
+        score = line["predicted"]["entities"][0].pop("score")
+        assert line == {**row, "predicted": {**row, "entities": [named]}} and 0.5 < score <= 1
     spaced = "  the fox  is here"  # offsets refer to the original text
     printed = command("predict", model_id, spaced)
-    assert printed.splitlines()[-1] == 'thing: "fox  is" [6:13]'
+    assert re.fullmatch(r'thing: "fox  is" \[6:13\] \d+\.\d%', printed.splitlines()[-1])
     answer = command("predict", model_id, spaced, "--json")["answers"][0]["predicted"]
     assert answer == luthier.load(model_id).predict(spaced) and len(answer["tags"]) == 4
     (named,) = answer["entities"]
+    assert 0.5 < named.pop("score") <= 1
     assert named == {"label": "thing", "text": "fox  is", "start": 6, "end": 13}
     plain = tmp_path / "texts.txt"
     plain.write_text("the fox is here\n\nthe dog\n")

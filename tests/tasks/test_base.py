@@ -24,7 +24,7 @@ from luthier.tasks import (
 )
 from luthier.tasks.generation import PretrainingTask
 
-ENTITY = {"label": "city", "text": "Rome", "start": 3, "end": 7}
+ENTITY = {"label": "city", "text": "Rome", "start": 3, "end": 7, "score": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ ENTITY = {"label": "city", "text": "Rome", "start": 3, "end": 7}
         (RATING, {"rating": 2.5}, "2.500"),
         (REWARD, {"reward": -1.0}, "-1.000"),
         (RERANKING, {"score": 0.75}, "0.750"),
-        (TAGGING, {"entities": [ENTITY]}, 'city: "Rome" [3:7]'),
+        (TAGGING, {"entities": [ENTITY]}, 'city: "Rome" [3:7] 50.0%'),
         (TAGGING, {"entities": []}, "(no entities)"),
         (READING, {"answer": "Rome", "start": 3, "end": 7, "score": 0.5}, "Rome  [3:7]  50.0%"),
         (READING, {"answer": "", "start": 0, "end": 0, "score": 0.5}, "(no answer)  50.0%"),

@@ -21,6 +21,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from luthier.data.character_spans import are_spans
 from luthier.data.conversations.content_parts import join_parts
 from luthier.data.conversations.tool_forms import read_tools, unify_turns
 from luthier.data.conversations.turn_marks import read_marks
@@ -153,6 +154,9 @@ def read_label(value: object) -> str | tuple[str, ...]:
         value = _parse_list(value)
     if not isinstance(value, list):
         return _label_name(value)
+    if value and are_spans(value):
+        fix = "For entities in the text, set `data.columns.entities=label`."
+        raise RowRefused("label.type", '"label" is an array of entities.', fix)
     names = tuple(_label_name(item, "an array with {} inside") for item in value)
     repeated = sorted(name for name, times in Counter(names).items() if times > 1)
     if repeated:

@@ -20,6 +20,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from luthier.data.character_spans import (
+    are_spans,
+    is_label_studio,
+    label_studio_spans,
+    tag_words,
+)
 from luthier.data.conversations.row_context import TOOL_KEYS, context_keys, is_blank
 from luthier.data.conversations.tool_forms import take_hermes_tools
 from luthier.data.conversations.turn_marks import truth_of
@@ -337,6 +343,33 @@ def _flag_embedding(record: Record) -> Converted:
     return _with_further_keys(record, converted), {"anchor": "query", "positive": "pos"}
 
 
+def _entities(key: str) -> Form:
+    """Return the form of a text with entities by characters under ``key``."""
+
+    def convert(record: Record) -> Converted:
+        if not are_spans(record[key]):  # a later row of the file
+            fix = f'Write "{key}": [[0, 4, "person"]], or [] without entities.'
+            raise RowRefused("field.list", f'"{key}" is no array of entities.', fix)
+        if record.get("answer") in ("reject", "ignore"):  # Prodigy
+            message = f'The annotation is marked "{record["answer"]}".'
+            raise RowRefused("tags.rejected", message, "Remove the row.")
+        converted = tag_words(record["text"], record[key])
+        return _with_further_keys(record, converted), {"tokens": "text", "tags": key}
+
+    keys, used = frozenset(("text", key)), frozenset(("text", "tokens", "answer"))
+    return Form(
+        "text with entities", keys, convert, frozenset(("tags",)), used, lambda r: are_spans(r[key])
+    )
+
+
+def _label_studio(record: Record) -> Converted:
+    if not is_label_studio(record):  # a later row of the file
+        fix = "Export the tasks again, or remove the row."
+        raise RowRefused("field.list", "The row is no task of Label Studio.", fix)
+    converted = tag_words(*label_studio_spans(record))
+    return _with_further_keys(record, converted), {"tokens": "data", "tags": "annotations"}
+
+
 def _rename(name: str, without: str = "", **names: str) -> Form:
     """Return the form of rows with other key names, given by luthier's keys."""
 
@@ -390,6 +423,13 @@ FORMS: tuple[Form, ...] = (
     _media_paths("Hugging Face image folder", "file_name"),
     *(_media_paths("paths of media files", key) for key in ("path", "filename", "file")),
     _rename("tokens and ner_tags", tokens="tokens", tags="ner_tags"),
+    *map(_entities, ("entities", "spans")),
+    Form(
+        "task of Label Studio",
+        frozenset(("data", "annotations")),
+        _label_studio,
+        applies=is_label_studio,
+    ),
     _pair("query and positive", "query", "positive"),
     _pair("question and positive", "question", "positive"),
     _form("FlagEmbedding", "query pos", _flag_embedding, used=" ".join(sorted(NEGATIVE_KEYS))),

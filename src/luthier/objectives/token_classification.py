@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import regex
 from pydantic import model_validator
 
+from luthier.data.character_spans import WORD_OR_MARK
 from luthier.data.shapes.texts import TaggedWords, entities
 from luthier.errors import RowRefused
 from luthier.models.networks.heads import Head
@@ -34,10 +36,6 @@ if TYPE_CHECKING:
 _STOPS = frozenset({".", ",", "。", "，"})
 """Tokens of training rows with separate punctuation."""
 _WORD = regex.compile(r"\S+")
-_SPLIT_WORD = regex.compile(
-    r"(?:\p{L}\.){2,}|[\p{P}--[@#]]+|[^\s\p{P}--[@#]]+(?:\p{P}+[^\s\p{P}]+)*", regex.V1
-)
-"""Initials such as ``U.S.``, punctuation, and words with punctuation inside, such as ``don't``."""
 
 
 class TokenClassification(Objective):
@@ -172,15 +170,17 @@ class TokenClassification(Objective):
         """Return the words, their tags and the entities of each row, in tree order.
 
         An entity has ``label``, ``text``, ``start`` and ``end`` (exclusive): characters of a text,
-        or word indexes of a list of words.
+        or word indexes of a list of words. Its ``score`` is the mean probability of its tags.
         """
-        best_K = self._scores(network, batch).argmax(-1)
+        score_K, best_K = self._scores(network, batch).softmax(-1).max(-1)
+        scores = iter(score_K.tolist())
         answers: list[dict[str, Any]] = [{"tags": tags} for tags in self._tags(best_K, batch)]
         for answer, example in zip(answers, batch.tree.examples, strict=True):
+            scores_W = [*islice(scores, len(answer["tags"]))]
             if (row := example.source_row) is not None:
                 words = self._words(row)
                 answer["tokens"] = [word for word, _, _ in words]
-                answer["entities"] = _entities(row, words, answer["tags"])
+                answer["entities"] = _entities(row, words, answer["tags"], scores_W)
         return answers
 
     def states(self, network: Network, batch: TreeBatch) -> Sequence[Tensor]:
@@ -196,7 +196,7 @@ class TokenClassification(Objective):
         """Return the words of a row with start and end: characters of a text, or word indexes."""
         if isinstance(row, TaggedWords):
             return [(word, place, place + 1) for place, word in enumerate(row.tokens)]
-        pattern = _SPLIT_WORD if self.split_punctuation else _WORD
+        pattern = WORD_OR_MARK if self.split_punctuation else _WORD
         return [(match[0], *match.span()) for match in pattern.finditer(row.plain_text())]
 
     def _tags(self, index_K: Tensor, batch: TreeBatch) -> list[list[str]]:
@@ -212,7 +212,10 @@ class TokenClassification(Objective):
 
 
 def _entities(
-    row: Row, words: Sequence[tuple[str, int, int]], tags: Sequence[str]
+    row: Row,
+    words: Sequence[tuple[str, int, int]],
+    tags: Sequence[str],
+    scores_W: Sequence[float],
 ) -> list[dict[str, Any]]:
     answers = []
     for label, first, last in sorted(entities(tags), key=lambda entity: entity[1]):
@@ -221,7 +224,8 @@ def _entities(
             text = " ".join(row.tokens[start:end])
         else:
             text = row.plain_text()[start:end]
-        answers.append({"label": label, "text": text, "start": start, "end": end})
+        score = round(mean(scores_W[first : last + 1]), 4)
+        answers.append({"label": label, "text": text, "start": start, "end": end, "score": score})
     return answers
 
 

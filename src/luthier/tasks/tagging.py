@@ -83,9 +83,10 @@ class TaggingTask(Task):
         )  # fmt: skip
 
     def show(self, answer: Answer, threshold: float | None, top: int) -> str:
-        """Return the entities with positions."""
+        """Return the entities with positions and scores."""
         found = [
-            f"{e['label']}: {json.dumps(e['text'], ensure_ascii=False)} [{e['start']}:{e['end']}]"
+            f"{e['label']}: {json.dumps(e['text'], ensure_ascii=False)} "
+            f"[{e['start']}:{e['end']}] {e['score']:.1%}"
             for e in answer["entities"]
         ]
         return "\n".join(found) or "(no entities)"

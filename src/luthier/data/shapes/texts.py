@@ -30,7 +30,9 @@ _SECOND_TEXT = dict.fromkeys(
     "`data.columns.hypothesis=COLUMN`.",
 )
 _ENTITIES = dict.fromkeys(
-    ("entities", "spans", "ner_tags"), f"Write {TAGGED_EXAMPLE} for named entities."
+    ("entities", "spans", "ner_tags"),
+    f'Write {TAGGED_EXAMPLE} for named entities, or {{"text": "Rita sings", "entities": [[0, 4, '
+    '"person"]]}.',
 )
 NEGATIVE_KEYS = frozenset(
     (
