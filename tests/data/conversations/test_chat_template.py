@@ -10,7 +10,7 @@ import pytest
 
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.conversations.chat_template import CHATML_SHA256
-from luthier.errors import Location, RecipeError
+from luthier.errors import Interrupted, Location, RecipeError
 from luthier.models.formats.external import KNOWN_TEMPLATES
 from luthier.recipe import Recipe, with_paths
 from luthier.types import Message
@@ -62,6 +62,19 @@ def test_chatml_without_end_token_is_refused(new_tokenizer: Callable[..., Any]) 
     with pytest.raises(RecipeError) as refused:
         ChatFormat.of(tokenizer).with_chat_template("chatml")
     assert refused.value.rule == "recipe.invalid"
+
+
+def test_a_stop_during_rendering_is_no_fault_of_the_conversation(
+    new_tokenizer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> str:
+        raise Interrupted("stopped")
+
+    tokenizer = new_tokenizer(None, ("<|im_start|>", "<|im_end|>", "<end>"), "<end>")
+    chat = ChatFormat.of(tokenizer).with_chat_template("chatml")
+    monkeypatch.setattr(chat.template.tokenizer, "apply_chat_template", stop)
+    with pytest.raises(Interrupted):
+        chat.prompt_text(TURNS)
 
 
 def test_a_template_of_a_file(new_tokenizer: Callable[..., Any], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from luthier.data.conversations.tools import (
 )
 from luthier.data.files.parsing import quote
 from luthier.data.inputs import MOST_IMAGES_OF_ROW, Media, reason_of
-from luthier.errors import Location, RecipeError, RowRefused, is_out_of_memory
+from luthier.errors import Interrupted, Location, RecipeError, RowRefused, is_out_of_memory
 from luthier.types import Message, TemplateKwargs, Tool, map_texts
 
 TemplateKind = Literal["chat", "plain"]
@@ -337,7 +337,8 @@ class ChatTemplate:
             )
         # A template is a third-party program with untrusted input, so it may raise anything.
         except Exception as error:
-            if is_out_of_memory(error):
+            # A signal, such as the end of a time limit, may arrive while a row is rendered.
+            if isinstance(error, Interrupted) or is_out_of_memory(error):
                 raise
             reason = f"{error or type(error).__name__}"
             others = [turn for turn in turns if turn["role"] != "system"]
