@@ -60,8 +60,8 @@ class DataFacts:
     """Learning rate if all weights are random."""
     mixed: tuple[MixedSet, ...] = ()
     """Sizes of the mixed-in sets; ``rows`` counts the main set only."""
-    is_fitted: bool = False
-    """True for fitted base models (TF-IDF)."""
+    is_stepless: bool = False
+    """True for base models that are fitted without steps (TF-IDF)."""
     without_steps: bool = False
     """True if the fit replaces the steps: for a new head, or for a network without a head."""
     held_out: int = 0
@@ -170,13 +170,13 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
         facts.held_out
         # Refits were measured for scores, not for losses (docs/log/defaults.md).
         and (
-            facts.is_fitted
+            facts.is_stepless
             or (rows <= MOST_REFIT_ROWS and objective.measure in SCORES.keys() - LESS_IS_BETTER)
         )
         and not objective.keeps_held_out
     ):
         reason = f"{rows} rows are few: after finding the number of steps, train on all rows"
-        if facts.is_fitted:
+        if facts.is_stepless:
             reason = "a fit takes seconds: after the measurement, fit all rows"
         fill("refit", True, reason)
     return recipe.model_copy(update={"training": training}), choices

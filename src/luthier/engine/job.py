@@ -195,7 +195,7 @@ def with_base_defaults(
     full = ADAPTATIONS["full"].model_validate({})
     learns_all = base.manifest.is_random or begins_random(base.root)
     if learns_all and "adaptation" not in recipe.model_fields_set:
-        if not base.network.is_fitted:
+        if not base.network.is_stepless:
             reason = f"all weights of {base.root} started from random numbers"
             choices.append(("adaptation.method", full.method, reason))
         recipe = recipe.model_copy(update={"adaptation": full})
@@ -208,8 +208,13 @@ def with_base_defaults(
         usual = Augmentation()
         changes = recipe.objective is None or recipe.objective.allows_augmentation
         processor = None if chat.has_tokenizer else chat.media
-        is_fitted = base.network.is_fitted
-        if processor is not None and changes and not recipe.adaptation.head_only and not is_fitted:
+        is_stepless = base.network.is_stepless
+        if (
+            processor is not None
+            and changes
+            and not recipe.adaptation.head_only
+            and not is_stepless
+        ):
             contrasts = recipe.objective is not None and recipe.objective.contrasts_rows
             usual = (Augmentation.views if contrasts else Augmentation.usual)(processor.kind)
             reason = f"small random changes of each {SINGULAR[processor.kind]}"
@@ -599,7 +604,7 @@ def _check_settings(
         check_dropout(model)
     if training.fully_shard:
         check_shardable(model, objective, plan.sketch.adaptation)
-    if recipe.data.augmentation and facts.is_fitted:
+    if recipe.data.augmentation and facts.is_stepless:
         raise RecipeError(
             "`data.augmentation` changes rows in each step, and this base model is fitted without "
             "steps. Remove the setting, or choose a base model that is trained",
@@ -643,8 +648,8 @@ def _facts(base: store.StoredModel, data: Dataset, plan: NetworkPlan) -> default
         mixed=data.mixed,
         held_out=sum(map(len, data.held_out.get("validation", {}).values())),
         scratch_rate=scratch_rate(model) or defaults.SCRATCH_RATE,
-        is_fitted=base.network.is_fitted,
-        without_steps=base.network.is_fitted
+        is_stepless=base.network.is_stepless,
+        without_steps=base.network.is_stepless
         and (hasattr(model, "fit_rows") or (plan.new_head and data.objective.starts_head)),
     )
 

@@ -90,7 +90,7 @@ class Preparation(TrainingStep):
         network.model.eval()
         with trainer.clock.part("begin"):
             seen, mixed = job.data.train, job.data.mixed
-            if network.is_fitted and mixed:
+            if network.is_stepless and mixed:
                 seen = [seen[place] for place in one_pass(len(seen), mixed)]
             if fit := network.fit_rows(seen, budget):
                 note(fit)
@@ -99,7 +99,7 @@ class Preparation(TrainingStep):
                 prepared = objective.prepare(_run_start(trainer, job))
         trainer.fitted_head, trainer.prepared_rows = prepared.head_fitted, prepared.examples
         trainer.separable_rows = prepared.separable
-        trainer.is_final = network.is_fitted and prepared.head_fitted
+        trainer.is_final = network.is_stepless and prepared.head_fitted
         trainer.job = job = job.with_rows(trainer.prepared_rows)
         with trainer.clock.part("ahead"):
             rows = chain(job.data.train, job.data.validation)
@@ -486,7 +486,7 @@ class Threshold(TrainingStep):
         if done.note:
             trainer.reporter.note(done.note)
         is_rough = len(held) < done.wanted or trainer.refit is not None
-        if done.rows and is_rough and not network.is_fitted:
+        if done.rows and is_rough and not network.is_stepless:
             why = f"{len(held):,} rows are held out, and {done.wanted:,} are needed"
             why += " (`data.validation_share`)"
             if trainer.refit is not None:

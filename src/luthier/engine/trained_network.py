@@ -91,7 +91,7 @@ def load_trained_network(
         f"{trained:,} of {weights:,} weights are trained ({trained / weights:.2%}); stored size "
         f"{size / 1e6:,.2f} MB"
     )
-    if job.refit_steps and not network.is_fitted:
+    if job.refit_steps and not network.is_stepless:
         note(
             f"{job.all_steps:,} steps in all: {job.steps:,} measured on the held-out rows, then "
             f"up to {job.refit_steps:,} on all rows (`training.refit`)"

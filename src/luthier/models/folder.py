@@ -39,7 +39,7 @@ from luthier.models.formats.pipelines import (
     read_pipeline,
 )
 from luthier.models.networks import classic as nets
-from luthier.models.networks.heads import FITTED, Head, HeadKind, has_masks, head_kind_in
+from luthier.models.networks.heads import STEPLESS, Head, HeadKind, has_masks, head_kind_in
 from luthier.models.networks.modalities import (
     context_length,
     input_shape,
@@ -104,9 +104,9 @@ class ModelFolder:
         return fields
 
     @property
-    def is_fitted(self) -> bool:
-        """True for a network that is fitted in closed form (:data:`FITTED`)."""
-        return self.fields.get("model_type") in FITTED
+    def is_stepless(self) -> bool:
+        """True for a network that is fitted without training steps (:data:`STEPLESS`)."""
+        return self.fields.get("model_type") in STEPLESS
 
     @cached_property
     def uses_text_part(self) -> bool:

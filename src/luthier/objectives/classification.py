@@ -181,7 +181,7 @@ class Classification(Objective):
             pooling = "mean" if kind in MEAN_POOLED else None
         elif pooling is None:
             pooling = declared_pooling(folder.path)
-        probe = (pooling == "mean" or folder.is_fitted) if self.probe is None else self.probe
+        probe = (pooling == "mean" or folder.is_stepless) if self.probe is None else self.probe
         return bound.model_copy(update={"pooling": pooling, "probe": probe})
 
     @property
@@ -330,7 +330,7 @@ class Classification(Objective):
         if not labelled:
             return plain
         # Every n-th row, because `prepare` must not draw. Only these rows are read from disk.
-        step = 1 if network.is_fitted else -(-len(labelled) // PROBED_ROWS)
+        step = 1 if network.is_stepless else -(-len(labelled) // PROBED_ROWS)
         chosen = [examples[row] for row in labelled[::step]]
         is_sparse = network.has_sparse_rows
         if is_sparse:

@@ -214,7 +214,7 @@ class VAE(Generative):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Return the summed negative evidence lower bound, with one sample per row."""
-        if network.is_fitted:
+        if network.is_stepless:
             return Loss.from_rows(self._scores(network, batch), {})
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
         drawn = extra_of(batch, Draw)
@@ -277,7 +277,7 @@ class VAE(Generative):
         """Set the threshold so that at most :attr:`false_alarms` of the rows exceed it."""
         if self.threshold is not None:
             return Finished(self)
-        if network.is_fitted and "false_alarms" not in self.model_fields_set:
+        if network.is_stepless and "false_alarms" not in self.model_fields_set:
             return Finished(self.model_copy(update={"threshold": Z_THRESHOLD}))
         wanted_rows = math.ceil(1 / self.false_alarms) if self.false_alarms else 1
         # The held-out windows of a series are neighbours, so a few hours would set the threshold.
@@ -295,7 +295,7 @@ class VAE(Generative):
     def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
         """Return the anomaly scores ``[R]``: the negative bound, or the error of the last value
         alone."""
-        if network.is_fitted:
+        if network.is_stepless:
             found_R: Tensor = network.model.anomaly_scores(network, batch)
             return found_R
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
@@ -308,7 +308,7 @@ class VAE(Generative):
 
     def _column_errors(self, network: Network, batch: TreeBatch) -> Tensor:
         """Return the squared errors ``[R, C]`` of the columns, the parts of the score."""
-        if network.is_fitted:
+        if network.is_stepless:
             found_RC: Tensor = network.model.column_errors(network, batch)
             return found_RC
         off_RCHL = self.reconstruct(network, batch).float() - batch.plan.float()
@@ -352,7 +352,7 @@ class VAE(Generative):
 
     def describe_copies(self, network: Network, examples: Sequence[Example], budget: int) -> str:
         """Return the compression, and the error of copies if ``examples`` are held out."""
-        if network.is_fitted:
+        if network.is_stepless:
             return ""
         text = f"Each row has {self.compression(network)}"
         if examples:

@@ -143,7 +143,7 @@ class Head:
 CAUSAL_LM, EMBEDDING_HEAD = Head("causal_lm"), Head("embedding")
 MEAN_POOLED = frozenset({"bert", "mean_pooling_bert"})
 """Families whose classifier can pool with a mean (``networks/classic/mean_pooling_bert.py``)."""
-FITTED = frozenset({"tfidf", "input_statistics", "z_score", "item_counts"})
+STEPLESS = frozenset({"tfidf", "input_statistics", "z_score", "item_counts"})
 """Families whose weights are fitted before the first step, and that take no steps.
 
 Networks with a method ``fit_rows`` fit themselves. The objective fits the head of other networks.

@@ -193,9 +193,9 @@ class Network:
             return 1 << 30
 
     @property
-    def is_fitted(self) -> bool:
-        """True for a network that is fitted in closed form (:data:`heads.FITTED`)."""
-        return self.model.config.model_type in heads.FITTED
+    def is_stepless(self) -> bool:
+        """True for a network that is fitted without training steps (:data:`heads.STEPLESS`)."""
+        return self.model.config.model_type in heads.STEPLESS
 
     def fit_rows(self, examples: Sequence[Example], budget: int) -> str | None:
         """Fit all weights to the rows, and describe the fit; ``None`` for other networks."""

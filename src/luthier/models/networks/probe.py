@@ -33,8 +33,8 @@ from luthier.models.networks.attention import Scoring, additive_mask, dense_atte
 from luthier.models.networks.fused import fuse
 from luthier.models.networks.head_forward import logits_of
 from luthier.models.networks.heads import (
-    FITTED,
     HEADS,
+    STEPLESS,
     HeadKind,
     decoder_of,
     decoder_opening,
@@ -338,9 +338,9 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
     """
     probe, record = Probe(model, device, has_long_row=True), _record(model, device)
     # A fitted network has zeros for unknown words, and the probe's words are unknown.
-    is_fitted = model.config.model_type in FITTED
+    is_stepless = model.config.model_type in STEPLESS
     if (known := _read_record(record)) is not None:
-        network = Network(model, device, dtype, is_fitted or known["is_bidirectional"])
+        network = Network(model, device, dtype, is_stepless or known["is_bidirectional"])
         fuse(model)
         model.eval()
         with torch.no_grad():
@@ -353,7 +353,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         expected = probe.plain()
         if probe.is_random(expected):
             raise refusal(model, "outputs for equal rows are random")
-        is_bidirectional = is_fitted or probe.is_bidirectional()
+        is_bidirectional = is_stepless or probe.is_bidirectional()
         wanted = probe.uncached_logits(expected) if decodes else []
     if decodes and is_bidirectional:
         raise refusal(model, "tokens attend to later tokens")
