@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from luthier.data.character_spans import are_spans, label_studio_spans, tag_words
+from luthier.data.prompts import InputChecker
+from luthier.data.rows import RowReader
+from luthier.data.shapes.texts import RawText
 from luthier.errors import RowRefused
 
 TEXT = "Anna-based U.S. firms in  New York, (ex Rome)"
 CITY = TEXT.index("New York")
 
 
-def test_words_are_cut_at_punctuation_and_at_the_edges_of_entities() -> None:
+def test_words_are_split_at_punctuation() -> None:
     spans = [[CITY, CITY + 8, "place"], [0, 4, "first name"]]
     tagged = tag_words(TEXT, spans)
-    assert [*zip(tagged["tokens"], tagged["tags"], strict=True)] == [
-        ("Anna", "B-first_name"), ("-based", "O"), ("U.S.", "O"), ("firms", "O"), ("in", "O"),
+    assert [*zip(tagged.tokens, tagged.tags, strict=True)] == [
+        ("Anna-based", "B-first_name"), ("U.S.", "O"), ("firms", "O"), ("in", "O"),
         ("New", "B-place"), ("York", "I-place"), (",", "O"), ("(", "O"), ("ex", "O"),
         ("Rome", "O"), (")", "O"),
     ]  # fmt: skip
+    assert (tagged.entities, tagged.cut) == (2, ["Anna"])
 
 
 @pytest.mark.parametrize(
@@ -37,10 +43,10 @@ def test_notations_of_a_span_give_the_same_tags(span: object) -> None:
 
 
 def test_neighbours_of_one_kind_stay_two_entities() -> None:
-    assert tag_words("東京大阪", [[0, 2, "x"], [2, 4, "x"]]) == {
-        "tokens": ["東京", "大阪"],
-        "tags": ["B-x", "B-x"],
-    }
+    tagged = tag_words("東京大阪 A-B", [[0, 2, "x"], [2, 4, "x"], [5, 6, "y"], [7, 8, "z"]])
+    assert tagged.tokens == ["東", "京", "大", "阪", "A-B"]
+    assert tagged.tags == ["B-x", "I-x", "B-x", "I-x", "B-y"]
+    assert tagged.cut == ["A", "B"]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +60,7 @@ def test_neighbours_of_one_kind_stay_two_entities() -> None:
         ([{"start": 0, "end": 4, "label": "x", "text": "nna-"}], "tags.span"),
         ([[0, 4, "x"], [2, 10, "y"]], "tags.overlap"),
         ([[0, 4, "x"], [0, 4, "y"]], "tags.overlap"),
+        ([{"start": 0, "end": 4, "labels": ["x", "y"]}], "tags.overlap"),
     ],
 )
 def test_wrong_positions_are_refused(spans: list[Any], rule: str) -> None:
@@ -62,15 +69,44 @@ def test_wrong_positions_are_refused(spans: list[Any], rule: str) -> None:
     assert caught.value.rule == rule
 
 
-def test_the_first_annotation_that_was_not_cancelled_counts() -> None:
+def task(*annotations: dict[str, Any], **data: str) -> dict[str, Any]:
+    return {"data": data or {"title": TEXT, "source": "web"}, "annotations": [*annotations]}
+
+
+def test_annotations_that_agree_or_are_true_count() -> None:
     value = {"start": 0, "end": 4, "labels": ["x"]}
-    annotations: list[dict[str, Any]] = [
-        {"was_cancelled": True, "result": []},
-        {"result": [{"value": value}, {"value": {"choices": ["good"]}}, {"type": "relation"}]},
-        {"result": []},
-    ]
-    task = {"data": {"title": TEXT}, "annotations": annotations}
-    assert label_studio_spans(task) == (TEXT, [value])
-    for wrong in ({**task, "annotations": annotations[:1]}, {**task, "data": {"a": "", "b": ""}}):
-        with pytest.raises(RowRefused):
+    full = {"result": [{"value": value}, {"value": {"choices": ["good"]}}, {"type": "relation"}]}
+    cancelled, empty = {"was_cancelled": True, "result": []}, {"result": []}
+    for done in ([cancelled, full, full], [empty, {**full, "ground_truth": True}]):
+        assert label_studio_spans(task(*done)) == (TEXT, [value])
+    for wrong, rule in (
+        (task(cancelled), "field.missing"),
+        (task(full, title=""), "field.missing"),
+        (task(full, empty), "tags.annotators"),
+    ):
+        with pytest.raises(RowRefused) as caught:
             label_studio_spans(wrong)
+        assert caught.value.rule == rule
+
+
+def test_entities_inside_words_are_counted_in_a_warning(tmp_path: Path) -> None:
+    rows = [{"text": "Rita Ora sings", "label": [[at, at + 8, "x"]]} for at in (0, 1)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "no", "label": []}]))
+    reader = RowReader(file)
+    assert [row.record()["tags"] for row in reader.read_all()] == [["B-x", "I-x", "O"]] * 2 + [
+        ["O"]
+    ]
+    (cut,) = [each for each in reader.warnings if each.rule == "tags.cut"]
+    assert cut.location.line == 2
+
+
+def test_inputs_need_no_right_entities() -> None:
+    wrong: dict[str, Any] = {"text": TEXT, "entities": [[0, 99, "x"]]}
+    assert row_of_input(wrong) == row_of_input(task(title=TEXT)) == TEXT
+
+
+def row_of_input(record: dict[str, Any]) -> str:
+    row = InputChecker("rows.jsonl", []).row(1, record)
+    assert isinstance(row, RawText)
+    return row.text

@@ -451,8 +451,10 @@ def test_every_form_is_tried_and_the_table_is_sound() -> None:
         choices = {"choices": ["x"], "answer": 0} if "choices" in form.keys else {}
         items = {"items": ["x"]} if "items" in form.keys else {}
         thread = {"answers": [{"text": "x", "votes": 1}]} if form.name.startswith("thread") else {}
-        spans = {key: [] for key in ("entities", "spans") if key in form.keys}
-        task = {"data": {}, "annotations": []} if "annotations" in form.keys else {}
+        spans = {
+            key: [[0, 1, "x"]] for key in form.keys - {"text"} if form.name == "text with entities"
+        }
+        task = {"data": {}, "annotations": []} if "data" in form.keys else {}
         assert forms_of(record | choices | items | thread | spans | task) == [form]
 
 

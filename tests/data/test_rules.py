@@ -12,8 +12,8 @@ import pytest
 from rule_examples import EXAMPLES, WHOLE_FILE
 from written_rows import problems_of, write
 
+from luthier.data import character_spans, formats, prompts, rows, shapes, unread
 from luthier.data import field_checks as fields
-from luthier.data import formats, prompts, rows, shapes, unread
 from luthier.data.conversations import content_parts, tool_forms
 from luthier.data.files import (
     containers,
@@ -56,6 +56,7 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
     modules = (
         read,
         rows,
+        character_spans,
         containers,
         content_parts,
         json_files,

@@ -171,6 +171,22 @@ EXAMPLES: list[tuple[str, list[object], int]] = [
     ("tags.type", [{"tokens": [], "tags": []}], 1),
     ("tags.length", [{"tokens": ["a", "b"], "tags": ["O"]}], 1),
     ("tags.bio", [{"tokens": ["a"], "tags": ["person"]}], 1),
+    ("tags.span", [{"text": "Rita", "entities": [[0, 9, "x"]]}], 1),
+    ("tags.overlap", [{"text": "Rita", "spans": [[0, 3, "x"], [2, 4, "x"]]}], 1),
+    ("tags.rejected", [{"text": "Rita", "spans": [], "answer": "reject"}], 1),
+    (
+        "tags.annotators",
+        [
+            {
+                "data": {"text": "Rita"},
+                "annotations": [
+                    {"result": []},
+                    {"result": [{"value": {"start": 0, "end": 4, "labels": ["x"]}}]},
+                ],
+            }
+        ],
+        1,
+    ),
     ("field.missing", [{"label": "a"}], 1),
     ("field.missing", [{"txet": "a", "label": "b"}], 1),
     ("row.ambiguous", [{"text": "x", "label": "a", "rating": 1}], 1),

@@ -3,13 +3,14 @@
 A span is an array ``[start, end, kind]`` (spaCy, doccano) or an object with ``start`` and ``end``, or
 ``start_offset`` and ``end_offset``, and ``label`` or ``labels`` (Prodigy, doccano, Label Studio).
 Positions count characters from 0; the end is exclusive. White space at the edges of a span is left
-out, and a space in the name of a kind becomes ``_``.
+out, and a space in the name of a kind becomes ``_``. A word with only a part in a span belongs to the
+entity, because predictions have whole words.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,11 +19,16 @@ import regex
 from luthier.data.files.parsing import Record, quote
 from luthier.errors import RowRefused
 
+_CJK = r"\p{Han}\p{Hiragana}\p{Katakana}"
 WORD_OR_MARK = regex.compile(
-    r"(?:\p{L}\.){2,}|[\p{P}--[@#]]+|[^\s\p{P}--[@#]]+(?:\p{P}+[^\s\p{P}]+)*", regex.V1
+    rf"[{_CJK}]|(?:\p{{L}}\.){{2,}}|[\p{{P}}--[@#]]+|"
+    rf"[^\s\p{{P}}{_CJK}--[@#]]+(?:\p{{P}}+[^\s\p{{P}}{_CJK}]+)*",
+    regex.V1,
 )
-"""Initials such as ``U.S.``, punctuation, and words with punctuation inside, such as ``don't``."""
+"""Initials such as ``U.S.``, punctuation, and words with punctuation inside, such as ``don't``.
+Chinese and Japanese, which have no spaces, are split into characters."""
 _EDGES = (("start", "end"), ("start_offset", "end_offset"))
+Spans = Sequence[object]
 
 
 class Span(NamedTuple):
@@ -33,12 +39,23 @@ class Span(NamedTuple):
     kind: str
 
 
+class Tagged(NamedTuple):
+    """Words and BIO tags of a text."""
+
+    tokens: list[str]
+    tags: list[str]
+    entities: int
+    """Number of entities."""
+    cut: list[str]
+    """Texts of the entities that begin or end inside a word."""
+
+
 def are_spans(value: object) -> bool:
     """Return whether a value is an array of spans; also of none."""
     return isinstance(value, list) and all(map(_is_span, value))
 
 
-def tag_words(text: object, spans: Sequence[object]) -> Record:
+def tag_words(text: object, spans: Spans) -> Tagged:
     """Return the words and BIO tags of a text.
 
     Raises:
@@ -52,30 +69,55 @@ def tag_words(text: object, spans: Sequence[object]) -> Record:
         if other.start < one.end:
             names = " and ".join(f"{quote(text[s.start : s.end])} ({s.kind})" for s in (one, other))
             raise RowRefused("tags.overlap", f"{names} overlap.", "Keep one of the two entities.")
-    words, tags = [], []
-    starts = [span.start for span in found]
-    for start, end in _cut_words(text, sorted({edge for span in found for edge in span[:2]})):
-        words.append(text[start:end])
-        span = found[place] if (place := bisect_right(starts, start) - 1) >= 0 else Span(0, 0, "")
-        edge = "B" if span.start == start else "I"
-        tags.append(f"{edge}-{span.kind}" if start < span.end else "O")
-    return {"tokens": words, "tags": tags}
+    places = [match.span() for match in WORD_OR_MARK.finditer(text)]
+    starts, ends = [start for start, _ in places], [end for _, end in places]
+    tags, cut = ["O"] * len(places), []
+    for span in found:
+        first, last = bisect_right(ends, span.start), bisect_left(starts, span.end) - 1
+        free = [word for word in range(first, last + 1) if tags[word] == "O"]
+        for word in free:
+            tags[word] = f"{'B' if word == free[0] else 'I'}-{span.kind}"
+        if starts[first] < span.start or ends[last] > span.end:
+            cut.append(text[span.start : span.end])
+    return Tagged([text[start:end] for start, end in places], tags, len(found), cut)
 
 
-def label_studio_spans(record: Record) -> tuple[str, Sequence[object]]:
-    """Return text and spans of a task of Label Studio, by its first annotation.
+def label_studio_text(record: Record) -> str:
+    """Return the text of a task of Label Studio: ``text``, or the longest text of its data.
 
     Raises:
-        RowRefused: for a task without a text or an annotation.
+        RowRefused: for a task without a text.
     """
-    texts = {key: each for key, each in record["data"].items() if isinstance(each, str)}
-    text = texts.get("text") or (next(iter(texts.values())) if len(texts) == 1 else "")
-    done = [each for each in record["annotations"] if not each.get("was_cancelled")]
-    if not text or not done:
-        message = f"The task has no {'annotation' if text else 'text'}."
-        raise RowRefused("field.missing", message, "Remove the task from the file.")
-    values = [each.get("value") for each in done[0]["result"]]
-    return text, [value for value in values if _is_span(value)]
+    data: Any = record["data"]
+    texts = {key: each for key, each in data.items() if isinstance(each, str)}
+    text = texts.get("text") or max(texts.values(), key=len, default="")
+    if not text.strip():
+        raise RowRefused("field.missing", "The task has no text.", "Remove the task from the file.")
+    return text
+
+
+def label_studio_spans(record: Record) -> tuple[str, Spans]:
+    """Return text and spans of a task of Label Studio.
+
+    Raises:
+        RowRefused: for a task without a text or an annotation, or with different annotations.
+    """
+    text = label_studio_text(record)
+    annotations: Any = record["annotations"]
+    done = [each for each in annotations if not each.get("was_cancelled")]
+    done = [each for each in done if each.get("ground_truth")] or done
+    sides = [
+        [value for result in each["result"] if _is_span(value := result.get("value"))]
+        for each in done
+    ]
+    if not sides:
+        fix = "Remove the task from the file."
+        raise RowRefused("field.missing", "The task has no annotation.", fix)
+    first, *others = ({_read_span(each, text) for each in side} for side in sides)
+    if any(other != first for other in others):
+        message = f"The {len(sides)} annotations of the task differ."
+        raise RowRefused("tags.annotators", message, "Mark one as ground truth, or keep one.")
+    return text, sides[0]
 
 
 def is_label_studio(record: Record) -> bool:
@@ -86,13 +128,6 @@ def is_label_studio(record: Record) -> bool:
     return all(
         isinstance(each, dict) and isinstance(each.get("result"), list) for each in annotations
     )
-
-
-def _cut_words(text: str, edges: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield start and end of each word; a word with an edge of a span inside is cut there."""
-    for match in WORD_OR_MARK.finditer(text):
-        start, end = match.span()
-        yield from pairwise([start, *(edge for edge in edges if start < edge < end), end])
 
 
 def _is_span(value: object) -> bool:
@@ -106,15 +141,19 @@ def _read_span(value: Any, text: str) -> Span:
     if isinstance(value, Mapping):
         keys = next(keys for keys in _EDGES if keys[0] in value)
         kind = value.get("label") or value.get("labels")
-        start, end, kind = value[keys[0]], value.get(keys[1]), _only(kind)
+        start, end = value[keys[0]], value.get(keys[1])
     else:
         start, end, kind = value
+    kinds = kind if isinstance(kind, list) else [kind]
+    if len(kinds) != 1:
+        message = f"The entity from {start} to {end} has {len(kinds)} kinds."
+        raise RowRefused("tags.overlap", message, "Keep one.")
     if not isinstance(end, int) or not 0 <= start < end <= len(text) or text[start:end].isspace():
         message = (
-            f"The entity {quote(str(kind))} from {start} to {end} is outside of the text, or empty."
+            f"The entity {quote(str(kinds[0]))} from {start} to {end} is outside of the text, "
         )
         fix = f"Count characters from 0 to {len(text)}; the end is exclusive."
-        raise RowRefused("tags.span", message, fix)
+        raise RowRefused("tags.span", f"{message}or empty.", fix)
     if isinstance(value, Mapping) and value.get("text", text[start:end]) != text[start:end]:
         message = f"Characters {start} to {end} are {quote(text[start:end])}, not "
         message += f"{quote(str(value['text']))}."
@@ -124,8 +163,4 @@ def _read_span(value: Any, text: str) -> Span:
         start += 1
     while text[end - 1].isspace():
         end -= 1
-    return Span(start, end, "_".join(str(kind).split()))
-
-
-def _only(kind: object) -> object:
-    return kind[0] if isinstance(kind, list) and kind else kind
+    return Span(start, end, "_".join(str(kinds[0]).split()))

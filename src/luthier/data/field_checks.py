@@ -154,7 +154,7 @@ def read_label(value: object) -> str | tuple[str, ...]:
         value = _parse_list(value)
     if not isinstance(value, list):
         return _label_name(value)
-    if value and are_spans(value):
+    if value and are_spans(value):  # the first row has no entity
         fix = "For entities in the text, set `data.columns.entities=label`."
         raise RowRefused("label.type", '"label" is an array of entities.', fix)
     names = tuple(_label_name(item, "an array with {} inside") for item in value)

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 from luthier.data.character_spans import (
+    Spans,
     are_spans,
     is_label_studio,
     label_studio_spans,
@@ -68,6 +69,8 @@ class Form:
     """Optional keys that the form reads."""
     applies: Callable[[Record], bool] = lambda record: True
     """Additional check of the values, if the keys are ambiguous."""
+    spans: Callable[[Record], tuple[object, Spans]] | None = None
+    """Text and entities by characters, for forms with such entities."""
 
 
 _OWN = frozenset(key for kind in SHAPES.values() for key in kind.keys) - {"label", "rating"}
@@ -343,31 +346,46 @@ def _flag_embedding(record: Record) -> Converted:
     return _with_further_keys(record, converted), {"anchor": "query", "positive": "pos"}
 
 
-def _entities(key: str) -> Form:
-    """Return the form of a text with entities by characters under ``key``."""
+def _entities(key: str, may_be_empty: bool) -> Form:
+    """Return the form of a text with entities by characters under ``key``.
 
-    def convert(record: Record) -> Converted:
-        if not are_spans(record[key]):  # a later row of the file
+    Without ``may_be_empty``, an empty array is no mark of the form: it may be a text without labels.
+    """
+
+    def spans(record: Record) -> tuple[object, Spans]:
+        found: Any = record[key]
+        if not are_spans(found):  # a later row of the file
             fix = f'Write "{key}": [[0, 4, "person"]], or [] without entities.'
             raise RowRefused("field.list", f'"{key}" is no array of entities.', fix)
         if record.get("answer") in ("reject", "ignore"):  # Prodigy
             message = f'The annotation is marked "{record["answer"]}".'
             raise RowRefused("tags.rejected", message, "Remove the row.")
-        converted = tag_words(record["text"], record[key])
-        return _with_further_keys(record, converted), {"tokens": "text", "tags": key}
+        return record["text"], found
 
-    keys, used = frozenset(("text", key)), frozenset(("text", "tokens", "answer"))
     return Form(
-        "text with entities", keys, convert, frozenset(("tags",)), used, lambda r: are_spans(r[key])
+        "text with entities",
+        frozenset(("text", key)),
+        lambda record: _tagged(record, spans, {"tokens": "text", "tags": key}),
+        frozenset(("tags",)),
+        frozenset(("text", "tokens", "answer")),
+        lambda record: are_spans(record[key]) and (may_be_empty or bool(record[key])),
+        spans,
     )
 
 
-def _label_studio(record: Record) -> Converted:
+def _label_studio(record: Record) -> tuple[object, Spans]:
     if not is_label_studio(record):  # a later row of the file
         fix = "Export the tasks again, or remove the row."
         raise RowRefused("field.list", "The row is no task of Label Studio.", fix)
-    converted = tag_words(*label_studio_spans(record))
-    return _with_further_keys(record, converted), {"tokens": "data", "tags": "annotations"}
+    return label_studio_spans(record)
+
+
+def _tagged(
+    record: Record, spans: Callable[[Record], tuple[object, Spans]], names: Names
+) -> Converted:
+    tagged = tag_words(*spans(record))
+    row_id = {key: record[key] for key in ("id",) if key in record}
+    return {**row_id, "tokens": tagged.tokens, "tags": tagged.tags}, names
 
 
 def _rename(name: str, without: str = "", **names: str) -> Form:
@@ -423,12 +441,14 @@ FORMS: tuple[Form, ...] = (
     _media_paths("Hugging Face image folder", "file_name"),
     *(_media_paths("paths of media files", key) for key in ("path", "filename", "file")),
     _rename("tokens and ner_tags", tokens="tokens", tags="ner_tags"),
-    *map(_entities, ("entities", "spans")),
+    *(_entities(key, may_be_empty=True) for key in ("entities", "spans")),
+    *(_entities(key, may_be_empty=False) for key in ("label", "labels", "annotations")),
     Form(
         "task of Label Studio",
         frozenset(("data", "annotations")),
-        _label_studio,
+        lambda record: _tagged(record, _label_studio, {"tokens": "data", "tags": "annotations"}),
         applies=is_label_studio,
+        spans=_label_studio,
     ),
     _pair("query and positive", "query", "positive"),
     _pair("question and positive", "question", "positive"),
@@ -474,7 +494,7 @@ def forms_of(record: Record) -> list[Form]:
         and not form.without & keys
         # Otherwise luthier's own rows with one more column, such as `question`, would change their
         # meaning.
-        and (not own or any(needed < form.keys for needed in own))
+        and (not own or form.spans or any(needed < form.keys for needed in own))
         and form.applies(record)
     ]
     # Compared or classified texts are not a positive pair.

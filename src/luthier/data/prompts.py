@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from luthier.data.character_spans import label_studio_text
 from luthier.data.conversations.row_context import join_context
 from luthier.data.field_checks import (
     list_keys,
@@ -167,8 +168,11 @@ class InputChecker(Checker):
             message = f'The row has the field "{self.reserved}", which is reserved for the result.'
             self.report("row.predicted", message, "Rename or remove the field.")
             return None
+        if isinstance(own.get("data"), dict) and "text" not in own:  # a task of Label Studio
+            task = own
+            return self._or_problem(lambda: RawText(self.file, line, label_studio_text(task)))
         # Text forms stay unchanged, because the output row keeps all input fields.
-        forms = [form.convert(own)[0] for form in forms_of(own)]
+        forms = [form.convert(own)[0] for form in forms_of(own) if form.spans is None]
         own = next((made for made in forms if {*BARE_MEDIA} & made.keys()), own)
         for key, bare in BARE_MEDIA.items():
             if key in own:

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+from luthier.data.character_spans import tag_words
 from luthier.data.conversations.row_context import is_blank, join_context, parse_turns
 from luthier.data.disk_sequence import spool
 from luthier.data.field_checks import (
@@ -95,6 +96,10 @@ class Checker(FieldChecker):
         self.line_of_id: dict[str | int, int] = {}
         self.single_items = 0
         """Users with one item, which are left out."""
+        self.entities = 0
+        """Number of entities by characters."""
+        self.cut_entities: list[tuple[str, int, str]] = []
+        """File, line and text of the entities that begin or end inside a word."""
         self.accepts_own_keys = False
         """True if rows may have luthier's keys in place of the mapped columns, as held-out rows."""
 
@@ -211,6 +216,10 @@ class Checker(FieldChecker):
             return None
         try:
             converted, column_names = form.convert(mapped)
+            if form.spans is not None:
+                tagged = tag_words(*form.spans(mapped))
+                self.entities += tagged.entities
+                self.cut_entities += [(self.file, self.line, text) for text in tagged.cut]
         except RowRefused as bad:
             self.report(bad.rule, bad.problem.message, bad.problem.advice)
             return None
@@ -521,6 +530,12 @@ class RowReader:
                 Problem("media.unnamed", message, fix, Location(str(self._folder)))
             )
             self._unnamed = set()
+        if cut := self.checker.cut_entities:
+            message = f"{len(cut):,} of {self.checker.entities:,} entities begin or end inside a "
+            message += f"word, such as {quote(cut[0][2])}; the whole words are learned."
+            fix = "Count characters from 0; the end is exclusive."
+            self.warnings.append(Problem("tags.cut", message, fix, Location(*cut[0][:2])))
+            self.checker.cut_entities = []
         if single := self.checker.single_items:
             message = f"{single:,} users have one item, so no next item, and are left out."
             self.warnings.append(

@@ -73,6 +73,7 @@ RULES: Mapping[str, str] = {
     "tags.bio": "A tag is none of O, B-name and I-name.",
     "tags.span": "An entity is not in the text at its characters.",
     "tags.overlap": "Two entities of a text have common characters.",
+    "tags.annotators": "The annotations of a task differ.",
     "tags.rejected": "An annotation is marked as rejected or ignored.",
     "message.part": "The content of a message has a part that is no text.",
     "tools.type": "The tools are no array of functions with a name, a description and a schema.",

@@ -357,6 +357,14 @@ OTHER_SPLITS = Rule(
     "Write each split to a file, and name the files with `--validation` and `--test`.",
     whole=True,
 )
+CUT_ENTITIES = Rule(
+    "tags.cut",
+    "warning",
+    "An entity by characters begins or ends inside a word.",
+    "The whole words are learned, also those of shifted positions.",
+    "Count characters from 0; the end is exclusive.",
+    whole=True,
+)
 SINGLE_ITEMS = Rule(
     "history.single",
     "note",
@@ -373,7 +381,7 @@ DOUBTS: Mapping[str, Rule] = {
     rule.id: rule
     for rule in (
         JOINED_ROWS, UNREAD_COLUMN, UNREAD_CATEGORY, IGNORED_COLUMN, SPEAKERS, UNNAMED_MEDIA,
-        OTHER_SPLITS, SINGLE_ITEMS, SCORES,
+        OTHER_SPLITS, CUT_ENTITIES, SINGLE_ITEMS, SCORES,
     )
 }  # fmt: skip
 """Rules of the reader about rows that are read, by id."""

@@ -567,19 +567,19 @@ def check_measures(measures: Mapping[str, str]) -> None:
 
 
 def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
-    """Return a remark on rows that have the question of a training row.
+    """Return a remark on rows that have the input of a training row.
 
     Raises:
         DataError: with each such row, if a tenth of the rows are affected.
     """
     leaked = [rows[number] for number in match_questions(rows, train)]
     if leaked and len(leaked) >= TOO_MANY * len(rows):
-        message = "the row has the question of a training row, so its score measures memory."
+        message = "the row has the input of a training row, so its score measures memory."
         fix = "Compare on held-out rows; `luthier split` creates them."
         raise DataError([Problem("leakage.input", message, fix, row.location) for row in leaked])
     if not leaked:
         return []
-    return [f"{len(leaked):,} of {len(rows):,} rows have the question of a training row"]
+    return [f"{len(leaked):,} of {len(rows):,} rows have the input of a training row"]
 
 
 def _judge(

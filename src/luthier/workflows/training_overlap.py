@@ -45,7 +45,7 @@ def overlap_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) 
         number, location = next(iter(seen.items()))
         place = location_text(rows[number].file, rows[number].line)
         return [
-            f"{len(seen):,} of {len(rows):,} rows have the question of a training row of {stored.id} "
+            f"{len(seen):,} of {len(rows):,} rows have the input of a training row of {stored.id} "
             f"({place} and {location}, for example), so their scores "
             "measure memory. `luthier split` keeps such rows apart"
         ]

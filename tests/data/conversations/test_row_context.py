@@ -383,8 +383,9 @@ def test_questions_about_a_passage_are_prompts_or_have_spans(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("label", [[[0, 4, "PER"]], [[0, 4, "PER"], [5, 9, "X"]]])
 def test_spans_of_doccano_are_no_labels(tmp_path: Path, label: object) -> None:
+    first = {"text": "nobody", "label": []}
     with pytest.raises(DataError) as caught:
-        read(tmp_path, {"text": "Rita sings", "label": label}).read_all()
+        read(tmp_path, first, {"text": "Rita sings", "label": label}).read_all()
     (problem,) = caught.value.problems
     assert problem.rule == "label.type"
 
