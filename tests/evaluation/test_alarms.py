@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import numpy as np
+import pytest
 
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareWindow
+from luthier.errors import DataError
 from luthier.evaluation.alarms import Alarm, find_alarms
 
 Pair = tuple[BareWindow, dict[str, object]]
 
 
 def scored(file: str, line: int, score: float, anomalous: bool | None, time: str = "") -> Pair:
-    media = Media("window", f"{file}:{line}", array=np.zeros(1), time_text=time)
+    seconds = datetime.strptime(time, "%H:%M").timestamp() if time else None
+    media = Media("window", f"{file}:{line}", array=np.zeros(1), time_text=time, time=seconds)
     return BareWindow(file, line, media), {"score": score, "anomalous": anomalous}
 
 
@@ -33,3 +38,14 @@ def test_run_ends_at_ordinary_row_and_at_end_of_file() -> None:
         Alarm("b.jsonl", "1", "2", 2, 6, "flow"),
     ]
     assert find_alarms([]) == []
+
+
+def test_descending_times_are_refused() -> None:
+    pairs = [scored("a.csv", 2 + n, 9, n > 3, f"08:{10 - n:02}") for n in range(6)]
+    with pytest.raises(DataError) as caught:
+        find_alarms(pairs)
+    assert [each.rule for each in caught.value.problems] == ["window.reversed"]
+    clock_set_back = [
+        scored("a.csv", n, 9, True, f"0{time}") for n, time in enumerate(("2:59", "2:00"))
+    ]
+    assert len(find_alarms([*clock_set_back, scored("a.csv", 3, 9, True, "02:01")])) == 1

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import LabelledWindow
+from luthier.errors import DataError
+from luthier.media.objectives.vae import VAE
 from luthier.media.tasks import AUTOENCODING
 
 
@@ -23,6 +26,23 @@ def test_z_scores_are_the_baseline_of_labelled_series() -> None:
     scores = AUTOENCODING.scores(rows[200:], list(method.answers(None)))
     assert scores["f1"].value > 0.8
     assert not [*AUTOENCODING.baselines(rows[:200], rows[:200])]  # without a fault to find
+
+
+@pytest.mark.parametrize("label", ["nein", "n", "-", "NaN", "OK"])
+def test_words_for_normal_values_are_no_faults(label: str) -> None:
+    media = Media("window", "0", array=np.zeros(3))
+    assert not LabelledWindow("a.csv", 1, media, label).is_fault
+
+
+def test_a_series_of_faults_alone_is_refused() -> None:
+    media = Media("window", "0", array=np.zeros(3))
+    rows = [LabelledWindow("a.csv", line, media, "running") for line in range(3)]
+    answers = [{"score": 1.0, "anomalous": True}] * 3
+    for refuse in (lambda: AUTOENCODING.scores(rows, answers), lambda: VAE().regroup(rows)):
+        with pytest.raises(DataError) as caught:
+            refuse()
+        (problem,) = caught.value.problems
+        assert problem.rule == "window.label" and "running" in problem.message
 
 
 def test_z_scores_fit_ordinary_rows_with_equal_columns() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from luthier.data.in_memory import store_rows
 from luthier.data.inputs import LONGEST_WINDOW, MOST_COLUMNS, Media, read_processor, save_processor
 from luthier.data.prompts import load_inputs
 from luthier.data.rows import RowReader, load_rows
@@ -136,6 +137,38 @@ def test_columns_select_a_series(tmp_path: Path, header: str, columns: dict[str,
 def test_date_column_with_foreign_name(tmp_path: Path) -> None:
     rows = load_rows(write(tmp_path, ["23.11.2026;1.5", "24.11.2026;1.7"], "datum;temp"))
     assert [type(row) for row in rows] == [BareWindow] * 2
+
+
+@pytest.mark.parametrize("key", ["time", "timestamp", "date"])
+def test_the_time_may_be_mapped(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path, ["7,23.11.2026,5", "8,24.11.2026,6"], "flow,Zeit,level")
+    rows = load_rows(path, {key: "Zeit"})
+    assert [row.media.values().tolist() for row in rows if isinstance(row, BareWindow)] == [
+        [[7, 5]],
+        [[7, 5], [8, 6]],
+    ]
+
+
+def test_text_next_to_numbers_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, ["23.11.2026,5,on,0"], "Zeit,flow,status,label")
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    (problem,) = caught.value.problems
+    assert "data.columns.status=" in problem.advice and "label" not in problem.advice
+
+
+def test_rows_in_memory_and_parquet_are_series(tmp_path: Path) -> None:
+    records = [{"time": f"2026-11-23 0{n}:00", "flow": n, "level": 2.5} for n in range(3)]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table.from_pylist(records)
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    for path in (store_rows(records), tmp_path / "rows.parquet"):
+        (*_, last) = load_rows(path)
+        assert isinstance(last, BareWindow)
+        assert last.media.values().tolist() == [[0, 2.5], [1, 2.5], [2, 2.5]]
+    with pytest.raises(DataError) as caught:
+        load_rows(store_rows([*records, {"time": "2026-11-23 03:00", "flow": 3}]))
+    assert {each.rule for each in caught.value.problems} == {"window.value"}
 
 
 def test_mapped_table_with_times_is_no_series(tmp_path: Path) -> None:

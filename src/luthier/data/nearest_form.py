@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 from luthier.data.conversations.turn_marks import truth_of
 from luthier.data.field_checks import rename_fix
+from luthier.data.files.containers import TIME_COLUMNS
 from luthier.data.files.interactions import ITEM_COLUMNS, USER_COLUMNS, find_name
 from luthier.data.files.line_forms import TAG
 from luthier.data.files.parsing import Record, quote
+from luthier.data.files.times import is_date, parse_number
 from luthier.data.inputs import media_kind
 from luthier.data.shapes.conversations import LONGEST_CLASS
 from luthier.data.shapes.questions import ANSWERS_EXAMPLE
@@ -37,6 +39,8 @@ def nearest_form(record: Record) -> str:
 
 def _likeliest_fix(record: Record) -> str:
     if fix := _search_fix(record) or _media_fix(record) or _question_fix(record):
+        return fix
+    if fix := _series_fix(record):
         return fix
     for keys in (("messages",), ("prompt", "completion"), ("text",)):
         if fix := rename_fix(record, keys):
@@ -70,6 +74,19 @@ def _likeliest_fix(record: Record) -> str:
         return 'Add a text, as in {"text": "..."} or {"prompt": "...", "completion": "..."}.'
     fix = f"Set `data.columns.text={text}`"
     return f"{fix}." if label in ("", "label") else f"{fix} and `data.columns.label={label}`."
+
+
+def _series_fix(record: Record) -> str:
+    """Return the fix for times and numbers next to text; empty for other rows."""
+    first, *others = record
+    if first.strip().lower() not in TIME_COLUMNS and not is_date(str(record[first])):
+        return ""
+    others = [name for name in others if name.strip().lower() not in LABEL_NAMES]
+    texts = [name for name in others if parse_number(record[name]) is None]
+    if not texts or len(texts) == len(others):
+        return ""
+    settings = ", ".join(f"`data.columns.{name}=`" for name in texts)
+    return f"For a time series, leave out the columns without numbers: {settings}."
 
 
 def _pair_fix(texts: Mapping[str, str]) -> str:

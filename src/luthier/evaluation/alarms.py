@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from luthier.data.shapes.media import BareWindow
+from luthier.errors import DataError, Problem
 
 LEVELS_DIFFER = "most rows are alarms: compare the levels with those of the training rows"
 """Remark about a series whose ordinary rows have scores above the threshold."""
@@ -28,7 +29,17 @@ class Alarm:
 
 
 def find_alarms(pairs: Iterable[tuple[BareWindow, Mapping[str, Any]]]) -> list[Alarm]:
-    """Return the alarms of windows with predictions, in the order of the rows."""
+    """Return the alarms of windows with predictions, in the order of the rows.
+
+    Raises:
+        DataError: for times in descending order.
+    """
+    pairs = [*pairs]
+    times = [(row.file, row.media.time or 0.0) for row, _ in pairs]
+    if 2 * sum(one > other for one, other in pairwise(times) if one[0] == other[0]) > len(pairs):
+        message = "The times of the series are in descending order."
+        fix = "Sort the lines by time, the earliest first."
+        raise DataError([Problem("window.reversed", message, fix, pairs[0][0].location)])
     alarms = list[Alarm]()
     for (file, is_anomalous), group in groupby(
         pairs, lambda pair: (pair[0].file, pair[1]["anomalous"] is True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
+from luthier.data.files.parsing import quote
 from luthier.data.inputs import MediaInput
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.media import BareWindow, CaptionedImage, LabelledWindow
@@ -17,6 +18,7 @@ from luthier.evaluation.alarms import LEVELS_DIFFER
 from luthier.evaluation.baselines import Z_SCORES, Method, States
 from luthier.evaluation.significance import RowScores
 from luthier.evaluation.transcription import transcription_remarks, transcription_scores
+from luthier.formatting import list_some
 from luthier.models.networks.heads import HeadKind
 from luthier.tasks.base import Answer, Answers, Reader, Task
 from luthier.types import Example, Row
@@ -74,6 +76,12 @@ class AutoencodingTask(Task):
             f"{round(events.value * len(events))} of {len(events)} events found; {false:,} of "
             f"{normal:,} normal rows are false alarms"
         ]
+        kinds = Counter(
+            row.label for row in rows.rows if isinstance(row, LabelledWindow) and row.is_fault
+        )
+        if kinds.keys() - {"1", "1.0"}:
+            words = (f"{quote(kind)} ({count:,})" for kind, count in kinds.most_common())
+            remarks.append(f"faults are {list_some(words, 8)}")
         if 2 * false > normal:
             of_column = Counter(each["column"] for each in answers if each.get("column"))
             often = [f", most of all of {name}" for name, _ in of_column.most_common(1)]
@@ -86,13 +94,15 @@ class AutoencodingTask(Task):
         An event is a run of faults on consecutive lines, found by one alarm.
 
         Raises:
-            DataError: if no row is a fault.
+            DataError: if no row is a fault, or if all rows are.
         """
         fault_R = np.array([isinstance(row, LabelledWindow) and row.is_fault for row in rows])
         if not fault_R.any():
             message = "no row has the label of a fault, so nothing can be found."
             fix = "Add rows with faults, labelled 1."
             raise DataError([Problem("row.no_label", message, fix, rows[0].location)])
+        if fault_R.all():
+            raise DataError([all_faults(rows)])
         alarm_R = np.array([answer.get("anomalous") is True for answer in answers])
         hit_R = fault_R & alarm_R
         files = [row.file for row in rows]
@@ -109,6 +119,15 @@ class AutoencodingTask(Task):
             "recall": RowScores.of(hit_R, fault_R),
             "events_found": RowScores.of(found_E),
         }
+
+
+def all_faults(rows: Sequence[Row]) -> Problem:
+    """Return the problem of a time series without a normal value."""
+    words = Counter(row.label for row in rows if isinstance(row, LabelledWindow))
+    named = list_some((quote(word) for word, _ in words.most_common()), 5)
+    message = f"All {len(rows):,} rows are faults, with the labels {named}."
+    fix = "Label normal rows with 0 or normal, or choose the column with `data.columns.label`."
+    return Problem("window.label", message, fix, rows[0].location)
 
 
 def _z_alarms(ordinary: Sequence[BareWindow], held: Sequence[BareWindow]) -> Answers:

@@ -56,8 +56,9 @@ def read_series(
         problems.append(Problem("column.missing", message, fix, Location(file, first[0])))
         return iter(())
     names = [name for name in names if name != label]
-    if columns.keys() & {"timestamp", "value"}:
-        time = columns.get("timestamp") or names[0]
+    timed = next((key for key in TIME_COLUMNS if columns.get(key)), "timestamp")
+    if columns.keys() & {timed, "value"}:
+        time = columns.get(timed) or names[0]
         value = columns.get("value")
         names = [time, *([value] if value else [name for name in names if name != time])]
     elif any(source for name, source in columns.items() if name != "label"):
@@ -96,7 +97,7 @@ def _many_columns(numbers: Sequence[str]) -> RowRefused:
 
 def _has_numbers(lines: Iterable[tuple[int, Record]], name: str) -> bool:
     """Return whether the first non-missing value of a column is a number."""
-    values = (str(record[name]).strip() for _, record in lines)
+    values = (str(record.get(name, "")).strip() for _, record in lines)
     value = next((value for value in values if value.lower() not in MISSING), "")
     try:
         float(value.replace(",", "."))  # the check of the line names infinity and decimal commas
@@ -114,7 +115,8 @@ def _read_windows(
 ) -> Iterator[tuple[int, Record]]:
     lines, valid_records, values = list[int](), list[Record](), list[list[float]]()
     for line, record in records:
-        time, cells = record[names[0]], [record[name] for name in names[1:]]
+        # Rows in memory leave out missing values.
+        time, cells = record.get(names[0], ""), [record.get(name, "") for name in names[1:]]
         numbers = [parse_number(cell) for cell in cells]
         if None in numbers:
             value = cells[numbers.index(None)]
@@ -149,5 +151,5 @@ def _read_windows(
         media = Media(
             "window", f"{file}:{line}", array=latest, names=columns, time=time, time_text=text
         )
-        marked = {"label": record[label]} if label else {}
+        marked = {"label": record.get(label, "")} if label else {}
         yield line, {**record, **marked, "window": media}

@@ -132,6 +132,8 @@ class Task:
         verdicts = {name: answer[name] for name in ("anomalous", "similar") if name in answer}
         texts = [
             f"{name if value else f'not {name}'} ({'above' if value else 'not above'} {threshold:.3f})"
+            if value is not None
+            else "too short a history"
             for name, value in verdicts.items()
         ]
         return "  ".join([f"{answer['score']:.3f}", *texts])

@@ -137,6 +137,17 @@ def test_summary_lists_columns_faults_and_events(tmp_path: Path) -> None:
     assert not plain.summaries.get("time_series")
 
 
+def test_constant_columns_are_named(tmp_path: Path) -> None:
+    for name, level in (("train", 3), ("validation", 5)):
+        lines = [f"{n},{n % 7},{level}" for n in range(LEAST_VALUES)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["time,flow,valve", *lines]))
+    rows = {split: load_rows(tmp_path / f"{split}.csv") for split in ("train", "validation")}
+    findings = inspect_rows(rows, [TimeSeries()]).findings.examples
+    ((finding,),) = findings.values()
+    assert finding.rule.id == "window.constant" and "valve" in finding.message
+    assert finding.place.file.endswith("train.csv")
+
+
 def test_every_rule_is_met_here() -> None:
     source = Path(__file__).read_text()
     for rule in TimeSeries.rules:

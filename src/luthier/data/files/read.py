@@ -33,6 +33,7 @@ from luthier.data.files.line_forms import LINE_FORMS
 from luthier.data.files.mail import read_mail
 from luthier.data.files.parsing import PieceDecoder, Record, decode, parse_line, read_line
 from luthier.data.files.tables import read_parquet, read_table
+from luthier.data.in_memory import stored_rows
 from luthier.errors import Problem, RowRefused
 from luthier.files import folder_size
 from luthier.plugins import bundled_extensions, extensions, load_extension
@@ -115,7 +116,7 @@ def _records(
     columns: Mapping[str, str],
 ) -> Iterator[tuple[int, Record]]:
     if container.kind == "parquet":
-        return read_parquet(raw)
+        return _read_tasks(read_parquet(raw), file, problems, columns)
     stream = unpack(raw, container.packing)
     if container.kind == "json":
         return read_document(stream, file, problems, warnings)
@@ -123,15 +124,27 @@ def _records(
         table = read_table(stream, file, problems, container.delimiter, container.quoted, warnings)
         as_text = file.lower().endswith(PLAIN_TEXT)
         table = reject_missing_header(table, container.delimiter, columns.values(), as_text)
-        table = read_interactions(table, file, problems, columns)
-        for reader in bundled_extensions("table_readers").values():
-            table = reader.load()(table, file, problems, columns)
-        return table
+        return _read_tasks(table, file, problems, columns)
     if container.kind == "text":
         return (_read_text if whole else _read_pieces)(stream)
     if container.kind in LINE_FORMS:
         return LINE_FORMS[container.kind].read(_text_lines(stream))
-    return _read_lines(stream, file, problems)
+    lines = _read_lines(stream, file, problems)
+    is_stored = Path(file).parent == stored_rows()
+    return _read_tasks(lines, file, problems, columns) if is_stored else lines
+
+
+def _read_tasks(
+    table: Iterator[tuple[int, Record]],
+    file: str,
+    problems: list[Problem],
+    columns: Mapping[str, str],
+) -> Iterator[tuple[int, Record]]:
+    """Return the rows of a table, or those of the log or time series that it is."""
+    table = read_interactions(table, file, problems, columns)
+    for reader in bundled_extensions("table_readers").values():
+        table = reader.load()(table, file, problems, columns)
+    return table
 
 
 def _text_lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:

@@ -105,7 +105,12 @@ class BareWindow(BareMedia):
         return (hashlib.sha256(self.media.name.encode()).hexdigest(),)
 
 
-NORMAL = frozenset({"", "0", "0.0", "false", "no", "none", "normal", "ok"})
+NORMAL = frozenset(
+    (
+        *("", "0", "0.0", "false", "no", "n", "nein", "normal", "ok", "good"),
+        *("none", "null", "nan", "na", "n/a", "-"),
+    )
+)
 """Labels of values without a fault, in lower case."""
 
 

@@ -7,11 +7,13 @@ A network reads a row as a value with the values of earlier lines, as if equally
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import compress
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.data.files.parsing import quote
 from luthier.data.shapes.media import BareWindow, LabelledWindow
 from luthier.gate.check import BatchLines, Check, Places, RowBatch
 from luthier.gate.rules import Finding, Findings, Place, Rule
@@ -69,6 +71,14 @@ UNREAD = Rule(
     "Write the times as 2026-11-23 14:05. In 01/02/2026, the column must show which number is the day.",
     whole=True,
 )
+CONSTANT = Rule(
+    "window.constant",
+    "warning",
+    "A column of a time series has one value.",
+    "Nothing is learned about the column, and any other value is an alarm.",
+    "Leave the column out, as with `data.columns.NAME=`, or add rows with other values.",
+    whole=True,
+)
 LEAST_VALUES = 100
 """Minimum number of lines of a series, including held-out lines."""
 USUAL_QUANTILE = 0.9
@@ -82,8 +92,8 @@ GAP_RATIO = 1.5
 LONG_GAP_RATIO = 10
 """Smallest length of a gap that is a finding of its own, relative to the usual time step."""
 
-Measured = tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...]]
-"""Times in seconds, marks of faults and columns of a batch."""
+Measured = tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...], NDArray[np.float64]]
+"""Times in seconds, marks of faults, columns, and lowest and highest values ``[2, C]`` of a batch."""
 Batches = list[tuple[BatchLines, Measured]]
 
 
@@ -91,7 +101,16 @@ class TimeSeries(Check):
     """Compares the time of each line with the time of the previous line."""
 
     name: ClassVar[str] = "time_series"
-    rules: ClassVar[tuple[Rule, ...]] = (FEW, REVERSED, ORDER, DUPLICATE, GAP, SHORT_GAPS, UNREAD)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        FEW,
+        REVERSED,
+        ORDER,
+        DUPLICATE,
+        GAP,
+        SHORT_GAPS,
+        UNREAD,
+        CONSTANT,
+    )
 
     def __init__(self) -> None:
         self._batches: dict[tuple[str, str], Batches] = {}
@@ -99,12 +118,15 @@ class TimeSeries(Check):
 
     def measure(self, batch: RowBatch) -> Measured:
         """Return the time of each window (NaN if not read, infinity without a time), 1 or 0 for a
-        fault or normal row (NaN without a label), and the columns of the first window."""
+        fault or normal row (NaN without a label), the columns of the first window, and the lowest
+        and highest value of each column."""
         rows = [row for row in batch.rows if isinstance(row, BareWindow)]
         times = [np.inf if row.media.time is None else row.media.time for row in rows]
         faults = [row.is_fault if isinstance(row, LabelledWindow) else np.nan for row in rows]
         columns = rows[0].media.names if rows else ()
-        return np.array(times, np.float64), np.array(faults, np.float64), columns
+        last_RC = np.array([np.ravel(row.media.values()[-1]) for row in rows], np.float64)
+        edges_2C = np.array([last_RC.min(0), last_RC.max(0)]) if rows else np.zeros((2, 0))
+        return np.array(times, np.float64), np.array(faults, np.float64), columns, edges_2C
 
     def collect(self, where: BatchLines, measured: Measured, findings: Findings) -> None:
         """Store the times until the end, when the usual time step is known."""
@@ -117,7 +139,7 @@ class TimeSeries(Check):
         for (split, _), batches in self._batches.items():
             columns = batches[0][1][2]
             found = splits.setdefault(split, {"columns": [*columns]} if columns else {})
-            faults = np.concatenate([faults for _, (_, faults, _) in batches])
+            faults = np.concatenate([measured[1] for _, measured in batches])
             if not np.isnan(faults).all():
                 begins = np.diff(faults == 1, prepend=False) & (faults == 1)
                 found["fault_rows"] = found.get("fault_rows", 0) + int(np.nansum(faults))
@@ -127,18 +149,27 @@ class TimeSeries(Check):
     def finish(self, places: Places, findings: Findings) -> None:
         """Add the findings of each file."""
         lengths = {
-            at: sum(len(times) for _, (times, _, _) in each) for at, each in self._batches.items()
+            at: sum(len(measured[0]) for _, measured in each) for at, each in self._batches.items()
         }
         count = sum(length for (split, _), length in lengths.items() if split == "train")
         if 0 < count < LEAST_VALUES:
             file = next(file for split, file in lengths if split == "train")
             message = f"{count:,} values; the minimum is {LEAST_VALUES:,}."
             findings.add(Finding(FEW, Place(file, 0), message))
-        for (_, file), batches in self._batches.items():
+        for (split, file), batches in self._batches.items():
             self._check_times(file, batches, findings)
+            if split == "train":
+                low_C = np.min([measured[3][0] for _, measured in batches], axis=0)
+                high_C = np.max([measured[3][1] for _, measured in batches], axis=0)
+                columns = batches[0][1][2]
+                for name in compress(columns, low_C == high_C):
+                    message = (
+                        f"The column {quote(name)} is {low_C[columns.index(name)]:g} in all rows."
+                    )
+                    findings.add(Finding(CONSTANT, Place(file, 0), message))
 
     def _check_times(self, file: str, batches: Batches, findings: Findings) -> None:
-        all_times = np.concatenate([times for _, (times, _, _) in batches])
+        all_times = np.concatenate([measured[0] for _, measured in batches])
         if unread := int(np.isnan(all_times).sum()):
             message = f"{unread:,} of {len(all_times):,} times are not read."
             findings.add(Finding(UNREAD, Place(file, 0), message))
@@ -167,12 +198,12 @@ class TimeSeries(Check):
             (DUPLICATE, steps == 0, "The line has the time of the previous line."),
             (GAP, is_long, "The line is {} later than the previous line; {} is usual."),
         )
-        ends = np.cumsum([len(times) for _, (times, _, _) in batches])
+        ends = np.cumsum([len(measured[0]) for _, measured in batches])
         for rule, mask, text in checks:
             rows = np.flatnonzero(mask) + 1
             for row in rows[:MOST_FINDINGS].tolist():
                 batch = int(np.searchsorted(ends, row, side="right"))
-                where, (times, _, _) = batches[batch]
+                where, (times, *_) = batches[batch]
                 message = text.format(format_step(abs(steps[row - 1])), format_step(usual))
                 place = where.place(row - int(ends[batch]) + len(times))
                 findings.add(Finding(rule, place, message))
