@@ -1,4 +1,4 @@
-"""Entities by characters, as annotation tools write them: a text becomes words with BIO tags.
+"""Entities by characters, the notation of annotation tools: a text becomes words with BIO tags.
 
 A span is an array ``[start, end, kind]`` (spaCy, doccano) or an object with ``start`` and ``end``, or
 ``start_offset`` and ``end_offset``, and ``label`` or ``labels`` (Prodigy, doccano, Label Studio).
@@ -26,7 +26,7 @@ WORD_OR_MARK = regex.compile(
     regex.V1,
 )
 """Initials such as ``U.S.``, punctuation, and words with punctuation inside, such as ``don't``.
-Chinese and Japanese, which have no spaces, are split into characters."""
+Chinese and Japanese, without spaces, are split into characters."""
 _EDGES = (("start", "end"), ("start_offset", "end_offset"))
 Spans = Sequence[object]
 
@@ -47,7 +47,7 @@ class Tagged(NamedTuple):
     entities: int
     """Number of entities."""
     cut: list[str]
-    """Texts of the entities that begin or end inside a word."""
+    """Texts of the entities with an edge inside a word."""
 
 
 def are_spans(value: object) -> bool:

@@ -349,7 +349,7 @@ def _flag_embedding(record: Record) -> Converted:
 def _entities(key: str, may_be_empty: bool) -> Form:
     """Return the form of a text with entities by characters under ``key``.
 
-    Without ``may_be_empty``, an empty array is no mark of the form: it may be a text without labels.
+    Without ``may_be_empty``, an empty array is no mark of the form, but a text without labels.
     """
 
     def spans(record: Record) -> tuple[object, Spans]:

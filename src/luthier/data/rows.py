@@ -99,7 +99,7 @@ class Checker(FieldChecker):
         self.entities = 0
         """Number of entities by characters."""
         self.cut_entities: list[tuple[str, int, str]] = []
-        """File, line and text of the entities that begin or end inside a word."""
+        """File, line and text of the entities with an edge inside a word."""
         self.accepts_own_keys = False
         """True if rows may have luthier's keys in place of the mapped columns, as held-out rows."""
 

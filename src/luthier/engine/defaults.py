@@ -61,7 +61,7 @@ class DataFacts:
     mixed: tuple[MixedSet, ...] = ()
     """Sizes of the mixed-in sets; ``rows`` counts the main set only."""
     is_stepless: bool = False
-    """True for base models that are fitted without steps (TF-IDF)."""
+    """True for base models without training steps (TF-IDF)."""
     without_steps: bool = False
     """True if the fit replaces the steps: for a new head, or for a network without a head."""
     held_out: int = 0

@@ -105,7 +105,7 @@ class ModelFolder:
 
     @property
     def is_stepless(self) -> bool:
-        """True for a network that is fitted without training steps (:data:`STEPLESS`)."""
+        """True for a network without training steps (:data:`STEPLESS`)."""
         return self.fields.get("model_type") in STEPLESS
 
     @cached_property

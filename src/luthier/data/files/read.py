@@ -140,7 +140,7 @@ def _read_tasks(
     problems: list[Problem],
     columns: Mapping[str, str],
 ) -> Iterator[tuple[int, Record]]:
-    """Return the rows of a table, or those of the log or time series that it is."""
+    """Return the rows of a table: a log of users and items, a time series, or any other table."""
     table = read_interactions(table, file, problems, columns)
     for reader in bundled_extensions("table_readers").values():
         table = reader.load()(table, file, problems, columns)

@@ -194,7 +194,7 @@ class Network:
 
     @property
     def is_stepless(self) -> bool:
-        """True for a network that is fitted without training steps (:data:`heads.STEPLESS`)."""
+        """True for a network without training steps (:data:`heads.STEPLESS`)."""
         return self.model.config.model_type in heads.STEPLESS
 
     def fit_rows(self, examples: Sequence[Example], budget: int) -> str | None:
