@@ -408,3 +408,15 @@ def test_measured_steps_as_rows(family_folder: Callable[[str], Path], luthier_ho
     events = [(row["event"], row["step"]) for row in found.to_rows()]
     assert ("train", 2) in events and ("validation", 2) in events
     assert set(found.to_pandas().event) >= {"train", "validation"}
+
+
+def test_an_export_has_the_thresholds_of_labels(luthier_home: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": f"{word} {number}", "label": label}
+        for label, word in (("ham", "meeting"), ("spam", "winner"))
+        for number in range(40)
+    ]
+    luthier.tune(rows, base="tfidf", name="mail", objective={"thresholds": {"spam": 0.7}})
+    luthier.export("tfidf:mail", tmp_path / "out", merged=True)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["thresholds"] == {"spam": 0.7}

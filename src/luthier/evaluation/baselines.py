@@ -71,6 +71,8 @@ KEPT_BY = {
 }
 """Options of ``luthier tune`` that store a baseline as a model."""
 WORD = re.compile(r"\w+")
+LONGEST_TEXT = 20_000
+"""Characters of a text that naive Bayes reads."""
 _PART = re.compile(r" \([\d,]+ of [\d,]+ rows\)$")
 
 
@@ -397,6 +399,8 @@ def naive_bayes(
 
     most = LARGEST_TABLE // len(np.unique(class_N))
     words = CountVectorizer(ngram_range=(1, 2), token_pattern=WORD.pattern, max_features=most)
+    # The counts of a single long text would outweigh all others.
+    texts, queries = ([text[:LONGEST_TEXT] for text in each] for each in (texts, queries))
     model = MultinomialNB(alpha=SMOOTHING).fit(words.fit_transform(texts), class_N)
     found: NDArray[np.int64] = model.predict(words.transform(queries))
     return found

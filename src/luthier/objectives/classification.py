@@ -399,10 +399,11 @@ class Classification(Objective):
                 )
                 continue
             low, high = right.interval
+            doubt = "" if low >= precision else f"; {precision:.0%} is not sure: hold out more rows"
             notes.append(
                 f"{name}: {int(right.parts_R.sum())} of {len(right)} held-out rows from "
                 f"{threshold:.3f} are right (95 % interval of the precision {low:.0%} to {high:.0%}), "
-                f"of {int(is_own_N.sum())} rows with the label"
+                f"of {int(is_own_N.sum())} rows with the label{doubt}"
             )
         done = self.model_copy(update={"thresholds": thresholds})
         return Finished(done, len(held), note="; ".join(notes))

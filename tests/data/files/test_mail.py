@@ -126,5 +126,81 @@ def test_rows_of_a_folder_name_their_messages(tmp_path: Path) -> None:
     assert [location_text("mails", line) for line in lines] == [f"mails/{name}" for name in names]
     assert pickle.loads(pickle.dumps(lines[0])).name == "1.eml"
     [(line, record)] = read_mail(folder / "1.eml")
-    assert "source" not in record
+    assert record["source"] == "1.eml"
     assert location_text("1.eml", line) == "1.eml row 1"
+
+
+def parsed(raw: str | bytes, tmp_path: Path) -> str:
+    file = tmp_path / "one.eml"
+    file.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+    ((_, record),) = read_mail(file)
+    return str(record["text"])
+
+
+@pytest.mark.parametrize(
+    ("declared", "encoding"),
+    [("", "utf-8"), ("us-ascii", "utf-8"), ("us-ascii", "cp1252"), ("utf-8", "latin-1")],
+)
+def test_wrong_character_sets_keep_their_letters(
+    tmp_path: Path, declared: str, encoding: str
+) -> None:
+    header = f"Content-Type: text/plain; charset={declared}\n" if declared else ""
+    raw = f"Subject: s\n{header}\nGrüße".encode(encoding)
+    assert parsed(raw, tmp_path) == "s\n\nGrüße"
+
+
+def parts(kind: str, *inside: str) -> str:
+    joined = "".join(f"--B\n{each}\n" for each in inside)
+    return f"Content-Type: {kind}; boundary=B\n\n{joined}--B--\n"
+
+
+PLAIN, HTML = "Content-Type: text/plain\n\n", "Content-Type: text/html\n\n"
+PICTURE = "Content-Type: image/png; name=a.png\nContent-Disposition: inline\n\nx"
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (parts("multipart/alternative", f"{PLAIN} ", f"{HTML}<p>hello</p>"), "hello"),
+        (parts("multipart/alternative", f"{PLAIN}a", f"{HTML}b"), "a"),
+        (
+            parts("multipart/mixed", f"{PLAIN}above", PICTURE, f"{PLAIN}below"),
+            "above\n\nbelow\n\nAttachment: a.png",
+        ),
+        (parts("multipart/related", f"{HTML}with logo", PICTURE), "with logo"),
+        (
+            parts(
+                "multipart/mixed",
+                f"{PLAIN}see",
+                "Content-Type: message/rfc822\n\nSubject: f\n\nold",
+            ),
+            "see\n\nf\n\nold",
+        ),
+        ("Content-Type: multipart/mixed\n\nno boundary", "no boundary"),
+        (f"{HTML}<table><td>a</td><td>b</td></table><h1>c</h1>d<br><br>e", "a b\nc\nd\n\ne"),
+    ],
+    ids=["empty-plain", "plain-first", "two-texts", "related", "forwarded", "no-boundary", "cells"],
+)
+def test_text_of_all_parts_is_read(tmp_path: Path, body: str, text: str) -> None:
+    assert parsed(f"Subject: s\n{body}", tmp_path) == f"s\n\n{text}"
+
+
+def test_a_sentence_with_from_is_no_new_message(tmp_path: Path) -> None:
+    box = tmp_path / "Inbox.mbox"
+    box.write_text(
+        "From a@b.c Mon Mar  2 10:00:00 2026\nSubject: one\n\nHi\n\n"
+        "From the start of 2026\n>From us\n\n"
+        "From - Tue Mar  3 10:00:00 2026\nSubject: two\nFrom: a@b.c\n\nbody\n"
+    )
+    (_, one), (_, two) = read_mail(box)
+    assert one["text"] == "one\n\nHi\n\nFrom the start of 2026\nFrom us"
+    assert (one["from"], two["from"]) == ("(unknown sender)", "a@b.c")
+    assert (one["source"], two["source"]) == ("Inbox.mbox:1", "Inbox.mbox:2")
+
+
+def test_folders_of_imap_have_their_letters(tmp_path: Path) -> None:
+    for name in (".B&APw-ro", ".R&-D"):
+        for kind in ("cur", "new"):
+            (tmp_path / name / kind).mkdir(parents=True)
+        (tmp_path / name / "cur" / "1:2,S").write_bytes(b"Subject: a\n\nb")
+    assert {record["label"] for _, record in read_mail(tmp_path)} == {"Büro", "R&D"}

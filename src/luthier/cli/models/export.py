@@ -97,6 +97,8 @@ def export(
             reporter.progress(done, total, phase)
 
     written = export_model(stored, target, format, merged, quantization, move)
+    if format == "safetensors" and getattr(stored.objective, "thresholds", None):
+        reporter.note("thresholds of labels are in config.json; transformers does not apply them")
     if format == "onnx" and quantization is not None:
         return replace(written, cost=_measure_onnx(stored, target, data, columns, reporter))
     return replace(written, cost=cost)

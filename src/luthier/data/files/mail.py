@@ -1,18 +1,16 @@
 """Reading of e-mail: EML files, mbox files and Maildir folders.
 
-A row has the subject and the text body of a message. HTML is read for messages without plain text.
-Attachments are named and left out. In a folder with several mailboxes, the mailbox is the label.
+A row has the subject and the text of a message, with forwarded messages. HTML is read for parts
+without plain text. Attachments are named and left out. In a folder with several mailboxes, the
+mailbox is the label.
 """
 
 from __future__ import annotations
 
-import mailbox
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
-from email import message_from_binary_file, policy
+from collections.abc import Callable, Iterator
+from email import message_from_bytes, policy
 from email.message import EmailMessage
-from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -28,12 +26,19 @@ INBOX = "inbox"
 _NO_SUBJECT = "(no subject)"
 _SEPARATOR = re.compile(rb"From \S+ .*\d{4}.*\r?\n>?[\w-]+: ")
 """First lines of an mbox file: the envelope, and a header."""
+_ENVELOPE = re.compile(rb"From \S+ +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b.*\d{4}")
+"""Line between messages. A line of the text may begin with "From", too, but has no date."""
+_ESCAPED = re.compile(rb">+From ")
+_CHARSETS = ("utf-8", "cp1252", "latin-1")
+"""Character sets of bodies without a right declaration."""
+_UNKNOWN = "(unknown sender)"
 _OF_PROGRAMS = re.compile(
     r"(?:^|/)(?:\.|(?:dovecot[^/]*|maildirfolder|subscriptions|courierimap[^/]*|tmp/[^/]*"
     r"|[^/]*\.(?:msf|dat|plist))$)"
 )
 """Files of mail programs next to messages."""
 _BLOCKS = frozenset({"p", "div", "br", "tr", "li", "h1", "h2", "h3", "h4", "table", "blockquote"})
+_CELLS = frozenset({"td", "th"})
 _SHOWN = 8
 
 
@@ -84,7 +89,8 @@ def read_mail(
             on_record(place, len(names))
             record = _record(message) | ({"label": label or INBOX} if is_labelled else {})
             source = f"{name}:{position}" if name and is_mbox else name
-            yield RowNumber(number, source), record | ({"source": source} if source else {})
+            shown = f"{path.name}:{position}" if is_mbox else path.name
+            yield RowNumber(number, source), {**record, "source": source or shown}
 
 
 def _mail_names(folder: Path) -> Iterator[str]:
@@ -108,7 +114,15 @@ def _mailbox_name(folder: Path, name: str) -> str:
         folders.append(file)  # an mbox file; Apple Mail writes Invoice.mbox/mbox
     # Maildir++ writes the folder Work/Invoice as .Work.Invoice.
     parts = [each.removesuffix(MBOX).removesuffix(".sbd").lstrip(".") for each in folders]
-    return "/".join(parts)
+    return re.sub("&([^-]*)-", _decode_name, "/".join(parts))
+
+
+def _decode_name(match: re.Match[str]) -> str:
+    """Decode a part of a folder's name in IMAP's modified UTF-7 (RFC 3501, 5.1.3)."""
+    try:
+        return f"+{match[1].replace(',', '/')}-".encode().decode("utf-7") if match[1] else "&"
+    except UnicodeDecodeError:
+        return match[0]
 
 
 def _is_mbox(path: Path) -> bool:
@@ -119,26 +133,33 @@ def _is_mbox(path: Path) -> bool:
 
 
 def _messages(path: Path, is_mbox: bool) -> Iterator[EmailMessage]:
-    parse: Any = partial(message_from_binary_file, policy=policy.default)
     if not is_mbox:
-        with path.open("rb") as file:
-            yield parse(file)
+        yield message_from_bytes(path.read_bytes(), policy=policy.default)
         return
-    with closing(mailbox.mbox(path, factory=parse, create=False)) as box:
-        messages: Iterable[Any] = box
-        yield from messages
+    lines: list[bytes] = []
+    with path.open("rb") as file:
+        after_blank = True
+        for line in file:
+            if after_blank and _ENVELOPE.match(line):
+                if lines:
+                    yield message_from_bytes(b"".join(lines), policy=policy.default)
+                lines = []
+            else:
+                lines.append(line[1:] if _ESCAPED.match(line) else line)
+            after_blank = not line.strip()
+    if b"".join(lines).strip():
+        yield message_from_bytes(b"".join(lines), policy=policy.default)
 
 
 def _record(message: EmailMessage) -> Record:
-    body = message.get_body(("plain", "html"))
-    files = [part.get_filename() or part.get_content_type() for part in message.iter_attachments()]
-    lines = [_header(message, "subject") or _NO_SUBJECT, "", *_text(body).split("\n")]
+    body, files = _read_part(message)
+    lines = [_header(message, "subject") or _NO_SUBJECT, "", *body.split("\n")]
     if files:
         lines += ["", *(f"Attachment: {name}" for name in files)]
     record: Record = {"text": "\n".join(lines).strip()}
-    for key in ("from", "date"):
-        if value := _header(message, key):
-            record[key] = value
+    record["from"] = _header(message, "from") or _UNKNOWN
+    if value := _header(message, "date"):
+        record["date"] = value
     if files:
         record["attachments"] = files
     if value := _header(message, "x-gmail-labels"):
@@ -154,14 +175,39 @@ def _header(message: EmailMessage, name: str) -> str:
     return _printable(" ".join(str(value or "").split()))
 
 
-def _text(body: Any) -> str:
-    if body is None:
-        return ""
-    try:
-        text = str(body.get_content())
-    except (LookupError, ValueError):  # an unknown or wrong character set
-        text = (body.get_payload(decode=True) or b"").decode("utf-8", "replace")
-    if body.get_content_subtype() == "html":
+def _read_part(part: Any) -> tuple[str, list[str]]:
+    """Return the text of a message or part, and the names of its attachments."""
+    kind = part.get_content_type()
+    if part.is_attachment() and kind != "message/rfc822":
+        return "", [part.get_filename() or kind]
+    if kind == "message/rfc822":
+        forwarded = part.get_payload(0)
+        text, files = _read_part(forwarded)
+        return f"{_header(forwarded, 'subject') or _NO_SUBJECT}\n\n{text}".strip(), files
+    if not part.is_multipart():
+        if kind in ("text/plain", "text/html") or kind.startswith("multipart/"):  # no boundary
+            return _text(part, is_html=kind == "text/html"), []
+        return "", [part.get_filename() or kind]
+    inside = [(each.get_content_type(), *_read_part(each)) for each in part.get_payload()]
+    texts = [text for _, text, _ in inside if text]
+    if kind == "multipart/alternative":
+        plain = [text for each, text, _ in inside if text and each == "text/plain"]
+        texts = (plain or texts[-1:])[:1]
+    # Pictures inside of HTML, and other forms of the same text, are no attachments.
+    named = kind not in ("multipart/alternative", "multipart/related")
+    return "\n\n".join(texts), [name for *_, files in inside for name in files if named]
+
+
+def _text(part: Any, is_html: bool) -> str:
+    raw = part.get_payload(decode=True) or b""
+    text = ""
+    for charset in (part.get_content_charset("ascii"), *_CHARSETS):
+        try:
+            text = raw.decode(charset)
+            break
+        except (LookupError, ValueError):  # an unknown or wrong character set
+            continue
+    if is_html:
         reader = _HtmlText()
         reader.feed(text)
         reader.close()
@@ -185,12 +231,18 @@ class _HtmlText(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self._hidden += tag in ("style", "script", "title")
-        if tag in _BLOCKS:
-            self.parts.append("\n")
+        self._separate(tag)
 
     def handle_endtag(self, tag: str) -> None:
         self._hidden -= tag in ("style", "script", "title") and self._hidden > 0
+        self._separate(tag)
+
+    def _separate(self, tag: str) -> None:
+        if tag == "br" or (tag in _BLOCKS and self.parts[-1:] != ["\n"]):
+            self.parts.append("\n")
+        elif tag in _CELLS:
+            self.parts.append(" ")
 
     def handle_data(self, data: str) -> None:
-        if not self._hidden:
+        if not self._hidden and (data.strip() or self.parts[-1:] != ["\n"]):
             self.parts.append(" ".join(data.splitlines()))
