@@ -11,8 +11,9 @@ import pytest
 from luthier.data.character_spans import are_spans, label_studio_spans, tag_words
 from luthier.data.prompts import InputChecker
 from luthier.data.rows import RowReader
-from luthier.data.shapes.texts import RawText
+from luthier.data.shapes.texts import RawText, TaggedWords
 from luthier.errors import RowRefused
+from luthier.objectives.token_classification import TokenClassification
 
 TEXT = "Anna-based U.S. firms in  New York, (ex Rome)"
 CITY = TEXT.index("New York")
@@ -56,7 +57,6 @@ def test_neighbours_of_one_kind_stay_two_entities() -> None:
         ([[-2, 3, "x"]], "tags.span"),
         ([[4, 4, "x"]], "tags.span"),
         ([[24, 26, "x"]], "tags.span"),
-        ([{"start": 0, "label": "x"}], "tags.span"),
         ([{"start": 0, "end": 4, "label": "x", "text": "nna-"}], "tags.span"),
         ([[0, 4, "x"], [2, 10, "y"]], "tags.overlap"),
         ([[0, 4, "x"], [0, 4, "y"]], "tags.overlap"),
@@ -99,6 +99,65 @@ def test_entities_inside_words_are_counted_in_a_warning(tmp_path: Path) -> None:
     ]
     (cut,) = [each for each in reader.warnings if each.rule == "tags.cut"]
     assert cut.location.line == 2
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        [0, 4, ""], ["0", 4, "x"], [0, 4], {"start": 0, "label": "x"}, {"start": 0, "end": 4},
+        {"start": 0, "end": 4, "label": None}, {"start": 0, "end": 4, "label": {"name": "x"}},
+        {"start": 0, "end": 4, "labels": []}, {"start": None, "start_offset": 0, "label": "x"}, 3,
+    ],
+)  # fmt: skip
+def test_values_that_are_no_spans(span: object) -> None:
+    assert not are_spans([span])
+
+
+def test_the_text_of_a_task_has_its_entities() -> None:
+    value = {"start": 0, "end": 4, "text": "Rita", "labels": ["x"]}
+    made = task(
+        {"result": [{"value": value}, "odd"]}, body="Rita sings", url="https://long.example/1"
+    )
+    assert label_studio_spans(made)[0] == "Rita sings"
+
+
+@pytest.mark.parametrize(
+    ("record", "keys"),
+    [
+        ({"text": "good", "label": "pos", "entities": []}, {"text", "label"}),
+        ({"text": "good", "rating": 3, "spans": []}, {"text", "rating"}),
+    ],
+)
+def test_entities_next_to_another_target_are_not_read(
+    tmp_path: Path, record: dict[str, Any], keys: set[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    ((row),) = RowReader(file).read_all()
+    assert row.record().keys() == keys
+
+
+def test_a_text_without_the_key_has_no_entities(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    value = {"start": 0, "end": 4, "text": "Rita", "labels": ["x"]}
+    file.write_text(json.dumps({"text": "Rita", "label": [value]}) + '\n{"text": "none"}\n')
+    assert [row.record()["tags"] for row in RowReader(file).read_all()] == [["B-x"], ["O"]]
+
+
+def test_words_of_predictions_are_those_of_training() -> None:
+    for text, span in (("Who is Rita?", [7, 11, "x"]), ("東京大阪", [0, 2, "x"])):
+        tagged = tag_words(text, [span])
+        row = TaggedWords("a", 1, tuple(tagged.tokens), tuple(tagged.tags))
+        objective = TokenClassification().fit([row], None)  # type: ignore[arg-type]
+        words = objective._words(RawText("a", 1, text))
+        assert [word for word, *_ in words] == tagged.tokens
+
+
+def test_inputs_with_further_data_are_unchanged() -> None:
+    row = InputChecker("rows.jsonl", []).row(
+        1, {"prompt": "Hi", "completion": "c", "data": {"n": "x"}}
+    )
+    assert row is not None and row.inputs()[0] != "x"
 
 
 def test_inputs_need_no_right_entities() -> None:

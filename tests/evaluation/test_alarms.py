@@ -40,10 +40,12 @@ def test_run_ends_at_ordinary_row_and_at_end_of_file() -> None:
     assert find_alarms([]) == []
 
 
-def test_descending_times_are_refused() -> None:
-    pairs = [scored("a.csv", 2 + n, 9, n > 3, f"08:{10 - n:02}") for n in range(6)]
+def test_descending_times_of_a_file_are_refused() -> None:
+    rising = [scored("b.csv", n, 9, True, f"08:{n:02}") for n in range(20)]
+    falling = [scored("a.csv", n, 9, n > 3, f"08:{10 - n:02}") for n in range(6)]
     with pytest.raises(DataError) as caught:
-        find_alarms(pairs)
-    assert [each.rule for each in caught.value.problems] == ["window.reversed"]
-    set_back = ("02:59", "02:00", "02:01")
+        find_alarms([*rising, *falling])
+    (problem,) = caught.value.problems
+    assert (problem.rule, problem.location.file) == ("window.reversed", "a.csv")
+    set_back = ("02:59", "02:00", "02:01", "02:02")
     assert len(find_alarms([scored("a.csv", 2, 9, True, time) for time in set_back])) == 1

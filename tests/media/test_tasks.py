@@ -38,11 +38,15 @@ def test_a_series_of_faults_alone_is_refused() -> None:
     media = Media("window", "0", array=np.zeros(3))
     rows = [LabelledWindow("a.csv", line, media, "running") for line in range(3)]
     answers = [{"score": 1.0, "anomalous": True}] * 3
-    for refuse in (lambda: AUTOENCODING.scores(rows, answers), lambda: VAE().regroup(rows)):
-        with pytest.raises(DataError) as caught:
-            refuse()
-        (problem,) = caught.value.problems
-        assert problem.rule == "window.label" and "running" in problem.message
+    with pytest.raises(DataError) as caught:
+        AUTOENCODING.scores(rows, answers)
+    (problem,) = caught.value.problems
+    assert problem.rule == "window.faults" and "running" in problem.message
+    assert len(VAE().regroup(rows)) == len(VAE().regroup([])) == 0
+
+
+def test_a_short_history_has_no_verdict() -> None:
+    assert "anomalous" not in AUTOENCODING.show({"score": 9.0, "anomalous": None}, 3.0, 5)
 
 
 def test_z_scores_fit_ordinary_rows_with_equal_columns() -> None:

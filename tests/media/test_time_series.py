@@ -157,7 +157,7 @@ def test_text_next_to_numbers_is_named(tmp_path: Path) -> None:
     assert "data.columns.status=" in problem.advice and "label" not in problem.advice
 
 
-def test_rows_in_memory_and_parquet_are_series(tmp_path: Path) -> None:
+def test_rows_in_memory_and_parquet_are_series(luthier_home: Path, tmp_path: Path) -> None:
     records = [{"time": f"2026-11-23 0{n}:00", "flow": n, "level": 2.5} for n in range(3)]
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").Table.from_pylist(records)
@@ -169,6 +169,19 @@ def test_rows_in_memory_and_parquet_are_series(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_rows(store_rows([*records, {"time": "2026-11-23 03:00", "flow": 3}]))
     assert {each.rule for each in caught.value.problems} == {"window.value"}
+
+
+def test_a_column_may_begin_late_in_memory(luthier_home: Path) -> None:
+    records = [{"time": f"2026-11-23 0{n}:00", "flow": n, "level": None} for n in range(3)]
+    with pytest.raises(DataError) as caught:
+        load_rows(store_rows([*records, {"time": "2026-11-23 03:00", "flow": 3, "level": 1}]))
+    assert {each.rule for each in caught.value.problems} == {"window.value"}
+
+
+def test_a_review_is_no_time_series(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, ["2026-11-23,a good bell,5"], "date,review,stars"))
+    assert "data.columns.text=review" in caught.value.problems[0].advice
 
 
 def test_mapped_table_with_times_is_no_series(tmp_path: Path) -> None:

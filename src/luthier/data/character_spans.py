@@ -19,10 +19,11 @@ import regex
 from luthier.data.files.parsing import Record, quote
 from luthier.errors import RowRefused
 
-_CJK = r"\p{Han}\p{Hiragana}\p{Katakana}"
+CJK = r"\p{Han}\p{Hiragana}\p{Katakana}"
+"""Scripts without spaces between words."""
 WORD_OR_MARK = regex.compile(
-    rf"[{_CJK}]|(?:\p{{L}}\.){{2,}}|[\p{{P}}--[@#]]+|"
-    rf"[^\s\p{{P}}{_CJK}--[@#]]+(?:\p{{P}}+[^\s\p{{P}}{_CJK}]+)*",
+    rf"[{CJK}]|(?:\p{{L}}\.){{2,}}|[\p{{P}}--[@#]]+|"
+    rf"[^\s\p{{P}}{CJK}--[@#]]+(?:\p{{P}}+[^\s\p{{P}}{CJK}]+)*",
     regex.V1,
 )
 """Initials such as ``U.S.``, punctuation, and words with punctuation inside, such as ``don't``.
@@ -82,18 +83,22 @@ def tag_words(text: object, spans: Spans) -> Tagged:
     return Tagged([text[start:end] for start, end in places], tags, len(found), cut)
 
 
-def label_studio_text(record: Record) -> str:
-    """Return the text of a task of Label Studio: ``text``, or the longest text of its data.
+def label_studio_text(record: Record, spans: Spans = ()) -> str:
+    """Return the text of a task of Label Studio: the one with the texts of ``spans``, ``text``, or
+    else the longest.
 
     Raises:
         RowRefused: for a task without a text.
     """
     data: Any = record["data"]
-    texts = {key: each for key, each in data.items() if isinstance(each, str)}
-    text = texts.get("text") or max(texts.values(), key=len, default="")
-    if not text.strip():
+    texts = {key: each for key, each in data.items() if isinstance(each, str) and each.strip()}
+    named: list[Any] = [each for each in spans if isinstance(each, dict) and "text" in each]
+    for text in texts.values():
+        if named and all(text[each["start"] : each["end"]] == each["text"] for each in named):
+            return text
+    if not texts:
         raise RowRefused("field.missing", "The task has no text.", "Remove the task from the file.")
-    return text
+    return texts.get("text") or max(texts.values(), key=len)
 
 
 def label_studio_spans(record: Record) -> tuple[str, Spans]:
@@ -102,17 +107,21 @@ def label_studio_spans(record: Record) -> tuple[str, Spans]:
     Raises:
         RowRefused: for a task without a text or an annotation, or with different annotations.
     """
-    text = label_studio_text(record)
     annotations: Any = record["annotations"]
     done = [each for each in annotations if not each.get("was_cancelled")]
     done = [each for each in done if each.get("ground_truth")] or done
     sides = [
-        [value for result in each["result"] if _is_span(value := result.get("value"))]
-        for each in done
+        [
+            each["value"]
+            for each in one["result"]
+            if isinstance(each, dict) and _is_span(each.get("value"))
+        ]
+        for one in done
     ]
     if not sides:
         fix = "Remove the task from the file."
         raise RowRefused("field.missing", "The task has no annotation.", fix)
+    text = label_studio_text(record, sides[0])
     first, *others = ({_read_span(each, text) for each in side} for side in sides)
     if any(other != first for other in others):
         message = f"The {len(sides)} annotations of the task differ."
@@ -131,24 +140,32 @@ def is_label_studio(record: Record) -> bool:
 
 
 def _is_span(value: object) -> bool:
-    if isinstance(value, dict):
-        has_edges = any(isinstance(value.get(start), int) for start, _ in _EDGES)
-        return has_edges and bool({"label", "labels"} & value.keys())
-    return isinstance(value, list) and [*map(type, value)] == [int, int, str]
+    return all(_parts_of(value))
+
+
+def _parts_of(value: Any) -> tuple[bool, bool, list[Any]]:
+    """Return whether start and end are numbers, and the kinds of a span."""
+    start, end, kind = value if isinstance(value, list) and len(value) == 3 else (None, None, None)
+    if isinstance(value, Mapping):
+        edges = next((keys for keys in _EDGES if keys[0] in value), _EDGES[0])
+        start, end = (value.get(key) for key in edges)
+        kind = value.get("label", value.get("labels"))
+    kinds = kind if isinstance(kind, list) else [kind]
+    named = [each for each in kinds if isinstance(each, str | int) and str(each).strip()]
+    return type(start) is int, type(end) is int, named if len(named) == len(kinds) else []
 
 
 def _read_span(value: Any, text: str) -> Span:
     if isinstance(value, Mapping):
         keys = next(keys for keys in _EDGES if keys[0] in value)
-        kind = value.get("label") or value.get("labels")
-        start, end = value[keys[0]], value.get(keys[1])
+        start, end, kind = value[keys[0]], value[keys[1]], value.get("label", value.get("labels"))
     else:
         start, end, kind = value
     kinds = kind if isinstance(kind, list) else [kind]
     if len(kinds) != 1:
         message = f"The entity from {start} to {end} has {len(kinds)} kinds."
         raise RowRefused("tags.overlap", message, "Keep one.")
-    if not isinstance(end, int) or not 0 <= start < end <= len(text) or text[start:end].isspace():
+    if not 0 <= start < end <= len(text) or text[start:end].isspace():
         message = (
             f"The entity {quote(str(kinds[0]))} from {start} to {end} is outside of the text, "
         )

@@ -346,6 +346,11 @@ def _flag_embedding(record: Record) -> Converted:
     return _with_further_keys(record, converted), {"anchor": "query", "positive": "pos"}
 
 
+_OTHER_TARGETS = frozenset(
+    ("tags", "label", "labels", "rating", "completion", "prompt", "messages", "choices")
+)
+
+
 def _entities(key: str, may_be_empty: bool) -> Form:
     """Return the form of a text with entities by characters under ``key``.
 
@@ -353,7 +358,8 @@ def _entities(key: str, may_be_empty: bool) -> Form:
     """
 
     def spans(record: Record) -> tuple[object, Spans]:
-        found: Any = record[key]
+        # Label Studio's JSON-MIN leaves the key of a text without entities out.
+        found: Any = record[key] if may_be_empty else record.get(key, [])
         if not are_spans(found):  # a later row of the file
             fix = f'Write "{key}": [[0, 4, "person"]], or [] without entities.'
             raise RowRefused("field.list", f'"{key}" is no array of entities.', fix)
@@ -366,7 +372,7 @@ def _entities(key: str, may_be_empty: bool) -> Form:
         "text with entities",
         frozenset(("text", key)),
         lambda record: _tagged(record, spans, {"tokens": "text", "tags": key}),
-        frozenset(("tags",)),
+        _OTHER_TARGETS - {key},
         frozenset(("text", "tokens", "answer")),
         lambda record: are_spans(record[key]) and (may_be_empty or bool(record[key])),
         spans,

@@ -83,7 +83,8 @@ def _series_fix(record: Record) -> str:
         return ""
     others = [name for name in others if name.strip().lower() not in LABEL_NAMES]
     texts = [name for name in others if parse_number(record[name]) is None]
-    if not texts or len(texts) == len(others):
+    # A text of several words is a text to read.
+    if not texts or 2 * len(texts) > len(others) or any(" " in str(record[n]) for n in texts):
         return ""
     settings = ", ".join(f"`data.columns.{name}=`" for name in texts)
     return f"For a time series, leave out the columns without numbers: {settings}."

@@ -168,9 +168,6 @@ class InputChecker(Checker):
             message = f'The row has the field "{self.reserved}", which is reserved for the result.'
             self.report("row.predicted", message, "Rename or remove the field.")
             return None
-        if isinstance(own.get("data"), dict) and "text" not in own:  # a task of Label Studio
-            task = own
-            return self._or_problem(lambda: RawText(self.file, line, label_studio_text(task)))
         # Text forms stay unchanged, because the output row keeps all input fields.
         forms = [form.convert(own)[0] for form in forms_of(own) if form.spans is None]
         own = next((made for made in forms if {*BARE_MEDIA} & made.keys()), own)
@@ -206,6 +203,9 @@ class InputChecker(Checker):
             return self._or_problem(
                 lambda: TaggedWords(self.file, line, read_words(own["tokens"], "tokens"), None)
             )
+        task = own
+        if isinstance(own.get("data"), dict):  # a task of Label Studio
+            return self._or_problem(lambda: RawText(self.file, line, label_studio_text(task)))
         self.text(own, "text")
         return None
 

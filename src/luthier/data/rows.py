@@ -98,8 +98,10 @@ class Checker(FieldChecker):
         """Users with one item, which are left out."""
         self.entities = 0
         """Number of entities by characters."""
-        self.cut_entities: list[tuple[str, int, str]] = []
-        """File, line and text of the entities with an edge inside a word."""
+        self.cut_entities = 0
+        """Number of entities with an edge inside a word."""
+        self.first_cut: Problem | None = None
+        """The first of them."""
         self.accepts_own_keys = False
         """True if rows may have luthier's keys in place of the mapped columns, as held-out rows."""
 
@@ -219,7 +221,10 @@ class Checker(FieldChecker):
             if form.spans is not None:
                 tagged = tag_words(*form.spans(mapped))
                 self.entities += tagged.entities
-                self.cut_entities += [(self.file, self.line, text) for text in tagged.cut]
+                self.cut_entities += len(tagged.cut)
+                if tagged.cut and self.first_cut is None:
+                    place = Location(self.file, self.line)
+                    self.first_cut = Problem("tags.cut", quote(tagged.cut[0]), "", place)
         except RowRefused as bad:
             self.report(bad.rule, bad.problem.message, bad.problem.advice)
             return None
@@ -530,12 +535,13 @@ class RowReader:
                 Problem("media.unnamed", message, fix, Location(str(self._folder)))
             )
             self._unnamed = set()
-        if cut := self.checker.cut_entities:
-            message = f"{len(cut):,} of {self.checker.entities:,} entities begin or end inside a "
-            message += f"word, such as {quote(cut[0][2])}; the whole words are learned."
+        if (first := self.checker.first_cut) is not None:
+            count, cut = self.checker.entities, self.checker.cut_entities
+            message = f"{cut:,} of {count:,} entities begin or end inside a word, such as "
+            message += f"{first.message}; words are learned whole, and once."
             fix = "Count characters from 0; the end is exclusive."
-            self.warnings.append(Problem("tags.cut", message, fix, Location(*cut[0][:2])))
-            self.checker.cut_entities = []
+            self.warnings.append(Problem("tags.cut", message, fix, first.location))
+            self.checker.entities, self.checker.cut_entities, self.checker.first_cut = 0, 0, None
         if single := self.checker.single_items:
             message = f"{single:,} users have one item, so no next item, and are left out."
             self.warnings.append(

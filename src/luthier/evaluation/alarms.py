@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -35,11 +35,8 @@ def find_alarms(pairs: Iterable[tuple[BareWindow, Mapping[str, Any]]]) -> list[A
         DataError: for times in descending order.
     """
     pairs = [*pairs]
-    times = [(row.file, row.media.time or 0.0) for row, _ in pairs]
-    if 2 * sum(one > other for one, other in pairwise(times) if one[0] == other[0]) > len(pairs):
-        message = "The times of the series are in descending order."
-        fix = "Sort the lines by time, the earliest first."
-        raise DataError([Problem("window.reversed", message, fix, pairs[0][0].location)])
+    for _, rows in groupby((row for row, _ in pairs), lambda row: row.file):
+        _check_order([*rows])
     alarms = list[Alarm]()
     for (file, is_anomalous), group in groupby(
         pairs, lambda pair: (pair[0].file, pair[1]["anomalous"] is True)
@@ -50,3 +47,11 @@ def find_alarms(pairs: Iterable[tuple[BareWindow, Mapping[str, Any]]]) -> list[A
             _, peak = max(run, key=lambda pair: pair[1]["score"])
             alarms.append(Alarm(file, begin, end, len(run), peak["score"], peak.get("column")))
     return alarms
+
+
+def _check_order(rows: Sequence[BareWindow]) -> None:
+    times = [row.media.time or 0.0 for row in rows]
+    if 2 * sum(one > other for one, other in pairwise(times)) >= len(times) > 1:
+        message = "The times of the series are in descending order."
+        fix = "Sort the lines by time, the earliest first."
+        raise DataError([Problem("window.reversed", message, fix, rows[0].location)])

@@ -147,7 +147,9 @@ def export(
             del model, whole  # one network in memory at a time
             if thresholds := getattr(stored.objective, "thresholds", None):
                 config = {**read_json(fresh / "config.json"), "thresholds": thresholds}
-                write_bytes(fresh / "config.json", json.dumps(config, indent=2, sort_keys=True).encode())
+                write_bytes(
+                    fresh / "config.json", json.dumps(config, indent=2, sort_keys=True).encode()
+                )
             if expected is not None:
                 on_progress("compare", 0, 1)
                 check_loads(fresh, stored.id, kind, expected, dtype, device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
+from luthier.data.conversations.turn_marks import truth_of
 from luthier.data.files.parsing import quote
 from luthier.data.inputs import MediaInput
 from luthier.data.shapes import of_shape
@@ -79,7 +80,7 @@ class AutoencodingTask(Task):
         kinds = Counter(
             row.label for row in rows.rows if isinstance(row, LabelledWindow) and row.is_fault
         )
-        if kinds.keys() - {"1", "1.0"}:
+        if any(truth_of(kind) is None for kind in kinds):
             words = (f"{quote(kind)} ({count:,})" for kind, count in kinds.most_common())
             remarks.append(f"faults are {list_some(words, 8)}")
         if 2 * false > normal:
@@ -102,7 +103,7 @@ class AutoencodingTask(Task):
             fix = "Add rows with faults, labelled 1."
             raise DataError([Problem("row.no_label", message, fix, rows[0].location)])
         if fault_R.all():
-            raise DataError([all_faults(rows)])
+            raise DataError([_all_faults(rows)])
         alarm_R = np.array([answer.get("anomalous") is True for answer in answers])
         hit_R = fault_R & alarm_R
         files = [row.file for row in rows]
@@ -121,13 +122,13 @@ class AutoencodingTask(Task):
         }
 
 
-def all_faults(rows: Sequence[Row]) -> Problem:
+def _all_faults(rows: Sequence[Row]) -> Problem:
     """Return the problem of a time series without a normal value."""
     words = Counter(row.label for row in rows if isinstance(row, LabelledWindow))
     named = list_some((quote(word) for word, _ in words.most_common()), 5)
     message = f"All {len(rows):,} rows are faults, with the labels {named}."
     fix = "Label normal rows with 0 or normal, or choose the column with `data.columns.label`."
-    return Problem("window.label", message, fix, rows[0].location)
+    return Problem("window.faults", message, fix, rows[0].location)
 
 
 def _z_alarms(ordinary: Sequence[BareWindow], held: Sequence[BareWindow]) -> Answers:

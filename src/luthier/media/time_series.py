@@ -2,7 +2,7 @@
 
 A table is a time series if the header has a time, or the first column has dates under a name in
 another language, and the first values of all other columns are numbers. Columns to ignore do not
-count, and ``--map timestamp=COLUMN --map value=COLUMN`` names two columns of many. A column
+count; ``--map time=COLUMN`` names the time, and ``--map value=COLUMN`` one column of many. A column
 ``label`` marks faults. Each line is a row: the values of that time and the values before. A network
 reads the latest of these values.
 :mod:`luthier.data.files.times` parses the times.
@@ -97,7 +97,7 @@ def _many_columns(numbers: Sequence[str]) -> RowRefused:
 
 def _has_numbers(lines: Iterable[tuple[int, Record]], name: str) -> bool:
     """Return whether the first non-missing value of a column is a number."""
-    values = (str(record.get(name, "")).strip() for _, record in lines)
+    values = (str(record[name]).strip() for _, record in lines)
     value = next((value for value in values if value.lower() not in MISSING), "")
     try:
         float(value.replace(",", "."))  # the check of the line names infinity and decimal commas
@@ -115,8 +115,7 @@ def _read_windows(
 ) -> Iterator[tuple[int, Record]]:
     lines, valid_records, values = list[int](), list[Record](), list[list[float]]()
     for line, record in records:
-        # Rows in memory leave out missing values.
-        time, cells = record.get(names[0], ""), [record.get(name, "") for name in names[1:]]
+        time, cells = record[names[0]], [record[name] for name in names[1:]]
         numbers = [parse_number(cell) for cell in cells]
         if None in numbers:
             value = cells[numbers.index(None)]
@@ -151,5 +150,5 @@ def _read_windows(
         media = Media(
             "window", f"{file}:{line}", array=latest, names=columns, time=time, time_text=text
         )
-        marked = {"label": record.get(label, "")} if label else {}
+        marked = {"label": record[label]} if label else {}
         yield line, {**record, **marked, "window": media}

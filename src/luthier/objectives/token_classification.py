@@ -17,7 +17,7 @@ import numpy as np
 import regex
 from pydantic import model_validator
 
-from luthier.data.character_spans import WORD_OR_MARK
+from luthier.data.character_spans import CJK, WORD_OR_MARK
 from luthier.data.shapes.texts import TaggedWords, entities
 from luthier.errors import RowRefused
 from luthier.models.networks.heads import Head
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from luthier.data.conversations.chat import ChatFormat
     from luthier.models.networks.network import Network, TreeBatch
 
-_STOPS = frozenset({".", ",", "。", "，"})
-"""Tokens of training rows with separate punctuation."""
+_STOPS = regex.compile(rf"[.,;:?!()。，？！、]|[{CJK}]")
+"""Tokens of training rows with separate punctuation and characters."""
 _WORD = regex.compile(r"\S+")
 
 
@@ -86,7 +86,7 @@ class TokenClassification(Objective):
         split = self.split_punctuation
         if split is None:
             tokens = {word for row in rows if isinstance(row, TaggedWords) for word in row.tokens}
-            split = not tokens.isdisjoint(_STOPS)
+            split = any(_STOPS.fullmatch(token) for token in tokens)
         return self.model_copy(
             update={"labels": labels, "shares": shares, "split_punctuation": split}
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from luthier.data.files.read import read_records
+from luthier.data.in_memory import store_rows
 from luthier.data.prompts import load_inputs
 from luthier.data.rows import RowReader, load_rows
 from luthier.data.shapes.texts import History
@@ -106,3 +107,15 @@ def test_the_advice_names_the_columns_of_a_log_with_texts(tmp_path: Path) -> Non
     with pytest.raises(DataError) as caught:
         load_rows(str(write(tmp_path, "sentence_id,word,tag\n1,Rita,B-person\n1,sings,O\n")))
     assert "CoNLL" in caught.value.problems[0].advice
+
+
+def test_a_log_in_memory_may_lack_values(luthier_home: Path) -> None:
+    rows = [
+        *({"user": "a", "item": f"x{n}", "time": n} for n in range(3)),
+        {"user": "b", "time": 2},
+    ]
+    with pytest.raises(DataError) as caught:
+        load_rows(store_rows(rows))
+    assert [each.rule for each in caught.value.problems] == ["column.missing"]
+    (row,) = load_rows(store_rows(rows[:3]))
+    assert row.record() == {"history": ["x0", "x1"], "item": "x2"}

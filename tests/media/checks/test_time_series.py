@@ -137,15 +137,32 @@ def test_summary_lists_columns_faults_and_events(tmp_path: Path) -> None:
     assert not plain.summaries.get("time_series")
 
 
-def test_constant_columns_are_named(tmp_path: Path) -> None:
-    for name, level in (("train", 3), ("validation", 5)):
-        lines = [f"{n},{n % 7},{level}" for n in range(LEAST_VALUES)]
-        (tmp_path / f"{name}.csv").write_text("\n".join(["time,flow,valve", *lines]))
-    rows = {split: load_rows(tmp_path / f"{split}.csv") for split in ("train", "validation")}
-    findings = inspect_rows(rows, [TimeSeries()]).findings.examples
-    ((finding,),) = findings.values()
+def findings_of(folder: Path, **files: list[str]) -> dict[str, list[Finding]]:
+    """Inspect training files of the columns flow, valve and label."""
+    folder.mkdir(exist_ok=True)
+    for name, lines in files.items():
+        rows = [f"{n},{n % 7},{line}" for n, line in enumerate(lines)]
+        (folder / f"{name}.csv").write_text("\n".join(["time,flow,valve,label", *rows]))
+    return dict(inspect_rows({"train": load_rows(folder)}, [TimeSeries()]).findings.examples)
+
+
+def test_columns_that_are_constant_without_faults_are_named(tmp_path: Path) -> None:
+    still, moved, fault = ["3,0"] * LEAST_VALUES, ["4,0"] * LEAST_VALUES, ["9,leak"] * 5
+    ((finding,),) = findings_of(tmp_path / "a", train=still + fault).values()
     assert finding.rule.id == "window.constant" and "valve" in finding.message
-    assert finding.place.file.endswith("train.csv")
+    assert not findings_of(tmp_path / "b", one=still, other=moved)
+
+
+def test_training_rows_of_faults_alone_are_an_error(tmp_path: Path) -> None:
+    found = findings_of(tmp_path, train=["3,running"] * LEAST_VALUES)
+    assert "window.faults" in found
+    assert "window.faults" not in findings_of(tmp_path, other=["3,normal"] * LEAST_VALUES)
+
+
+def test_windows_of_unequal_width_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"window": [1, 2]}\n{"window": [[1, 2], [3, 4]]}\n')
+    inspect_rows({"train": load_rows(path)}, [TimeSeries()])
 
 
 def test_every_rule_is_met_here() -> None:

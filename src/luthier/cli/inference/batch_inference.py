@@ -108,10 +108,10 @@ def answer_rows(task: InferenceTask, output: Path | None, reporter: Reporter) ->
     started = time.monotonic()
     found = answer(rows, lambda done: reporter.progress(done, len(rows), task.kind))
     seconds = time.monotonic() - started
+    alarms = _alarms(found.counts, rows, map(json.loads, BytesIO(found.data)))
     if output is not None:
         write_packed(output, found.data)
     lines = "" if output is not None else found.data.decode()
-    alarms = _alarms(found.counts, rows, map(json.loads, BytesIO(found.data)))
     return RowAnswers(task.model, len(rows), seconds, output, lines, found.counts, alarms=alarms)
 
 

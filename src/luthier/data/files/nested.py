@@ -93,7 +93,7 @@ def _splits(record: Nested) -> Sequence[Record] | None:
 def _list_of_rows(record: Nested) -> Sequence[Record] | None:
     """Return the rows of an array inside an object, such as pandas' ``orient="table"``."""
     found = [key for key in _LISTS if _are_objects(record.get(key))]
-    if len(found) != 1 or not record.keys().isdisjoint(KEYS):
+    if len(found) != 1 or not (record.keys() - {*found}).isdisjoint(KEYS):
         return None
     return [*record[found[0]]]
 

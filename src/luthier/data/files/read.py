@@ -11,7 +11,7 @@ ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -116,7 +116,7 @@ def _records(
     columns: Mapping[str, str],
 ) -> Iterator[tuple[int, Record]]:
     if container.kind == "parquet":
-        return _read_tasks(read_parquet(raw), file, problems, columns)
+        return _read_sparse_table(read_parquet(raw), file, problems, columns)
     stream = unpack(raw, container.packing)
     if container.kind == "json":
         return read_document(stream, file, problems, warnings)
@@ -131,7 +131,30 @@ def _records(
         return LINE_FORMS[container.kind].read(_text_lines(stream))
     lines = _read_lines(stream, file, problems)
     is_stored = Path(file).parent == stored_rows()
-    return _read_tasks(lines, file, problems, columns) if is_stored else lines
+    return _read_sparse_table(lines, file, problems, columns) if is_stored else lines
+
+
+class _Absent(str):
+    """An empty cell of a table without empty cells."""
+
+    __slots__ = ()
+
+
+_ABSENT, _FIRST_ROWS = _Absent(), 1_000
+
+
+def _read_sparse_table(
+    table: Iterator[tuple[int, Record]],
+    file: str,
+    problems: list[Problem],
+    columns: Mapping[str, str],
+) -> Iterator[tuple[int, Record]]:
+    """Return the rows of a table that leaves out missing values: rows in memory and Parquet."""
+    first = [*islice(table, _FIRST_ROWS)]
+    names = {name: _ABSENT for _, record in first for name in record}
+    filled = ((line, {**names, **record}) for line, record in chain(first, table))
+    for line, record in _read_tasks(filled, file, problems, columns):
+        yield line, {name: each for name, each in record.items() if each is not _ABSENT}
 
 
 def _read_tasks(

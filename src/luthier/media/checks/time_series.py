@@ -7,8 +7,7 @@ A network reads a row as a value with the values of earlier lines, as if equally
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import compress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +70,14 @@ UNREAD = Rule(
     "Write the times as 2026-11-23 14:05. In 01/02/2026, the column must show which number is the day.",
     whole=True,
 )
+FAULTS = Rule(
+    "window.faults",
+    "error",
+    "All training rows of a time series are labelled as faults.",
+    "Faults are not learned.",
+    "Label normal rows with 0 or normal, or choose the column with `data.columns.label`.",
+    whole=True,
+)
 CONSTANT = Rule(
     "window.constant",
     "warning",
@@ -92,8 +99,20 @@ GAP_RATIO = 1.5
 LONG_GAP_RATIO = 10
 """Smallest length of a gap that is a finding of its own, relative to the usual time step."""
 
-Measured = tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...], NDArray[np.float64]]
-"""Times in seconds, marks of faults, columns, and lowest and highest values ``[2, C]`` of a batch."""
+
+class Measured(NamedTuple):
+    """Times, faults and values of a batch."""
+
+    times: NDArray[np.float64]
+    """Seconds; NaN if not read, infinity without a time."""
+    faults: NDArray[np.float64]
+    """1 for a fault, 0 for a normal row, NaN without a label."""
+    columns: tuple[str, ...]
+    """Columns of the first window."""
+    edges_2C: NDArray[np.float64]
+    """Lowest and highest value of each column, without faults."""
+
+
 Batches = list[tuple[BatchLines, Measured]]
 
 
@@ -117,29 +136,30 @@ class TimeSeries(Check):
         """Batches by split and file."""
 
     def measure(self, batch: RowBatch) -> Measured:
-        """Return the time of each window (NaN if not read, infinity without a time), 1 or 0 for a
-        fault or normal row (NaN without a label), the columns of the first window, and the lowest
-        and highest value of each column."""
+        """Return the times, faults, columns and values of the batch."""
         rows = [row for row in batch.rows if isinstance(row, BareWindow)]
         times = [np.inf if row.media.time is None else row.media.time for row in rows]
         faults = [row.is_fault if isinstance(row, LabelledWindow) else np.nan for row in rows]
         columns = rows[0].media.names if rows else ()
-        last_RC = np.array([np.ravel(row.media.values()[-1]) for row in rows], np.float64)
-        edges_2C = np.array([last_RC.min(0), last_RC.max(0)]) if rows else np.zeros((2, 0))
-        return np.array(times, np.float64), np.array(faults, np.float64), columns, edges_2C
+        normal = (row for row, fault in zip(rows, faults, strict=True) if fault != 1)
+        last_RC = [row.media.values()[-1] for row in normal if row.media.names == columns != ()]
+        edges_2C = np.array([np.min(last_RC, 0), np.max(last_RC, 0)] if last_RC else [[], []])
+        return Measured(
+            np.array(times, np.float64), np.array(faults, np.float64), columns, edges_2C
+        )
 
     def collect(self, where: BatchLines, measured: Measured, findings: Findings) -> None:
         """Store the times until the end, when the usual time step is known."""
-        if len(measured[0]):
+        if len(measured.times):
             self._batches.setdefault((where.split, where.file), []).append((where, measured))
 
     def summary(self) -> Mapping[str, Any]:
         """Return the columns, and the numbers of fault rows and of events, by split."""
         splits: dict[str, dict[str, Any]] = {}
         for (split, _), batches in self._batches.items():
-            columns = batches[0][1][2]
+            columns = batches[0][1].columns
             found = splits.setdefault(split, {"columns": [*columns]} if columns else {})
-            faults = np.concatenate([measured[1] for _, measured in batches])
+            faults = np.concatenate([measured.faults for _, measured in batches])
             if not np.isnan(faults).all():
                 begins = np.diff(faults == 1, prepend=False) & (faults == 1)
                 found["fault_rows"] = found.get("fault_rows", 0) + int(np.nansum(faults))
@@ -149,27 +169,37 @@ class TimeSeries(Check):
     def finish(self, places: Places, findings: Findings) -> None:
         """Add the findings of each file."""
         lengths = {
-            at: sum(len(measured[0]) for _, measured in each) for at, each in self._batches.items()
+            at: sum(len(measured.times) for _, measured in each)
+            for at, each in self._batches.items()
         }
         count = sum(length for (split, _), length in lengths.items() if split == "train")
         if 0 < count < LEAST_VALUES:
             file = next(file for split, file in lengths if split == "train")
             message = f"{count:,} values; the minimum is {LEAST_VALUES:,}."
             findings.add(Finding(FEW, Place(file, 0), message))
-        for (split, file), batches in self._batches.items():
+        for (_, file), batches in self._batches.items():
             self._check_times(file, batches, findings)
-            if split == "train":
-                low_C = np.min([measured[3][0] for _, measured in batches], axis=0)
-                high_C = np.max([measured[3][1] for _, measured in batches], axis=0)
-                columns = batches[0][1][2]
-                for name in compress(columns, low_C == high_C):
-                    message = (
-                        f"The column {quote(name)} is {low_C[columns.index(name)]:g} in all rows."
-                    )
-                    findings.add(Finding(CONSTANT, Place(file, 0), message))
+        self._check_values(findings)
+
+    def _check_values(self, findings: Findings) -> None:
+        """Add findings of training rows without a normal value, and of constant columns."""
+        train = {file: each for (split, file), each in self._batches.items() if split == "train"}
+        measured = [each for batches in train.values() for _, each in batches]
+        faults = np.concatenate([each.faults for each in measured] or [np.zeros(0)])
+        if len(faults) and (faults == 1).all():
+            message = f"All {len(faults):,} rows are faults: no value is left to learn."
+            findings.add(Finding(FAULTS, Place(next(iter(train)), 0), message))
+        edges: dict[str, list[float]] = {}
+        for each in measured:
+            for name, *values in zip(each.columns, *each.edges_2C, strict=False):
+                edges.setdefault(name, []).extend(values)
+        for name, values in edges.items():
+            if min(values) == max(values):
+                message = f"The column {quote(name)} is {values[0]:g} in all rows without a fault."
+                findings.add(Finding(CONSTANT, Place(next(iter(train)), 0), message))
 
     def _check_times(self, file: str, batches: Batches, findings: Findings) -> None:
-        all_times = np.concatenate([measured[0] for _, measured in batches])
+        all_times = np.concatenate([measured.times for _, measured in batches])
         if unread := int(np.isnan(all_times).sum()):
             message = f"{unread:,} of {len(all_times):,} times are not read."
             findings.add(Finding(UNREAD, Place(file, 0), message))
@@ -198,14 +228,14 @@ class TimeSeries(Check):
             (DUPLICATE, steps == 0, "The line has the time of the previous line."),
             (GAP, is_long, "The line is {} later than the previous line; {} is usual."),
         )
-        ends = np.cumsum([len(measured[0]) for _, measured in batches])
+        ends = np.cumsum([len(measured.times) for _, measured in batches])
         for rule, mask, text in checks:
             rows = np.flatnonzero(mask) + 1
             for row in rows[:MOST_FINDINGS].tolist():
                 batch = int(np.searchsorted(ends, row, side="right"))
-                where, (times, *_) = batches[batch]
+                where, measured = batches[batch]
                 message = text.format(format_step(abs(steps[row - 1])), format_step(usual))
-                place = where.place(row - int(ends[batch]) + len(times))
+                place = where.place(row - int(ends[batch]) + len(measured.times))
                 findings.add(Finding(rule, place, message))
 
 

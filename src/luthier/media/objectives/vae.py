@@ -35,11 +35,11 @@ from pydantic import Field
 from luthier.data.conversations.chat import ChatFormat
 from luthier.data.disk_sequence import concatenate, spool
 from luthier.data.shapes.media import BareWindow, LabelledWindow
-from luthier.errors import DataError, RecipeError, RowRefused
+from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.thresholds import choose_threshold
 from luthier.media.objectives.generative import Generative, draw_latents, draw_noise
 from luthier.media.processors import ImageProcessor, WindowProcessor
-from luthier.media.tasks import AUTOENCODING, Z_THRESHOLD, all_faults
+from luthier.media.tasks import AUTOENCODING, Z_THRESHOLD
 from luthier.models.networks.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import (
@@ -150,8 +150,6 @@ class VAE(Generative):
         """Return rows without labels, captions and faults."""
         faults = (row for row in rows if isinstance(row, LabelledWindow) and row.is_fault)
         skipped = {(row.file, row.line) for row in faults}
-        if len(skipped) == len(rows):
-            raise DataError([all_faults(rows)])
         return spool(row.bare() for row in rows if (row.file, row.line) not in skipped)
 
     def regroup_scored(self, rows: Sequence[Row]) -> Sequence[Row]:

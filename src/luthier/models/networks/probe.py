@@ -337,7 +337,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         CorruptFile: for outputs that are not finite.
     """
     probe, record = Probe(model, device, has_long_row=True), _record(model, device)
-    # A fitted network has zeros for unknown words, and the probe's words are unknown.
+    # A network without steps has zeros for unknown words, and the probe's words are unknown.
     is_stepless = model.config.model_type in STEPLESS
     if (known := _read_record(record)) is not None:
         network = Network(model, device, dtype, is_stepless or known["is_bidirectional"])
