@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 import luthier
 from luthier.cli.terminal.progress import NotebookReporter
@@ -420,3 +420,21 @@ def test_an_export_has_the_thresholds_of_labels(luthier_home: Path, tmp_path: Pa
     luthier.export("tfidf:mail", tmp_path / "out", merged=True)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["thresholds"] == {"spam": 0.7}
+
+
+def test_pictures_are_paths_bytes_or_images(luthier_home: Path, tmp_path: Path) -> None:
+    for name in ("red", "blue"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(8):
+            colour = tuple(max(0, each - 8 * number) for each in ImageColor.getrgb(name))
+            Image.new("RGB", (8, 8), colour).save(tmp_path / "photos" / name / f"{number}.png")
+    luthier.tune(tmp_path / "photos", base="colour-statistics", name="photos")
+    model, file = luthier.load("colour-statistics:photos"), tmp_path / "photos/red/1.png"
+    forms = [str(file), file, file.read_bytes(), Image.open(file)]
+    assert [model.predict(form)["label"] for form in forms] == ["red"] * 4
+    assert [each["label"] for each in model.predict(forms)] == ["red"] * 4
+    (remark, *_) = luthier.evaluate("colour-statistics:photos", tmp_path / "photos").remarks
+    assert "was trained on these rows" in remark
+    (tmp_path / "a.heic").touch()
+    with pytest.raises(luthier.DataError, match="Convert .heic"):
+        luthier.predict("colour-statistics:photos", str(tmp_path / "a.heic"))

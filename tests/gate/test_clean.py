@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import luthier
 from luthier.data.rows import load_rows
@@ -472,3 +473,18 @@ def test_nested_value_in_csv_target_is_refused(tmp_path: Path) -> None:
         luthier.clean(source, tmp_path / "b.csv", normalize=True)
     assert refused.value.rule == "convert.container"
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_images_of_a_folder_keep_their_paths(tmp_path: Path) -> None:
+    for name in ("red/1.png", "red/2.png", "blue/1.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), name.partition("/")[0]).save(tmp_path / "photos" / name)
+    plan = {"dedupe": "exact"}
+    target = tmp_path / "rows.jsonl"
+    cleaned(tmp_path / "photos", target, **plan)
+    assert [row["image"] for row in read(target)] == ["photos/blue/1.png", "photos/red/1.png"]
+    assert len(load_rows(target)) == 2
+    table = written(tmp_path / "photos/rows.jsonl", {"image": "red/1.png", "label": "red"})
+    with pytest.raises(DataError) as caught:
+        cleaned(table, tmp_path / "elsewhere" / "rows.jsonl", **plan)
+    assert [each.rule for each in caught.value.problems] == ["convert.media"]

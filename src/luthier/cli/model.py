@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -203,8 +204,8 @@ class Model:
         ``entities`` accompany ``tags``, each with ``label``, ``text``, ``start`` and exclusive
         ``end``: in characters of a text, or in positions of a list of words.
 
-        For a model of images or audio, a text is the path of a file. A model that transcribes
-        images returns ``text`` and ``probability``.
+        For a model of images or audio, a text is the path of a file; bytes of a file and images of
+        Pillow are read, too. A model that transcribes images returns ``text`` and ``probability``.
 
         In a list, an entry may also be a list of words, or a row such as ``{"id": 7, "text":
         "..."}``. A row is returned with all its fields and the result under ``predicted``.
@@ -217,7 +218,7 @@ class Model:
         from luthier.cli.python import python_settings
         from luthier.data.in_memory import values_of, wrong_value
 
-        if isinstance(texts, str | Mapping):
+        if isinstance(texts, str | bytes | Path | Mapping) or _is_picture(texts):
             return self.predict([texts], top=top, columns=columns)[0]
         texts = values_of(texts)
         from luthier.data.prompts import PREDICTED, InputChecker, input_row
@@ -240,8 +241,10 @@ class Model:
         checker = InputChecker("texts[]", problems, columns, PREDICTED)
         rows: list[Row | None] = []
         for index, text in enumerate(texts, 1):
-            if isinstance(text, str):
-                rows.append(input_row(text, "texts[]", index))
+            if isinstance(text, str | Path):
+                rows.append(input_row(str(text), "texts[]", index))
+            elif isinstance(text, bytes) or _is_picture(text):
+                rows.append(checker.row(index, {self.stored.chat.reads: _encoded(text)}))
             elif isinstance(text, Mapping):
                 rows.append(checker.row(index, dict(text)))
             else:
@@ -444,3 +447,19 @@ def stored_model(model: str | Model | StoredModel) -> StoredModel:
 def load(model_id: str) -> Model:
     """Load a model by id, local directory or hub id."""
     return Model(model_id)
+
+
+def _is_picture(value: object) -> bool:
+    """Return whether a value is an image of Pillow."""
+    return hasattr(value, "getexif") and hasattr(value, "save")
+
+
+def _encoded(picture: Any) -> bytes:
+    """Return the bytes of a file: given ones, or the PNG of an upright image."""
+    if isinstance(picture, bytes):
+        return picture
+    from PIL import ImageOps
+
+    stream = BytesIO()
+    ImageOps.exif_transpose(picture).save(stream, "PNG")
+    return stream.getvalue()

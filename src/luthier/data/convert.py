@@ -6,7 +6,6 @@ target form or container cannot represent is rejected.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,16 +140,8 @@ class _Conversion:
     def _record(self, row: Row, reader: RowReader) -> Record:
         source_record = reader.checker.record
         record = TARGETS[self.form](row)
-        if isinstance(row, MediaRow) and row.media.path and record.get(row.key()) == row.media.name:
-            # Readers resolve a path from the table's folder and reject paths outside.
-            path = os.path.relpath(row.media.path, self.folder)
-            if path.startswith(".."):
-                raise RowRefused(
-                    "convert.media",
-                    f"{quote(row.media.name)} is not below the folder of the new file.",
-                    "Write the new file into the folder of the images or audio files.",
-                )
-            record[row.key()] = f"{path}/{row.media.member}" if row.media.member else path
+        if isinstance(row, MediaRow) and record.get(row.key()) == row.media.name:
+            record = row.moved(record, self.folder)
         if not self.drop_extra_keys:
             _reject_lost_keys(source_record, self.form in FORMS_WITH_TOOLS)
         kind = "messages" if "messages" in record else "others"

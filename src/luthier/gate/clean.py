@@ -28,6 +28,7 @@ from luthier.data.files.writers import ColumnNames, Writer, check_columns, check
 from luthier.data.formats import TARGETS, Form, extra_keys
 from luthier.data.rows import Checker, Columns, RowReader
 from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.media import MediaRow
 from luthier.data.shapes.passages import CitedAnswer
 from luthier.data.shapes.questions import AnsweredQuestion
 from luthier.data.shapes.texts import TaggedWords
@@ -142,7 +143,7 @@ def clean(
         rows = chain(RowReader(source, columns), *map(RowReader, held.values()))
         labels = spellings(Counter(name for row in rows for name in {*labels_of(row)}))
     context = EditContext(plan, _load_context(plan, on_stage), labels)
-    work = _Cleaning(source, columns, context, on_progress)
+    work = _Cleaning(source, target.parent, columns, context, on_progress)
     summary = CleaningSummary(str(source), str(target), str(changes_path(target)), dry_run=dry_run,
                               redacts=bool(plan.redact))  # fmt: skip
     selection = Selection()
@@ -184,11 +185,12 @@ class _Cleaning:
     def __init__(
         self,
         source: Source,
+        folder: Path,
         columns: Columns | None,
         context: EditContext,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.source, self.columns, self.context = source, columns, context
+        self.source, self.folder, self.columns, self.context = source, folder, columns, context
         self.on_progress = on_progress
         self.left_out = context.plan.refused_rules
         self.rules = all_rules()
@@ -207,7 +209,7 @@ class _Cleaning:
         found, problems = ColumnNames(), BoundedProblems()
         for number, each in enumerate(self._rows_left(self._pass())):
             if number not in selection.drops:
-                _write_draft(each, found, problems)
+                self._write_draft(each, found, problems)
         problems.refuse()
         return [*found.names]
 
@@ -230,7 +232,7 @@ class _Cleaning:
                 book.log_drop(each.row.file, each.row.line, drop.rule, about)
             else:
                 book.log_change(each)
-                _write_draft(each, writer, problems)
+                self._write_draft(each, writer, problems)
                 summary.rows_out += 1
         problems.refuse()
         self._check_end(number, selection, summary, book)
@@ -271,14 +273,15 @@ class _Cleaning:
                 book.log_drop(first.file, first.line, first.rule, self.rules[first.rule].about)
         done.refused.refuse()
 
-
-def _write_draft(each: EditedRow, writer: Writer, problems: list[Problem]) -> None:
-    """Write the record of an edited row, or add a problem."""
-    try:
-        form = each.reader.checker.form
-        writer.write(write_back(each.draft, each.row, each.given, form))
-    except RowRefused as bad:
-        problems.append(bad.at(each.row.file, each.row.line))
+    def _write_draft(self, each: EditedRow, writer: Writer, problems: list[Problem]) -> None:
+        """Write the record of an edited row, or add a problem."""
+        try:
+            record = write_back(each.draft, each.row, each.given, each.reader.checker.form)
+            if isinstance(each.row, MediaRow):
+                record = each.row.moved(record, self.folder)
+            writer.write(record)
+        except RowRefused as bad:
+            problems.append(bad.at(each.row.file, each.row.line))
 
 
 class _ChangeLog:

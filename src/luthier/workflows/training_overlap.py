@@ -12,7 +12,7 @@ from luthier.data.rows import RowReader
 from luthier.engine.dataset import checker_for
 from luthier.engine.runs import HELD_OUT
 from luthier.errors import location_text
-from luthier.files import read_json, sha256_of
+from luthier.files import folder_size, read_json, sha256_of
 from luthier.gate.row_keys import match_questions, question_of, repeated_rows
 from luthier.library.folders import working_folders
 from luthier.library.models import StoredModel
@@ -36,7 +36,7 @@ def row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> l
 def overlap_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> list[str]:
     """Return a remark if the model was trained on some of ``rows``."""
     trained = _training_files(stored)
-    if trained and Path(data).is_file() and sha256_of(Path(data)) in trained.values():
+    if trained and os.path.exists(data) and sha256_of(Path(data)) in trained.values():
         return [
             f"{stored.id} was trained on these rows, so the scores measure memory. Evaluate the model "
             "on other rows"
@@ -130,8 +130,9 @@ def _trained_rows(
         return (row for row in rows if row.line not in skipped)
 
     usable, remaining = list[str](), MAX_COMPARED_BYTES
-    for path in filter(os.path.isfile, trained):
-        if (size := os.path.getsize(path)) <= remaining:
+    for path in filter(os.path.exists, trained):
+        size = folder_size(Path(path)) if os.path.isdir(path) else os.path.getsize(path)
+        if size <= remaining:
             remaining -= size
             usable.append(path)
     same = (path for path in usable if _is_unchanged(path, trained))

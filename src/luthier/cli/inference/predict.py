@@ -320,10 +320,11 @@ _SHADES = "=-. :*#"
 
 def _holds_rows(text: str) -> bool:
     """Return whether ``text`` is the path of a file or folder with rows."""
-    from luthier.data.inputs import is_media
+    from luthier.data.inputs import conversion_fix, is_media
 
     try:
         path = Path(text)
-        return path.is_dir() or (path.is_file() and not is_media(path.name))
+        is_input = is_media(path.name) or conversion_fix([path.name])
+        return path.is_dir() or (path.is_file() and not is_input)
     except (OSError, ValueError):  # too long for a file name, or with a NUL
         return False

@@ -26,7 +26,7 @@ from luthier.data.conversations.replies import DecoderFrame, ReplyTokens
 from luthier.data.conversations.tokenization import TextTokenizer
 from luthier.data.conversations.tools import calls_as_text
 from luthier.data.files.parsing import quote
-from luthier.data.inputs import PLURAL, Media, MediaInput, Processor, is_media
+from luthier.data.inputs import PLURAL, Media, MediaInput, Processor, conversion_fix, is_media
 from luthier.data.sentence import SentencePipeline
 from luthier.data.shapes.base import InputKind
 from luthier.data.shapes.media import MediaRow
@@ -65,7 +65,7 @@ class NoTokenizer:
         raise RowRefused(
             "media.base",
             f"this base model accepts images, audio or numbers, {problem}.",
-            "Check the path of the file, or use another base model.",
+            conversion_fix([str(text)]) or "Check the path of the file, or use another base model.",
         )
 
     encode = __call__

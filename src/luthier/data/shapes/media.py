@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Self
 
 from luthier.data.field_checks import FieldChecker, read_label
-from luthier.data.files.parsing import Record
+from luthier.data.files.parsing import Record, quote
 from luthier.data.inputs import PLURAL, Media, MediaKind
 from luthier.data.shapes.base import ENOUGH_ANSWERS, InputKind, Labelled, Shape
 from luthier.data.shapes.texts import RawText
+from luthier.errors import RowRefused
 from luthier.types import Part, Row
 
 CAPTION_KEYS = ("caption", "text")
@@ -44,6 +47,25 @@ class MediaRow(Shape):
 
     def input_record(self) -> Record:
         return {self.key(): str(self.media)}
+
+    def moved(self, record: Record, folder: Path) -> Record:
+        """Return a record of the row for a file in ``folder``, with the path from there.
+
+        Raises:
+            RowRefused: for a path outside, which readers reject.
+        """
+        if self.media.path is None:
+            return record
+        path = os.path.relpath(self.media.path, folder)
+        if path.startswith(".."):
+            raise RowRefused(
+                "convert.media",
+                f"{quote(self.media.name)} is not below the folder of the new file.",
+                "Write the new file into the folder of the images or audio files.",
+            )
+        path = f"{path}/{self.media.member}" if self.media.member else path
+        given = (self.media, self.media.name)
+        return {key: path if each in given else each for key, each in record.items()}
 
 
 @dataclass(frozen=True, slots=True)
