@@ -436,5 +436,5 @@ def test_pictures_are_paths_bytes_or_images(luthier_home: Path, tmp_path: Path) 
     (remark, *_) = luthier.evaluate("colour-statistics:photos", tmp_path / "photos").remarks
     assert "was trained on these rows" in remark
     (tmp_path / "a.heic").touch()
-    with pytest.raises(luthier.DataError, match="Convert .heic"):
+    with pytest.raises(luthier.DataError, match=r"Convert \.heic"):
         luthier.predict("colour-statistics:photos", str(tmp_path / "a.heic"))
