@@ -80,6 +80,11 @@ def test_class_imbalance_is_a_note() -> None:
         "label.imbalance": ['train: "a" has 90.0% of the rows, "b" has 10 rows.']
     }
     assert report.findings.exit_code == 0
+    three = inspect_rows({"train": rows(*"a" * 200, *"b" * 40, *"c" * 10)}, [Balance()])
+    assert "label.imbalance" in messages(three)
+    assert not messages(
+        inspect_rows({"train": rows(*"a" * 190, *"b" * 40, *"c" * 10)}, [Balance()])
+    )
 
 
 def test_combined_labels_are_found() -> None:

@@ -40,12 +40,14 @@ SPELLING = Rule(
 UNEVEN = Rule(
     "label.imbalance",
     "note",
-    "One class has 90 % of the training rows, or a hundred times the rows of another class.",
+    "One class has 90 % of the training rows, or 20 times the rows of another class.",
     "A model that always predicts the frequent class has a high accuracy.",
     "Compare macro F1 in `luthier evaluate`. Add rows of the rare classes, or set "
     "`objective.class_weights=balanced` (of `objective.method=classification`).",
     whole=True,
 )
+UNEVEN_RATIO = 20
+"""Rows of the largest class per row of the smallest."""
 SEVERAL = Rule(
     "label.several",
     "warning",
@@ -195,7 +197,7 @@ class Balance(Check):
         if len(train) < 2 or self._tagged:
             return
         (often, most), (rare, least) = train.most_common(1)[0], train.most_common()[-1]
-        if most >= 0.9 * self._rows["train"] or most >= 100 * least:
+        if most >= 0.9 * self._rows["train"] or most >= UNEVEN_RATIO * least:
             share = most / self._rows["train"]
             message = f"{quote(often)} has {share:.1%} of the rows, "
             message += f"{quote(rare)} has {_count_rows(least)}."
