@@ -10,9 +10,9 @@ import pytest
 
 from luthier.data.character_spans import are_spans, label_studio_spans, tag_words
 from luthier.data.prompts import InputChecker
-from luthier.data.rows import RowReader
+from luthier.data.rows import RowReader, load_rows
 from luthier.data.shapes.texts import RawText, TaggedWords
-from luthier.errors import RowRefused
+from luthier.errors import DataError, RowRefused
 from luthier.objectives.token_classification import TokenClassification
 
 TEXT = "Anna-based U.S. firms in  New York, (ex Rome)"
@@ -142,6 +142,25 @@ def test_a_text_without_the_key_has_no_entities(tmp_path: Path) -> None:
     value = {"start": 0, "end": 4, "text": "Rita", "labels": ["x"]}
     file.write_text(json.dumps({"text": "Rita", "label": [value]}) + '\n{"text": "none"}\n')
     assert [row.record()["tags"] for row in RowReader(file).read_all()] == [["B-x"], ["O"]]
+
+
+@pytest.mark.parametrize("key", ["label", "ner"])
+def test_a_first_text_without_the_key_names_the_setting(tmp_path: Path, key: str) -> None:
+    value = {"start": 0, "end": 4, "text": "Rita", "labels": ["x"]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "none"}\n' + json.dumps({"text": "Rita", key: [value]}) + "\n")
+    with pytest.raises(DataError) as caught:
+        load_rows(file)
+    assert f"data.columns.entities={key}" in caught.value.problems[0].advice
+    rows = RowReader(file, {"entities": key}).read_all()
+    assert [row.record()["tags"] for row in rows] == [["O"], ["B-x"]]
+
+
+def test_regions_of_html_are_refused() -> None:
+    with pytest.raises(RowRefused):
+        label_studio_spans(
+            task({"result": [{"value": {"start": "/p[1]", "hypertextlabels": ["x"]}}]})
+        )
 
 
 def test_words_of_predictions_are_those_of_training() -> None:

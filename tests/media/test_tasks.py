@@ -45,6 +45,18 @@ def test_a_series_of_faults_alone_is_refused() -> None:
     assert len(VAE().regroup(rows)) == len(VAE().regroup([])) == 0
 
 
+def test_scores_need_times_in_order() -> None:
+    rows = [
+        LabelledWindow(
+            "a.csv", n, Media("window", "0", array=np.zeros(3), time=-float(n)), str(n % 2)
+        )
+        for n in range(6)
+    ]
+    with pytest.raises(DataError) as caught:
+        AUTOENCODING.scores(rows, [{"score": 1.0, "anomalous": True}] * 6)
+    assert caught.value.problems[0].rule == "window.reversed"
+
+
 def test_a_short_history_has_no_verdict() -> None:
     assert "anomalous" not in AUTOENCODING.show({"score": 9.0, "anomalous": None}, 3.0, 5)
 

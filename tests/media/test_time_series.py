@@ -178,6 +178,15 @@ def test_a_column_may_begin_late_in_memory(luthier_home: Path) -> None:
     assert {each.rule for each in caught.value.problems} == {"window.value"}
 
 
+@pytest.mark.parametrize("line", ["23.11.2026,5,on", '23.11.2026,"5,2",on', "23.11.2026,,on"])
+def test_text_is_named_next_to_commas_and_empty_cells(tmp_path: Path, line: str) -> None:
+    for columns in ({}, {"time": "Zeit"}):
+        with pytest.raises(DataError) as caught:
+            load_rows(write(tmp_path, [line], "Zeit,flow,status"), columns)
+        advice = caught.value.problems[0].advice
+        assert "data.columns.status=" in advice and "flow" not in advice
+
+
 def test_a_review_is_no_time_series(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_rows(write(tmp_path, ["2026-11-23,a good bell,5"], "date,review,stars"))

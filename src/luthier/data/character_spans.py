@@ -110,6 +110,14 @@ def label_studio_spans(record: Record) -> tuple[str, Spans]:
     annotations: Any = record["annotations"]
     done = [each for each in annotations if not each.get("was_cancelled")]
     done = [each for each in done if each.get("ground_truth")] or done
+    for each in (each for one in done for each in one["result"] if isinstance(each, dict)):
+        value = each.get("value")
+        is_region = isinstance(value, dict) and (
+            "start" in value or any(key.endswith("labels") for key in value)
+        )
+        if is_region and not _is_span(value):
+            message = "A region of the task has no start, end and label in plain text."
+            raise RowRefused("field.list", message, "Label it as text, or remove the task.")
     sides = [
         [
             each["value"]

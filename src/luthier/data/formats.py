@@ -359,7 +359,7 @@ def _entities(key: str, may_be_empty: bool) -> Form:
 
     def spans(record: Record) -> tuple[object, Spans]:
         # Label Studio's JSON-MIN leaves the key of a text without entities out.
-        found: Any = record[key] if may_be_empty else record.get(key, [])
+        found: Any = record.get(key, [])
         if not are_spans(found):  # a later row of the file
             fix = f'Write "{key}": [[0, 4, "person"]], or [] without entities.'
             raise RowRefused("field.list", f'"{key}" is no array of entities.', fix)

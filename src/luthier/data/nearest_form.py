@@ -78,11 +78,14 @@ def _likeliest_fix(record: Record) -> str:
 
 def _series_fix(record: Record) -> str:
     """Return the fix for times and numbers next to text; empty for other rows."""
-    first, *others = record
-    if first.strip().lower() not in TIME_COLUMNS and not is_date(str(record[first])):
+    named = (name for name in record if name.strip().lower() in TIME_COLUMNS)
+    time = next(named, next(iter(record), ""))
+    if time.strip().lower() not in TIME_COLUMNS and not is_date(str(record[time])):
         return ""
-    others = [name for name in others if name.strip().lower() not in LABEL_NAMES]
-    texts = [name for name in others if parse_number(record[name]) is None]
+    others = [name for name in record if name != time and name.strip().lower() not in LABEL_NAMES]
+    # An empty cell and a decimal comma are no text.
+    cells = {name: str(record[name]).strip().replace(",", ".") for name in others}
+    texts = [name for name, cell in cells.items() if cell and parse_number(cell) is None]
     # A text of several words is a text to read.
     if not texts or 2 * len(texts) > len(others) or any(" " in str(record[n]) for n in texts):
         return ""

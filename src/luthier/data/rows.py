@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from luthier.data.character_spans import tag_words
+from luthier.data.character_spans import are_spans, tag_words
 from luthier.data.conversations.row_context import is_blank, join_context, parse_turns
 from luthier.data.disk_sequence import spool
 from luthier.data.field_checks import (
@@ -209,9 +209,20 @@ class Checker(FieldChecker):
         if self.first is None:
             self.form = form
         elif form is not self.form:
-            self._report_mixed(form.name if form else "of another format")
+            if form is not None and form.spans:
+                (key,) = form.keys - {"text", "data"}
+                message = f"The row has entities, and the first row has no {quote(key)}."
+                self.report("row.mixed_shapes", message, f"Set `data.columns.entities={key}`.")
+            else:
+                self._report_mixed(form.name if form else "of another format")
             return None
         if form is None:
+            key = next((key for key, each in mapped.items() if each and are_spans(each)), "")
+            if key and "text" in mapped and key not in self.columns.values():
+                message = f"The entities in {quote(key)} would be ignored."
+                fix = f"Set `data.columns.entities={key}`, or ignore the column with "
+                self.report("row.ambiguous", message, f"{fix}`data.columns.{key}=`.")
+                return None
             return mapped
         if form is ITEMS and isinstance(mapped["items"], list) and len(mapped["items"]) == 1:
             self.single_items += 1
@@ -245,6 +256,9 @@ class Checker(FieldChecker):
         for key, column in self.columns.items():
             own = self.accepts_own_keys and column and column not in record
             source = key if own else column
+            if key == "entities" and source and source not in record:
+                renamed[key] = []  # Label Studio leaves the key out
+                continue
             if source and source not in record:
                 message = (
                     f"The column {quote(column)} is missing; the keys are {list_keys(record)}."

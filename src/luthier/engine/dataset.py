@@ -262,6 +262,8 @@ def _check_rows(
     doubts = [each for one in data.readers for each in one.warnings]
     report = inspect_job(spec, filled, objective, chat, on_row, doubts)
     rows, held, *mixed = [objective.regroup(each) for each in (rows, held, *mixed)]
+    if not rows:
+        raise DataError(refusals(report)[0])
     return CheckedRows(objective, rows, held, mixed, report, data.train.recognition, choices)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -35,8 +35,7 @@ def find_alarms(pairs: Iterable[tuple[BareWindow, Mapping[str, Any]]]) -> list[A
         DataError: for times in descending order.
     """
     pairs = [*pairs]
-    for _, rows in groupby((row for row, _ in pairs), lambda row: row.file):
-        _check_order([*rows])
+    check_order(row for row, _ in pairs)
     alarms = list[Alarm]()
     for (file, is_anomalous), group in groupby(
         pairs, lambda pair: (pair[0].file, pair[1]["anomalous"] is True)
@@ -49,9 +48,16 @@ def find_alarms(pairs: Iterable[tuple[BareWindow, Mapping[str, Any]]]) -> list[A
     return alarms
 
 
-def _check_order(rows: Sequence[BareWindow]) -> None:
-    times = [row.media.time or 0.0 for row in rows]
-    if 2 * sum(one > other for one, other in pairwise(times)) >= len(times) > 1:
-        message = "The times of the series are in descending order."
-        fix = "Sort the lines by time, the earliest first."
-        raise DataError([Problem("window.reversed", message, fix, rows[0].location)])
+def check_order(rows: Iterable[BareWindow]) -> None:
+    """Check the times of each file.
+
+    Raises:
+        DataError: for times in descending order.
+    """
+    for _, group in groupby(rows, lambda row: row.file):
+        own = [*group]
+        times = [row.media.time or 0.0 for row in own]
+        if 2 * sum(one > other for one, other in pairwise(times)) >= len(times) > 1:
+            message = "The times of the series are in descending order."
+            fix = "Sort the lines by time, the earliest first."
+            raise DataError([Problem("window.reversed", message, fix, own[0].location)])

@@ -15,7 +15,7 @@ from luthier.data.inputs import MediaInput
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.media import BareWindow, CaptionedImage, LabelledWindow
 from luthier.errors import DataError, Problem
-from luthier.evaluation.alarms import LEVELS_DIFFER
+from luthier.evaluation.alarms import LEVELS_DIFFER, check_order
 from luthier.evaluation.baselines import Z_SCORES, Method, States
 from luthier.evaluation.significance import RowScores
 from luthier.evaluation.transcription import transcription_remarks, transcription_scores
@@ -97,6 +97,7 @@ class AutoencodingTask(Task):
         Raises:
             DataError: if no row is a fault, or if all rows are.
         """
+        check_order(row for row in rows if isinstance(row, BareWindow))
         fault_R = np.array([isinstance(row, LabelledWindow) and row.is_fault for row in rows])
         if not fault_R.any():
             message = "no row has the label of a fault, so nothing can be found."

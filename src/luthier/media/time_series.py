@@ -118,10 +118,11 @@ def _read_windows(
         time, cells = record[names[0]], [record[name] for name in names[1:]]
         numbers = [parse_number(cell) for cell in cells]
         if None in numbers:
-            value = cells[numbers.index(None)]
+            place = numbers.index(None)
+            value, name = cells[place], names[place + 1]
             message = (
-                f"The value of {quote(str(time))} is {quote(str(value))}, not a finite number up to "
-                f"{LARGEST_VALUE:.0e}."
+                f"The value of {quote(name)} at {quote(str(time))} is {quote(str(value))}, not a "
+                f"finite number up to {LARGEST_VALUE:.0e}."
             )
             fix = "Write the measured value or an estimate: a series has no gaps."
             if DECIMAL_COMMA.fullmatch(str(value).strip()):

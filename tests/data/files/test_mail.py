@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.data.files.mail import read_mail
+from luthier.data.files.mail import is_mailbox, read_mail
 from luthier.data.files.read import read_records
 from luthier.data.files.sources import files_of
 from luthier.errors import Problem, location_text
@@ -139,14 +139,34 @@ def parsed(raw: str | bytes, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize(
     ("declared", "encoding"),
-    [("", "utf-8"), ("us-ascii", "utf-8"), ("us-ascii", "cp1252"), ("utf-8", "latin-1")],
+    [
+        ("", "utf-8"),
+        ("us-ascii", "utf-8"),
+        ("us-ascii", "cp1252"),
+        ("utf-8", "latin-1"),
+        ("iso-8859-1", "cp1252"),
+    ],
 )
 def test_wrong_character_sets_keep_their_letters(
     tmp_path: Path, declared: str, encoding: str
 ) -> None:
     header = f"Content-Type: text/plain; charset={declared}\n" if declared else ""
     raw = f"Subject: s\n{header}\nGrüße".encode(encoding)
-    assert parsed(raw, tmp_path) == "s\n\nGrüße"
+    quoted = "“ja”".encode("cp1252") if encoding == "cp1252" else b""
+    assert parsed(raw + quoted, tmp_path) == f"s\n\nGrüße{'“ja”' if quoted else ''}"
+
+
+@pytest.mark.parametrize(
+    ("declared", "encoding", "text"),
+    [("gb2312", "gbk", "朱镕基"), ("euc-kr", "cp949", "똠방"), ("", "cp1251", "Привет")],
+)
+def test_names_of_character_sets_are_those_of_browsers(
+    tmp_path: Path, declared: str, encoding: str, text: str
+) -> None:
+    kind = f"text/plain; charset={declared}" if declared else "text/html"
+    meta = "" if declared else f'<meta charset="windows-{encoding[2:]}">'
+    raw = f"Subject: s\nContent-Type: {kind}\n\n{meta}{text}".encode(encoding)
+    assert parsed(raw, tmp_path) == f"s\n\n{text}"
 
 
 def parts(kind: str, *inside: str) -> str:
@@ -196,6 +216,15 @@ def test_a_sentence_with_from_is_no_new_message(tmp_path: Path) -> None:
     assert one["text"] == "one\n\nHi\n\nFrom the start of 2026\nFrom us"
     assert (one["from"], two["from"]) == ("(unknown sender)", "a@b.c")
     assert (one["source"], two["source"]) == ("Inbox.mbox:1", "Inbox.mbox:2")
+
+
+def test_mailboxes_of_thunderbird(tmp_path: Path) -> None:
+    box = tmp_path / "Inbox"
+    box.write_bytes(
+        b"From \r\nSubject: one\r\n\r\nFrom \r\nus\r\n\r\nFrom \r\nSubject: two\r\n\r\nb"
+    )
+    assert is_mailbox(box)
+    assert [record["text"] for _, record in read_mail(box)] == ["one\n\nFrom\nus", "two\n\nb"]
 
 
 def test_folders_of_imap_have_their_letters(tmp_path: Path) -> None:

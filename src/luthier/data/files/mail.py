@@ -8,10 +8,12 @@ mailbox is the label.
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from html.parser import HTMLParser
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,21 @@ EML, MBOX = ".eml", ".mbox"
 INBOX = "inbox"
 """Label of messages outside of the named mailboxes of a folder."""
 _NO_SUBJECT = "(no subject)"
-_SEPARATOR = re.compile(rb"From \S+ .*\d{4}.*\r?\n>?[\w-]+: ")
-"""First lines of an mbox file: the envelope, and a header."""
-_ENVELOPE = re.compile(rb"From \S+ +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b.*\d{4}")
-"""Line between messages. A line of the text may begin with "From", too, but has no date."""
+_ENVELOPE = re.compile(
+    rb"From (?:\S+)?(?: +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b.*\d{4}.*)?\r?\n>?[\w-]+: ", re.I
+)
+"""Line between messages, and a header. Thunderbird writes neither sender nor date."""
 _ESCAPED = re.compile(rb">+From ")
 _CHARSETS = ("utf-8", "cp1252", "latin-1")
 """Character sets of bodies without a right declaration."""
+_MEANT = {
+    **dict.fromkeys(("iso-8859-1", "latin1"), "cp1252"),
+    **dict.fromkeys(("gb2312", "gbk", "x-gbk"), "gb18030"),
+    **dict.fromkeys(("euc-kr", "ks_c_5601-1987"), "cp949"),
+    **{"shift_jis": "cp932", "iso-8859-8-i": "iso-8859-8", "cp-850": "cp850"},
+}
+"""Character sets by the names that mail programs give to them (WHATWG Encoding, 4.2)."""
+_META = re.compile(rb"<meta[^>]+charset=[\"']?([\w-]+)", re.I)
 _UNKNOWN = "(unknown sender)"
 _OF_PROGRAMS = re.compile(
     r"(?:^|/)(?:\.|(?:dovecot[^/]*|maildirfolder|subscriptions|courierimap[^/]*|tmp/[^/]*"
@@ -129,26 +139,27 @@ def _is_mbox(path: Path) -> bool:
     if path.suffix.lower() == MBOX:
         return True
     with path.open("rb") as file:
-        return _SEPARATOR.match(file.read(1024)) is not None
+        return _ENVELOPE.match(file.read(1024)) is not None
 
 
 def _messages(path: Path, is_mbox: bool) -> Iterator[EmailMessage]:
-    if not is_mbox:
-        yield message_from_bytes(path.read_bytes(), policy=policy.default)
-        return
+    parts = _parts_of_mbox(path) if is_mbox else iter([path.read_bytes()])
+    for part in parts:
+        yield message_from_bytes(part.removeprefix(BOM_UTF8).lstrip(), policy=policy.default)
+
+
+def _parts_of_mbox(path: Path) -> Iterator[bytes]:
     lines: list[bytes] = []
     with path.open("rb") as file:
-        after_blank = True
-        for line in file:
-            if after_blank and _ENVELOPE.match(line):
+        for line, following in pairwise(chain(file, [b""])):
+            if _ENVELOPE.match(line + following):
                 if lines:
-                    yield message_from_bytes(b"".join(lines), policy=policy.default)
+                    yield b"".join(lines)
                 lines = []
             else:
                 lines.append(line[1:] if _ESCAPED.match(line) else line)
-            after_blank = not line.strip()
     if b"".join(lines).strip():
-        yield message_from_bytes(b"".join(lines), policy=policy.default)
+        yield b"".join(lines)
 
 
 def _record(message: EmailMessage) -> Record:
@@ -200,8 +211,10 @@ def _read_part(part: Any) -> tuple[str, list[str]]:
 
 def _text(part: Any, is_html: bool) -> str:
     raw = part.get_payload(decode=True) or b""
+    meta = _META.search(raw[:1024]) if is_html else None
+    declared = part.get_content_charset(meta[1].decode().lower() if meta else "utf-8")
     text = ""
-    for charset in (part.get_content_charset("ascii"), *_CHARSETS):
+    for charset in (_MEANT.get(declared, declared), *_CHARSETS):
         try:
             text = raw.decode(charset)
             break

@@ -78,6 +78,14 @@ FAULTS = Rule(
     "Label normal rows with 0 or normal, or choose the column with `data.columns.label`.",
     whole=True,
 )
+MOSTLY_FAULTS = Rule(
+    "window.mostly_faults",
+    "warning",
+    "Most training rows of a time series are labelled as faults.",
+    "A word for normal values that is not known counts as a fault.",
+    "Label normal rows with 0 or normal.",
+    whole=True,
+)
 CONSTANT = Rule(
     "window.constant",
     "warning",
@@ -121,15 +129,8 @@ class TimeSeries(Check):
 
     name: ClassVar[str] = "time_series"
     rules: ClassVar[tuple[Rule, ...]] = (
-        FEW,
-        REVERSED,
-        ORDER,
-        DUPLICATE,
-        GAP,
-        SHORT_GAPS,
-        UNREAD,
-        CONSTANT,
-    )
+        FEW, REVERSED, ORDER, DUPLICATE, GAP, SHORT_GAPS, UNREAD, FAULTS, MOSTLY_FAULTS, CONSTANT,
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._batches: dict[tuple[str, str], Batches] = {}
@@ -186,9 +187,11 @@ class TimeSeries(Check):
         train = {file: each for (split, file), each in self._batches.items() if split == "train"}
         measured = [each for batches in train.values() for _, each in batches]
         faults = np.concatenate([each.faults for each in measured] or [np.zeros(0)])
-        if len(faults) and (faults == 1).all():
-            message = f"All {len(faults):,} rows are faults: no value is left to learn."
-            findings.add(Finding(FAULTS, Place(next(iter(train)), 0), message))
+        count = int((faults == 1).sum())
+        if 2 * count > len(faults):
+            message = f"{count:,} of {len(faults):,} rows are faults, and are not learned."
+            rule = FAULTS if count == len(faults) else MOSTLY_FAULTS
+            findings.add(Finding(rule, Place(next(iter(train)), 0), message))
         edges: dict[str, list[float]] = {}
         for each in measured:
             for name, *values in zip(each.columns, *each.edges_2C, strict=False):
