@@ -397,7 +397,8 @@ def test_many_unreadable_rows_may_be_fixed_or_dropped() -> None:
     ((words, command),) = next_steps(Report(files, {"train": 45}, found))
     assert "45" in words
     assert command == "luthier clean a.jsonl a-clean.jsonl --drop unreadable"
-    assert next_steps(Report(files, {"train": 0}, found))[0][1] == ""
+    for rows in (0, 44):
+        assert next_steps(Report(files, {"train": rows}, found))[0][1] == ""
 
 
 def test_frequent_finding_is_not_proposed_for_drop() -> None:

@@ -272,7 +272,9 @@ def _training(report: Report) -> tuple[str, str]:
     if errors == {TOO_LONG.id}:
         return "Shorten the long rows, or drop the long rows:", f"{typed} --set data.long_rows=drop"
     rows = report.rows.get("train", 0)
-    if errors and rows and all(FIXES.get(rule) == _UNREADABLE for rule in errors):
+    # A fault of most rows is a fault of the file.
+    some = 0 < sum(found.counts[rule] for rule in errors) <= rows
+    if some and all(FIXES.get(rule) == _UNREADABLE for rule in errors):
         advice = f"Fix the errors, or keep only the readable rows ({rows:,}):"
         return advice, _clean_command(report, cleaning_options(errors))
     if errors:
