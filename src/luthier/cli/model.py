@@ -244,7 +244,7 @@ class Model:
             if isinstance(text, str | Path):
                 rows.append(input_row(str(text), "texts[]", index))
             elif isinstance(text, bytes) or _is_picture(text):
-                rows.append(checker.row(index, {self.stored.chat.reads: _encoded(text)}))
+                rows.append(checker.row(index, {self.stored.chat.reads: _encode_picture(text)}))
             elif isinstance(text, Mapping):
                 rows.append(checker.row(index, dict(text)))
             else:
@@ -454,7 +454,7 @@ def _is_picture(value: object) -> bool:
     return hasattr(value, "getexif") and hasattr(value, "save")
 
 
-def _encoded(picture: Any) -> bytes:
+def _encode_picture(picture: Any) -> bytes:
     """Return the bytes of a file: given ones, or the PNG of an upright image."""
     if isinstance(picture, bytes):
         return picture

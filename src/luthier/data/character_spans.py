@@ -32,7 +32,7 @@ _EDGES = (("start", "end"), ("start_offset", "end_offset"))
 Spans = Sequence[object]
 
 
-class Span(NamedTuple):
+class EntitySpan(NamedTuple):
     """An entity of a text, from ``start`` to ``end`` (exclusive)."""
 
     start: int
@@ -110,22 +110,7 @@ def label_studio_spans(record: Record) -> tuple[str, Spans]:
     annotations: Any = record["annotations"]
     done = [each for each in annotations if not each.get("was_cancelled")]
     done = [each for each in done if each.get("ground_truth")] or done
-    for each in (each for one in done for each in one["result"] if isinstance(each, dict)):
-        value = each.get("value")
-        is_region = isinstance(value, dict) and (
-            "start" in value or any(key.endswith("labels") for key in value)
-        )
-        if is_region and not _is_span(value):
-            message = "A region of the task has no start, end and label in plain text."
-            raise RowRefused("field.list", message, "Label it as text, or remove the task.")
-    sides = [
-        [
-            each["value"]
-            for each in one["result"]
-            if isinstance(each, dict) and _is_span(each.get("value"))
-        ]
-        for one in done
-    ]
+    sides = [_spans_of_results(one["result"]) for one in done]
     if not sides:
         fix = "Remove the task from the file."
         raise RowRefused("field.missing", "The task has no annotation.", fix)
@@ -147,36 +132,53 @@ def is_label_studio(record: Record) -> bool:
     )
 
 
+def _spans_of_results(results: Sequence[object]) -> list[object]:
+    """Return the spans among the results of an annotation, which may also be choices or relations.
+
+    Raises:
+        RowRefused: for a region outside of plain text, or without a label.
+    """
+    values = [each.get("value") for each in results if isinstance(each, dict)]
+    for value in values:
+        is_region = isinstance(value, dict) and (
+            "start" in value or any(key.endswith("labels") for key in value)
+        )
+        if is_region and not _is_span(value):
+            message = "A region of the task has no start, end and label in plain text."
+            raise RowRefused("field.list", message, "Label it as text, or remove the task.")
+    return [value for value in values if _is_span(value)]
+
+
 def _is_span(value: object) -> bool:
-    return all(_parts_of(value))
+    return _parse_span(value) is not None
 
 
-def _parts_of(value: Any) -> tuple[bool, bool, list[Any]]:
-    """Return whether start and end are numbers, and the kinds of a span."""
-    start, end, kind = value if isinstance(value, list) and len(value) == 3 else (None, None, None)
+def _parse_span(value: Any) -> tuple[int, int, list[str]] | None:
+    """Return start, end and kinds of a span; ``None`` for any other value."""
     if isinstance(value, Mapping):
         edges = next((keys for keys in _EDGES if keys[0] in value), _EDGES[0])
         start, end = (value.get(key) for key in edges)
         kind = value.get("label", value.get("labels"))
-    kinds = kind if isinstance(kind, list) else [kind]
-    named = [each for each in kinds if isinstance(each, str | int) and str(each).strip()]
-    return type(start) is int, type(end) is int, named if len(named) == len(kinds) else []
-
-
-def _read_span(value: Any, text: str) -> Span:
-    if isinstance(value, Mapping):
-        keys = next(keys for keys in _EDGES if keys[0] in value)
-        start, end, kind = value[keys[0]], value[keys[1]], value.get("label", value.get("labels"))
-    else:
+    elif isinstance(value, list) and len(value) == 3:
         start, end, kind = value
+    else:
+        return None
     kinds = kind if isinstance(kind, list) else [kind]
+    named = [str(each) for each in kinds if isinstance(each, str | int) and str(each).strip()]
+    if type(start) is not int or type(end) is not int or not named or len(named) != len(kinds):
+        return None
+    return start, end, named
+
+
+def _read_span(value: object, text: str) -> EntitySpan:
+    parsed = _parse_span(value)
+    assert parsed is not None  # the form has checked the values
+    start, end, kinds = parsed
     if len(kinds) != 1:
         message = f"The entity from {start} to {end} has {len(kinds)} kinds."
         raise RowRefused("tags.overlap", message, "Keep one.")
     if not 0 <= start < end <= len(text) or text[start:end].isspace():
-        message = (
-            f"The entity {quote(str(kinds[0]))} from {start} to {end} is outside of the text, "
-        )
+        message = f"The entity {quote(kinds[0])} from {start} to {end} is outside of the text, "
         fix = f"Count characters from 0 to {len(text)}; the end is exclusive."
         raise RowRefused("tags.span", f"{message}or empty.", fix)
     if isinstance(value, Mapping) and value.get("text", text[start:end]) != text[start:end]:
@@ -188,4 +190,4 @@ def _read_span(value: Any, text: str) -> Span:
         start += 1
     while text[end - 1].isspace():
         end -= 1
-    return Span(start, end, "_".join(str(kinds[0]).split()))
+    return EntitySpan(start, end, "_".join(kinds[0].split()))

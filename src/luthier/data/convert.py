@@ -141,7 +141,7 @@ class _Conversion:
         source_record = reader.checker.record
         record = TARGETS[self.form](row)
         if isinstance(row, MediaRow) and record.get(row.key()) == row.media.name:
-            record = row.moved(record, self.folder)
+            record = row.relocate(record, self.folder)
         if not self.drop_extra_keys:
             _reject_lost_keys(source_record, self.form in FORMS_WITH_TOOLS)
         kind = "messages" if "messages" in record else "others"

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from luthier.data.character_spans import (
-    Spans,
+    Tagged,
     are_spans,
     is_label_studio,
     label_studio_spans,
@@ -69,8 +69,8 @@ class Form:
     """Optional keys that the form reads."""
     applies: Callable[[Record], bool] = lambda record: True
     """Additional check of the values, if the keys are ambiguous."""
-    spans: Callable[[Record], tuple[object, Spans]] | None = None
-    """Text and entities by characters, for forms with such entities."""
+    tag: Callable[[Record], Tagged] | None = None
+    """Words and tags of a text with entities by characters. ``convert`` needs both in the record."""
 
 
 _OWN = frozenset(key for kind in SHAPES.values() for key in kind.keys) - {"label", "rating"}
@@ -357,7 +357,7 @@ def _entities(key: str, may_be_empty: bool) -> Form:
     Without ``may_be_empty``, an empty array is no mark of the form, but a text without labels.
     """
 
-    def spans(record: Record) -> tuple[object, Spans]:
+    def tag(record: Record) -> Tagged:
         # Label Studio's JSON-MIN leaves the key of a text without entities out.
         found: Any = record.get(key, [])
         if not are_spans(found):  # a later row of the file
@@ -366,32 +366,28 @@ def _entities(key: str, may_be_empty: bool) -> Form:
         if record.get("answer") in ("reject", "ignore"):  # Prodigy
             message = f'The annotation is marked "{record["answer"]}".'
             raise RowRefused("tags.rejected", message, "Remove the row.")
-        return record["text"], found
+        return tag_words(record["text"], found)
 
     return Form(
         "text with entities",
         frozenset(("text", key)),
-        lambda record: _tagged(record, spans, {"tokens": "text", "tags": key}),
+        lambda record: (_take_tags(record), {"tokens": "text", "tags": key}),
         _OTHER_TARGETS - {key},
         frozenset(("text", "tokens", "answer")),
         lambda record: are_spans(record[key]) and (may_be_empty or bool(record[key])),
-        spans,
+        tag,
     )
 
 
-def _label_studio(record: Record) -> tuple[object, Spans]:
+def _tag_label_studio(record: Record) -> Tagged:
     if not is_label_studio(record):  # a later row of the file
         fix = "Export the tasks again, or remove the row."
         raise RowRefused("field.list", "The row is no task of Label Studio.", fix)
-    return label_studio_spans(record)
+    return tag_words(*label_studio_spans(record))
 
 
-def _tagged(
-    record: Record, spans: Callable[[Record], tuple[object, Spans]], names: Names
-) -> Converted:
-    tagged = tag_words(*spans(record))
-    row_id = {key: record[key] for key in ("id",) if key in record}
-    return {**row_id, "tokens": tagged.tokens, "tags": tagged.tags}, names
+def _take_tags(record: Record) -> Record:
+    return {key: record[key] for key in ("id", "tokens", "tags") if key in record}
 
 
 def _rename(name: str, without: str = "", **names: str) -> Form:
@@ -452,9 +448,9 @@ FORMS: tuple[Form, ...] = (
     Form(
         "task of Label Studio",
         frozenset(("data", "annotations")),
-        lambda record: _tagged(record, _label_studio, {"tokens": "data", "tags": "annotations"}),
+        lambda record: (_take_tags(record), {"tokens": "data", "tags": "annotations"}),
         applies=is_label_studio,
-        spans=_label_studio,
+        tag=_tag_label_studio,
     ),
     _pair("query and positive", "query", "positive"),
     _pair("question and positive", "question", "positive"),
@@ -500,7 +496,7 @@ def forms_of(record: Record) -> list[Form]:
         and not form.without & keys
         # Otherwise luthier's own rows with one more column, such as `question`, would change their
         # meaning.
-        and (not own or form.spans or any(needed < form.keys for needed in own))
+        and (not own or form.tag or any(needed < form.keys for needed in own))
         and form.applies(record)
     ]
     # Compared or classified texts are not a positive pair.

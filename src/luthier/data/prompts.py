@@ -169,7 +169,7 @@ class InputChecker(Checker):
             self.report("row.predicted", message, "Rename or remove the field.")
             return None
         # Text forms stay unchanged, because the output row keeps all input fields.
-        forms = [form.convert(own)[0] for form in forms_of(own) if form.spans is None]
+        forms = [form.convert(own)[0] for form in forms_of(own) if form.tag is None]
         own = next((made for made in forms if {*BARE_MEDIA} & made.keys()), own)
         for key, bare in BARE_MEDIA.items():
             if key in own:

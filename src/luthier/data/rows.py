@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from luthier.data.character_spans import are_spans, tag_words
+from luthier.data.character_spans import Tagged, are_spans
 from luthier.data.conversations.row_context import is_blank, join_context, parse_turns
 from luthier.data.disk_sequence import spool
 from luthier.data.field_checks import (
@@ -209,7 +209,7 @@ class Checker(FieldChecker):
         if self.first is None:
             self.form = form
         elif form is not self.form:
-            if form is not None and form.spans:
+            if form is not None and form.tag:
                 (key,) = form.keys - {"text", "data"}
                 message = f"The row has entities, and the first row has no {quote(key)}."
                 self.report("row.mixed_shapes", message, f"Set `data.columns.entities={key}`.")
@@ -228,14 +228,9 @@ class Checker(FieldChecker):
             self.single_items += 1
             return None
         try:
+            if form.tag is not None:
+                mapped = {**mapped, **self._count_cuts(form.tag(mapped))}
             converted, column_names = form.convert(mapped)
-            if form.spans is not None:
-                tagged = tag_words(*form.spans(mapped))
-                self.entities += tagged.entities
-                self.cut_entities += len(tagged.cut)
-                if tagged.cut and self.first_cut is None:
-                    place = Location(self.file, self.line)
-                    self.first_cut = Problem("tags.cut", quote(tagged.cut[0]), "", place)
         except RowRefused as bad:
             self.report(bad.rule, bad.problem.message, bad.problem.advice)
             return None
@@ -245,6 +240,15 @@ class Checker(FieldChecker):
             return None
         self.names = self._names_of(column_names)
         return converted
+
+    def _count_cuts(self, tagged: Tagged) -> Record:
+        """Count the entities and those with an edge inside a word; return words and tags."""
+        self.entities += tagged.entities
+        self.cut_entities += len(tagged.cut)
+        if tagged.cut and self.first_cut is None:
+            place = Location(self.file, self.line)
+            self.first_cut = Problem("tags.cut", quote(tagged.cut[0]), "", place)
+        return {"tokens": tagged.tokens, "tags": tagged.tags}
 
     def _rename_columns(self, record: Record) -> Record | None:
         """Return the record with renamed columns; ``None`` if a column is missing."""

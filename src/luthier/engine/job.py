@@ -208,13 +208,8 @@ def with_base_defaults(
         usual = Augmentation()
         changes = recipe.objective is None or recipe.objective.allows_augmentation
         processor = None if chat.has_tokenizer else chat.media
-        is_stepless = base.network.is_stepless
-        if (
-            processor is not None
-            and changes
-            and not recipe.adaptation.head_only
-            and not is_stepless
-        ):
+        only_fits = recipe.adaptation.head_only or base.network.is_stepless
+        if processor is not None and changes and not only_fits:
             contrasts = recipe.objective is not None and recipe.objective.contrasts_rows
             usual = (Augmentation.views if contrasts else Augmentation.usual)(processor.kind)
             reason = f"small random changes of each {SINGULAR[processor.kind]}"

@@ -278,7 +278,7 @@ class _Cleaning:
         try:
             record = write_back(each.draft, each.row, each.given, each.reader.checker.form)
             if isinstance(each.row, MediaRow):
-                record = each.row.moved(record, self.folder)
+                record = each.row.relocate(record, self.folder)
             writer.write(record)
         except RowRefused as bad:
             problems.append(bad.at(each.row.file, each.row.line))

@@ -18,7 +18,7 @@ import numpy as np
 from luthier.data.field_checks import DECIMAL_COMMA
 from luthier.data.files.containers import TIME_COLUMNS
 from luthier.data.files.parsing import Record, quote
-from luthier.data.files.times import is_date, parse_number, parse_times
+from luthier.data.files.times import MISSING, is_date, parse_number, parse_times
 from luthier.data.formats import KEYS
 from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, MOST_COLUMNS, Media
 from luthier.errors import Location, Problem, RowRefused
@@ -30,8 +30,6 @@ LABEL_COLUMNS = ("label", "anomaly", "is_anomaly", "fault")
 """Names of columns that mark faults, in lower case."""
 SHORTEST_WINDOW = 64
 """Values of a window in tables with many columns."""
-MISSING = ("", "nan", "na", "n/a", "null", "none", "-")
-"""Spellings of a missing value in tables."""
 
 
 def read_series(

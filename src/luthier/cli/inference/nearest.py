@@ -89,7 +89,7 @@ def nearest(
     if query is not None and not query.strip():
         raise RecipeError("the query is empty")
     if query is not None and os.path.isfile(query):
-        from luthier.data.files.containers import DATA_ENDINGS
+        from luthier.data.files.containers import DATA_ENDINGS  # imports NumPy
 
         if query.endswith(DATA_ENDINGS):
             raise RecipeError(f"the query is the name of a file: --input {query} reads its texts")

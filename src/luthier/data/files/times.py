@@ -20,6 +20,8 @@ from luthier.data.inputs import LARGEST_VALUE
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
 """ASCII numbers. Python also parses ``1_000`` and digits of other scripts."""
+MISSING = ("", "nan", "na", "n/a", "null", "none", "-")
+"""Spellings of a missing value in tables, in lower case."""
 _SHORT_DAY = re.compile(r"((?:19|20)\d\d)(\d\d)(\d\d)", re.ASCII)
 """Days without separators, such as ``20261123``."""
 _YEAR_LAST = re.compile(r"(\d{1,2})([./-])(\d{1,2})\2(\d{4}|\d\d)\b(.*)", re.ASCII | re.DOTALL)

@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 
 from luthier.data.field_checks import FieldChecker, read_label
 from luthier.data.files.parsing import Record, quote
+from luthier.data.files.times import MISSING
 from luthier.data.inputs import PLURAL, Media, MediaKind
 from luthier.data.shapes.base import ENOUGH_ANSWERS, InputKind, Labelled, Shape
 from luthier.data.shapes.texts import RawText
@@ -48,8 +49,8 @@ class MediaRow(Shape):
     def input_record(self) -> Record:
         return {self.key(): str(self.media)}
 
-    def moved(self, record: Record, folder: Path) -> Record:
-        """Return a record of the row for a file in ``folder``, with the path from there.
+    def relocate(self, record: Record, folder: Path) -> Record:
+        """Return ``record``, a record of the row, with the path of the input from ``folder``.
 
         Raises:
             RowRefused: for a path outside, which readers reject.
@@ -127,12 +128,7 @@ class BareWindow(BareMedia):
         return (hashlib.sha256(self.media.name.encode()).hexdigest(),)
 
 
-NORMAL = frozenset(
-    (
-        *("", "0", "0.0", "false", "no", "n", "nein", "normal", "ok", "good"),
-        *("none", "null", "nan", "na", "n/a", "-"),
-    )
-)
+NORMAL = frozenset((*MISSING, "0", "0.0", "false", "no", "n", "nein", "normal", "ok", "good"))
 """Labels of values without a fault, in lower case."""
 
 
